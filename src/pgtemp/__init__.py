@@ -1,0 +1,46 @@
+"""Real, temporary PostgreSQL databases for tests."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pgtemp.errors import (
+        ClusterError,
+        InstallationError,
+        OptionError,
+        PgTempError,
+        TransferError,
+        WardenError,
+    )
+    from pgtemp.options import ServerOptions
+    from pgtemp.pgtempdb import PgTempDB
+    from pgtemp.uri import ConnectionInfo
+
+__all__ = [
+    "ClusterError",
+    "ConnectionInfo",
+    "InstallationError",
+    "OptionError",
+    "PgTempDB",
+    "PgTempError",
+    "ServerOptions",
+    "TransferError",
+    "WardenError",
+]
+_HOMES = {
+    "ConnectionInfo": "pgtemp.uri",
+    "PgTempDB": "pgtemp.pgtempdb",
+    "ServerOptions": "pgtemp.options",
+}
+
+
+def __getattr__(name: str) -> object:
+    # On first use, because the warden's process is a module of this package too, and must not
+    # wait for psycopg.
+    from importlib import import_module
+
+    if name not in __all__ and name != "aio":
+        raise AttributeError(f"module 'pgtemp' has no attribute {name!r}")
+    if name == "aio":
+        return import_module("pgtemp.aio")
+    return getattr(import_module(_HOMES.get(name, "pgtemp.errors")), name)

@@ -1,0 +1,1 @@
+"""The front door: one port, each connection gets a lease."""

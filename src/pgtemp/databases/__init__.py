@@ -1,0 +1,1 @@
+"""What lives in a cluster, and who holds it."""

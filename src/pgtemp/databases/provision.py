@@ -1,0 +1,194 @@
+"""From options to a running server with its user and database: what every door shares.
+
+`Plan` is worked out once (programs, user, image, settings) and serves for any number of servers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pgtemp.databases import admin, transfer
+from pgtemp.databases.secret import Secret
+from pgtemp.errors import OptionError
+from pgtemp.host import identity
+from pgtemp.options import ServerOptions
+from pgtemp.server import conf, image, installation
+from pgtemp.server.cluster import Blueprint, Cluster
+from pgtemp.server.remains import DATA
+from pgtemp.uri import ConnectionInfo
+
+_MAINTENANCE = "postgres"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How servers are made for some options."""
+
+    options: ServerOptions
+    blueprint: Blueprint
+    superuser: str
+
+    @property
+    def installation(self) -> installation.Installation:
+        return self.blueprint.installation
+
+
+def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
+    """Work out what servers are made from.
+
+    Args:
+        addresses: loopback addresses to listen on; none is the unix socket only.
+
+    Raises:
+        PgTempError: programs, user or a file cannot be had.
+    """
+    owner = identity.choose(options.run_as)
+    copied = Path(options.copy_from).absolute() if options.copy_from is not None else None
+    if copied is not None and not (copied / "PG_VERSION").exists():
+        copied = copied / DATA  # a home that was kept
+    version = options.version
+    if copied is not None and version is None:
+        version = (copied / "PG_VERSION").read_text().strip()
+    programs = installation.find(options.bin_dir, version).within_reach(owner)
+    source: image.Source
+    if copied is not None:
+        _check_copied(copied, programs)
+        source = image.Directory(copied)
+    else:
+        source = image.Cached(programs, options.initdb_args, owner)
+    # In a directory that somebody made, the superuser is somebody's choice too.
+    superuser = options.user if copied is not None else image.SUPERUSER
+    blueprint = Blueprint(
+        installation=programs,
+        owner=owner,
+        source=source,
+        conf=_conf(options, programs.major),
+        hba=conf.pg_hba_conf(_text(options.pg_hba_conf) or None, superuser),
+        addresses=addresses,
+        port=options.port if options.tcp else None,
+        prefix=options.data_dir_prefix,
+        keep=options.persist,
+        ttl=options.ttl,
+        log_path=Path(options.log_path).absolute() if options.log_path is not None else None,
+    )
+    return Plan(options, blueprint, superuser)
+
+
+def provision(plan: Plan, secret: Secret | None) -> Cluster:
+    """Start a server that has the options' user and database, with the dump loaded.
+
+    Args:
+        secret: the user's; None where nobody comes by TCP.
+
+    Raises:
+        PgTempError: it cannot be made; nothing of it is left.
+    """
+    options = plan.options
+    _learn(plan)
+    cluster = Cluster(plan.blueprint)
+    cluster.start(meanwhile=lambda started: furnish_role(started, plan, options.user, secret))
+    try:
+        furnish_database(cluster, plan, options.dbname, options.user)
+        if options.load is not None:
+            to = private_info(cluster, options.user, options.dbname)
+            transfer.load(plan.installation, to, options.load, all_or_nothing=False)
+    except BaseException:
+        discard(cluster)
+        raise
+    return cluster
+
+
+def _learn(plan: Plan) -> None:
+    """The first time an image is used, connect to a cluster on it and keep its relation cache.
+
+    The files spare each first connection four milliseconds (see image.py).
+    """
+    source = plan.blueprint.source
+    if not isinstance(source, image.Cached) or source.image().relcache:
+        return
+    plain = replace(plan.options, config={}, postgresql_conf=None)
+    cluster = Cluster(
+        replace(
+            plan.blueprint,
+            conf=_conf(plain, plan.installation.major),
+            hba=conf.HBA,
+            addresses=(),
+            keep=False,
+            log_path=None,
+        )
+    )
+    cluster.start()
+    try:
+        for dbname in ("template1", _MAINTENANCE):
+            with admin.connected(private_info(cluster, image.SUPERUSER, dbname)) as connection:
+                connection.execute("SELECT 1")
+        source.image().learn(cluster.data_dir)
+    finally:
+        cluster.stop()
+
+
+def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None) -> None:
+    """Make a user in a server, unless it is there and needs no password."""
+    if user != plan.superuser or secret is not None:
+        with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
+            admin.ensure_role(connection, user, secret)
+
+
+def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
+    """Make a database in a server, unless it is there."""
+    if dbname not in (_MAINTENANCE, "template1"):
+        with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
+            admin.ensure_database(connection, dbname, user)
+
+
+def discard(cluster: Cluster) -> None:
+    """End a server and keep nothing of it, whatever its options say."""
+    cluster.blueprint = replace(cluster.blueprint, keep=False)
+    cluster.stop()
+
+
+def private_info(cluster: Cluster, user: str, dbname: str) -> ConnectionInfo:
+    """How pgtemp itself reaches a server: through its socket, without a password."""
+    return ConnectionInfo(host=str(cluster.socket_dir), port=cluster.port, user=user, dbname=dbname)
+
+
+def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
+    return partial(
+        conf.postgresql_conf,
+        major=major,
+        given=_text(options.postgresql_conf),
+        settings=options.config,
+        existing_first=options.copy_from is None,
+    )
+
+
+def _check_copied(path: Path, programs: installation.Installation) -> None:
+    made_by = (path / "PG_VERSION").read_text().strip()
+    if made_by != str(programs.major):
+        raise OptionError(
+            f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
+            remedy=f"ask for version {made_by}",
+        )
+    pid_file = path / "postmaster.pid"
+    if pid_file.exists() and _runs(pid_file):
+        raise OptionError(
+            f"a server is running on {path}", remedy="stop it before copying its data directory"
+        )
+
+
+def _runs(pid_file: Path) -> bool:
+    try:
+        os.kill(int(pid_file.read_text().split("\n")[0]), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _text(path: str | os.PathLike[str] | None) -> str:
+    return Path(path).read_text() if path is not None else ""

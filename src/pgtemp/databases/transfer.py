@@ -1,0 +1,86 @@
+"""Dumps: into a database with psql or pg_restore, out of it with pg_dump.
+
+psql rather than SQL over a driver, because what pg_dump writes holds psql's own commands
+(`\\restrict`, `\\connect`, COPY data). Programs are reached over the private socket, so no
+password is passed to any.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from pgtemp.errors import TransferError
+from pgtemp.host import processes
+from pgtemp.host.progress import step
+from pgtemp.options import StrPath
+from pgtemp.server.installation import Installation
+from pgtemp.uri import ConnectionInfo
+
+_ARCHIVE = b"PGDMP"  # how the custom format begins
+_TAR_TOC = b"toc.dat"  # the first member of the tar format
+_NO_ROLE = re.compile(r'role ".*" does not exist')
+
+
+def load(
+    installation: Installation, to: ConnectionInfo, dump: StrPath, *, all_or_nothing: bool = True
+) -> None:
+    """Load a dump into a database.
+
+    Args:
+        to: the database; reached without a password.
+        dump: plain SQL, or pg_dump's custom, tar or directory format.
+        all_or_nothing: in one transaction, so that a bad dump leaves the database as it was.
+
+    Raises:
+        TransferError: it was not loaded; carries the program's own message and line.
+    """
+    path = Path(dump).absolute()
+    argv: list[str | Path]
+    with step(f"loading {path.name}"):
+        if _is_archive(path):
+            argv = [installation.program("pg_restore"), "--no-owner", "--exit-on-error"]
+            argv += ["--single-transaction"] if all_or_nothing else []
+            argv += ["-d", to.conninfo, path]
+        else:
+            argv = [installation.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
+            argv += ["--single-transaction"] if all_or_nothing else []
+            argv += ["-d", to.conninfo, "-f", path]
+        result = processes.run(argv, cwd=path.parent)
+    if result.returncode != 0:
+        raise _failed(f"{path} could not be loaded into {to.dbname}", result)
+
+
+def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> None:
+    """Dump a database as plain SQL.
+
+    Raises:
+        TransferError: nothing was written; a file of that name stays as it was.
+    """
+    path = Path(to).absolute()
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with step(f"dumping {source.dbname} to {path.name}"):
+        program = installation.program("pg_dump")
+        result = processes.run([program, "-d", source.conninfo, "-f", fresh])
+    if result.returncode != 0:
+        fresh.unlink(missing_ok=True)
+        raise _failed(f"{source.dbname} could not be dumped to {path}", result)
+    fresh.replace(path)
+
+
+def _is_archive(path: Path) -> bool:
+    if path.is_dir():
+        return True
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return head.startswith((_ARCHIVE, _TAR_TOC))
+
+
+def _failed(cause: str, result: subprocess.CompletedProcess[str]) -> TransferError:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    remedy = "see the program's words below"
+    if _NO_ROLE.search(result.stderr):
+        remedy = "dump it with --no-owner --no-privileges, or make its roles first"
+    return TransferError(cause, remedy=remedy, details=lines[-10:])

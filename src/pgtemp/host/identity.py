@@ -1,0 +1,101 @@
+"""Users: whom PostgreSQL is run as, what that user can reach, and who is at the other end.
+
+PostgreSQL refuses to run as root. Started by root (a container), pgtemp hands it another user's
+ids in the spawn; it never calls sudo or su, and never changes the mode of a directory it did not
+make.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgtemp.errors import OptionError
+
+# `nobody` exists on nearly every system, so that a bare container with no `postgres` user works.
+_STAND_INS = ("postgres", "nobody")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A user as which PostgreSQL's programs run. `switch` tells that it is not the caller."""
+
+    uid: int
+    gid: int
+    name: str
+    switch: bool
+
+    def own(self, path: str | Path | int) -> None:
+        """Give a file or directory that pgtemp made to this user."""
+        if self.switch:
+            os.chown(path, self.uid, self.gid)
+
+    def blocked_at(self, path: Path) -> Path | None:
+        """The first directory on the way to `path` that this user may not pass; None if it may."""
+        if not self.switch:
+            return None
+        for directory in [*reversed(path.parents), path]:
+            try:
+                status = directory.stat()
+            except OSError:
+                return directory
+            if stat.S_ISDIR(status.st_mode) and not self._may_enter(status):
+                return directory
+        return None
+
+    def _may_enter(self, status: os.stat_result) -> bool:
+        if status.st_uid == self.uid:
+            return bool(status.st_mode & stat.S_IXUSR)
+        if status.st_gid == self.gid:
+            return bool(status.st_mode & stat.S_IXGRP)
+        return bool(status.st_mode & stat.S_IXOTH)
+
+
+def choose(run_as: str | None) -> Identity:
+    """The user to run PostgreSQL as.
+
+    Args:
+        run_as: a user's name, when the caller is root; None picks `postgres`, else `nobody`.
+
+    Raises:
+        OptionError: there is no such user, it is root, or the caller is not root.
+    """
+    uid = os.geteuid()
+    if uid != 0:
+        name = _name_of(uid)
+        if run_as not in (None, name, str(uid)):
+            raise OptionError(
+                f"run_as={run_as!r}: only root can run PostgreSQL as another user",
+                remedy=f"leave it out to run as {name}",
+            )
+        return Identity(uid, os.getegid(), name, switch=False)
+    for candidate in (run_as,) if run_as is not None else _STAND_INS:
+        try:
+            entry = pwd.getpwnam(candidate)
+        except KeyError:
+            continue
+        if entry.pw_uid == 0:
+            raise OptionError(
+                f"run_as={run_as!r}: PostgreSQL refuses to run as root",
+                remedy="name an ordinary user",
+            )
+        return Identity(entry.pw_uid, entry.pw_gid, entry.pw_name, switch=True)
+    if run_as is not None:
+        raise OptionError(
+            f"run_as={run_as!r}: there is no such user",
+            remedy=f"make it with `useradd --system {run_as}`, or leave run_as out",
+        )
+    raise OptionError(
+        "PostgreSQL refuses to run as root, and there is neither a user `postgres` nor `nobody`",
+        remedy="make one with `useradd --system postgres`, or name one with run_as (PGTEMP_RUN_AS)",
+    )
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,86 @@
+"""TCP ports and socket peers on this machine: is a host ours, who holds a port, who connects."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from contextlib import suppress
+
+_LISTEN = "0A"
+
+
+def loopback_addresses(host: str) -> list[str]:
+    """The loopback addresses that `host` stands for; empty when it is not (only) this machine."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return []
+    if not all(ipaddress.ip_address(a.partition("%")[0]).is_loopback for a in found):
+        return []
+    return sorted(found, key=lambda address: ":" in address)
+
+
+def bind_error(address: str, port: int) -> str | None:
+    """Why a server could not listen on (address, port) right now; None if it could."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def free_port(address: str) -> int:
+    """A port nobody listens on at this moment; somebody may take it the next."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def holder(port: int) -> str:
+    """Who listens on a TCP port, as "pid 123 (postgres)"; "" where that cannot be told."""
+    sockets = {
+        f"socket:[{row[9]}]" for row in _tcp_rows() if _port(row[1]) == port and row[3] == _LISTEN
+    }
+    if not sockets:
+        return ""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") in sockets:
+                    with open(f"/proc/{pid}/comm") as comm:
+                        return f"pid {pid} ({comm.read().strip()})"
+    return ""
+
+
+def peer_uid(address: str, port: int, our_port: int) -> int | None:
+    """The user at the other end of a loopback TCP connection; None where that cannot be told.
+
+    Args:
+        address: the peer's address.
+        port: the peer's port.
+        our_port: the port it is connected to.
+    """
+    for row in _tcp_rows("6" if ":" in address else "4"):
+        if _port(row[1]) == port and _port(row[2]) == our_port:
+            return int(row[7])
+    return None
+
+
+def _tcp_rows(family: str = "46") -> list[list[str]]:
+    """The kernel's TCP tables (proc_net_tcp): 1 local, 2 remote, 3 state, 7 uid, 9 inode."""
+    rows: list[list[str]] = []
+    for digit, name in (("4", "/proc/net/tcp"), ("6", "/proc/net/tcp6")):
+        if digit in family:
+            with suppress(OSError), open(name) as table:
+                rows += [line.split() for line in table.readlines()[1:]]
+    return rows
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2], 16)

@@ -1,0 +1,87 @@
+"""The only place that runs programs (but for the postmaster, which the warden's process starts).
+
+Programs get a clean environment, so that a stray PGHOST, LC_ALL or TZ of the caller changes
+nothing, and nothing of what they print reaches the caller's terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pgtemp.host.identity import Identity
+
+# What may decide whether a program finds its libraries or its user; the rest is not passed on.
+_PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
+_PASSED_ON_PREFIX = "NSS_WRAPPER_"
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment for PostgreSQL's programs: UTF-8, English messages, nothing of libpq's."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIX)
+    }
+    env["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+    # A valid LC_ALL also keeps macOS from making the postmaster multithreaded.
+    env["LC_ALL"] = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
+    return env
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    identity: Identity | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str = "",
+    pass_fds: Sequence[int] = (),
+    cwd: str | Path = "/",
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return its exit status and what it printed.
+
+    Args:
+        argv: the program's path and its arguments; never a password.
+        identity: whom to run it as; None is the caller.
+        env: added to the clean environment.
+        stdin: what it reads.
+        pass_fds: descriptors it keeps open, such as that of a lock it must not outlive.
+        cwd: the directory it works in.
+
+    Raises:
+        OSError: the program could not be run.
+    """
+    become = identity if identity is not None and identity.switch else None
+    return subprocess.run(
+        [os.fspath(part) for part in argv],
+        env={**clean_environment(), **(env or {})},
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        pass_fds=pass_fds,
+        cwd=cwd,
+        umask=0o077,
+        user=become.uid if become else None,
+        group=become.gid if become else None,
+        extra_groups=[] if become else None,
+    )
+
+
+def start_detached(argv: Sequence[str], *, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, out of reach of the terminal's Ctrl-C."""
+    return subprocess.Popen(
+        argv,
+        env={},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        close_fds=True,
+        pass_fds=pass_fds,
+        cwd="/",
+    )

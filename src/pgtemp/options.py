@@ -1,0 +1,200 @@
+"""Every option, once: its name, type, default, environment variable and help.
+
+The library's keyword arguments, the command line's flags and the documentation's table derive
+from the fields below. What is given beats the environment, which beats the default.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from pgtemp.errors import OptionError
+
+StrPath = str | os.PathLike[str]
+_SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?")
+
+
+def option(default: Any, help: str, *, flag: str | None = None, env: str | None = None) -> Any:
+    """A field with what the command line and the documentation need to know."""
+    metadata = {"help": help, "flag": flag, "env": env}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What a server is made with. Every option has a default that works.
+
+    Raises:
+        OptionError: a value cannot be used; says which and why.
+    """
+
+    port: int | None = option(None, "TCP port; a free one is chosen by default")
+    user: str = option("postgres", "the user, a superuser")
+    password: str | None = option(None, "the user's password; a random one by default")
+    dbname: str = option("postgres", "the database; made if need be")
+    data_dir_prefix: StrPath | None = option(
+        None,
+        "directory in which servers live; by default tmpfs where it has room, else the "
+        "temporary directory, and a directory on disk for what is kept",
+        flag="--data-dir-prefix",
+        env="PGTEMP_DATA_DIR_PREFIX",
+    )
+    persist: bool = option(
+        False, "keep the data directory, on disk, when the server ends", flag="--persist"
+    )
+    dump: StrPath | None = option(
+        None, "file to which the database is dumped when the server stops", flag="--dump"
+    )
+    load: StrPath | None = option(
+        None,
+        "dump to load at the start: SQL, or any format of pg_dump",
+        flag="--load-from",
+    )
+    copy_from: StrPath | None = option(
+        None, "prepared data directory to start from; copied, never touched", flag="--copy-from"
+    )
+    config: Mapping[str, str] = option(
+        dict, "server setting as NAME=VALUE; may be given several times", flag="-o"
+    )
+    postgresql_conf: StrPath | None = option(
+        None, "postgresql.conf to use; `config` beats it", flag="--postgresql-conf"
+    )
+    pg_hba_conf: StrPath | None = option(None, "pg_hba.conf to use", flag="--pg-hba-conf")
+    initdb_args: Mapping[str, str] = option(
+        dict,
+        "long option of initdb as NAME=VALUE, without dashes; may be given several times",
+        flag="--initdb-arg",
+    )
+    bin_dir: StrPath | None = option(
+        None, "folder of PostgreSQL's programs", flag="--bin-dir", env="PGTEMP_BIN"
+    )
+    version: str | None = option(
+        None,
+        'version of PostgreSQL: 16, 16.4, ">=16,<18"',
+        flag="--version-of-postgres",
+        env="PGTEMP_VERSION",
+    )
+    log_path: StrPath | None = option(
+        None, "file for the server's log; by default in the server's directory", flag="--log-path"
+    )
+    ttl: float | None = option(
+        None, "seconds after which the server is gone, whatever happens", flag="--ttl"
+    )
+    run_as: str | None = option(
+        None,
+        "user to run PostgreSQL as, when started by root; by default postgres, else nobody",
+        flag="--run-as",
+        env="PGTEMP_RUN_AS",
+    )
+    tcp: bool = option(True, "listen on TCP; without, the unix socket only", flag="--tcp/--no-tcp")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            variable = spec.metadata["env"]
+            if variable and getattr(self, spec.name) is None and os.environ.get(variable):
+                object.__setattr__(self, spec.name, os.environ[variable])
+        self._check()
+
+    def _check(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise OptionError(f"port={self.port}: not a port", remedy="give one from 1 to 65535")
+        for name in ("user", "dbname"):
+            value = getattr(self, name)
+            if not value or "\0" in value or len(value.encode()) > 63:
+                raise OptionError(
+                    f"{name}={value!r}: a name in PostgreSQL has 1 to 63 bytes",
+                    remedy=f"choose another {name}",
+                )
+        if self.password is not None and (not self.password or "\0" in self.password):
+            raise OptionError(
+                "the password is empty", remedy="leave it out to have a random one made"
+            )
+        if self.ttl is not None and not self.ttl > 0:
+            raise OptionError(f"ttl={self.ttl}: not a time", remedy="give seconds above 0")
+        for name, value in self.config.items():
+            if not _SETTING.fullmatch(name) or "\n" in str(value) or "\0" in str(value):
+                raise OptionError(
+                    f"{name}={value!s:.50} is not a server setting",
+                    remedy="write settings like max_connections=50",
+                )
+        for name in ("load", "postgresql_conf", "pg_hba_conf"):
+            self._check_readable(name)
+        if self.copy_from is not None and not (Path(self.copy_from) / "PG_VERSION").is_file():
+            raise OptionError(
+                f"{os.fspath(self.copy_from)} is not a data directory: it has no PG_VERSION",
+                remedy="name a directory that initdb or pgtemp made (copy_from)",
+            )
+        for name in ("dump", "log_path"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise OptionError(
+                    f"{os.fspath(path)}: there is no directory {Path(path).absolute().parent}",
+                    remedy=f"make it, or name another file ({name})",
+                )
+
+    def _check_readable(self, name: str) -> None:
+        path = getattr(self, name)
+        if path is None:
+            return
+        try:
+            if not Path(path).is_dir():
+                with open(path, "rb"):
+                    pass
+        except OSError as error:
+            raise OptionError(
+                f"{os.fspath(path)} cannot be read: {error.strerror}",
+                remedy=f"name a file that exists and that you may read ({name})",
+            ) from error
+
+    def describe(self) -> str:
+        """The options that differ from their defaults, without the password."""
+        shown = [
+            f"{spec.name}={getattr(self, spec.name)!r}"
+            for spec in fields(self)
+            if spec.name != "password" and getattr(self, spec.name) != default_of(spec)
+        ]
+        return ", ".join(shown)
+
+
+def default_of(spec: Field[Any]) -> Any:
+    """The default of an option's field."""
+    if spec.default_factory is not MISSING:
+        return spec.default_factory()
+    return spec.default
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+def takes_options(
+    make: Callable[P, ServerOptions],
+) -> Callable[[Callable[[S, ServerOptions], R]], Callable[Concatenate[S, P], R]]:
+    """Give a method that works on options the keyword arguments of the options themselves.
+
+    So the options are written once, and editors, type checkers and help() see all of them.
+    """
+
+    def wrap(method: Callable[[S, ServerOptions], R]) -> Callable[Concatenate[S, P], R]:
+        @functools.wraps(method)
+        def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            return method(self, make(*args, **kwargs))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(make)
+        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[own, *signature.parameters.values()]
+        )
+        return call
+
+    return wrap

@@ -1,0 +1,264 @@
+"""The simple door: one call, one database of your own, all gone at the end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psycopg
+
+from pgtemp.databases import provision, transfer
+from pgtemp.databases.secret import Secret, random_secret
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import ports
+from pgtemp.options import ServerOptions, StrPath, takes_options
+from pgtemp.server.cluster import Cluster
+from pgtemp.uri import ConnectionInfo, parse, redact
+
+T = TypeVar("T")
+_HOST = "127.0.0.1"
+
+
+class PgTempDB:
+    """A PostgreSQL server with one database, for as long as you hold it.
+
+    With `with`, or with `start()` and `stop()`; the keyword arguments are those of
+    `pgtemp.ServerOptions`. It ends with the process at the latest, however that ends.
+
+        with PgTempDB() as db:
+            psycopg.connect(db.uri)
+
+    Raises:
+        OptionError: an option cannot be used.
+        InstallationError: no PostgreSQL was found.
+        ClusterError: the server did not start; carries the end of its log.
+        TransferError: the dump could not be loaded.
+    """
+
+    @takes_options(ServerOptions)
+    def __init__(self, options: ServerOptions) -> None:
+        self._set_up(options)
+
+    @classmethod
+    def with_options(cls, options: ServerOptions) -> Self:
+        """A server for options that are there as one value."""
+        self = cls.__new__(cls)
+        self._set_up(options)
+        return self
+
+    def _set_up(self, options: ServerOptions) -> None:
+        self.options = options
+        self._host = _HOST
+        self._cluster: Cluster | None = None
+        self._info: ConnectionInfo | None = None
+        self._kept: Path | None = None
+        self._owner = os.getpid()
+        self._changing = threading.Lock()
+
+    @classmethod
+    def from_uri(cls, uri: str, **options: Any) -> Self:
+        """A server whose host, port, user, password and database are those of a URL.
+
+        Args:
+            uri: the host must be this machine; what the URL leaves out gets its default.
+            options: as for the class.
+
+        Raises:
+            OptionError: the URL cannot be used.
+        """
+        said = parse(uri)
+        for name in ("port", "user", "password", "dbname"):
+            if (value := getattr(said, name)) is not None:
+                options.setdefault(name, value)
+        handle = cls(**options)
+        if said.host is not None and not said.host.startswith("/"):
+            if not ports.loopback_addresses(said.host):
+                raise OptionError(
+                    f"{redact(uri)!r}: {said.host} is not this machine",
+                    remedy="servers listen on localhost only",
+                )
+            handle._host = said.host
+        return handle
+
+    def start(self) -> Self:
+        """Start the server; what is running already stays.
+
+        Raises:
+            PgTempError: as the class says; nothing is left behind.
+        """
+        with self._changing:
+            if self._cluster is None:
+                addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
+                plan = provision.plan(self.options, addresses)
+                secret = self._secret()
+                cluster = provision.provision(plan, secret)
+                self._info = ConnectionInfo(
+                    host=self._host if self.options.tcp else str(cluster.socket_dir),
+                    port=cluster.port,
+                    user=self.options.user,
+                    password=secret.password if secret is not None else None,
+                    dbname=self.options.dbname,
+                )
+                self._cluster, self._kept, self._owner = cluster, None, os.getpid()
+                _running.add(self)
+        return self
+
+    def stop(self) -> None:
+        """Dump if that was asked for, end the server, and remove what is not kept.
+
+        Nothing happens where it is not running, or in a forked child: the parent's it is.
+
+        Raises:
+            TransferError: the dump failed; the server is ended all the same.
+        """
+        if self._owner != os.getpid():
+            return
+        with self._changing:
+            cluster, self._cluster = self._cluster, None
+            if cluster is None:
+                return
+            _running.discard(self)
+            try:
+                if self.options.dump is not None:
+                    transfer.dump(
+                        cluster.blueprint.installation, self._private(cluster), self.options.dump
+                    )
+            finally:
+                cluster.stop()
+                self._kept = cluster.home.path if self.options.persist else None
+
+    def dump(self, path: StrPath) -> None:
+        """Dump the database as SQL, with pg_dump.
+
+        Raises:
+            TransferError: it failed; a file of that name stays as it was.
+        """
+        cluster = self._running_cluster()
+        transfer.dump(cluster.blueprint.installation, self._private(cluster), path)
+
+    def load(self, path: StrPath) -> None:
+        """Load a dump: SQL with psql, pg_dump's other formats with pg_restore.
+
+        Raises:
+            TransferError: it failed; the database is as it was before.
+        """
+        cluster = self._running_cluster()
+        transfer.load(cluster.blueprint.installation, self._private(cluster), path)
+
+    def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
+        """A psycopg connection to the database; keyword arguments are psycopg's."""
+        return psycopg.connect(self.uri, **kwargs)
+
+    @property
+    def uri(self) -> str:
+        """The URL for any driver, with the password."""
+        return self._running_info().uri
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """Host, port, user, password and database in one value."""
+        return self._running_info()
+
+    @property
+    def host(self) -> str:
+        """The host; the socket's directory where there is no TCP."""
+        return self._running_info().host
+
+    @property
+    def port(self) -> int:
+        """The TCP port; without TCP, the number in the socket's name."""
+        return self._running_info().port
+
+    @property
+    def user(self) -> str:
+        return self._running_info().user
+
+    @property
+    def password(self) -> str | None:
+        """The password; None where there is no TCP."""
+        return self._running_info().password
+
+    @property
+    def dbname(self) -> str:
+        return self._running_info().dbname
+
+    @property
+    def socket_dir(self) -> Path:
+        """The directory of the unix socket, closed to other users; no password is asked there."""
+        return self._running_cluster().socket_dir
+
+    @property
+    def data_dir(self) -> Path:
+        """The data directory; after `stop()`, the one that was kept."""
+        if self._kept is not None:
+            return self._kept / "data"
+        return self._running_cluster().data_dir
+
+    @property
+    def log_path(self) -> Path:
+        """The server's log."""
+        return self._running_cluster().log_path
+
+    @property
+    def pid(self) -> int:
+        """The postmaster's process id."""
+        return self._running_cluster().pid
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        if self._cluster is None or self._info is None:
+            return f"<PgTempDB({self.options.describe()}) not running>"
+        return f"<PgTempDB {redact(self._info.uri)} pid={self._cluster.pid}>"
+
+    def __del__(self) -> None:
+        # The channel closes with the handle, and with it the warden ends the server.
+        cluster = getattr(self, "_cluster", None)
+        if cluster is not None and self._owner == os.getpid():
+            cluster.abandon()
+
+    def _secret(self) -> Secret | None:
+        if not self.options.tcp:
+            return None
+        given = self.options.password
+        return Secret(given) if given is not None else random_secret()
+
+    def _private(self, cluster: Cluster) -> ConnectionInfo:
+        return provision.private_info(cluster, self.options.user, self.options.dbname)
+
+    def _running_cluster(self) -> Cluster:
+        return _running_or_error(self._cluster)
+
+    def _running_info(self) -> ConnectionInfo:
+        _running_or_error(self._cluster)
+        return _running_or_error(self._info)
+
+
+def _running_or_error(value: T | None) -> T:
+    if value is None:
+        raise ClusterError("the server is not running", remedy="call start(), or use `with`")
+    return value
+
+
+_running: weakref.WeakSet[PgTempDB] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """What is still running when the interpreter ends is stopped as if by hand: dumped, kept."""
+    for handle in list(_running):
+        handle.stop()

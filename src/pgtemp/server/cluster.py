@@ -1,0 +1,333 @@
+"""One running postmaster on a private copy of an image.
+
+Born by copying, started by the warden, ready when PostgreSQL itself says so in postmaster.pid, and
+taken away as a whole. The copy goes on while the postmaster starts (see image.py). Knows nothing
+of roles or databases.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pgtemp.errors import ClusterError, OptionError, WardenError
+from pgtemp.host import paths, ports, processes
+from pgtemp.host.copying import ChangedError
+from pgtemp.host.identity import Identity
+from pgtemp.server import home, warden
+from pgtemp.server.image import Source
+from pgtemp.server.installation import Installation
+from pgtemp.server.remains import removal
+
+START_SECONDS = 60.0
+# Crash recovery and a shutdown checkpoint of large kept data may take minutes.
+RECOVERY_SECONDS = 600.0
+_STARTING_POLL = 0.001
+_NO_SOCKETS = "could not create any TCP/IP sockets"
+_TRIES = 10
+_LOG_TAIL = 12
+SOCKET_PORT = 5432  # names the socket's file where there is no TCP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """What clusters are made from; one may serve for many.
+
+    Attributes:
+        source: what the data directory is copied from.
+        conf: makes the text of postgresql.conf from the source's.
+        hba: the text of pg_hba.conf.
+        addresses: loopback addresses to listen on; none is the unix socket only.
+        port: the TCP port; None chooses a free one.
+        prefix: the directory for the home; None chooses one.
+        keep: whether the data outlives the server.
+        ttl: seconds after which the server is ended whatever happens.
+        log_path: the file for the log; None is one in the home.
+    """
+
+    installation: Installation
+    owner: Identity
+    source: Source
+    conf: Callable[[str], str]
+    hba: str
+    addresses: Sequence[str] = ()
+    port: int | None = None
+    prefix: str | os.PathLike[str] | None = None
+    keep: bool = False
+    ttl: float | None = None
+    log_path: Path | None = None
+
+
+@dataclass(slots=True)
+class Cluster:
+    """One postmaster. `start` and `stop` may be called from any thread, once each."""
+
+    blueprint: Blueprint
+    existing: Path | None = None
+    home: home.Home = field(init=False)
+    port: int = field(init=False, default=SOCKET_PORT)
+    pid: int = field(init=False, default=0)
+    log_path: Path = field(init=False)
+    _process: warden.Process | None = field(init=False, default=None)
+    _stopping: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    @property
+    def socket_dir(self) -> Path:
+        return self.home.socket_dir
+
+    @property
+    def data_dir(self) -> Path:
+        return self.home.data
+
+    def start(self, meanwhile: Callable[[Cluster], None] = lambda _: None) -> None:
+        """Make the data directory and start the server on it.
+
+        Args:
+            meanwhile: called when the server is ready, while the templates are still copied; it
+                may use the database `postgres` and nothing else.
+
+        Raises:
+            OptionError: a port that was asked for is taken, or a place cannot be used.
+            ClusterError: the server did not start; carries the end of its log.
+            ChangedError: the image is damaged.
+        """
+        self._check_port()
+        for attempt in range(_TRIES):
+            try:
+                self._start(meanwhile)
+                return
+            except _PortLostError:
+                if attempt == _TRIES - 1:
+                    raise
+            except ChangedError as damage:
+                if attempt > 0:
+                    raise ClusterError(f"the image is damaged again: {damage}") from damage
+                self.blueprint.source.repair(damage)
+
+    def _start(self, meanwhile: Callable[[Cluster], None]) -> None:
+        plan = self.blueprint
+        guard = warden.current()
+        if self.existing is None:
+            self.home = home.make(plan.prefix, plan.owner, keep=plan.keep)
+        else:
+            self.home = home.reopen(self.existing, plan.owner)
+        self.log_path = plan.log_path or self.home.log
+        try:
+            if self.existing is None:
+                self._begin()
+            self._choose_port()
+            self._launch(guard)
+            if self.existing is None:
+                self._copy(plan.source.first)
+                with in_background(lambda: self._copy(plan.source.rest)):
+                    self._await_ready()
+                    self._copy(plan.source.warm)
+                    meanwhile(self)
+            else:
+                self._await_ready()
+        except BaseException:
+            self._undo()
+            raise
+        finally:
+            os.close(self.home.lease)  # the warden holds it now
+
+    def stop(self) -> list[str]:
+        """End the server and remove what is not kept; the signals that it took.
+
+        Does nothing after the first time.
+
+        Raises:
+            WardenError: the server could not be ended.
+        """
+        with self._stopping:
+            process, self._process = self._process, None
+            if process is None:
+                return []
+            keep = self.blueprint.keep
+            return process.stop(keep=keep, remove=self.home.leftovers(keep=keep))
+
+    def abandon(self) -> None:
+        """Let the warden end the server on its own, without waiting for it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.abandon()
+
+    def check(self) -> None:
+        """Raise if the server has died.
+
+        Raises:
+            ClusterError: it has; carries the end of its log.
+        """
+        if self._process is not None and self._process.wait(0) is not None:
+            raise self._died()
+
+    def log_tail(self) -> list[str]:
+        """The last lines of the server's log."""
+        try:
+            with open(self.log_path, errors="replace") as log:
+                return [line.rstrip() for line in log.readlines()[-_LOG_TAIL:]]
+        except OSError:
+            return []
+
+    def _begin(self) -> None:
+        plan, data = self.blueprint, self.home.data
+        self._copy(plan.source.begin)
+        try:
+            conf = data / "postgresql.conf"
+            self._write(conf, plan.conf(conf.read_text() if conf.exists() else ""))
+            self._write(data / "pg_hba.conf", plan.hba)
+        except OSError as error:
+            raise home.cannot_write(self.home.path, error) from error
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o600)
+        self.blueprint.owner.own(path)
+
+    def _copy(self, part: Callable[[Path, Identity], None]) -> None:
+        try:
+            part(self.home.data, self.blueprint.owner)
+        except OSError as error:
+            raise home.cannot_write(self.home.path, error) from error
+
+    def _launch(self, guard: warden.Warden) -> None:
+        log = self._open_log()
+        try:
+            self._process = guard.launch(self._request(), lease=self.home.lease, log=log)
+        finally:
+            os.close(log)
+
+    def _request(self) -> warden.Request:
+        plan = self.blueprint
+        settings = {
+            "listen_addresses": ",".join(plan.addresses),
+            "port": str(self.port),
+            "unix_socket_directories": str(self.socket_dir),
+            "hba_file": str(self.data_dir / "pg_hba.conf"),
+        }
+        # On the command line, because ALTER SYSTEM in a copied data directory beats any file.
+        argv = [str(plan.installation.program("postgres")), "-D", str(self.data_dir)]
+        argv += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        return warden.Request(
+            argv=argv,
+            env=processes.clean_environment(),
+            uid=plan.owner.uid if plan.owner.switch else None,
+            gid=plan.owner.gid if plan.owner.switch else None,
+            data_dir=str(self.data_dir),
+            keep=plan.keep,
+            remove=self.home.leftovers(keep=plan.keep),
+            ttl=plan.ttl,
+            sweep=[str(base) for base in {*paths.sweep_bases(), self.home.path.parent}],
+        )
+
+    def _open_log(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        try:
+            return os.open(self.log_path, flags, 0o600)
+        except OSError as error:
+            raise OptionError(
+                f"{self.log_path} cannot be written: {error.strerror}",
+                remedy="name another file (log_path)",
+            ) from error
+
+    def _await_ready(self) -> None:
+        """Wait until the server accepts connections.
+
+        PostgreSQL writes its state into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells
+        it from the file of an earlier server. Reading it each millisecond costs a hundredth of
+        what a loop of connection attempts does, and works whatever the log's settings are.
+        """
+        assert self._process is not None
+        self.pid = self._process.await_started()
+        seconds = START_SECONDS if self.existing is None else RECOVERY_SECONDS
+        deadline = time.monotonic() + seconds
+        while self._process.wait(_STARTING_POLL) is None:
+            try:
+                lines = (self.data_dir / "postmaster.pid").read_text().split("\n")
+            except OSError:
+                lines = []
+            if len(lines) > 7 and lines[0] == str(self.pid) and lines[7].strip() == "ready":
+                return
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"PostgreSQL did not get ready within {seconds:g} s", details=self.log_tail()
+                )
+        if self.blueprint.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
+            raise _PortLostError(f"port {self.port} was taken by somebody else")
+        raise self._died()
+
+    def _died(self) -> ClusterError:
+        status = self._process.exit_status if self._process is not None else None
+        how = f"was killed by signal {-status}" if status is not None and status < 0 else "stopped"
+        return ClusterError(
+            f"PostgreSQL (pid {self.pid}) {how}",
+            remedy="the end of its log says why",
+            details=self.log_tail(),
+        )
+
+    def _check_port(self) -> None:
+        port = self.blueprint.port
+        for address in self.blueprint.addresses if port is not None else ():
+            if reason := ports.bind_error(address, port or 0):
+                raise port_taken(address, port or 0, reason)
+
+    def _choose_port(self) -> None:
+        plan = self.blueprint
+        if plan.port is not None:
+            self.port = plan.port
+        elif plan.addresses:
+            self.port = ports.free_port(plan.addresses[0])
+
+    def _undo(self) -> None:
+        """Remove what a start that failed has made; what was kept before stays."""
+        keep = self.existing is not None
+        remove = self.home.leftovers(keep=keep)
+        process, self._process = self._process, None
+        if process is None:
+            for path in remove:
+                for _ in removal(path):
+                    pass
+            return
+        try:
+            process.stop(keep=keep, remove=remove)
+        except WardenError:
+            pass  # the error on its way says more, and the next start sweeps
+
+
+@contextmanager
+def in_background(work: Callable[[], None]) -> Iterator[None]:
+    """Do `work` in a thread for as long as the block takes, or longer; raises what it raised."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class _PortLostError(ClusterError):
+    """Between our choice of a free port and the server's bind, somebody else took it."""
+
+
+def port_taken(address: str, port: int, reason: str) -> OptionError:
+    """The error for a port that cannot be listened on."""
+    by = ports.holder(port)
+    return OptionError(
+        f"port {port} on {address} cannot be used: {reason}{f', by {by}' if by else ''}",
+        remedy="choose another port, or end what uses it",
+    )

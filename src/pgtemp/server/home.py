@@ -1,0 +1,107 @@
+"""A cluster's home: the directory that holds its data, its socket, its log and its lease.
+
+pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
+    lease            locked while the owner or its warden lives; says keep or discard
+    data/            the data directory
+    server.log
+    .s.PGSQL.5432    the socket, unless the path would be too long
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import locks, paths
+from pgtemp.host.identity import Identity
+from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX
+
+LOG = "server.log"
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A directory made for one cluster. `lease` is the descriptor of its locked lease file."""
+
+    path: Path
+    socket_dir: Path
+    lease: int
+
+    @property
+    def data(self) -> Path:
+        return self.path / DATA
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG
+
+    def leftovers(self, *, keep: bool) -> list[str]:
+        """What is to be removed when the cluster ends."""
+        if keep:
+            sockets = [] if self.socket_dir == self.path else [str(self.socket_dir)]
+            return [*sockets, str(self.path / LEASE)]
+        return [str(directory) for directory in {self.path, self.socket_dir}]
+
+
+def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Home:
+    """Make a home, empty but for its lease and an empty data directory.
+
+    Raises:
+        OptionError: the directory asked for cannot be used, or `owner` cannot get there.
+        ClusterError: there is no room.
+    """
+    base = paths.scratch_base(prefix, keep=keep)
+    blocked = owner.blocked_at(base)
+    if blocked is not None:
+        raise OptionError(
+            f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}",
+            remedy="name another data_dir_prefix, or another user with run_as",
+        )
+    try:
+        path = _private_dir(base, owner)
+        lease = adopt(path, keep=keep)
+        os.mkdir(path / DATA, 0o700)
+        owner.own(path / DATA)
+        return Home(path, _socket_dir(path, owner), lease)
+    except OSError as error:
+        raise cannot_write(base, error) from error
+
+
+def reopen(path: Path, owner: Identity) -> Home:
+    """Take over a home that was kept."""
+    return Home(path, _socket_dir(path, owner), adopt(path, keep=True))
+
+
+def adopt(path: Path, *, keep: bool) -> int:
+    return locks.create_locked(path / LEASE, KEEP if keep else DISCARD)
+
+
+def cannot_write(where: Path, error: OSError) -> ClusterError:
+    """The error for a directory that could not be written, with how much room there is."""
+    free = paths.free_bytes(where) // (1024 * 1024) if where.exists() else 0
+    return ClusterError(
+        f"{where} cannot be written: {error.strerror or error} ({free} MB free)",
+        remedy="make room, or name another directory (data_dir_prefix)",
+    )
+
+
+def _socket_dir(path: Path, owner: Identity) -> Path:
+    if len(os.fsencode(path / ".s.PGSQL.65535")) <= paths.SOCKET_PATH_BYTES:
+        return path
+    return _private_dir(paths.socket_base(), owner)
+
+
+def _private_dir(base: Path, owner: Identity) -> Path:
+    while True:
+        name = PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(8))
+        try:
+            os.mkdir(base / name, 0o700)
+        except FileExistsError:
+            continue
+        owner.own(base / name)
+        return base / name

@@ -1,0 +1,168 @@
+"""What servers leave behind, and taking it away: processes, kernel objects, directories.
+
+Shared by the warden's process, so it imports nothing that is slow and nothing of pgtemp.
+Liveness is told by a lock, never by a name or an age; a process is told by the directory it works
+in, never by a pid that was written down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PREFIX = "pgtemp-"
+ASIDE = ".gone"
+LEASE = "lease"
+DATA = "data"
+KEEP = b"keep\n"
+DISCARD = b"discard\n"
+# A directory without a lease is being made right now, or was left half-made; only after this many
+# seconds is it taken for the latter.
+HALF_MADE = 3600.0
+
+SIGKILL = 9
+IPC_RMID = 0
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def postgres_in(data_dir: str) -> list[int]:
+    """Ids of the PostgreSQL processes that work in `data_dir`.
+
+    Every server process has its data directory as working directory, which a recycled pid cannot
+    have by chance. Without /proc (macOS) nothing is found.
+    """
+    found = []
+    real = os.path.realpath(data_dir)
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/cwd") == real and os.path.basename(
+                    os.readlink(f"/proc/{name}/exe")
+                ).startswith("postgres"):
+                    found.append(int(name))
+            except OSError:
+                continue
+    return found
+
+
+def clear_crashed(data_dir: str) -> None:
+    """End what a killed postmaster left running in `data_dir`, and its SysV segment."""
+    try:
+        with open(os.path.join(data_dir, "postmaster.pid")) as file:
+            segment = file.read().split("\n")[6].split()
+    except (OSError, IndexError):
+        segment = []
+    for _ in range(200):
+        orphans = postgres_in(data_dir)
+        for pid in orphans:
+            _quietly(lambda: os.kill(pid, SIGKILL))  # noqa: B023 - called at once
+        if not orphans:
+            break
+        time.sleep(0.005)  # killed; the kernel needs a moment to take them away
+    if len(segment) == 2:
+        _remove_segment(int(segment[0]), int(segment[1]))
+
+
+def _remove_segment(key: int, shmid: int) -> None:
+    """Remove a shared memory segment, if it is still the one and nobody is attached to it."""
+    try:
+        with open("/proc/sysvipc/shm") as table:
+            rows = [line.split() for line in table][1:]
+    except OSError:
+        return
+    if any(int(row[0]) == key and int(row[1]) == shmid and int(row[6]) == 0 for row in rows):
+        libc.shmctl(shmid, IPC_RMID, None)
+
+
+def removal(path: str) -> Iterator[None]:
+    """Remove `path`, one entry a step; never follows a link, never fails."""
+    parent, name = os.path.split(path)
+    yield from _remove(name, os.open(parent, os.O_RDONLY | os.O_DIRECTORY), close=True)
+
+
+def _remove(name: str, parent: int, close: bool = False) -> Iterator[None]:
+    # By descriptors: whoever may write to the directory cannot lead a removal by root elsewhere.
+    try:
+        try:
+            here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        except OSError:
+            _quietly(lambda: os.unlink(name, dir_fd=parent))
+            return
+        try:
+            with os.scandir(here) as entries:
+                found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+            for child, is_dir in found:
+                if is_dir:
+                    yield from _remove(child, here)
+                else:
+                    _quietly(lambda: os.unlink(child, dir_fd=here))  # noqa: B023 - called at once
+                yield
+        finally:
+            os.close(here)
+        _quietly(lambda: os.rmdir(name, dir_fd=parent))
+    finally:
+        if close:
+            os.close(parent)
+
+
+def _quietly(do: Callable[[], object]) -> None:
+    try:
+        do()
+    except OSError:
+        pass  # gone already, or not ours: the next sweep looks again
+
+
+def sweep(base: str) -> Iterator[None]:
+    """Take away what owners that are gone have left in `base`: processes, then directories."""
+    try:
+        names = [name for name in os.listdir(base) if name.startswith(PREFIX)]
+    except OSError:
+        return
+    for name in names:
+        yield
+        yield from _sweep_one(os.path.join(base, name))
+
+
+def _sweep_one(home: str) -> Iterator[None]:
+    try:
+        lease = os.open(os.path.join(home, LEASE), os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield from _sweep_half_made(home)
+        return
+    except OSError:
+        return
+    try:
+        if os.fstat(lease).st_uid != os.getuid():
+            return
+        try:
+            fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return  # its owner lives
+        keep = os.read(lease, len(KEEP)) == KEEP
+        clear_crashed(os.path.join(home, DATA))
+        if keep:
+            _quietly(lambda: os.unlink(os.path.join(home, LEASE)))
+        else:
+            yield from removal(home)
+    finally:
+        os.close(lease)
+
+
+def _sweep_half_made(home: str) -> Iterator[None]:
+    try:
+        status = os.lstat(home)
+    except OSError:
+        return
+    # Only where nothing was ever begun: a kept home has no lease either, but it has data.
+    if (
+        status.st_uid == os.getuid()
+        and time.time() - status.st_mtime > HALF_MADE
+        and not os.path.lexists(os.path.join(home, DATA))
+    ):
+        yield from removal(home)

@@ -1,0 +1,235 @@
+"""The owner's end of the warden: one helper process that starts and ends all of its servers.
+
+The process is `reaper.py`. It is started with the first server, while the image is copied, and
+ends with the owner. A child made by fork has no part in it: it closes its copies of the sockets,
+and a server it starts gets a warden of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgtemp.errors import WardenError
+from pgtemp.host import processes
+from pgtemp.server.reaper import decode, encode
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+_BOOT = f"import sys; sys.path.append({_ROOT!r}); from pgtemp.server.reaper import main; main()"
+_ANSWER_SECONDS = 30.0
+# The whole ladder for kept data takes 70 s at the most.
+_STOP_SECONDS = 90.0
+_END_SECONDS = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a postmaster is started with, and what becomes of it."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    uid: int | None
+    gid: int | None
+    data_dir: str
+    keep: bool
+    remove: Sequence[str]
+    ttl: float | None
+    sweep: Sequence[str]
+
+    def message(self) -> dict[str, Any]:
+        return {
+            "argv": list(self.argv),
+            "env": dict(self.env),
+            "uid": self.uid,
+            "gid": self.gid,
+            "data_dir": self.data_dir,
+            "keep": self.keep,
+            "remove": list(self.remove),
+            "ttl": self.ttl,
+            "sweep": list(self.sweep),
+        }
+
+
+class Process:
+    """One postmaster under the warden. Not for two threads at once."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._buffer = bytearray()
+        self.pid = 0
+        self.exit_status: int | None = None
+        self._stopped: list[str] | None = None
+        _channels.add(channel)
+
+    def await_started(self) -> int:
+        """The postmaster's pid, once it was forked.
+
+        Raises:
+            WardenError: it could not be, or the warden is gone.
+        """
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not self.pid:
+            if not self._receive(deadline - time.monotonic()):
+                raise WardenError("the warden did not answer", remedy=_REMEDY)
+        return self.pid
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the postmaster's end, at most so long; its exit status, None while it runs."""
+        if self.exit_status is None:
+            self._receive(seconds)
+        return self.exit_status
+
+    def stop(self, *, keep: bool, remove: Sequence[str]) -> list[str]:
+        """End the postmaster and remove what is to be removed; the signals that it took.
+
+        Raises:
+            WardenError: the warden is gone, or the server could not be ended.
+        """
+        message = {"stop": "keep" if keep else "discard", "remove": list(remove)}
+        try:
+            self._channel.send(encode(message))
+            deadline = time.monotonic() + _STOP_SECONDS
+            while self._stopped is None:
+                if not self._receive(deadline - time.monotonic()):
+                    raise WardenError(f"PostgreSQL (pid {self.pid}) could not be ended")
+        except OSError as error:
+            raise WardenError("the warden is gone", remedy=_REMEDY) from error
+        finally:
+            self.abandon()
+        return self._stopped
+
+    def abandon(self) -> None:
+        """Let go of the server: the warden ends it as its request said."""
+        self._channel.close()
+
+    def _receive(self, seconds: float) -> bool:
+        """Take in what the warden says within so many seconds; False when it said nothing."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        if not poll.poll(max(0.0, seconds) * 1000):
+            return False
+        data = self._channel.recv(65536)
+        if not data:
+            raise WardenError("the warden is gone", remedy=_REMEDY)
+        self._buffer += data
+        while (message := decode(self._buffer)) is not None:
+            if "error" in message:
+                raise WardenError(f"PostgreSQL could not be started: {message['error']}")
+            self.pid = message.get("pid", self.pid)
+            self.exit_status = message.get("exit", self.exit_status)
+            if "stopped" in message:
+                self._stopped = message["used"]
+        return True
+
+
+_REMEDY = "start a new server; what this one left is removed with the next start"
+_channels: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+class Warden:
+    """The helper process of this process."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), str(os.getpid())]
+            try:
+                self._process = processes.start_detached(argv, pass_fds=[theirs.fileno()])
+            except OSError as error:
+                self._control.close()
+                raise WardenError(
+                    f"the warden could not be started with {sys.executable}: {error}",
+                    remedy="sys.executable must be a Python interpreter that can be run",
+                ) from error
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def launch(self, request: Request, *, lease: int, log: int) -> Process:
+        """Ask for a postmaster; the warden gets descriptors of its own for lease and log.
+
+        Raises:
+            WardenError: the warden is gone.
+        """
+        ours, theirs = socket.socketpair()
+        process = Process(ours)
+        try:
+            with theirs:
+                ours.send(encode(request.message()))
+                socket.send_fds(self._control, [b"+"], [theirs.fileno(), lease, log])
+        except OSError as error:
+            ours.close()
+            raise WardenError("the warden is gone", remedy=_REMEDY) from error
+        return process
+
+    def end(self) -> None:
+        """Let the warden end all servers and itself, and wait for it."""
+        self._control.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # it goes on by itself
+
+    def forget(self) -> None:
+        """In a forked child: let go of the parent's warden without a word."""
+        self._control.close()
+        self._process.returncode = 0  # not this process's child, so no warning about it
+
+
+_current: Warden | None = None
+_lock = threading.Lock()
+
+
+def current() -> Warden:
+    """The warden of this process; started when there is none.
+
+    Raises:
+        WardenError: it could not be started.
+    """
+    global _current
+    with _lock:
+        if _current is None or not _current.alive:
+            if _current is not None:
+                _current.end()
+            _current = Warden()
+        return _current
+
+
+@atexit.register
+def _end() -> None:
+    global _current
+    with _lock:
+        if _current is not None:
+            for channel in list(_channels):
+                channel.close()
+            _current.end()
+            _current = None
+
+
+def _after_fork() -> None:
+    global _current, _lock
+    _lock = threading.Lock()
+    for channel in list(_channels):
+        channel.close()
+    if _current is not None:
+        _current.forget()
+        _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,77 @@
+"""Messages of the frontend/backend protocol: frames built and read. Sans-IO.
+
+PostgreSQL docs, 54.7 "Message Formats". All numbers are big-endian; a length counts itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+PROTOCOL_3 = 3 << 16
+CANCEL_CODE = 80877102
+SSL_CODE = 80877103
+GSSENC_CODE = 80877104
+
+TERMINATE = b"X\x00\x00\x00\x04"
+
+
+class ProtocolError(Exception):
+    """The peer said something that the protocol does not allow.
+
+    Attributes:
+        sqlstate: what an ErrorResponse about it carries; None where the peer does not speak the
+            protocol at all, so that there is nobody to answer.
+    """
+
+    def __init__(self, message: str, sqlstate: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+def frame(kind: bytes, payload: bytes = b"") -> bytes:
+    """A typed message."""
+    return kind + (len(payload) + 4).to_bytes(4, "big") + payload
+
+
+def untyped(code: int, payload: bytes = b"") -> bytes:
+    """A message of the start-up, which has no type: StartupMessage, CancelRequest, SSLRequest."""
+    return (len(payload) + 8).to_bytes(4, "big") + code.to_bytes(4, "big") + payload
+
+
+def startup_message(parameters: Mapping[str, str], version: int = PROTOCOL_3) -> bytes:
+    """A StartupMessage, from parameters."""
+    pairs = b"".join(_zero(name) + _zero(value) for name, value in parameters.items())
+    return untyped(version, pairs + b"\x00")
+
+
+def cancel_request(key: bytes) -> bytes:
+    """A CancelRequest; `key` is the backend's pid and its secret, as in BackendKeyData."""
+    return untyped(CANCEL_CODE, key)
+
+
+def _zero(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape") + b"\x00"
+
+
+@dataclass(slots=True)
+class Frames:
+    """Cuts a stream of typed messages into (type, payload); keeps what is not whole yet."""
+
+    _buffer: bytearray = field(default_factory=bytearray)
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The messages that `data` completes.
+
+        Raises:
+            ProtocolError: a length that cannot be.
+        """
+        self._buffer += data
+        while len(self._buffer) >= 5:
+            length = int.from_bytes(self._buffer[1:5], "big")
+            if length < 4:
+                raise ProtocolError(f"a message of length {length}")
+            if len(self._buffer) < length + 1:
+                return
+            yield bytes(self._buffer[:1]), bytes(self._buffer[5 : length + 1])
+            del self._buffer[: length + 1]

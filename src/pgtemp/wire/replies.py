@@ -1,0 +1,68 @@
+"""What the daemon says in a server's place, and what it learns from a server's first words.
+
+Sans-IO. PostgreSQL docs, 54.7 "Message Formats", 54.8 "Error and Notice Message Fields".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, frame
+
+_LATEST = PROTOCOL_3 + 2
+
+
+def fatal(sqlstate: str, message: str, *, detail: str = "", hint: str = "") -> bytes:
+    """An ErrorResponse that ends a connection."""
+    fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": message, "D": detail, "H": hint}
+    body = b"".join(
+        name.encode() + text.replace("\0", "").encode("utf-8", "replace") + b"\x00"
+        for name, text in fields.items()
+        if text
+    )
+    return frame(b"E", body + b"\x00")
+
+
+def greeting(version: int, parameters: dict[str, str], server_version: str) -> bytes:
+    """A whole login as a server without a password would answer it, for who only looks in."""
+    unknown = [name for name in parameters if name.startswith("_pq_.")]
+    answer = b""
+    if version > _LATEST or unknown:
+        names = b"".join(name.encode("utf-8", "surrogateescape") + b"\x00" for name in unknown)
+        newest = min(version, _LATEST).to_bytes(4, "big")
+        answer += frame(b"v", newest + len(unknown).to_bytes(4, "big") + names)
+    answer += frame(b"R", bytes(4))
+    for name, value in (("server_version", server_version), ("client_encoding", "UTF8")):
+        answer += frame(b"S", name.encode() + b"\x00" + value.encode() + b"\x00")
+    return answer + frame(b"K", bytes(8)) + frame(b"Z", b"I")
+
+
+@dataclass(slots=True)
+class ServerStart:
+    """Listens to a server until the end of the login, for the key that cancels."""
+
+    key: bytes | None = None
+    done: bool = False
+    _frames: Frames = field(default_factory=Frames)
+
+    def feed(self, data: bytes) -> None:
+        """Raises ProtocolError for what no server says."""
+        for kind, payload in self._frames.feed(data):
+            if kind == b"K":
+                self.key = payload
+            elif kind in (b"Z", b"E"):
+                self.done = True
+                return
+
+
+@dataclass(slots=True)
+class ClientStart:
+    """Listens to a client for its first word: a database that was not used can serve again."""
+
+    used: bool = False
+    _begin: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        if not self.used:
+            self._begin += data[: len(TERMINATE) + 1]
+            self.used = not TERMINATE.startswith(self._begin)

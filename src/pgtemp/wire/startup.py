@@ -1,0 +1,141 @@
+"""What a client says before anything else: one state machine over bytes. Sans-IO.
+
+SSLRequest and GSSENCRequest are answered, a CancelRequest or a StartupMessage ends it. Nothing is
+decided here about databases. PostgreSQL docs, 54.2.1 "Start-up".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pgtemp.wire.messages import (
+    CANCEL_CODE,
+    GSSENC_CODE,
+    PROTOCOL_3,
+    SSL_CODE,
+    ProtocolError,
+)
+
+MAX_STARTUP = 10_000  # bytes; PostgreSQL's MAX_STARTUP_PACKET_LENGTH
+_MIN_KEY, _MAX_KEY = 4 + 4, 4 + 256
+_TLS_HANDSHAKE = 0x16
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """A StartupMessage. `rest` is what the client sent right behind it."""
+
+    version: int
+    parameters: dict[str, str]
+    rest: bytes
+
+    @property
+    def user(self) -> str:
+        return self.parameters["user"]
+
+    @property
+    def dbname(self) -> str:
+        """The database; PostgreSQL takes the user's name where none is given."""
+        return self.parameters.get("database") or self.user
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A CancelRequest. `key` is the backend's pid and secret in one."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Bytes that the client is waiting for."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NeedMore:
+    """Nothing whole has arrived yet."""
+
+
+Event = Startup | Cancel | Reply | NeedMore
+
+
+@dataclass(slots=True)
+class Negotiation:
+    """Feed it what arrives; ask it what to do. It ends with a Startup or a Cancel."""
+
+    _buffer: bytearray = field(default_factory=bytearray)
+    _refused: set[int] = field(default_factory=set)
+
+    def receive(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next_event(self) -> Event:
+        """What the bytes so far amount to.
+
+        Raises:
+            ProtocolError: they are no start of a PostgreSQL connection.
+        """
+        if self._buffer and self._buffer[0] == _TLS_HANDSHAKE:
+            raise ProtocolError("direct TLS, and no certificate is configured")
+        if len(self._buffer) < 4:
+            return NeedMore()
+        length = int.from_bytes(self._buffer[:4], "big")
+        if not 8 <= length <= MAX_STARTUP:
+            # An HTTP request or another protocol has a huge "length": nobody to answer.
+            if MAX_STARTUP < length < 1 << 20:
+                raise ProtocolError("invalid length of startup packet", "08P01")
+            raise ProtocolError(f"not PostgreSQL's protocol: {bytes(self._buffer[:16])!r}")
+        if len(self._buffer) < length:
+            return NeedMore()
+        code = int.from_bytes(self._buffer[4:8], "big")
+        body, rest = bytes(self._buffer[8:length]), bytes(self._buffer[length:])
+        self._buffer.clear()
+        if code in (SSL_CODE, GSSENC_CODE):
+            return self._refuse(code, body, rest)
+        if code == CANCEL_CODE:
+            if not _MIN_KEY <= len(body) <= _MAX_KEY:
+                raise ProtocolError(f"a cancel request with a key of {len(body)} bytes")
+            return Cancel(body)
+        if code >> 16 != 3:
+            raise ProtocolError(
+                f"unsupported frontend protocol {code >> 16}.{code & 0xFFFF}: "
+                "server supports 3.0 to 3.2",
+                "0A000",
+            )
+        return Startup(code, _parameters(body), rest)
+
+    def _refuse(self, code: int, body: bytes, rest: bytes) -> Reply:
+        if body:
+            raise ProtocolError("an encryption request with a body")
+        if rest:
+            raise ProtocolError("received unencrypted data after encryption request", "08P01")
+        if code in self._refused:
+            raise ProtocolError("an encryption request for the second time", "08P01")
+        self._refused.add(code)
+        return Reply(b"N")
+
+
+def _parameters(body: bytes) -> dict[str, str]:
+    """Names and values of a StartupMessage; of a name given twice, the last."""
+    if not body.endswith(b"\x00"):
+        raise ProtocolError("invalid startup packet layout: expected terminator", "08P01")
+    if body == b"\x00":
+        fields: list[bytes] = []
+    else:
+        if not body.endswith(b"\x00\x00"):
+            raise ProtocolError("invalid startup packet layout: expected terminator", "08P01")
+        fields = body[:-2].split(b"\x00")
+    if len(fields) % 2:
+        raise ProtocolError("invalid startup packet layout: a name without a value", "08P01")
+    texts = [part.decode("utf-8", "surrogateescape") for part in fields]
+    parameters = dict(zip(texts[::2], texts[1::2], strict=True))
+    if "" in parameters:
+        raise ProtocolError("invalid startup packet layout: an empty name", "08P01")
+    if not parameters.get("user"):
+        raise ProtocolError("no PostgreSQL user name specified in startup packet", "28000")
+    return parameters
+
+
+__all__ = ["PROTOCOL_3", "Cancel", "Event", "NeedMore", "Negotiation", "Reply", "Startup"]
