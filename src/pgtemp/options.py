@@ -165,6 +165,28 @@ class ServerOptions:
         return ", ".join(shown)
 
 
+DEFAULT_HOST, DEFAULT_PORT = "localhost", 6543
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonOptions(ServerOptions):
+    """What a daemon is started with. User, password and database are those of its servers."""
+
+    host: str = option(DEFAULT_HOST, "the host to listen on: this machine")
+    single: bool = option(False, "all connections share one server", flag="--single")
+    pool: int = option(2, "servers kept ready for the next connections", flag="--pool")
+
+    @property
+    def listen_port(self) -> int:
+        """The TCP port, which also names the unix socket."""
+        return self.port if self.port is not None else DEFAULT_PORT
+
+    def _check(self) -> None:
+        ServerOptions._check(self)
+        if not 0 <= self.pool <= 100:
+            raise OptionError(f"pool={self.pool}: not a size", remedy="give one from 0 to 100")
+
+
 def default_of(spec: Field[Any]) -> Any:
     """The default of an option's field."""
     if spec.default_factory is not MISSING:

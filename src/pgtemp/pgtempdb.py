@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import psycopg
 
 from pgtemp.databases import provision, transfer
+from pgtemp.databases.kept import write_note
 from pgtemp.databases.secret import Secret, random_secret
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
@@ -129,8 +130,10 @@ class PgTempDB:
                         cluster.blueprint.installation, self._private(cluster), self.options.dump
                     )
             finally:
+                if self.options.persist:
+                    write_note(cluster.home.path, self.options.user, self.options.dbname)
+                    self._kept = cluster.home.path
                 cluster.stop()
-                self._kept = cluster.home.path if self.options.persist else None
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL, with pg_dump.

@@ -94,6 +94,16 @@ def choose(run_as: str | None) -> Identity:
     )
 
 
+def of(path: Path) -> Identity:
+    """The user to run PostgreSQL as on data that is there already: its owner.
+
+    Raises:
+        OptionError: it is somebody else's, and the caller is not root.
+    """
+    uid = path.stat().st_uid
+    return choose(None if uid == os.geteuid() else _name_of(uid))
+
+
 def _name_of(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

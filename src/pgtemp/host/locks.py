@@ -28,6 +28,21 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file at `path`; it may be missing."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def create_locked(path: Path, content: bytes) -> int:
     """Make a file that is locked from the moment it can be seen; returns its descriptor."""
     fresh = path.with_name(path.name + ".new")

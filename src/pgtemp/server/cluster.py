@@ -151,6 +151,15 @@ class Cluster:
             keep = self.blueprint.keep
             return process.stop(keep=keep, remove=self.home.leftovers(keep=keep))
 
+    def halt(self) -> None:
+        """Shut the server down cleanly; its directory stays until `stop`, or the owner's end.
+
+        Raises:
+            WardenError: it could not be ended.
+        """
+        if self._process is not None:
+            self._process.halt()
+
     def abandon(self) -> None:
         """Let the warden end the server on its own, without waiting for it."""
         process, self._process = self._process, None

@@ -73,7 +73,15 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
 
 
 def reopen(path: Path, owner: Identity) -> Home:
-    """Take over a home that was kept."""
+    """Take over a home that was kept.
+
+    Raises:
+        OptionError: somebody has it.
+    """
+    if locks.is_locked(path / LEASE):
+        raise OptionError(
+            f"a server is running on {path}", remedy="end the pgtemp that holds it first"
+        )
     return Home(path, _socket_dir(path, owner), adopt(path, keep=True))
 
 

@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -96,6 +96,7 @@ class Image:
     postgres: tuple[tuple[str, int], ...]
     templates: tuple[tuple[str, int], ...]
     control: str
+    lock: Path | None = None  # where other processes may build or remove it
 
     def begin(self, target: Path, owner: Identity) -> None:
         """Copy what a postmaster needs to start. Raises ChangedError where it is damaged."""
@@ -135,7 +136,7 @@ class Image:
 
         What is in them follows from the catalogs alone, so they fit every copy.
         """
-        with locks.locked(self._lock):
+        with self._locked():
             fresh = self.path / f"{WARM}.building"
             shutil.rmtree(fresh, ignore_errors=True)
             for file in data.glob(f"**/{RELCACHE}"):
@@ -147,25 +148,21 @@ class Image:
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
-        with locks.locked(self._lock, shared=True):
-            if self._control_hash() != self.control:
+        with self._locked(shared=True):
+            if _control_hash(self.path / DATA) != self.control:
                 raise ChangedError(f"{self.path / DATA / CONTROL} is not what was published")
             yield
 
     def discard(self) -> None:
         """Remove a damaged image."""
-        with locks.locked(self._lock):
+        with self._locked():
             shutil.rmtree(self.path, ignore_errors=True)
 
-    @property
-    def _lock(self) -> Path:
-        return self.path.with_suffix(".lock")
+    def _locked(self, *, shared: bool = False) -> AbstractContextManager[object]:
+        return nullcontext() if self.lock is None else locks.locked(self.lock, shared=shared)
 
-    def _control_hash(self) -> str:
-        try:
-            return hashlib.sha256((self.path / DATA / CONTROL).read_bytes()).hexdigest()
-        except OSError:
-            return ""
+    def repair(self, damage: ChangedError) -> None:
+        raise ClusterError(f"{self.path} is damaged: {damage}", remedy="start again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,16 +249,31 @@ def _load(path: Path) -> Image | None:
         return _loaded[path]
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        files = [(name, size) for name, size in manifest["files"]]
-        dirs, control = tuple(manifest["dirs"]), manifest["control"]
+        files = tuple((name, size) for name, size in manifest["files"])
+        listing, control = Listing(tuple(manifest["dirs"]), files), manifest["control"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    _loaded[path] = _image(path, listing, control, path.with_suffix(".lock"))
+    return _loaded[path]
+
+
+def _image(path: Path, listing: Listing, control: str, lock: Path | None) -> Image:
     first = f"base/{POSTGRES_OID}/"
+    files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
     early = tuple(one for one in files if not one[0].startswith("base/"))
     postgres = tuple(one for one in files if one[0].startswith(first))
-    templates = tuple(one for one in files if one not in {*early, *postgres})
-    _loaded[path] = Image(path, dirs, early, postgres, templates, control)
-    return _loaded[path]
+    rest = tuple(one for one in files if one not in {*early, *postgres})
+    return Image(path, listing.dirs, early, postgres, rest, control, lock)
+
+
+def of_home(path: Path, installation: Installation) -> Image:
+    """An image that is nobody else's: the home of a cluster that was shut down cleanly.
+
+    It lasts as long as that home. A tablespace is a link out of it, and cannot be copied.
+    """
+    data = path / DATA
+    _drop_spare_wal(installation, data)
+    return _image(path, copying.list_tree(data, NEVER_COPIED), _control_hash(data), None)
 
 
 def _build(
@@ -341,12 +353,19 @@ def _take_back(building: Path, owner: Identity) -> None:
                 os.chown(os.path.join(directory, name), os.geteuid(), os.getegid())
 
 
+def _control_hash(data: Path) -> str:
+    """The hash of the control file, which holds the state and the system's identifier."""
+    try:
+        return hashlib.sha256((data / CONTROL).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def _write_manifest(building: Path, listing: Listing) -> None:
-    control = hashlib.sha256((building / DATA / CONTROL).read_bytes()).hexdigest()
     manifest = {
         "dirs": listing.dirs,
         "files": listing.files,
-        "control": control,
+        "control": _control_hash(building / DATA),
     }
     (building / MANIFEST).write_text(json.dumps(manifest))
 

@@ -71,6 +71,7 @@ class Server:
         self.steps: Iterator[tuple[int, str, float]] | None = None
         self.used: list[str] = []
         self.removed = False
+        self.halting = False  # the directory outlives the postmaster, until the channel closes
 
     def tell(self, **message: Any) -> None:
         if self.channel is not None:
@@ -244,13 +245,24 @@ class Reaper:
                 server.start()
                 self.chores += [sweep(base) for base in message["sweep"]]
             else:
-                server.spec.update(remove=message["remove"])
-                if server.pid:
-                    server.stop(message["stop"])
-                else:
-                    self._remove(server)
+                self._stop(server, message["stop"], message["remove"])
         if not data:
             self._disown(server)
+
+    def _stop(self, server: Server, ladder: str, remove: list[str] | None) -> None:
+        server.halting = remove is None
+        if remove is not None:
+            server.spec.update(remove=remove)
+        if server.pid:
+            server.stop(ladder)
+        else:
+            self._stopped(server)
+
+    def _stopped(self, server: Server) -> None:
+        if server.halting and server.channel is not None:
+            server.tell(stopped=True, used=server.used)
+        else:
+            self._remove(server)
 
     def _disown(self, server: Server) -> None:
         """Nobody holds this server any more."""
@@ -309,7 +321,7 @@ class Reaper:
             self.ending.remove(server)
             self._remove(server)
         elif server.steps is not None:
-            self._remove(server)
+            self._stopped(server)
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -96,7 +96,21 @@ class Process:
         Raises:
             WardenError: the warden is gone, or the server could not be ended.
         """
-        message = {"stop": "keep" if keep else "discard", "remove": list(remove)}
+        try:
+            return self._end({"stop": "keep" if keep else "discard", "remove": list(remove)})
+        finally:
+            self.abandon()
+
+    def halt(self) -> list[str]:
+        """Shut the postmaster down cleanly; its directory stays, held by the warden.
+
+        Raises:
+            WardenError: as for `stop`.
+        """
+        return self._end({"stop": "keep", "remove": None})
+
+    def _end(self, message: dict[str, Any]) -> list[str]:
+        self._stopped = None
         try:
             self._channel.send(encode(message))
             deadline = time.monotonic() + _STOP_SECONDS
@@ -105,8 +119,6 @@ class Process:
                     raise WardenError(f"PostgreSQL (pid {self.pid}) could not be ended")
         except OSError as error:
             raise WardenError("the warden is gone", remedy=_REMEDY) from error
-        finally:
-            self.abandon()
         return self._stopped
 
     def abandon(self) -> None:

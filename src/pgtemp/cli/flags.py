@@ -1,0 +1,64 @@
+"""Flags for click, derived from the options' fields; and values back into options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from typing import Any, TypeVar, get_type_hints
+
+import click
+
+from pgtemp.options import ServerOptions, default_of
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class _Setting(click.ParamType[tuple[str, str]]):
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        name, equals, rest = str(value).partition("=")
+        if not equals or not name:
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return name, rest
+
+
+def flags_of(options: type[ServerOptions], leave_out: Iterable[str] = ()) -> Callable[[F], F]:
+    """A decorator that gives a command one flag for each option that has one."""
+    hints = get_type_hints(options)
+    skip = frozenset(leave_out)
+
+    def decorate(command: F) -> F:
+        for spec in reversed(fields(options)):
+            if spec.metadata["flag"] and spec.name not in skip:
+                command = _flag(spec, hints[spec.name])(command)
+        return command
+
+    return decorate
+
+
+def _flag(spec: Field[Any], hint: Any) -> Callable[[F], F]:
+    names = [spec.metadata["flag"], spec.name]
+    text = spec.metadata["help"]
+    if spec.metadata["env"]:
+        text += f" [{spec.metadata['env']}]"
+    default = default_of(spec)
+    if isinstance(default, bool):
+        return click.option(*names, is_flag=True, default=None, help=text)
+    if isinstance(default, dict):
+        return click.option(*names, type=_Setting(), multiple=True, help=text)
+    kinds: dict[Any, Any] = {int | None: int, float | None: float, int: int}
+    if isinstance(default, int):
+        text += f" (default {default})"
+    return click.option(*names, type=kinds.get(hint, str), default=None, help=text)
+
+
+def values_given(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, as keyword arguments for the options."""
+    return {
+        name: dict(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+        if value is not None and value != ()
+    }

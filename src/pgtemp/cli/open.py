@@ -1,0 +1,37 @@
+"""`pgtemp open DIR`: look at data that was kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import click
+
+from pgtemp.cli.progress import show_progress
+from pgtemp.databases.kept import KeptDB
+
+
+@click.command("open")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--port", type=int, default=None, help="TCP port; a free one by default")
+@click.option("--bin-dir", default=None, help="folder of PostgreSQL's programs [PGTEMP_BIN]")
+def open_kept(directory: Path, port: int | None, bin_dir: str | None) -> int:
+    """Start a server again on a data directory that was kept, until Ctrl-C; it stays kept."""
+    show_progress()
+    stop = threading.Event()
+    numbers: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        numbers.append(number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    with KeptDB(directory, port=port, bin_dir=bin_dir or os.environ.get("PGTEMP_BIN")) as kept:
+        click.echo(f"{kept.directory} is served by PostgreSQL {kept.version} at")
+        click.echo(f"    {kept.info.uri}")
+        click.echo("Ctrl-C ends it; the directory stays")
+        stop.wait()
+    return 130 if signal.SIGINT in numbers else 0

@@ -1,0 +1,86 @@
+"""`pgtemp serve URI`: the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from pgtemp.cli.flags import flags_of, values_given
+from pgtemp.cli.progress import show_progress
+from pgtemp.daemon.daemon import Announcement, run
+from pgtemp.errors import OptionError
+from pgtemp.host import ports
+from pgtemp.options import DEFAULT_HOST, DEFAULT_PORT, DaemonOptions
+from pgtemp.uri import parse, redact
+
+_DEFAULT_URI = f"postgresql://{DEFAULT_HOST}:{DEFAULT_PORT}/postgres"
+
+
+@click.command()
+@click.argument("uri", required=False)
+@flags_of(DaemonOptions)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="what is logged to standard error; info is a line a lease",
+)
+def serve(uri: str | None, log_level: str, **given: Any) -> int:
+    """Serve temporary databases at URI; every connection gets its own.
+
+    Without URI, PGTEMP_URI is taken, else DATABASE_URL, else postgresql://localhost:6543/postgres.
+    User and database in it are those the servers are made with.
+    """
+    logging.basicConfig(
+        level=log_level.upper(), format="pgtemp: %(levelname)s: %(message)s", stream=sys.stderr
+    )
+    options = _options(uri, given)
+    show_progress()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        number = runner.run(run(options, ready=_print_ready, announce=_print_line))
+    return 130 if number == signal.SIGINT else 0
+
+
+def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
+    uri = uri or os.environ.get("PGTEMP_URI") or os.environ.get("DATABASE_URL") or _DEFAULT_URI
+    said = parse(uri)
+    host = said.host or DEFAULT_HOST
+    if host.startswith("/") or not ports.loopback_addresses(host):
+        raise OptionError(
+            f"{redact(uri)!r}: {host} is not this machine",
+            remedy="use localhost; pgtemp serves this machine only",
+        )
+    named = {
+        name: value
+        for name in ("port", "user", "password", "dbname")
+        if (value := getattr(said, name)) is not None
+    }
+    return DaemonOptions(host=host, **named, **values_given(given))
+
+
+def _print_line(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_ready(served: Announcement) -> None:
+    click.echo(f"pgtemp serves PostgreSQL {served.version}, a fresh one for every connection, at")
+    click.echo(f"    {served.info.uri}")
+    click.echo("try")
+    click.echo(f"    psql {served.info.uri} -c 'select version()'")
+    click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
+    sys.stdout.flush()
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this Python; asyncio's own loop does the same, slower
+        return None
+    return uvloop.new_event_loop

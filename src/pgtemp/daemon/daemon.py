@@ -1,0 +1,184 @@
+"""The daemon from beginning to end: start up, serve, shut down."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pgtemp.aio import whole
+from pgtemp.daemon.gateway import Gateway
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.databases import provision
+from pgtemp.databases.isolation import ClusterPerLease, Isolation, OneCluster
+from pgtemp.errors import OptionError
+from pgtemp.host import identity, ports
+from pgtemp.options import DaemonOptions
+from pgtemp.server import home
+from pgtemp.server.cluster import port_taken
+from pgtemp.server.remains import removal
+from pgtemp.uri import ConnectionInfo
+
+_BACKLOG = 1024
+_FORCED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What whoever started the daemon is told when it serves."""
+
+    info: ConnectionInfo
+    socket_dir: str
+    version: str
+
+
+async def run(
+    options: DaemonOptions,
+    *,
+    ready: Callable[[Announcement], None],
+    announce: Callable[[str], None],
+) -> int:
+    """Serve until a signal says to stop; the signal's number.
+
+    Args:
+        ready: called once the daemon serves.
+        announce: called with a line that concerns the user, such as where data was kept.
+
+    Raises:
+        PgTempError: it could not start; nothing is left.
+    """
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as at_the_end:
+        stopping: asyncio.Future[int] = loop.create_future()
+        at_the_end.enter_context(_signals(loop, stopping))
+
+        # start up: listening comes first, so that a port that is taken costs nothing
+        listening = _listen(options) if options.tcp else []
+        for bound in listening:
+            at_the_end.callback(bound.close)
+        plan = await whole(lambda: provision.plan(options, ()))
+        isolation = _isolation(options, plan, announce)
+        at_the_end.push_async_callback(whole, isolation.close)
+        await _unless_stopped(whole(isolation.open), stopping)
+        if stopping.done():
+            return stopping.result()
+        gateway = Gateway(isolation, server_version=plan.installation.version, ttl=options.ttl)
+        at_the_end.push_async_callback(gateway.close)
+        socket_dir = at_the_end.enter_context(_socket_dir())
+
+        # serve
+        servers = [
+            await loop.create_server(lambda: Endpoint(gateway.accepted), sock=bound)
+            for bound in listening
+        ]
+        path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
+        servers.append(
+            await loop.create_unix_server(
+                lambda: Endpoint(gateway.accepted), path, backlog=_BACKLOG
+            )
+        )
+        for server in servers:
+            at_the_end.callback(server.close)
+        ready(_announcement(options, socket_dir, plan.installation.version))
+        return await stopping
+        # shut down: the exit stack goes backwards, from listening to the isolation
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, None], stopping: asyncio.Future[int]) -> None:
+    """Do the work; a signal meanwhile cancels it, and it undoes itself."""
+    task = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {task, stopping}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+    elif (error := task.exception()) is not None:
+        raise error
+
+
+def _isolation(
+    options: DaemonOptions, plan: provision.Plan, announce: Callable[[str], None]
+) -> Isolation:
+    if options.single:
+        return OneCluster(plan, announce=announce)
+    return ClusterPerLease(plan, ready=options.pool, announce=announce)
+
+
+def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
+    addresses = ports.loopback_addresses(options.host)
+    if not addresses:
+        raise OptionError(
+            f"{options.host} is not this machine",
+            remedy="pgtemp listens on localhost only",
+        )
+    bound: list[socket.socket] = []
+    try:
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                bound.append(
+                    socket.create_server(
+                        (address, options.listen_port), family=family, backlog=_BACKLOG
+                    )
+                )
+            except OSError as error:
+                if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
+                    continue  # a machine without IPv6
+                raise port_taken(address, options.listen_port, error.strerror or "") from error
+    except BaseException:
+        for one in bound:
+            one.close()
+        raise
+    return bound
+
+
+@contextmanager
+def _socket_dir() -> Iterator[str]:
+    """A directory for the daemon's own unix socket, closed to other users."""
+    caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
+    place = home.make(None, caller, keep=False)
+    try:
+        yield str(place.socket_dir)
+    finally:
+        for path in place.leftovers(keep=False):
+            for _ in removal(path):
+                pass
+        os.close(place.lease)
+
+
+@contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int]) -> Iterator[None]:
+    """The first signal stops; the second does not wait. What was before comes back."""
+
+    def stop(number: int) -> None:
+        if stopping.done():
+            os._exit(_FORCED)  # the warden ends all servers
+        stopping.set_result(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+def _announcement(options: DaemonOptions, socket_dir: str, version: str) -> Announcement:
+    info = ConnectionInfo(
+        host=options.host if options.tcp else socket_dir,
+        port=options.listen_port,
+        user=options.user,
+        password=options.password,
+        dbname=options.dbname,
+    )
+    return Announcement(info, socket_dir, version)

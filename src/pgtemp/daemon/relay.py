@@ -1,0 +1,131 @@
+"""Bytes between two sockets: both directions, half-close, back pressure, bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+# Bytes asyncio may hold for a slow reader before the other side is told to wait.
+HIGH_WATER = 256 * 1024
+_DRAIN_SECONDS = 5.0
+
+
+class Endpoint(asyncio.Protocol):
+    """One socket. At first its bytes are read by awaiting; from `join` on they are passed on."""
+
+    def __init__(self, opened: Callable[[Endpoint], None] | None = None) -> None:
+        self._opened = opened
+        self._arrived = bytearray()
+        self._news = asyncio.Event()
+        self._ended = False
+        self._peer: Endpoint | None = None
+        self.listen: Callable[[bytes], None] | None = None
+        self.received = 0
+        self.transport: asyncio.Transport
+
+    async def read(self) -> bytes:
+        """What has arrived; b"" at the end."""
+        while not self._arrived and not self._ended:
+            self._news.clear()
+            await self._news.wait()
+        data = bytes(self._arrived)
+        self._arrived.clear()
+        return data
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def join(self, peer: Endpoint) -> None:
+        """Pass on everything from now on, beginning with what has arrived already."""
+        self._peer = peer
+        if self._arrived:
+            data = bytes(self._arrived)
+            self._arrived.clear()
+            self._pass_on(data)
+        if self._ended:
+            self._pass_on_end()
+
+    async def ended(self) -> None:
+        """Wait until nothing more can come from here."""
+        while not self._ended:
+            self._news.clear()
+            await self._news.wait()
+
+    def close(self) -> None:
+        self.transport.close()
+
+    async def close_politely(self) -> None:
+        """Flush, say that nothing more comes, let the peer read it, then close.
+
+        A plain close while bytes are unread resets the connection, and the peer may lose the last
+        message.
+        """
+        self._peer = None
+        if not self.transport.is_closing():
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            try:
+                async with asyncio.timeout(_DRAIN_SECONDS):
+                    while await self.read():
+                        pass
+            except TimeoutError:
+                pass
+        self.transport.close()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none of asyncio's classes
+        self.transport.set_write_buffer_limits(high=HIGH_WATER)
+        if self._opened is not None:
+            self._opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._peer is None:
+            self._arrived += data
+            self._news.set()
+        else:
+            self._pass_on(data)
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        self._news.set()
+        if self._peer is not None:
+            self._pass_on_end()
+        return True  # the other direction goes on
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended = True
+        self._news.set()
+        if self._peer is not None:
+            self._peer.transport.close()
+
+    def pause_writing(self) -> None:
+        if self._peer is not None:
+            self._peer.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._peer is not None:
+            self._peer.transport.resume_reading()
+
+    def _pass_on(self, data: bytes) -> None:
+        assert self._peer is not None
+        self.received += len(data)
+        if self.listen is not None:
+            self.listen(data)
+        self._peer.write(data)
+
+    def _pass_on_end(self) -> None:
+        assert self._peer is not None
+        transport = self._peer.transport
+        if not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()
+
+
+async def relay(client: Endpoint, server: Endpoint) -> None:
+    """Pass bytes both ways until the server has said its last, or the client is gone."""
+    client.join(server)
+    server.join(client)
+    await server.ended()

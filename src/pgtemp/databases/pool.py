@@ -1,0 +1,122 @@
+"""Keep the next few of anything ready before anyone asks.
+
+Made ahead by threads of its own, handed out in the order in which people asked, disposed of behind
+their backs. Knows nothing of what it keeps but how to make it, how to end it, and whether it lives.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+_MAKERS = 2  # on two cores more makers make no more
+
+
+class Kind(Protocol[T]):
+    """What a pool needs to know of the things in it."""
+
+    def provision(self) -> T: ...
+    def dispose(self, thing: T) -> None: ...
+    def usable(self, thing: T) -> bool: ...
+
+
+class Pool(Generic[T]):
+    """Keeps `ready` things ready; makes more while people wait."""
+
+    def __init__(self, kind: Kind[T], *, ready: int) -> None:
+        self._kind = kind
+        self._target = ready
+        self._ready: deque[T] = deque()
+        self._waiting: deque[Future[T]] = deque()
+        self._making = 0
+        self._closed = False
+        self._lock = threading.Lock()
+        self._makers = ThreadPoolExecutor(_MAKERS, "pgtemp-make")
+        self._enders = ThreadPoolExecutor(1, "pgtemp-end")
+
+    def fill(self) -> None:
+        """Begin to make things ahead."""
+        with self._lock:
+            self._make_enough()
+
+    def claim(self) -> Future[T]:
+        """One thing, at once where one is ready; the error of the one that could not be made."""
+        claimed: Future[T] = Future()
+        with self._lock:
+            while self._ready:
+                thing = self._ready.popleft()
+                if self._kind.usable(thing):
+                    claimed.set_result(thing)
+                    break
+                self._enders.submit(self._kind.dispose, thing)
+            else:
+                self._waiting.append(claimed)
+            self._make_enough()
+        return claimed
+
+    def give_back(self, thing: T) -> None:
+        """A thing that was not used after all."""
+        if not self._hand_out(thing):
+            self.retire(thing)
+
+    def retire(self, thing: T) -> Future[None]:
+        """Dispose of a thing in the background."""
+        return self._enders.submit(self._kind.dispose, thing)
+
+    def close(self) -> None:
+        """Dispose of everything that is not handed out, and wait for what is under way."""
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = self._waiting, deque()
+            ready, self._ready = self._ready, deque()
+        for claimed in waiting:
+            claimed.cancel()
+        for thing in ready:
+            self.retire(thing)
+        self._makers.shutdown(wait=True, cancel_futures=True)
+        self._enders.shutdown(wait=True)
+
+    def _make_enough(self) -> None:
+        # With the lock held.
+        while not self._closed and self._making + len(self._ready) < self._target + len(
+            self._waiting
+        ):
+            self._making += 1
+            self._makers.submit(self._make)
+
+    def _make(self) -> None:
+        try:
+            thing = self._kind.provision()
+        except BaseException as error:
+            self._fail(error)
+            return
+        with self._lock:
+            self._making -= 1
+        if not self._hand_out(thing):
+            self._kind.dispose(thing)
+
+    def _hand_out(self, thing: T) -> bool:
+        """Give it to who waits longest, else keep it ready; False where there is no room."""
+        with self._lock:
+            while self._waiting:
+                claimed = self._waiting.popleft()
+                if claimed.set_running_or_notify_cancel():
+                    claimed.set_result(thing)
+                    return True
+            if self._closed or len(self._ready) > self._target:
+                return False
+            self._ready.append(thing)
+            return True
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell who waits longest; nobody waiting, the next claim tries again."""
+        with self._lock:
+            self._making -= 1
+            while self._waiting:
+                claimed = self._waiting.popleft()
+                if claimed.set_running_or_notify_cancel():
+                    claimed.set_exception(error)
+                    return
