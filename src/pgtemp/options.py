@@ -123,7 +123,7 @@ class ServerOptions:
         for name, value in self.config.items():
             if not _SETTING.fullmatch(name) or "\n" in str(value) or "\0" in str(value):
                 raise OptionError(
-                    f"{name}={value!s:.50} is not a server setting",
+                    f"{name!r}: {str(value)[:50]!r} is not a server setting",
                     remedy="write settings like max_connections=50",
                 )
         for name in ("load", "postgresql_conf", "pg_hba_conf"):

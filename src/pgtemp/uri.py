@@ -36,7 +36,7 @@ class ConnectionInfo:
             login += ":" + quote(self.password, safe="")
         path = quote(self.dbname, safe="~")
         if self.host.startswith("/"):
-            query = urlencode({"host": self.host, "port": self.port})
+            query = urlencode({"host": self.host, "port": self.port}, quote_via=quote)
             return f"postgresql://{login}@/{path}?{query}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"postgresql://{login}@{host}:{self.port}/{path}"

@@ -1,0 +1,111 @@
+"""Fixtures: a cache of the session's own, PostgreSQL of each version, and a look at what is left."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pgtemp.host import identity, paths
+from pgtemp.server import installation
+from pgtemp.server.installation import Installation
+from pgtemp.server.remains import PREFIX, postgres_in
+from support import Daemon, eventually
+
+VERSIONS = (15, 16, 17, 18)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[Path]:
+    """A cache that starts empty, and that the user PostgreSQL runs as can reach."""
+    path = Path(tempfile.mkdtemp(prefix="test-of-cache-"))
+    path.chmod(0o755)
+    os.environ["PGTEMP_CACHE_DIR"] = str(path)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(cache: Path) -> Iterator[None]:
+    """The suite leaves no directory and no server process of pgtemp behind."""
+    before = _homes()
+    yield
+    assert eventually(lambda: _homes() <= before), f"left behind: {_homes() - before}"
+    assert not _orphans(), "servers run whose directory is gone"
+
+
+def _homes() -> set[Path]:
+    return {home for base in paths.sweep_bases() for home in base.glob(f"{PREFIX}*")}
+
+
+def _orphans() -> list[int]:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            cwd = os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            continue
+        if f"/{PREFIX}" in cwd and cwd.endswith("(deleted)"):
+            found.append(int(pid))
+    return found
+
+
+@pytest.fixture(params=VERSIONS)
+def any_version(request: pytest.FixtureRequest) -> str:
+    """Each major version in turn."""
+    return str(need_version(request.param))
+
+
+def need_version(major: int) -> int:
+    if any(one.major == major for one in installation.available()):
+        return major
+    if os.environ.get("CI"):
+        pytest.fail(f"PostgreSQL {major} is not installed, and CI tests all versions")
+    pytest.skip(f"PostgreSQL {major} is not installed")
+
+
+@pytest.fixture
+def programs() -> Installation:
+    """The newest PostgreSQL there is, where the user it is run as can reach it."""
+    newest = max(installation.available(), key=lambda one: one.release)
+    return newest.within_reach(identity.choose(None))
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A directory that the user PostgreSQL runs as can enter (pytest's own are closed to it)."""
+    path = Path(tempfile.mkdtemp(prefix="test-of-open-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def other_user() -> Iterator[str]:
+    """A second ordinary user, made for the test."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a user")
+    name = f"pgtemptest{os.getpid()}"
+    subprocess.run(["useradd", "--create-home", name], check=True)
+    Path(pwd.getpwnam(name).pw_dir).chmod(0o700)
+    yield name
+    subprocess.run(["userdel", "--remove", name], check=True, capture_output=True)
+
+
+@pytest.fixture
+def daemon() -> Iterator[type[Daemon]]:
+    """Starts daemons; ends those that the test has not ended."""
+    yield Daemon
+    for one in list(Daemon.running):
+        one.end()
+
+
+def leftovers(data_dir: Path) -> list[object]:
+    """What is left of a server: its directory, its processes."""
+    return [*([data_dir] if data_dir.exists() else []), *postgres_in(str(data_dir))]

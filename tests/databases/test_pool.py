@@ -1,0 +1,111 @@
+"""The pool, over things that are only counted."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from pgtemp.databases.pool import Pool
+from support import eventually
+
+
+class Counters:
+    """Makes numbers; `gate` holds the makers back, `broken` lets them fail."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.ended: list[int] = []
+        self.dead: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+        self._lock = threading.Lock()
+
+    def provision(self) -> int:
+        self.gate.wait(10)
+        if self.broken:
+            raise RuntimeError("no more")
+        with self._lock:
+            self.made += 1
+            return self.made
+
+    def dispose(self, thing: int) -> None:
+        self.ended.append(thing)
+
+    def usable(self, thing: int) -> bool:
+        return thing not in self.dead
+
+
+def test_it_makes_ahead_and_hands_out_at_once() -> None:
+    kind = Counters()
+    pool = Pool(kind, ready=3)
+    pool.fill()
+    assert eventually(lambda: kind.made == 3)
+    assert {pool.claim().result(1) for _ in range(3)} == {1, 2, 3}
+    pool.close()
+    assert sorted(kind.ended) == list(range(4, kind.made + 1))
+
+
+def test_who_waits_longest_is_served_first() -> None:
+    """With nothing ready, claims are answered in the order in which they came."""
+    kind = Counters()
+    kind.gate.clear()
+    pool = Pool(kind, ready=0)
+    order: list[int] = []
+    claims: list[Future[int]] = []
+    for i in range(5):
+        claim = pool.claim()
+        claim.add_done_callback(lambda _, i=i: order.append(i))  # type: ignore[misc]
+        claims.append(claim)
+    kind.gate.set()
+    for claim in claims:
+        claim.result(5)
+    assert order == [0, 1, 2, 3, 4]
+    pool.close()
+
+
+def test_a_failure_reaches_who_waits_and_the_next_claim_tries_again() -> None:
+    kind = Counters()
+    kind.broken = True
+    pool = Pool(kind, ready=1)
+    with pytest.raises(RuntimeError, match="no more"):
+        pool.claim().result(5)
+    kind.broken = False
+    assert pool.claim().result(5) > 0
+    pool.close()
+
+
+def test_what_died_in_the_pool_is_not_handed_out() -> None:
+    kind = Counters()
+    pool = Pool(kind, ready=2)
+    pool.fill()
+    assert eventually(lambda: kind.made == 2)
+    kind.dead = {1, 2}
+    assert pool.claim().result(5) == 3
+    assert eventually(lambda: {1, 2} <= set(kind.ended))
+    pool.close()
+
+
+def test_a_claim_that_is_given_up_costs_nothing() -> None:
+    """What was made for somebody who left serves the next."""
+    kind = Counters()
+    kind.gate.clear()
+    pool = Pool(kind, ready=0)
+    left, stays = pool.claim(), pool.claim()
+    assert left.cancel()
+    kind.gate.set()
+    assert stays.result(5) in (1, 2)
+    pool.close()
+    assert len(kind.ended) == kind.made - 1
+
+
+def test_given_back_it_serves_again() -> None:
+    kind = Counters()
+    pool = Pool(kind, ready=1)
+    thing = pool.claim().result(5)
+    assert eventually(lambda: kind.made == 2)
+    pool.give_back(thing)
+    assert {pool.claim().result(5), pool.claim().result(5)} >= {thing}
+    pool.close()

@@ -1,0 +1,78 @@
+"""What several tests need: waiting without sleeping blindly, and a daemon as a real process."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import ClassVar, Self
+
+from pgtemp.host import ports
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether a condition comes true within a deadline."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        pause.wait(0.01)
+    return True
+
+
+class Daemon:
+    """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` as a process of its own."""
+
+    running: ClassVar[set[Self]] = set()
+
+    def __init__(self, *arguments: str, dbname: str = "test", env: dict[str, str] | None = None) -> None:
+        self.port = ports.free_port("127.0.0.1")
+        self.uri = f"postgresql://postgres@localhost:{self.port}/{dbname}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pgtemp", *arguments, self.uri],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+            text=True,
+        )
+        Daemon.running.add(self)
+        self.said = self._await_line("Ctrl-C")
+
+    def _await_line(self, word: str) -> list[str]:
+        assert self.process.stdout is not None
+        lines: list[str] = []
+        while word not in "".join(lines[-1:]):
+            ready, _, _ = select.select([self.process.stdout], [], [], 60)
+            line = self.process.stdout.readline() if ready else ""
+            if not line:
+                _, errors = self.end(signal.SIGKILL)
+                raise AssertionError(f"the daemon did not start: {lines} {errors}")
+            lines.append(line)
+        return lines
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; the exit status, and what was said on standard error."""
+        Daemon.running.discard(self)
+        with closing(self.process.stdout), closing(self.process.stderr):  # type: ignore[type-var]
+            self.process.send_signal(number)
+            _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+def run_pgtemp(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`pgtemp ARGUMENTS` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "pgtemp", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+    )

@@ -1,0 +1,260 @@
+"""The simple door, with real servers of each version."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from conftest import leftovers
+from pgtemp import ClusterError, OptionError, PgTempDB, TransferError
+from pgtemp.host import ports
+from pgtemp.server.remains import postgres_in
+from support import eventually
+
+
+def test_each_version_starts_and_leaves_nothing(any_version: str) -> None:
+    """A server of the version asked for, reachable by its URL, and gone afterwards."""
+    with PgTempDB(version=any_version) as db:
+        with psycopg.connect(db.uri) as connection:
+            row = connection.execute("SHOW server_version_num").fetchone()
+            assert row is not None and row[0].startswith(any_version)
+            row = connection.execute("SHOW server_encoding").fetchone()
+            assert row == ("UTF8",)
+        data_dir, home = db.data_dir, db.data_dir.parent
+        assert data_dir.stat().st_mode & 0o777 == 0o700
+    assert not home.exists()
+    assert leftovers(data_dir) == []
+
+
+def test_the_options_of_the_readme(tmp_path: Path) -> None:
+    """Everything in a URL and every setting named arrives at the server."""
+    port = ports.free_port("127.0.0.1")
+    db = PgTempDB.from_uri(
+        f"postgresql://me:se%20cret@localhost:{port}/testdb1",
+        config={"max_connections": "777"},
+        initdb_args={"encoding": "LATIN1", "locale": "C"},
+    )
+    with db, db.connect() as connection:
+        assert (db.host, db.port, db.user, db.password) == ("localhost", port, "me", "se cret")
+        row = connection.execute(
+            "SELECT current_user, current_database(), current_setting('max_connections'),"
+            " current_setting('server_encoding')"
+        ).fetchone()
+        assert row == ("me", "testdb1", "777", "LATIN1")
+
+
+def test_tcp_wants_the_password_and_nothing_else_lets_in() -> None:
+    """Over TCP a wrong password is refused; the socket's directory is closed to others."""
+    with PgTempDB() as db:
+        assert db.password is not None
+        with pytest.raises(psycopg.OperationalError, match="password"):
+            psycopg.connect(db.uri.replace(db.password, "wrong"))
+        assert db.socket_dir.stat().st_mode & 0o077 == 0
+        assert db.password not in repr(db)
+        for pid in postgres_in(str(db.data_dir)):
+            assert db.password.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert db.password not in db.log_path.read_text()
+
+
+def test_a_password_that_was_chosen_never_reaches_the_log() -> None:
+    """Also with every statement logged, the log holds no password."""
+    with PgTempDB(password="grüße!", config={"log_statement": "all"}) as db:
+        with db.connect() as connection:
+            connection.execute("SELECT 1")
+        assert "ALTER ROLE" in db.log_path.read_text()
+        assert "grüße" not in db.log_path.read_text()
+
+
+def test_without_tcp_only_the_socket() -> None:
+    with PgTempDB(tcp=False, dbname="only socket") as db, db.connect() as connection:
+        assert db.host == str(db.socket_dir)
+        assert db.password is None
+        assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
+
+
+def test_a_taken_port_names_its_holder() -> None:
+    """An error before anything is made, with the process that has the port."""
+    with PgTempDB() as db:
+        with pytest.raises(OptionError) as caught:
+            PgTempDB(port=db.port).start()
+        assert f"port {db.port}" in str(caught.value)
+        if os.geteuid() == 0:
+            assert f"pid {db.pid} (postgres)" in str(caught.value)
+
+
+def test_a_bad_setting_shows_the_servers_words(open_dir: Path) -> None:
+    """The server's own message is in the error, and nothing is left."""
+    with pytest.raises(ClusterError) as caught:
+        PgTempDB(config={"max_connections": "lots"}, data_dir_prefix=open_dir).start()
+    assert "max_connections" in str(caught.value)
+    assert eventually(lambda: list(open_dir.iterdir()) == [])
+
+
+def test_files_for_settings_and_access(tmp_path: Path) -> None:
+    """postgresql_conf applies, config beats it, and pg_hba_conf decides who comes in."""
+    conf, hba = tmp_path / "my.conf", tmp_path / "hba.conf"
+    conf.write_text("work_mem = '7MB'\nmaintenance_work_mem = '17MB'\n")
+    hba.write_text("host all all 127.0.0.1/32 reject\n")
+    with PgTempDB(postgresql_conf=conf, pg_hba_conf=hba, config={"work_mem": "9MB"}) as db:
+        with pytest.raises(psycopg.OperationalError, match="pg_hba.conf rejects"):
+            db.connect()
+        with psycopg.connect(host=str(db.socket_dir), port=db.port, user="postgres") as own:
+            assert own.execute("SHOW work_mem").fetchone() == ("9MB",)
+            assert own.execute("SHOW maintenance_work_mem").fetchone() == ("17MB",)
+
+
+def test_persist_keeps_the_data_on_disk_and_copy_from_starts_there(open_dir: Path) -> None:
+    """What was kept was shut down cleanly, and another server can start from a copy of it."""
+    with PgTempDB(persist=True, data_dir_prefix=open_dir, dbname="kept") as db:
+        with db.connect() as connection:
+            connection.execute("CREATE TABLE t AS SELECT 42 AS answer")
+        log = db.log_path
+    assert "database system is shut down" in log.read_text()
+    kept = db.data_dir
+    assert (kept / "PG_VERSION").exists()
+    before = sorted((path, path.stat().st_mtime_ns) for path in kept.rglob("*"))
+    with PgTempDB(copy_from=kept, dbname="kept") as again, again.connect() as connection:
+        assert connection.execute("SELECT answer FROM t").fetchone() == (42,)
+    assert sorted((path, path.stat().st_mtime_ns) for path in kept.rglob("*")) == before
+
+
+def test_kept_data_never_goes_to_tmpfs() -> None:
+    with pytest.raises(OptionError, match="tmpfs"):
+        PgTempDB(persist=True, data_dir_prefix="/dev/shm").start()
+
+
+def test_ttl_ends_the_server_while_its_owner_lives() -> None:
+    """After its time the server is gone, with its directory, and the handle says so."""
+    db = PgTempDB(ttl=0.5).start()
+    data_dir = db.data_dir
+    assert eventually(lambda: leftovers(data_dir) == [])
+    with pytest.raises(psycopg.OperationalError):
+        db.connect()
+    db.stop()
+
+
+def test_log_path_is_the_users_file_and_stays(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with PgTempDB(log_path=log) as db:
+        assert db.log_path == log
+    assert "ready to accept connections" in log.read_text()
+
+
+def test_start_and_stop_without_with() -> None:
+    """Each may be called again; a handle that is not running says so."""
+    db = PgTempDB()
+    with pytest.raises(ClusterError, match="not running"):
+        _ = db.uri
+    assert db.start() is db
+    first = db.data_dir
+    assert db.start().data_dir == first
+    db.stop()
+    db.stop()
+    assert leftovers(first) == []
+    db.start()
+    assert db.data_dir != first
+    db.stop()
+
+
+def test_a_handle_that_is_dropped_takes_its_server_along() -> None:
+    db = PgTempDB().start()
+    data_dir = db.data_dir
+    del db
+    assert eventually(lambda: leftovers(data_dir) == [])
+
+
+OWNER = """
+import sys, pgtemp
+db = pgtemp.PgTempDB().start()
+print(db.data_dir, flush=True)
+{then}
+"""
+
+
+def owner(then: str) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(then=then)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "pass",
+        "sys.exit(3)",
+        "raise SystemExit",
+        "import os; os._exit(1)",
+        "import os; os.execv('/bin/true', ['true'])",
+        "import os; os.kill(os.getpid(), 9)",
+        "import os; pid = os.fork(); pid or sys.stdin.read(); os.kill(os.getpid(), 9)",
+    ],
+)
+def test_nothing_outlives_its_owner(then: str) -> None:
+    """However a process ends, its server and its directory end with it."""
+    process, data_dir = owner(then)
+    assert data_dir.name == "data"
+    process.wait(timeout=60)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert eventually(lambda: leftovers(data_dir) == [])
+
+
+def test_a_killed_owner_takes_a_busy_server_along() -> None:
+    """SIGKILL of the owner ends a backend in the middle of a loop too."""
+    process, data_dir = owner(
+        "import psycopg\n"
+        "with db.connect() as c: c.execute('DO $$ BEGIN LOOP END LOOP; END $$')"
+    )
+    assert eventually(lambda: len(postgres_in(str(data_dir))) > 1)
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert eventually(lambda: leftovers(data_dir) == [])
+
+
+def test_a_forked_child_that_exits_leaves_the_parents_server() -> None:
+    """`sys.exit` in a child runs destructors and atexit; the parent's server lives."""
+    process, _ = owner(
+        "import os\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait()\n"
+        "with db.connect() as c: print(c.execute('SELECT 7').fetchone(), flush=True)"
+    )
+    out, _ = process.communicate(timeout=60)
+    assert "(7,)" in out
+    assert process.returncode == 0
+
+
+def test_a_killed_warden_takes_the_server_and_the_next_start_sweeps() -> None:
+    """PostgreSQL goes by its death signal; its directory is taken by the next start."""
+    from pgtemp.server import warden
+
+    db = PgTempDB().start()
+    data_dir = db.data_dir
+    os.kill(warden.current().pid, signal.SIGKILL)
+    assert eventually(lambda: postgres_in(str(data_dir)) == [])
+    with PgTempDB() as another, another.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert eventually(lambda: not data_dir.parent.exists())
+    with pytest.raises(Exception, match="warden"):
+        db.stop()
+
+
+def test_a_failed_dump_at_the_end_is_told_and_the_server_ends(tmp_path: Path) -> None:
+    db = PgTempDB(dump=tmp_path / "out.sql", dbname="app").start()
+    data_dir = db.data_dir
+    with psycopg.connect(db.uri.replace("/app", "/postgres"), autocommit=True) as connection:
+        connection.execute("DROP DATABASE app WITH (FORCE)")
+    with pytest.raises(TransferError, match="app"):
+        db.stop()
+    assert not (tmp_path / "out.sql").exists()
+    assert leftovers(data_dir) == []

@@ -1,0 +1,66 @@
+"""What the daemon says in a server's place, read back with an independent eye."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, ProtocolError, frame
+from pgtemp.wire.replies import ClientStart, ServerStart, fatal, greeting
+
+
+def test_a_fatal_error_carries_all_its_fields() -> None:
+    ((kind, payload),) = Frames().feed(fatal("53300", "no room", hint="wait", detail="all taken"))
+    fields = {part[:1]: part[1:] for part in payload.split(b"\0") if part}
+    assert kind == b"E"
+    assert fields == {
+        b"S": b"FATAL", b"V": b"FATAL", b"C": b"53300",
+        b"M": b"no room", b"D": b"all taken", b"H": b"wait",
+    }  # fmt: skip
+
+
+def test_a_greeting_negotiates_what_it_does_not_know() -> None:
+    """A newer minor version and an unknown extension are named back, then a login follows."""
+    said = list(Frames().feed(greeting(PROTOCOL_3 + 9999, {"_pq_.new": "1"}, "18.1")))
+    assert [kind for kind, _ in said] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
+    assert said[0][1] == (PROTOCOL_3 + 2).to_bytes(4, "big") + b"\0\0\0\1_pq_.new\0"
+    assert [kind for kind, _ in Frames().feed(greeting(PROTOCOL_3, {}, "18.1"))][0] == b"R"
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"S", b"N", b"R"]), st.binary(max_size=30)), max_size=6))
+def test_the_key_is_found_wherever_it_stands(before: list[tuple[bytes, bytes]]) -> None:
+    """Byte by byte, the key of BackendKeyData is learned, and the login's end seen."""
+    stream = b"".join(frame(*one) for one in before) + frame(b"K", b"12345678") + frame(b"Z", b"I")
+    start = ServerStart()
+    for i in range(len(stream)):
+        assert not start.done
+        start.feed(stream[i : i + 1])
+    assert start.done and start.key == b"12345678"
+
+
+def test_a_refused_login_ends_without_a_key() -> None:
+    start = ServerStart()
+    start.feed(fatal("28000", "no"))
+    assert start.done and start.key is None
+
+
+def test_a_length_that_cannot_be_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        list(Frames().feed(b"Z\0\0\0\3"))
+
+
+@pytest.mark.parametrize("chunks", [[], [TERMINATE], [b"X", b"\0\0", b"\0\4"], [b"X\0"]])
+def test_a_client_that_only_leaves_has_not_used_anything(chunks: list[bytes]) -> None:
+    start = ClientStart()
+    for chunk in chunks:
+        start.feed(chunk)
+    assert not start.used
+
+
+@pytest.mark.parametrize("chunks", [[b"Q"], [b"X\0\0\0\5"], [TERMINATE + b"Q"], [b"X", b"Y"]])
+def test_any_other_word_is_use(chunks: list[bytes]) -> None:
+    start = ClientStart()
+    for chunk in chunks:
+        start.feed(chunk)
+    assert start.used

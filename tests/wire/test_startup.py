@@ -1,0 +1,144 @@
+"""The start-up of a connection, as conversations."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgtemp.wire.messages import (
+    GSSENC_CODE,
+    PROTOCOL_3,
+    SSL_CODE,
+    ProtocolError,
+    cancel_request,
+    startup_message,
+    untyped,
+)
+from pgtemp.wire.startup import MAX_STARTUP, Cancel, Event, NeedMore, Negotiation, Reply, Startup
+
+SSL, GSS = untyped(SSL_CODE), untyped(GSSENC_CODE)
+HELLO = startup_message({"user": "me", "database": "app", "application_name": "x"})
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50)
+
+
+def events(*chunks: bytes) -> list[Event]:
+    """What a client that sends these chunks, one after the other, amounts to."""
+    negotiation, found = Negotiation(), list[Event]()
+    for chunk in chunks:
+        negotiation.receive(chunk)
+        while not isinstance(event := negotiation.next_event(), NeedMore):
+            found.append(event)
+            if isinstance(event, Startup | Cancel):
+                return found
+    return found
+
+
+def one_by_one(data: bytes) -> list[bytes]:
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def test_a_plain_client() -> None:
+    """A StartupMessage is read whole, with what was sent behind it."""
+    assert events(HELLO + b"Q...") == [
+        Startup(PROTOCOL_3, {"user": "me", "database": "app", "application_name": "x"}, b"Q...")
+    ]
+
+
+@pytest.mark.parametrize("requests", [[SSL], [GSS], [SSL, GSS], [GSS, SSL]])
+def test_encryption_is_refused_once_each_in_either_order(requests: list[bytes]) -> None:
+    *replies, startup = events(*requests, HELLO)
+    assert replies == [Reply(b"N")] * len(requests)
+    assert isinstance(startup, Startup)
+
+
+def test_bytes_behind_an_encryption_request_are_fatal() -> None:
+    """They could have been put there by somebody in between (CVE-2021-23222)."""
+    with pytest.raises(ProtocolError) as caught:
+        events(SSL + HELLO)
+    assert caught.value.sqlstate == "08P01"
+
+
+def test_ssl_twice_is_fatal() -> None:
+    with pytest.raises(ProtocolError):
+        events(SSL, SSL)
+
+
+@pytest.mark.parametrize("size", [8, 36, 260])
+def test_cancel_keys_of_every_size(size: int) -> None:
+    """From PostgreSQL's old 4 bytes behind the pid to the 256 of protocol 3.2; also after SSL."""
+    key = bytes(range(size % 256)) + bytes(size - size % 256)
+    assert events(cancel_request(key)) == [Cancel(key)]
+    assert events(SSL, cancel_request(key))[-1] == Cancel(key)
+
+
+@given(st.dictionaries(text.filter(bool), text, max_size=8), st.binary(max_size=20))
+def test_chunk_boundaries_do_not_matter(parameters: dict[str, str], rest: bytes) -> None:
+    """Fed a byte at a time or in one piece, the parameters are the same, and survive a rebuild."""
+    message = startup_message({**parameters, "user": "me"})
+    (whole,) = events(message)
+    (slow,) = events(*one_by_one(message))
+    assert whole == slow
+    assert isinstance(whole, Startup)
+    assert startup_message(whole.parameters, whole.version) == message
+    (with_rest,) = events(message + rest)
+    assert isinstance(with_rest, Startup) and with_rest.rest == rest
+
+
+@given(st.binary(max_size=200))
+def test_garbage_never_raises_anything_else(data: bytes) -> None:
+    """Whatever arrives is an event or a ProtocolError, byte by byte too."""
+    for chunks in ([data], one_by_one(data)):
+        try:
+            events(*chunks)
+        except ProtocolError:
+            pass
+
+
+@given(st.binary(max_size=60))
+def test_a_startup_with_a_garbled_body_never_raises_anything_else(body: bytes) -> None:
+    try:
+        events(untyped(PROTOCOL_3, body))
+    except ProtocolError as error:
+        assert error.sqlstate in ("08P01", "28000")
+
+
+@pytest.mark.parametrize(
+    ("data", "sqlstate"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", None),
+        (b"\x16\x03\x01\x02\x00", None),
+        (b"\x00\x00\x00\x04", None),
+        ((MAX_STARTUP + 1).to_bytes(4, "big"), "08P01"),
+        (untyped(2 << 16, b"x"), "0A000"),
+        (untyped(4 << 16, b"x"), "0A000"),
+        (untyped(PROTOCOL_3, b"user\0me\0"), "08P01"),
+        (untyped(PROTOCOL_3, b"user\0me"), "08P01"),
+        (untyped(PROTOCOL_3, b"user\0\0"), "08P01"),
+        (untyped(PROTOCOL_3, b"database\0x\0\0"), "28000"),
+        (untyped(PROTOCOL_3, b"\0"), "28000"),
+        (untyped(PROTOCOL_3, b"user\0me\0\0x\0\0"), "08P01"),
+    ],
+)
+def test_what_is_refused_and_how(data: bytes, sqlstate: str | None) -> None:
+    """What speaks the protocol gets an SQLSTATE; what does not gets no answer."""
+    with pytest.raises(ProtocolError) as caught:
+        events(data)
+    assert caught.value.sqlstate == sqlstate
+
+
+def test_protocol_3_2_and_later_minors_pass() -> None:
+    for minor in (2, 9999):
+        (event,) = events(startup_message({"user": "me", "_pq_.x": "1"}, PROTOCOL_3 + minor))
+        assert isinstance(event, Startup) and event.version == PROTOCOL_3 + minor
+
+
+def test_of_a_name_given_twice_the_last_counts() -> None:
+    body = b"user\0me\0database\0one\0database\0two\0\0"
+    (event,) = events(untyped(PROTOCOL_3, body))
+    assert isinstance(event, Startup) and event.dbname == "two"
+
+
+def test_without_a_database_it_is_the_users_name() -> None:
+    (event,) = events(startup_message({"user": "me"}))
+    assert isinstance(event, Startup) and event.dbname == "me"
