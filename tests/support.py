@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import ClassVar, Self
 
-from pgtemp.host import ports
+from pgtemp.host import paths, ports
+from pgtemp.server.remains import PREFIX
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -27,12 +28,19 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def homes() -> set[Path]:
+    """The directories of servers that there are, in the usual places."""
+    return {home for base in paths.sweep_bases() for home in base.glob(f"{PREFIX}*")}
+
+
 class Daemon:
     """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` as a process of its own."""
 
     running: ClassVar[set[Self]] = set()
 
-    def __init__(self, *arguments: str, dbname: str = "test", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, dbname: str = "test", env: dict[str, str] | None = None
+    ) -> None:
         self.port = ports.free_port("127.0.0.1")
         self.uri = f"postgresql://postgres@localhost:{self.port}/{dbname}"
         self.process = subprocess.Popen(
@@ -48,13 +56,15 @@ class Daemon:
     def _await_line(self, word: str) -> list[str]:
         assert self.process.stdout is not None
         lines: list[str] = []
+        too_long = threading.Timer(60, self.process.kill)
+        too_long.start()
         while word not in "".join(lines[-1:]):
-            ready, _, _ = select.select([self.process.stdout], [], [], 60)
-            line = self.process.stdout.readline() if ready else ""
+            line = self.process.stdout.readline()
             if not line:
                 _, errors = self.end(signal.SIGKILL)
                 raise AssertionError(f"the daemon did not start: {lines} {errors}")
             lines.append(line)
+        too_long.cancel()
         return lines
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
@@ -66,7 +76,9 @@ class Daemon:
         return self.process.returncode, errors
 
 
-def run_pgtemp(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_pgtemp(
+    *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`pgtemp ARGUMENTS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "pgtemp", *arguments],

@@ -11,13 +11,7 @@ import pytest
 from conftest import leftovers
 from pgtemp import aio
 from pgtemp.aio import whole
-from pgtemp.host import paths
-from pgtemp.server.remains import PREFIX
-from support import eventually
-
-
-def homes() -> set[Path]:
-    return {path for base in paths.sweep_bases() for path in base.glob(f"{PREFIX}*")}
+from support import eventually, homes
 
 
 def test_a_server_for_asyncio() -> None:

@@ -80,7 +80,7 @@ class ServerOptions:
     version: str | None = option(
         None,
         'version of PostgreSQL: 16, 16.4, ">=16,<18"',
-        flag="--version-of-postgres",
+        flag="--pg-version",
         env="PGTEMP_VERSION",
     )
     log_path: StrPath | None = option(

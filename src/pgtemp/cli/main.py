@@ -1,64 +1,33 @@
-"""The command line, put together. `pgtemp URI` is `pgtemp serve URI`."""
+"""Run the command line: errors become one line and an exit status, in this one place."""
 
 from __future__ import annotations
 
 import sys
 
-import click
-
-from pgtemp.cli.open import open_kept
-from pgtemp.cli.serve import serve
-from pgtemp.errors import PgTempError
-
-USAGE_ERROR = 2
-
-
-class _ServeByDefault(click.Group):
-    """A group whose arguments are those of `serve` unless they name another command."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
-            args = ["serve", *args]
-        return super().parse_args(ctx, args)
-
-
-@click.group(
-    cls=_ServeByDefault,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="pgtemp COMMAND --help tells the options of a command.",
-)
-@click.version_option(package_name="pgtemp", prog_name="pgtemp")
-def cli() -> None:
-    """Real, temporary PostgreSQL databases for tests.
-
-    \b
-    pgtemp postgresql://localhost:6543/mytestdb
-        every connection to this URL gets a PostgreSQL of its own, new and empty,
-        gone when the connection ends (the same as `pgtemp serve URL`)
-    pgtemp --single postgresql://localhost:6543/mytestdb
-        all connections share one, gone when pgtemp ends
-    pgtemp --load-from dump.sql postgresql://localhost:6543/mytestdb
-        every database starts with this dump loaded
-    pgtemp --persist postgresql://localhost:6543/mytestdb
-        data directories are kept; `pgtemp open DIR` starts one again
-
-    Give the URL to your tests as DATABASE_URL. Ctrl-C ends everything.
-    """
-
-
-cli.add_command(serve)
-cli.add_command(open_kept)
+USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line and status 2, never a traceback."""
+    """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _run() -> int:
+    # Imported here, because Ctrl-C may come while the imports go on.
+    import click
+
+    from pgtemp.cli.group import cli
+    from pgtemp.errors import PgTempError
+
+    try:
+        return cli.main(standalone_mode=False) or 0
     except PgTempError as error:
         click.echo(f"pgtemp: {error}", err=True)
-        sys.exit(USAGE_ERROR)
     except click.ClickException as error:
         click.echo(f"pgtemp: {error.format_message()}; see pgtemp --help", err=True)
-        sys.exit(USAGE_ERROR)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    except click.Abort:
+        return INTERRUPTED
+    return USAGE_ERROR

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pgtemp.aio import whole
@@ -20,9 +20,8 @@ from pgtemp.databases.isolation import ClusterPerLease, Isolation, OneCluster
 from pgtemp.errors import OptionError
 from pgtemp.host import identity, ports
 from pgtemp.options import DaemonOptions
-from pgtemp.server import home
+from pgtemp.server import home, warden
 from pgtemp.server.cluster import port_taken
-from pgtemp.server.remains import removal
 from pgtemp.uri import ConnectionInfo
 
 _BACKLOG = 1024
@@ -62,7 +61,8 @@ async def run(
         listening = _listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
-        plan = await whole(lambda: provision.plan(options, ()))
+        # A lease's time is the gateway's to watch; a server in the pool has not begun its own.
+        plan = await whole(lambda: provision.plan(replace(options, ttl=None), ()))
         isolation = _isolation(options, plan, announce)
         at_the_end.push_async_callback(whole, isolation.close)
         await _unless_stopped(whole(isolation.open), stopping)
@@ -144,12 +144,13 @@ def _socket_dir() -> Iterator[str]:
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
     place = home.make(None, caller, keep=False)
     try:
+        held = warden.current().hold(place.leftovers(keep=False), lease=place.lease)
+    finally:
+        os.close(place.lease)
+    try:
         yield str(place.socket_dir)
     finally:
-        for path in place.leftovers(keep=False):
-            for _ in removal(path):
-                pass
-        os.close(place.lease)
+        held.stop(keep=False, remove=place.leftovers(keep=False))
 
 
 @contextmanager

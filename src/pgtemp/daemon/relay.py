@@ -47,6 +47,12 @@ class Endpoint(asyncio.Protocol):
         if self._ended:
             self._pass_on_end()
 
+    def part(self) -> None:
+        """Pass on nothing more; what happens here no longer concerns the peer."""
+        self._peer = None
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
     async def ended(self) -> None:
         """Wait until nothing more can come from here."""
         while not self._ended:
@@ -62,7 +68,6 @@ class Endpoint(asyncio.Protocol):
         A plain close while bytes are unread resets the connection, and the peer may lose the last
         message.
         """
-        self._peer = None
         if not self.transport.is_closing():
             if self.transport.can_write_eof():
                 self.transport.write_eof()
@@ -128,4 +133,8 @@ async def relay(client: Endpoint, server: Endpoint) -> None:
     """Pass bytes both ways until the server has said its last, or the client is gone."""
     client.join(server)
     server.join(client)
-    await server.ended()
+    try:
+        await server.ended()
+    finally:
+        client.part()
+        server.part()

@@ -16,7 +16,7 @@ from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity
 from pgtemp.options import ServerOptions
-from pgtemp.server import conf, image, installation
+from pgtemp.server import conf, home, image, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
@@ -53,6 +53,7 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
     version = options.version
     if copied is not None and version is None:
         version = (copied / "PG_VERSION").read_text().strip()
+    home.find_base(options.data_dir_prefix, owner, keep=options.persist)  # said now, not later
     programs = installation.find(options.bin_dir, version).within_reach(owner)
     source: image.Source
     if copied is not None:
@@ -69,7 +70,7 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
         conf=_conf(options, programs.major),
         hba=conf.pg_hba_conf(_text(options.pg_hba_conf) or None, superuser),
         addresses=addresses,
-        port=options.port if options.tcp else None,
+        port=options.port if addresses else None,
         prefix=options.data_dir_prefix,
         keep=options.persist,
         ttl=options.ttl,

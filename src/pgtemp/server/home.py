@@ -48,12 +48,11 @@ class Home:
         return [str(directory) for directory in {self.path, self.socket_dir}]
 
 
-def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Home:
-    """Make a home, empty but for its lease and an empty data directory.
+def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
+    """The directory in which a home would be made.
 
     Raises:
         OptionError: the directory asked for cannot be used, or `owner` cannot get there.
-        ClusterError: there is no room.
     """
     base = paths.scratch_base(prefix, keep=keep)
     blocked = owner.blocked_at(base)
@@ -62,6 +61,17 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
             f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}",
             remedy="name another data_dir_prefix, or another user with run_as",
         )
+    return base
+
+
+def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Home:
+    """Make a home, empty but for its lease and an empty data directory.
+
+    Raises:
+        OptionError: the directory asked for cannot be used, or `owner` cannot get there.
+        ClusterError: there is no room.
+    """
+    base = find_base(prefix, owner, keep=keep)
     try:
         path = _private_dir(base, owner)
         lease = adopt(path, keep=keep)

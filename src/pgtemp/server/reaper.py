@@ -242,7 +242,10 @@ class Reaper:
         while (message := decode(server.buffer)) is not None:
             if "argv" in message:
                 server.spec = message
-                server.start()
+                if message["argv"]:
+                    server.start()
+                else:  # a directory without a server, to be removed like one
+                    os.close(server.log)
                 self.chores += [sweep(base) for base in message["sweep"]]
             else:
                 self._stop(server, message["stop"], message["remove"])

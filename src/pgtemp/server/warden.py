@@ -190,6 +190,15 @@ class Warden:
             raise WardenError("the warden is gone", remedy=_REMEDY) from error
         return process
 
+    def hold(self, remove: Sequence[str], *, lease: int) -> Process:
+        """Have directories removed when `stop` is called, or when this process is gone.
+
+        Raises:
+            WardenError: the warden is gone.
+        """
+        nothing = Request([], {}, None, None, "", False, remove, None, [])
+        return self.launch(nothing, lease=lease, log=lease)
+
     def end(self) -> None:
         """Let the warden end all servers and itself, and wait for it."""
         self._control.close()

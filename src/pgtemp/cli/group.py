@@ -1,0 +1,45 @@
+"""The commands, put together. `pgtemp URI` is `pgtemp serve URI`."""
+
+from __future__ import annotations
+
+import click
+
+from pgtemp.cli.open import open_kept
+from pgtemp.cli.serve import serve
+
+
+class _ServeByDefault(click.Group):
+    """A group whose arguments are those of `serve` unless they name another command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_ServeByDefault,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="pgtemp COMMAND --help tells the options of a command.",
+)
+@click.version_option(package_name="pgtemp", prog_name="pgtemp")
+def cli() -> None:
+    """Real, temporary PostgreSQL databases for tests.
+
+    \b
+    pgtemp postgresql://localhost:6543/mytestdb
+        every connection to this URL gets a PostgreSQL of its own, new and empty,
+        gone when the connection ends (the same as `pgtemp serve URL`)
+    pgtemp --single postgresql://localhost:6543/mytestdb
+        all connections share one, gone when pgtemp ends
+    pgtemp --load-from dump.sql postgresql://localhost:6543/mytestdb
+        every database starts with this dump loaded
+    pgtemp --persist postgresql://localhost:6543/mytestdb
+        data directories are kept; `pgtemp open DIR` starts one again
+
+    Give the URL to your tests as DATABASE_URL. Ctrl-C ends everything.
+    """
+
+
+cli.add_command(serve)
+cli.add_command(open_kept)

@@ -1,0 +1,135 @@
+"""The command line: what a user sees, most of all when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgtemp.host import ports
+from support import Daemon, run_pgtemp
+
+
+def check_error(*arguments: str, word: str, env: dict[str, str] | None = None) -> None:
+    """One line with a remedy on standard error, status 2."""
+    result = run_pgtemp(*arguments, env=env)
+    assert result.returncode == 2, result
+    assert "Traceback" not in result.stderr
+    assert word in result.stderr
+    assert result.stderr.startswith("pgtemp: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert ";" in result.stderr, "no remedy"
+    assert result.stdout == ""
+
+
+def test_two_daemons_on_one_port(daemon: type[Daemon]) -> None:
+    """The second says who has the port, and starts nothing."""
+    served = daemon("--pool", "0")
+    check_error(served.uri, word=f"port {served.port}")
+    assert f"pid {served.process.pid}" in run_pgtemp(served.uri).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["mysql://localhost/x"], "not a PostgreSQL URI"),
+        (["postgresql://localhost:99999/x"], "not a port"),
+        (["postgresql://db.example.invalid/x"], "not this machine"),
+        (["postgresql://192.0.2.1:6543/x"], "not this machine"),
+        (["postgresql:///x?host=/tmp"], "not this machine"),
+        (["--load-from", "/nowhere.sql"], "/nowhere.sql"),
+        (["--data-dir-prefix", "/nowhere"], "/nowhere"),
+        (["--persist", "--data-dir-prefix", "/dev/shm"], "tmpfs"),
+        (["-o", "nonsense"], "NAME=VALUE"),
+        (["-o", "a b=c"], "'a b'"),
+        (["--pool", "-1"], "pool=-1"),
+        (["--pool", "many"], "many"),
+        (["--ttl", "0"], "ttl"),
+        (["--pg-version", "sixteen"], "sixteen"),
+        (["--log-level", "loud"], "loud"),
+        (["--run-as", "no-such-user"], "run_as"),
+        (["open", "/nowhere"], "/nowhere"),
+        (["open", "/tmp"], "/tmp"),
+        (["URI", "another"], "another"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> None:
+    named = any("://" in argument for argument in arguments) or arguments[0] in ("open", "URI")
+    port = ports.free_port("127.0.0.1")
+    check_error(*arguments, *([] if named else [f"postgresql://localhost:{port}/x"]), word=word)
+
+
+def test_a_read_only_prefix(open_dir: Path) -> None:
+    """A directory that cannot be written is named, and nothing is made."""
+    prefix = Path("/sys/kernel") if os.geteuid() == 0 else open_dir / "closed"
+    if os.geteuid() != 0:
+        prefix.mkdir(mode=0o500)
+    port = ports.free_port("127.0.0.1")
+    check_error(
+        "--data-dir-prefix", str(prefix), f"postgresql://localhost:{port}/x", word=str(prefix)
+    )
+
+
+def test_no_postgresql_lists_every_place(open_dir: Path) -> None:
+    """The error lists what was looked at, and the commands that would fix it."""
+    result = run_pgtemp("--bin-dir", str(open_dir), "postgresql://localhost:6999/x")
+    assert result.returncode == 2
+    assert str(open_dir) in result.stderr and "apt-get install postgresql" in result.stderr
+    assert 'pip install "pgtemp[postgres]"' in result.stderr
+
+
+def test_a_bad_setting_is_told_at_the_start() -> None:
+    port = ports.free_port("127.0.0.1")
+    result = run_pgtemp("-o", "max_connections=lots", f"postgresql://localhost:{port}/x")
+    assert result.returncode == 2
+    assert "max_connections" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_bad_dump_is_told_at_the_start_with_its_line(tmp_path: Path) -> None:
+    """psql's own message and line reach the user."""
+    dump = tmp_path / "bad.sql"
+    dump.write_text("CREATE TABLE t (n int);\nINSERT INTO t VALUES ('x');\n")
+    port = ports.free_port("127.0.0.1")
+    result = run_pgtemp("--load-from", str(dump), f"postgresql://localhost:{port}/x")
+    assert result.returncode == 2
+    assert "bad.sql:2" in result.stderr and "invalid input syntax" in result.stderr
+
+
+def test_the_environment_names_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGTEMP_URI is taken before DATABASE_URL."""
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    result = run_pgtemp(env={"PGTEMP_URI": "nonsense", "DATABASE_URL": "other"})
+    assert "nonsense" in result.stderr
+    result = run_pgtemp(env={"DATABASE_URL": "other"})
+    assert "other" in result.stderr
+
+
+def test_settings_and_dump_of_the_original_command_line(
+    daemon: type[Daemon], tmp_path: Path, open_dir: Path
+) -> None:
+    """[--single] [--data-dir-prefix DIR] [--load-from FILE] [-o KEY=VALUE]… URI still works."""
+    dump = tmp_path / "dump.sql"
+    dump.write_text("CREATE TABLE t AS SELECT 42 AS answer;\n")
+    served = daemon(
+        "--single", "--data-dir-prefix", str(open_dir), "--load-from", str(dump),
+        "-o", "work_mem=9MB", "-o", "max_connections=33", "--dump", str(tmp_path / "out.sql"),
+    )  # fmt: skip
+    with psycopg.connect(served.uri) as connection:
+        assert connection.execute("SELECT answer FROM t").fetchone() == (42,)
+        assert connection.execute("SHOW work_mem").fetchone() == ("9MB",)
+        assert connection.execute("SHOW max_connections").fetchone() == ("33",)
+        row = connection.execute("SHOW data_directory").fetchone()
+        assert row is not None and row[0].startswith(str(open_dir))
+    assert served.end()[0] == 0
+    assert "42" in (tmp_path / "out.sql").read_text()
+
+
+def test_help_teaches() -> None:
+    """--help of the whole shows how to start; that of a command every option."""
+    assert "pgtemp postgresql://localhost:6543/mytestdb" in run_pgtemp("--help").stdout
+    said = run_pgtemp("serve", "--help").stdout
+    assert "--data-dir-prefix" in said and "PGTEMP_VERSION" in said
+    assert run_pgtemp("--version").stdout.startswith("pgtemp, version ")

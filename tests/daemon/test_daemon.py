@@ -1,0 +1,288 @@
+"""The daemon as users run it: a process, real clients, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import asyncpg
+import psycopg
+import pytest
+
+from pgtemp.host import ports
+from pgtemp.server.remains import PREFIX
+from pgtemp.wire.messages import (
+    GSSENC_CODE,
+    PROTOCOL_3,
+    SSL_CODE,
+    TERMINATE,
+    cancel_request,
+    startup_message,
+    untyped,
+)
+from support import Daemon, eventually, homes, run_pgtemp
+
+DaemonType = type[Daemon]
+
+
+def test_each_connection_gets_its_own_server(daemon: DaemonType, any_version: str) -> None:
+    """Two connections at once see different servers, with the user and database named."""
+    served = daemon("--pg-version", any_version)
+    with psycopg.connect(served.uri) as one, psycopg.connect(served.uri) as two:
+        one.execute("CREATE TABLE t AS SELECT 1 AS n")
+        row = two.execute(
+            "SELECT to_regclass('t'), current_user, current_database(),"
+            " current_setting('server_version_num')"
+        ).fetchone()
+        assert row is not None
+        assert row[:3] == (None, "postgres", "test")
+        assert row[3].startswith(any_version)
+
+
+def test_single_is_one_server_for_all(daemon: DaemonType) -> None:
+    """What one connection commits the next one sees; CREATE DATABASE works as it stands."""
+    served = daemon("--single")
+    with psycopg.connect(served.uri, autocommit=True) as one:
+        one.execute("CREATE TABLE t AS SELECT 1 AS n")
+        one.execute("CREATE DATABASE another")
+    with psycopg.connect(served.uri) as two:
+        assert two.execute("SELECT n FROM t").fetchone() == (1,)
+    with psycopg.connect(served.uri.replace("/test", "/another")) as three:
+        assert three.execute("SELECT current_database()").fetchone() == ("another",)
+    with pytest.raises(psycopg.OperationalError, match='database "nowhere" does not exist'):
+        psycopg.connect(served.uri.replace("/test", "/nowhere"))
+
+
+def test_any_user_and_any_database(daemon: DaemonType) -> None:
+    served = daemon()
+    uri = f"postgresql://any%20one:secret@localhost:{served.port}/some%22thing"
+    with psycopg.connect(uri) as connection:
+        assert connection.execute("SELECT current_user, current_database()").fetchone() == (
+            "any one",
+            'some"thing',
+        )
+
+
+def test_many_connections_at_once(daemon: DaemonType) -> None:
+    """Each of many simultaneous clients gets a server of its own."""
+    served = daemon("--pool", "2")
+
+    def use(number: int) -> int:
+        with psycopg.connect(served.uri) as connection:
+            connection.execute("CREATE TABLE t (n int)")
+            connection.execute("INSERT INTO t VALUES (%s)", [number])
+            rows = connection.execute("SELECT n FROM t").fetchall()
+            assert len(rows) == 1
+            return int(rows[0][0])
+
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(use, range(16))) == list(range(16))
+
+
+def test_asyncpg_and_its_cancel(daemon: DaemonType) -> None:
+    """A driver that is not libpq; its timeout cancels the right query through the daemon."""
+    served = daemon()
+
+    async def use() -> None:
+        connection = await asyncpg.connect(served.uri)
+        with pytest.raises(asyncio.TimeoutError):
+            await connection.fetchval("SELECT pg_sleep(60)", timeout=0.3)
+        assert await connection.fetchval("SELECT 1") == 1
+        await connection.close()
+
+    asyncio.run(use())
+
+
+def test_psycopg_cancels_its_own_query(daemon: DaemonType) -> None:
+    served = daemon()
+    with psycopg.connect(served.uri) as one, psycopg.connect(served.uri) as other:
+        with ThreadPoolExecutor(1) as thread:
+            pid = one.info.backend_pid
+            asleep = thread.submit(one.execute, "SELECT pg_sleep(60)")
+            wchan = Path(f"/proc/{pid}/cmdline")
+            assert eventually(lambda: b"SELECT" in wchan.read_bytes())
+            one.cancel_safe()
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                asleep.result(30)
+        assert other.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_probes_cost_nothing(daemon: DaemonType) -> None:
+    """pg_isready, empty connects, garbage and unknown cancels are answered without a lease."""
+    served = daemon("--log-level", "info")
+    isready = ["pg_isready", "-h", "localhost", "-p", str(served.port)]
+    if subprocess.run(["which", "pg_isready"], capture_output=True, check=False).returncode == 0:
+        assert subprocess.run(isready, capture_output=True, check=False).returncode == 0
+    for data in (
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        untyped(SSL_CODE),
+        cancel_request(bytes(8)),
+        startup_message({"user": "me", "application_name": "pg_isready"}) + TERMINATE,
+    ):
+        with socket.create_connection(("127.0.0.1", served.port)) as probe:
+            probe.sendall(data)
+            probe.shutdown(socket.SHUT_WR)
+            while probe.recv(1024):
+                pass
+    status, errors = served.end()
+    assert status == 0
+    assert "lease 1" not in errors
+    assert "Traceback" not in errors
+
+
+def test_a_byte_at_a_time(daemon: DaemonType) -> None:
+    """A slow client that asks for encryption twice over gets in all the same."""
+    served = daemon()
+    hello = startup_message({"user": "postgres", "database": "test"})
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        for request in (SSL_CODE, GSSENC_CODE):
+            for byte in untyped(request):
+                client.sendall(bytes([byte]))
+            assert client.recv(1) == b"N"
+        for byte in hello:
+            client.sendall(bytes([byte]))
+        assert client.recv(1) == b"R"
+
+
+@pytest.mark.parametrize(
+    ("data", "sqlstate"),
+    [
+        (startup_message({"user": "me"}, 2 << 16), b"C0A000\0"),
+        (untyped(PROTOCOL_3, b"database\0x\0\0"), b"C28000\0"),
+        (untyped(PROTOCOL_3, b"user\0x"), b"C08P01\0"),
+    ],
+)
+def test_a_bad_start_gets_an_error_response(
+    daemon: DaemonType, data: bytes, sqlstate: bytes
+) -> None:
+    served = daemon("--pool", "0")
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := client.recv(1024):
+            answer += chunk
+    assert answer[:1] == b"E" and sqlstate in answer
+
+
+def test_a_server_nobody_used_serves_the_next(daemon: DaemonType) -> None:
+    """A client that logs in and leaves without a word costs no server."""
+    served = daemon("--pool", "1", "--log-level", "info")
+    for _ in range(3):
+        psycopg.connect(served.uri).close()
+    _, errors = served.end()
+    assert errors.count("unused") == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_signals_end_everything(daemon: DaemonType, number: int, status: int) -> None:
+    """With a client connected and a pool full, a signal leaves no process and no directory."""
+    before = homes()
+    served = daemon()
+    with psycopg.connect(served.uri) as connection:
+        connection.execute("SELECT 1")
+        got, errors = served.end(number)
+        assert (got, errors) == (status, "")
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 1")
+        connection.close()
+    assert eventually(lambda: homes() <= before)
+
+
+def test_a_killed_daemon_leaves_nothing(daemon: DaemonType) -> None:
+    before = homes()
+    served = daemon()
+    connection = psycopg.connect(served.uri)
+    connection.execute("SELECT 1")
+    served.end(signal.SIGKILL)
+    connection.close()
+    assert eventually(lambda: homes() <= before)
+
+
+def test_a_signal_while_starting_leaves_nothing() -> None:
+    """Ctrl-C at any moment of the start-up."""
+    before = homes()
+    for seconds in (0.1, 0.3, 0.5, 0.7):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgtemp", f"postgresql://localhost:{ports.free_port('127.0.0.1')}/x"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert "Traceback" not in errors or seconds == 0.1, errors
+    assert eventually(lambda: homes() <= before)
+
+
+def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_dir: Path) -> None:
+    """Each database that was used is kept, and `pgtemp open` serves it again and leaves it."""
+    served = daemon("--persist", "--data-dir-prefix", str(open_dir))
+    with psycopg.connect(served.uri) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 42 AS answer")
+    psycopg.connect(served.uri).close()  # unused: not kept
+    assert eventually(lambda: len(list(open_dir.glob("*/pgtemp.json"))) == 1)
+    _, errors = served.end()
+    (kept,) = open_dir.glob(f"{PREFIX}*")
+    assert f"kept {kept}" in errors
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgtemp", "open", str(kept)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        with psycopg.connect(said[1].strip()) as connection:
+            assert connection.execute("SELECT answer FROM t").fetchone() == (42,)
+            refused = run_pgtemp("open", str(kept))
+            assert refused.returncode == 2 and "a server is running on" in refused.stderr
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert (kept / "data" / "PG_VERSION").exists()
+
+
+def test_ttl_ends_a_lease_with_a_clear_error(daemon: DaemonType) -> None:
+    served = daemon("--ttl", "0.5")
+    connection = psycopg.connect(served.uri)
+    with pytest.raises(psycopg.OperationalError, match="time is over"):
+        connection.execute("SELECT pg_sleep(30)")
+    connection.close()
+
+
+def test_the_unix_socket_works_too(daemon: DaemonType) -> None:
+    served = daemon("--no-tcp")
+    uri = served.said[1].strip()
+    assert "host=" in uri
+    with psycopg.connect(uri) as connection:
+        assert connection.execute("SELECT current_database()").fetchone() == ("test",)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", served.port)).close()
+
+
+def test_another_local_user_is_refused(daemon: DaemonType, other_user: str) -> None:
+    """Over TCP and through the socket's directory only the user who runs the daemon comes in."""
+    served = daemon()
+    directory = served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    for host in ("127.0.0.1", directory):
+        command = ["psql", "-X", "-h", host, "-p", str(served.port), "-U", "postgres", "test"]
+        result = subprocess.run(
+            command,
+            user=other_user,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            check=False,
+            env={"PATH": os.environ["PATH"]},
+        )
+        assert result.returncode == 2, result.stdout
+        assert "uid" in result.stderr or "Permission denied" in result.stderr
