@@ -14,8 +14,9 @@ import pytest
 from conftest import leftovers
 from pgtemp import ClusterError, OptionError, PgTempDB, TransferError
 from pgtemp.host import ports
+from pgtemp.server import warden
 from pgtemp.server.remains import postgres_in
-from support import eventually
+from support import eventually, homes
 
 
 def test_each_version_starts_and_leaves_nothing(any_version: str) -> None:
@@ -233,19 +234,76 @@ def test_a_forked_child_that_exits_leaves_the_parents_server() -> None:
     assert process.returncode == 0
 
 
-def test_a_killed_warden_takes_the_server_and_the_next_start_sweeps() -> None:
-    """PostgreSQL goes by its death signal; its directory is taken by the next start."""
-    from pgtemp.server import warden
-
+def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
+    """PostgreSQL goes by its death signal; a new warden serves the next server."""
     db = PgTempDB().start()
     data_dir = db.data_dir
     os.kill(warden.current().pid, signal.SIGKILL)
     assert eventually(lambda: postgres_in(str(data_dir)) == [])
     with PgTempDB() as another, another.connect() as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
-        assert eventually(lambda: not data_dir.parent.exists())
-    with pytest.raises(Exception, match="warden"):
-        db.stop()
+    assert data_dir.exists(), "its owner lives, so no sweep may take it"
+    db.stop()
+    assert not data_dir.parent.exists()
+
+
+def test_owner_and_warden_killed_the_next_start_sweeps() -> None:
+    """What nobody could clean up is taken by the next start of anybody."""
+    process, data_dir = owner(
+        "import os, signal\n"
+        "from pgtemp.server import warden\n"
+        "os.kill(warden.current().pid, signal.SIGKILL)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process.communicate(timeout=60)
+    assert data_dir.exists()
+    with PgTempDB():
+        assert eventually(lambda: leftovers(data_dir) == [])
+
+
+def test_a_long_prefix_gets_a_short_way_to_its_socket(open_dir: Path) -> None:
+    """A path too long for a socket works, and its short link goes with it."""
+    deep = open_dir / ("d" * 100)
+    deep.mkdir()
+    before = homes()
+    with PgTempDB(data_dir_prefix=deep, tcp=False) as db, db.connect() as connection:
+        assert len(os.fsencode(db.socket_dir)) < 80
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert eventually(lambda: homes() <= before and list(deep.iterdir()) == [])
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(small_disk: Path) -> None:
+    """The error says where there is no room, and how much there is."""
+    with pytest.raises(ClusterError, match=r"No space left on device \(\d+ MB free\)"):
+        PgTempDB(data_dir_prefix=small_disk).start()
+    assert eventually(lambda: list(small_disk.iterdir()) == [])
+
+
+def test_libpqs_environment_leads_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables for other servers do not reach pgtemp's own connections."""
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.9")
+    monkeypatch.setenv("PGOPTIONS", "-c default_transaction_read_only=on")
+    monkeypatch.setenv("PGSSLMODE", "require")
+    with PgTempDB(dbname="app", user="me") as db:
+        for name in ("PGHOSTADDR", "PGOPTIONS", "PGSSLMODE"):
+            monkeypatch.delenv(name)
+        with db.connect() as connection:
+            assert connection.execute("SELECT current_user").fetchone() == ("me",)
+
+
+def test_a_server_of_a_month_does_not_upset_the_warden() -> None:
+    """A time longer than poll() can wait is waited for in parts."""
+    with PgTempDB(ttl=90 * 86400) as db, db.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_link_planted_by_the_server_is_not_followed(open_dir: Path, tmp_path: Path) -> None:
+    """What the server's user puts into its home leads pgtemp to write nowhere else."""
+    victim = tmp_path / "victim"
+    with PgTempDB(persist=True, data_dir_prefix=open_dir) as db:
+        (db.data_dir.parent / "pgtemp.json").symlink_to(victim)
+    assert not victim.exists()
+    assert (db.data_dir.parent / "pgtemp.json").is_file()
 
 
 def test_a_failed_dump_at_the_end_is_told_and_the_server_ends(tmp_path: Path) -> None:

@@ -21,12 +21,19 @@ StrPath = str | os.PathLike[str]
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?")
 
 
-def option(default: Any, help: str, *, flag: str | None = None, env: str | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    env: str | None = None,
+    secret: bool = False,
+) -> Any:
     """A field with what the command line and the documentation need to know."""
     metadata = {"help": help, "flag": flag, "env": env}
     if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=default, metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class ServerOptions:
 
     port: int | None = option(None, "TCP port; a free one is chosen by default")
     user: str = option("postgres", "the user, a superuser")
-    password: str | None = option(None, "the user's password; a random one by default")
+    password: str | None = option(None, "the user's password; a random one by default", secret=True)
     dbname: str = option("postgres", "the database; made if need be")
     data_dir_prefix: StrPath | None = option(
         None,
@@ -118,7 +125,7 @@ class ServerOptions:
             raise OptionError(
                 "the password is empty", remedy="leave it out to have a random one made"
             )
-        if self.ttl is not None and not self.ttl > 0:
+        if self.ttl is not None and not (0 < self.ttl < float("inf")):
             raise OptionError(f"ttl={self.ttl}: not a time", remedy="give seconds above 0")
         for name, value in self.config.items():
             if not _SETTING.fullmatch(name) or "\n" in str(value) or "\0" in str(value):
@@ -128,7 +135,9 @@ class ServerOptions:
                 )
         for name in ("load", "postgresql_conf", "pg_hba_conf"):
             self._check_readable(name)
-        if self.copy_from is not None and not (Path(self.copy_from) / "PG_VERSION").is_file():
+        if self.copy_from is not None and not any(
+            (Path(self.copy_from) / inside / "PG_VERSION").is_file() for inside in ("", "data")
+        ):
             raise OptionError(
                 f"{os.fspath(self.copy_from)} is not a data directory: it has no PG_VERSION",
                 remedy="name a directory that initdb or pgtemp made (copy_from)",
@@ -140,13 +149,18 @@ class ServerOptions:
                     f"{os.fspath(path)}: there is no directory {Path(path).absolute().parent}",
                     remedy=f"make it, or name another file ({name})",
                 )
+            if path is not None and Path(path).is_dir():
+                raise OptionError(
+                    f"{os.fspath(path)} is a directory", remedy=f"name a file ({name})"
+                )
 
     def _check_readable(self, name: str) -> None:
         path = getattr(self, name)
         if path is None:
             return
         try:
-            if not Path(path).is_dir():
+            # A dump may be a directory; a file of settings may not.
+            if not (name == "load" and Path(path).is_dir()):
                 with open(path, "rb"):
                     pass
         except OSError as error:

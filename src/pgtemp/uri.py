@@ -73,7 +73,7 @@ class PartialInfo:
 
 def redact(uri: str) -> str:
     """The URL with its password replaced, for messages."""
-    uri = re.sub(r"(//[^:/@?]*:)[^@]*@", r"\1***@", uri)
+    uri = re.sub(r"(//[^:/@?]*:)[^?]*@", r"\1***@", uri)
     return re.sub(r"(password=)[^&\s]*", r"\1***", uri)
 
 

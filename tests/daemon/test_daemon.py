@@ -268,6 +268,99 @@ def test_the_unix_socket_works_too(daemon: DaemonType) -> None:
         socket.create_connection(("127.0.0.1", served.port)).close()
 
 
+def test_passwords_asked_by_the_servers_own_rules(daemon: DaemonType, tmp_path: Path) -> None:
+    """With a pg_hba.conf that asks for passwords the exchange goes through, both ways."""
+    hba = tmp_path / "hba.conf"
+    hba.write_text("local all joe scram-sha-256\nlocal all all trust\n")
+    served = daemon("--single", "--pg-hba-conf", str(hba))
+    uri = f"postgresql://joe:geheim@localhost:{served.port}/test"
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(uri)
+    with psycopg.connect(served.uri) as own:
+        own.execute("ALTER ROLE joe PASSWORD 'geheim'")
+    with psycopg.connect(uri) as connection:
+        assert connection.execute("SELECT current_user").fetchone() == ("joe",)
+
+
+def test_a_name_that_is_not_text_is_refused(daemon: DaemonType) -> None:
+    served = daemon("--pool", "0")
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.sendall(untyped(PROTOCOL_3, b"user\0a\xff\0\0"))
+        answer = client.recv(1024)
+    assert answer[:1] == b"E" and b"C22021" in answer
+    assert served.end() == (0, "")
+
+
+def test_a_dead_single_server_ends_the_daemon(daemon: DaemonType) -> None:
+    """Its data is gone, so going on as if nothing were would hide it."""
+    served = daemon("--single")
+    with psycopg.connect(served.uri) as connection:
+        row = connection.execute("SHOW data_directory").fetchone()
+    assert row is not None
+    os.kill(int((Path(row[0]) / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+    served.process.wait(timeout=30)
+    status, errors = served.end()
+    assert status == 2 and "was killed by signal 9" in errors and "Traceback" not in errors
+
+
+def test_a_daemon_outlives_its_warden(daemon: DaemonType) -> None:
+    """A warden that is killed takes the servers of the moment; the daemon leases new ones."""
+    served = daemon("--pool", "1")
+    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children")
+    (warden,) = children.read_text().split()
+    os.kill(int(warden), signal.SIGKILL)
+    for _ in range(4):
+        with psycopg.connect(served.uri) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert served.end()[0] == 0
+
+
+def test_a_stop_while_a_dump_is_loaded_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM does not wait for psql."""
+    before = homes()
+    dump = tmp_path / "slow.sql"
+    dump.write_text("SELECT pg_sleep(600);\n")
+    uri = f"postgresql://localhost:{ports.free_port('127.0.0.1')}/x"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgtemp", "--load-from", str(dump), uri],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def loading() -> bool:
+        names = [Path(f"/proc/{pid}/comm").read_text() for pid in children.read_text().split()]
+        return "psql\n" in names
+
+    assert eventually(loading, 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert eventually(lambda: homes() <= before)
+
+
+def test_a_client_that_leaves_at_once_is_nobody(daemon: DaemonType, other_user: str) -> None:
+    """Rows of closed sockets belong to root in the kernel's table; they let nobody in."""
+    served = daemon("--log-level", "info")
+    mark = Path("/tmp") / f"test-of-mark-{os.getpid()}"
+    program = (
+        "import socket, sys\n"
+        "hello, query = bytes.fromhex(sys.argv[2]), b\"COPY (SELECT 1) TO PROGRAM 'touch MARK'\\0\"\n"
+        "query = query.replace(b'MARK', sys.argv[3].encode())\n"
+        "query = b'Q' + (len(query) + 4).to_bytes(4, 'big') + query + b'X\\0\\0\\0\\4'\n"
+        "for _ in range(50):\n"
+        "    with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s:\n"
+        "        s.sendall(hello + query)\n"
+    )
+    hello = startup_message({"user": "postgres", "database": "test"}).hex()
+    subprocess.run(
+        ["/usr/bin/python3", "-c", program, str(served.port), hello, str(mark)],
+        user=other_user, cwd="/", check=True, env={},
+    )  # fmt: skip
+    _, errors = served.end()
+    assert not mark.exists()
+    assert "lease 1" not in errors
+
+
 def test_another_local_user_is_refused(daemon: DaemonType, other_user: str) -> None:
     """Over TCP and through the socket's directory only the user who runs the daemon comes in."""
     served = daemon()

@@ -28,6 +28,8 @@ def _run() -> int:
         click.echo(f"pgtemp: {error}", err=True)
     except click.ClickException as error:
         click.echo(f"pgtemp: {error.format_message()}; see pgtemp --help", err=True)
+    except OSError as error:
+        click.echo(f"pgtemp: {error}", err=True)
     except click.Abort:
         return INTERRUPTED
     return USAGE_ERROR

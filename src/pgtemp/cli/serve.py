@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import signal
 import sys
 from typing import Any
@@ -70,10 +71,11 @@ def _print_line(text: str) -> None:
 
 
 def _print_ready(served: Announcement) -> None:
-    click.echo(f"pgtemp serves PostgreSQL {served.version}, a fresh one for every connection, at")
+    each = "one for all connections" if served.single else "a fresh one for every connection"
+    click.echo(f"pgtemp serves PostgreSQL {served.version}, {each}, at")
     click.echo(f"    {served.info.uri}")
     click.echo("try")
-    click.echo(f"    psql {served.info.uri} -c 'select version()'")
+    click.echo(f"    psql {shlex.quote(served.info.uri)} -c 'select version()'")
     click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
     sys.stdout.flush()
 

@@ -23,11 +23,8 @@ class Cancels:
         self._sockets: dict[bytes, str] = {}
 
     @contextmanager
-    def registered(self, key: bytes | None, socket: str) -> Iterator[None]:
-        """The key leads to the server for as long as the block lasts; None where it gave none."""
-        if key is None:
-            yield
-            return
+    def registered(self, key: bytes, socket: str) -> Iterator[None]:
+        """The key leads to the server for as long as the block lasts."""
         self._sockets[key] = socket
         try:
             yield

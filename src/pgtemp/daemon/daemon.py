@@ -17,11 +17,11 @@ from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases import provision
 from pgtemp.databases.isolation import ClusterPerLease, Isolation, OneCluster
-from pgtemp.errors import OptionError
-from pgtemp.host import identity, ports
+from pgtemp.errors import OptionError, PgTempError
+from pgtemp.host import identity, ports, processes
 from pgtemp.options import DaemonOptions
 from pgtemp.server import home, warden
-from pgtemp.server.cluster import port_taken
+from pgtemp.server.cluster import Cluster, port_taken
 from pgtemp.uri import ConnectionInfo
 
 _BACKLOG = 1024
@@ -35,6 +35,7 @@ class Announcement:
     info: ConnectionInfo
     socket_dir: str
     version: str
+    single: bool
 
 
 async def run(
@@ -85,9 +86,28 @@ async def run(
         )
         for server in servers:
             at_the_end.callback(server.close)
+        if isolation.pillar is not None:
+            _watch(loop, isolation.pillar, stopping)
         ready(_announcement(options, socket_dir, plan.installation.version))
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation
+
+
+def _watch(
+    loop: asyncio.AbstractEventLoop, cluster: Cluster, stopping: asyncio.Future[int]
+) -> None:
+    """Stop with an error when the one server that everybody shares has died."""
+    descriptor = cluster.fileno()
+
+    def look() -> None:
+        try:
+            cluster.check()
+        except PgTempError as error:
+            loop.remove_reader(descriptor)
+            if not stopping.done():
+                stopping.set_exception(error)
+
+    loop.add_reader(descriptor, look)
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, None], stopping: asyncio.Future[int]) -> None:
@@ -96,6 +116,7 @@ async def _unless_stopped(work: Coroutine[Any, Any, None], stopping: asyncio.Fut
     both: set[asyncio.Future[Any]] = {task, stopping}
     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
+        processes.interrupt()  # a load may take minutes
         task.cancel()
         await asyncio.wait([task])
     elif (error := task.exception()) is not None:
@@ -182,4 +203,4 @@ def _announcement(options: DaemonOptions, socket_dir: str, version: str) -> Anno
         password=options.password,
         dbname=options.dbname,
     )
-    return Announcement(info, socket_dir, version)
+    return Announcement(info, socket_dir, version, options.single)

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import ExitStack
 
 from pgtemp.aio import whole
 from pgtemp.daemon.cancels import Cancels
@@ -77,6 +78,9 @@ class Gateway:
             raise
         except OSError as error:
             _log.info("lost a client: %s", error)
+        except Exception as error:
+            _log.exception("a client could not be served")
+            client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
     async def _start_up(self, client: Endpoint) -> Startup | None:
@@ -153,18 +157,21 @@ class Gateway:
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: server, lease.socket)
         parameters = {**startup.parameters, "database": lease.dbname}
-        server.write(startup_message(parameters, startup.version))
-        login = replies.ServerStart()
+        server.write(startup_message(parameters, startup.version) + startup.rest)
         first_words.feed(startup.rest)
-        server.write(startup.rest)
-        client.listen = first_words.feed
-        while not login.done:
-            data = await server.read()
-            if not data:
-                return
-            login.feed(data)
-            client.write(data)
-        with self._cancels.registered(login.key, lease.socket):
+        with ExitStack() as until_the_end:
+            login = replies.ServerStart()
+
+            def learn(data: bytes) -> None:
+                login.feed(data)
+                if login.done:
+                    server.listen = None
+                    if login.key is not None:
+                        until_the_end.enter_context(
+                            self._cancels.registered(login.key, lease.socket)
+                        )
+
+            client.listen, server.listen = first_words.feed, learn
             try:
                 async with asyncio.timeout(self._ttl):
                     await relay(client, server)
@@ -203,7 +210,7 @@ def _admit(client: Endpoint) -> None:
     ours = client.transport.get_extra_info("sockname")
     if not isinstance(peer, tuple) or not isinstance(ours, tuple):
         return
-    uid = ports.peer_uid(str(peer[0]), int(peer[1]), int(ours[1]))
+    uid = ports.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
     if uid in (0, os.getuid()):
         return
     raise _RefusedError(

@@ -13,6 +13,17 @@ from pgtemp.databases.secret import Secret
 from pgtemp.errors import ClusterError
 from pgtemp.uri import ConnectionInfo
 
+# What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
+_NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
+    "hostaddr": "",
+    "options": "",
+    "require_auth": "",
+    "target_session_attrs": "any",
+    "sslmode": "disable",
+    "gssencmode": "disable",
+    "client_encoding": "UTF8",
+}
+
 
 @contextmanager
 def connected(to: ConnectionInfo) -> Iterator[psycopg.Connection[Any]]:
@@ -25,6 +36,7 @@ def connected(to: ConnectionInfo) -> Iterator[psycopg.Connection[Any]]:
             dbname=to.dbname,
             autocommit=True,
             application_name="pgtemp",
+            **_NOT_FROM_THE_ENVIRONMENT,
         ) as connection:
             yield connection
     except psycopg.Error as error:

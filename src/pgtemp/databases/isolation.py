@@ -53,6 +53,10 @@ class Isolation(Protocol):
     def release(self, lease: Lease, *, used: bool) -> None: ...
     def close(self) -> None: ...
 
+    @property
+    def pillar(self) -> Cluster | None:
+        """The server without which nothing goes on."""
+
 
 class ClusterPerLease:
     """A postmaster a lease: names, roles and settings all private. From a pool kept ready."""
@@ -61,6 +65,7 @@ class ClusterPerLease:
         self._plan = plan
         self._announce = announce
         self._numbers = itertools.count(1)
+        self.pillar: Cluster | None = None  # each lease has its own
         self._base: Cluster | None = None
         self._pool: Pool[Cluster] = Pool(self, ready=ready)
 
@@ -151,18 +156,18 @@ class OneCluster:
         self._plan = plan
         self._announce = announce
         self._numbers = itertools.count(1)
-        self._cluster: Cluster | None = None
+        self.pillar: Cluster | None = None
         self._furnishing = threading.Lock()
 
     def open(self) -> None:
-        self._cluster = provision.provision(self._plan, None)
+        self.pillar = provision.provision(self._plan, None)
 
     def claim(self) -> Future[Cluster]:
         claimed: Future[Cluster] = Future()
-        assert self._cluster is not None
+        assert self.pillar is not None
         try:
-            self._cluster.check()
-            claimed.set_result(self._cluster)
+            self.pillar.check()
+            claimed.set_result(self.pillar)
         except PgTempError as error:
             claimed.set_exception(error)
         return claimed
@@ -177,7 +182,7 @@ class OneCluster:
         """It goes on."""
 
     def close(self) -> None:
-        cluster, options = self._cluster, self._plan.options
+        cluster, options = self.pillar, self._plan.options
         if cluster is None:
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,16 @@ _HOST = "127.0.0.1"
 
 def write_note(home: Path, user: str, dbname: str) -> None:
     """Remember, beside data that is kept, whose it was."""
-    (home / NOTE).write_text(json.dumps({"user": user, "dbname": dbname}))
+    # By a descriptor and a rename: the server's user may have put a link there.
+    directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fresh = f".{NOTE}.{os.getpid()}"
+        with open(os.open(fresh, flags, 0o600, dir_fd=directory), "w") as file:
+            json.dump({"user": user, "dbname": dbname}, file)
+        os.rename(fresh, NOTE, src_dir_fd=directory, dst_dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 class KeptDB:

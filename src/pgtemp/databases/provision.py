@@ -192,4 +192,4 @@ def _runs(pid_file: Path) -> bool:
 
 
 def _text(path: str | os.PathLike[str] | None) -> str:
-    return Path(path).read_text() if path is not None else ""
+    return Path(path).read_text(errors="surrogateescape") if path is not None else ""

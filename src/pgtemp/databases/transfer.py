@@ -67,7 +67,11 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     if result.returncode != 0:
         fresh.unlink(missing_ok=True)
         raise _failed(f"{source.dbname} could not be dumped to {path}", result)
-    fresh.replace(path)
+    try:
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise TransferError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _is_archive(path: Path) -> bool:

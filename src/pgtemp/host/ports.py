@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from contextlib import suppress
 
 _LISTEN = "0A"
@@ -58,18 +59,31 @@ def holder(port: int) -> str:
     return ""
 
 
-def peer_uid(address: str, port: int, our_port: int) -> int | None:
+def peer_uid(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
     """The user at the other end of a loopback TCP connection; None where that cannot be told.
 
+    Both whole endpoints have to match one row alone, since a port may be in use on several
+    loopback addresses at once; and the row must have an inode, since the kernel gives the rows of
+    sockets that nobody holds any more to root.
+
     Args:
-        address: the peer's address.
-        port: the peer's port.
-        our_port: the port it is connected to.
+        peer: address and port of the other end.
+        ours: address and port of this end.
     """
-    for row in _tcp_rows("6" if ":" in address else "4"):
-        if _port(row[1]) == port and _port(row[2]) == our_port:
-            return int(row[7])
-    return None
+    theirs = [
+        row
+        for row in _tcp_rows("6" if ":" in peer[0] else "4")
+        if row[1] == _endpoint(*peer) and row[2] == _endpoint(*ours) and row[9] != "0"
+    ]
+    return int(theirs[0][7]) if len(theirs) == 1 else None
+
+
+def _endpoint(address: str, port: int) -> str:
+    """As the kernel writes it: 32-bit words in the machine's byte order, in hexadecimal."""
+    packed = ipaddress.ip_address(address.partition("%")[0]).packed
+    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
+    text = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+    return f"{text}:{port:04X}"
 
 
 def _tcp_rows(family: str = "46") -> list[list[str]]:

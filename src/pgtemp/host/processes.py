@@ -55,21 +55,39 @@ def run(
         OSError: the program could not be run.
     """
     become = identity if identity is not None and identity.switch else None
-    return subprocess.run(
+    with subprocess.Popen(
         [os.fspath(part) for part in argv],
         env={**clean_environment(), **(env or {})},
-        input=stdin,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        check=False,
         pass_fds=pass_fds,
         cwd=cwd,
         umask=0o077,
         user=become.uid if become else None,
         group=become.gid if become else None,
         extra_groups=[] if become else None,
-    )
+    ) as process:
+        _running.add(process)
+        try:
+            stdout, stderr = process.communicate(stdin)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            _running.discard(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def interrupt() -> None:
+    """End the programs that run at this moment; whoever waits for them sees them fail."""
+    for process in list(_running):
+        process.terminate()
 
 
 def start_detached(argv: Sequence[str], *, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:

@@ -22,7 +22,7 @@ from pgtemp.host.identity import Identity
 from pgtemp.server import home, warden
 from pgtemp.server.image import Source
 from pgtemp.server.installation import Installation
-from pgtemp.server.remains import removal
+from pgtemp.server.remains import clear_crashed
 
 START_SECONDS = 60.0
 # Crash recovery and a shutdown checkpoint of large kept data may take minutes.
@@ -133,23 +133,30 @@ class Cluster:
         except BaseException:
             self._undo()
             raise
-        finally:
-            os.close(self.home.lease)  # the warden holds it now
 
     def stop(self) -> list[str]:
         """End the server and remove what is not kept; the signals that it took.
 
         Does nothing after the first time.
-
-        Raises:
-            WardenError: the server could not be ended.
         """
         with self._stopping:
             process, self._process = self._process, None
             if process is None:
                 return []
             keep = self.blueprint.keep
-            return process.stop(keep=keep, remove=self.home.leftovers(keep=keep))
+            return self._end(process, keep=keep)
+
+    def _end(self, process: warden.Process, *, keep: bool) -> list[str]:
+        leftovers = self.home.leftovers(keep=keep)
+        try:
+            return process.stop(keep=keep, remove=leftovers)
+        except WardenError:
+            # PostgreSQL went with its warden; what is left is ours to take away.
+            clear_crashed(str(self.data_dir))
+            home.discard(leftovers)
+            return ["SIGQUIT"]
+        finally:
+            self.home.release()
 
     def halt(self) -> None:
         """Shut the server down cleanly; its directory stays until `stop`, or the owner's end.
@@ -165,12 +172,18 @@ class Cluster:
         process, self._process = self._process, None
         if process is not None:
             process.abandon()
+            self.home.release()
+
+    def fileno(self) -> int:
+        """A descriptor that can be read when there is news for `check`."""
+        return self._process.fileno() if self._process is not None else -1
 
     def check(self) -> None:
         """Raise if the server has died.
 
         Raises:
             ClusterError: it has; carries the end of its log.
+            WardenError: with its warden.
         """
         if self._process is not None and self._process.wait(0) is not None:
             raise self._died()
@@ -188,13 +201,15 @@ class Cluster:
         self._copy(plan.source.begin)
         try:
             conf = data / "postgresql.conf"
-            self._write(conf, plan.conf(conf.read_text() if conf.exists() else ""))
+            self._write(
+                conf, plan.conf(conf.read_text(errors="surrogateescape") if conf.exists() else "")
+            )
             self._write(data / "pg_hba.conf", plan.hba)
         except OSError as error:
             raise home.cannot_write(self.home.path, error) from error
 
     def _write(self, path: Path, text: str) -> None:
-        path.write_text(text)
+        path.write_text(text, errors="surrogateescape")
         path.chmod(0o600)
         self.blueprint.owner.own(path)
 
@@ -236,6 +251,8 @@ class Cluster:
 
     def _open_log(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        if self.blueprint.log_path is None:  # in the home, where the server's user may put links
+            flags |= os.O_NOFOLLOW
         try:
             return os.open(self.log_path, flags, 0o600)
         except OSError as error:
@@ -295,17 +312,12 @@ class Cluster:
     def _undo(self) -> None:
         """Remove what a start that failed has made; what was kept before stays."""
         keep = self.existing is not None
-        remove = self.home.leftovers(keep=keep)
         process, self._process = self._process, None
-        if process is None:
-            for path in remove:
-                for _ in removal(path):
-                    pass
-            return
-        try:
-            process.stop(keep=keep, remove=remove)
-        except WardenError:
-            pass  # the error on its way says more, and the next start sweeps
+        if process is not None:
+            self._end(process, keep=keep)
+        else:
+            home.discard(self.home.leftovers(keep=keep))
+            self.home.release()
 
 
 @contextmanager

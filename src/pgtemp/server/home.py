@@ -4,7 +4,7 @@ pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
     lease            locked while the owner or its warden lives; says keep or discard
     data/            the data directory
     server.log
-    .s.PGSQL.5432    the socket, unless the path would be too long
+    .s.PGSQL.5432    the socket; where the path is too long, a short link leads to it
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import secrets
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import locks, paths
 from pgtemp.host.identity import Identity
-from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX
+from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, removal
 
 LOG = "server.log"
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -26,11 +27,21 @@ _ALPHABET = string.ascii_lowercase + string.digits
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A directory made for one cluster. `lease` is the descriptor of its locked lease file."""
+    """A directory made for one cluster.
+
+    Attributes:
+        path: the directory.
+        socket_dir: it too, or a link to it with a short path.
+        lease: the descriptor of its locked lease file.
+    """
 
     path: Path
     socket_dir: Path
     lease: int
+
+    def release(self) -> None:
+        """Let go of the lease; from now on the home is the warden's, or the next sweep's."""
+        os.close(self.lease)
 
     @property
     def data(self) -> Path:
@@ -45,7 +56,7 @@ class Home:
         if keep:
             sockets = [] if self.socket_dir == self.path else [str(self.socket_dir)]
             return [*sockets, str(self.path / LEASE)]
-        return [str(directory) for directory in {self.path, self.socket_dir}]
+        return [str(path) for path in sorted({self.path, self.socket_dir}, reverse=True)]
 
 
 def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
@@ -73,13 +84,29 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
     """
     base = find_base(prefix, owner, keep=keep)
     try:
-        path = _private_dir(base, owner)
-        lease = adopt(path, keep=keep)
-        os.mkdir(path / DATA, 0o700)
-        owner.own(path / DATA)
-        return Home(path, _socket_dir(path, owner), lease)
+        path = _private_dir(base)
+        try:
+            lease = _lease(path, keep=keep)
+            try:
+                os.mkdir(path / DATA, 0o700)
+                owner.own(path / DATA)
+                owner.own(path)
+                return Home(path, _socket_dir(path), lease)
+            except BaseException:
+                os.close(lease)
+                raise
+        except BaseException:
+            discard([str(path)])
+            raise
     except OSError as error:
         raise cannot_write(base, error) from error
+
+
+def discard(leftovers: Sequence[str]) -> None:
+    """Remove what is left of a home, at once."""
+    for path in leftovers:
+        for _ in removal(path):
+            pass
 
 
 def reopen(path: Path, owner: Identity) -> Home:
@@ -92,10 +119,10 @@ def reopen(path: Path, owner: Identity) -> Home:
         raise OptionError(
             f"a server is running on {path}", remedy="end the pgtemp that holds it first"
         )
-    return Home(path, _socket_dir(path, owner), adopt(path, keep=True))
+    return Home(path, _socket_dir(path), _lease(path, keep=True))
 
 
-def adopt(path: Path, *, keep: bool) -> int:
+def _lease(path: Path, *, keep: bool) -> int:
     return locks.create_locked(path / LEASE, KEEP if keep else DISCARD)
 
 
@@ -108,18 +135,27 @@ def cannot_write(where: Path, error: OSError) -> ClusterError:
     )
 
 
-def _socket_dir(path: Path, owner: Identity) -> Path:
+def _socket_dir(path: Path) -> Path:
     if len(os.fsencode(path / ".s.PGSQL.65535")) <= paths.SOCKET_PATH_BYTES:
         return path
-    return _private_dir(paths.socket_base(), owner)
-
-
-def _private_dir(base: Path, owner: Identity) -> Path:
     while True:
-        name = PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(8))
+        link = paths.socket_base() / _name()
         try:
-            os.mkdir(base / name, 0o700)
+            link.symlink_to(path)
         except FileExistsError:
             continue
-        owner.own(base / name)
-        return base / name
+        return link
+
+
+def _private_dir(base: Path) -> Path:
+    while True:
+        path = base / _name()
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            continue
+        return path
+
+
+def _name() -> str:
+    return PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(8))

@@ -37,6 +37,7 @@ LADDERS = {
     "keep": ((INT, "SIGINT", 60.0), (QUIT, "SIGQUIT", 5.0), (KILL, "SIGKILL", 5.0)),
 }
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+_LONGEST_WAIT = 3_600_000.0  # milliseconds; poll takes no more than 24 days
 FDS = 3  # what comes with a request: channel, lease, log
 
 
@@ -155,6 +156,7 @@ class Reaper:
     """The loop: requests, deaths, deadlines, and removals in the time that is left."""
 
     def __init__(self, control: int, owner: int) -> None:
+        os.set_inheritable(control, False)  # it came through exec, and no server may have it
         self.control: _socket.socket | None = _socket.socket(fileno=control)
         self.poll = select.poll()
         self.poll.register(control, select.POLLIN)
@@ -199,7 +201,8 @@ class Reaper:
         deadlines = [s.deadline for s in self._all() if s.deadline is not None]
         if not deadlines:
             return None
-        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
+        milliseconds = (min(deadlines) - time.monotonic()) * 1000
+        return int(max(0.0, min(milliseconds, _LONGEST_WAIT))) + 1
 
     def _all(self) -> list[Server]:
         return [*self.servers.values(), *self.ending]

@@ -130,6 +130,10 @@ def sweep(base: str) -> Iterator[None]:
 
 
 def _sweep_one(home: str) -> Iterator[None]:
+    if os.path.islink(home):  # a short way to a home's socket
+        if not os.path.exists(home) and os.lstat(home).st_uid == os.getuid():
+            _quietly(lambda: os.unlink(home))
+        return
     try:
         lease = os.open(os.path.join(home, LEASE), os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -159,10 +163,13 @@ def _sweep_half_made(home: str) -> Iterator[None]:
         status = os.lstat(home)
     except OSError:
         return
-    # Only where nothing was ever begun: a kept home has no lease either, but it has data.
-    if (
+    if status.st_uid != os.getuid() and os.getuid() != 0:
+        return
+    # A kept home has no lease either, but it has data; what was set aside never is kept.
+    half_made = (
         status.st_uid == os.getuid()
         and time.time() - status.st_mtime > HALF_MADE
         and not os.path.lexists(os.path.join(home, DATA))
-    ):
+    )
+    if half_made or home.endswith(ASIDE):
         yield from removal(home)

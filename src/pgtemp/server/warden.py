@@ -72,6 +72,10 @@ class Process:
         self._stopped: list[str] | None = None
         _channels.add(channel)
 
+    def fileno(self) -> int:
+        """A descriptor that can be read when there is news of the postmaster."""
+        return self._channel.fileno()
+
     def await_started(self) -> int:
         """The postmaster's pid, once it was forked.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, frame
 
 _LATEST = PROTOCOL_3 + 2
+_PASSWORD = b"p"  # PasswordMessage, SASLInitialResponse, SASLResponse, GSSResponse
 
 
 def fatal(sqlstate: str, message: str, *, detail: str = "", hint: str = "") -> bytes:
@@ -61,8 +62,20 @@ class ClientStart:
 
     used: bool = False
     _begin: bytes = b""
+    _skip: int = 0
 
     def feed(self, data: bytes) -> None:
-        if not self.used:
-            self._begin += data[: len(TERMINATE) + 1]
-            self.used = not TERMINATE.startswith(self._begin)
+        while data and not self.used:
+            if self._skip:  # the rest of an answer to the server's question for a password
+                skipped = min(self._skip, len(data))
+                self._skip -= skipped
+                data = data[skipped:]
+                continue
+            self._begin += data[:1]
+            data = data[1:]
+            if self._begin[:1] == _PASSWORD:
+                if len(self._begin) == 5:
+                    self._skip = max(0, int.from_bytes(self._begin[1:], "big") - 4)
+                    self._begin = b""
+            else:
+                self.used = not TERMINATE.startswith(self._begin)

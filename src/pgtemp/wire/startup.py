@@ -135,7 +135,14 @@ def _parameters(body: bytes) -> dict[str, str]:
         raise ProtocolError("invalid startup packet layout: an empty name", "08P01")
     if not parameters.get("user"):
         raise ProtocolError("no PostgreSQL user name specified in startup packet", "28000")
+    for name in ("user", "database"):
+        if not parameters.get(name, "").isprintable() and _undecodable(parameters[name]):
+            raise ProtocolError(f"the name of the {name} is not UTF-8", "22021")
     return parameters
+
+
+def _undecodable(text: str) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 __all__ = ["PROTOCOL_3", "Cancel", "Event", "NeedMore", "Negotiation", "Reply", "Startup"]
