@@ -33,6 +33,15 @@ def homes() -> set[Path]:
     return {home for base in paths.sweep_bases() for home in base.glob(f"{PREFIX}*")}
 
 
+def children(pid: int) -> dict[int, str]:
+    """The child processes of a process, with their names."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
+    return found
+
+
 class Daemon:
     """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` as a process of its own."""
 

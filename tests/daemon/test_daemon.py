@@ -26,7 +26,7 @@ from pgtemp.wire.messages import (
     startup_message,
     untyped,
 )
-from support import Daemon, eventually, homes, run_pgtemp
+from support import Daemon, children, eventually, homes, run_pgtemp
 
 DaemonType = type[Daemon]
 
@@ -306,9 +306,8 @@ def test_a_dead_single_server_ends_the_daemon(daemon: DaemonType) -> None:
 def test_a_daemon_outlives_its_warden(daemon: DaemonType) -> None:
     """A warden that is killed takes the servers of the moment; the daemon leases new ones."""
     served = daemon("--pool", "1")
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children")
-    (warden,) = children.read_text().split()
-    os.kill(int(warden), signal.SIGKILL)
+    (warden,) = children(served.process.pid)
+    os.kill(warden, signal.SIGKILL)
     for _ in range(4):
         with psycopg.connect(served.uri) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
@@ -326,13 +325,7 @@ def test_a_stop_while_a_dump_is_loaded_is_quick_and_leaves_nothing(tmp_path: Pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-
-    def loading() -> bool:
-        names = [Path(f"/proc/{pid}/comm").read_text() for pid in children.read_text().split()]
-        return "psql\n" in names
-
-    assert eventually(loading, 60)
+    assert eventually(lambda: "psql" in children(process.pid).values(), 60)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert eventually(lambda: homes() <= before)
@@ -344,8 +337,8 @@ def test_a_client_that_leaves_at_once_is_nobody(daemon: DaemonType, other_user: 
     mark = Path("/tmp") / f"test-of-mark-{os.getpid()}"
     program = (
         "import socket, sys\n"
-        "hello, query = bytes.fromhex(sys.argv[2]), b\"COPY (SELECT 1) TO PROGRAM 'touch MARK'\\0\"\n"
-        "query = query.replace(b'MARK', sys.argv[3].encode())\n"
+        "hello = bytes.fromhex(sys.argv[2])\n"
+        "query = f\"COPY (SELECT 1) TO PROGRAM 'touch {sys.argv[3]}'\\0\".encode()\n"
         "query = b'Q' + (len(query) + 4).to_bytes(4, 'big') + query + b'X\\0\\0\\0\\4'\n"
         "for _ in range(50):\n"
         "    with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s:\n"

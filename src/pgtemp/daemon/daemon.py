@@ -17,7 +17,7 @@ from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases import provision
 from pgtemp.databases.isolation import ClusterPerLease, Isolation, OneCluster
-from pgtemp.errors import OptionError, PgTempError
+from pgtemp.errors import OptionError, PgTempError, WardenError
 from pgtemp.host import identity, ports, processes
 from pgtemp.options import DaemonOptions
 from pgtemp.server import home, warden
@@ -171,7 +171,10 @@ def _socket_dir() -> Iterator[str]:
     try:
         yield str(place.socket_dir)
     finally:
-        held.stop(keep=False, remove=place.leftovers(keep=False))
+        try:
+            held.stop(keep=False, remove=place.leftovers(keep=False))
+        except WardenError:
+            home.discard(place.leftovers(keep=False))
 
 
 @contextmanager

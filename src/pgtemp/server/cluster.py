@@ -104,6 +104,9 @@ class Cluster:
             except _PortLostError:
                 if attempt == _TRIES - 1:
                     raise
+            except WardenError:  # killed meanwhile; there is a new one by now
+                if attempt > 0:
+                    raise
             except ChangedError as damage:
                 if attempt > 0:
                     raise ClusterError(f"the image is damaged again: {damage}") from damage
