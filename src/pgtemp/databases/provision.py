@@ -90,7 +90,8 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
     """
     options = plan.options
     _learn(plan)
-    cluster = Cluster(plan.blueprint)
+    own = secret if options.user == plan.superuser else None
+    cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
     cluster.start(meanwhile=lambda started: furnish_role(started, plan, options.user, secret))
     try:
         furnish_database(cluster, plan, options.dbname, options.user)
@@ -134,9 +135,10 @@ def _learn(plan: Plan) -> None:
 
 def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None) -> None:
     """Make a user in a server, unless it is there and needs no password."""
-    if user != plan.superuser or secret is not None:
-        with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
-            admin.ensure_role(connection, user, secret)
+    if user == plan.superuser and (secret is None or cluster.has_password):
+        return
+    with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
+        admin.ensure_role(connection, user, secret)
 
 
 def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:

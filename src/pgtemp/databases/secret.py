@@ -40,4 +40,5 @@ def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:
     salt64, stored64, server64 = (
         base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
     )
-    return f"SCRAM-SHA-256${rounds}:{salt64}${stored64}:{server64}"
+    # Four digits, as initdb's own 4096, so that every verifier has the same length.
+    return f"SCRAM-SHA-256${rounds:04d}:{salt64}${stored64}:{server64}"

@@ -65,10 +65,19 @@ class Blueprint:
 
 @dataclass(slots=True)
 class Cluster:
-    """One postmaster. `start` and `stop` may be called from any thread, once each."""
+    """One postmaster. `start` and `stop` may be called from any thread, once each.
+
+    Attributes:
+        blueprint: what it is made from.
+        existing: a home that was kept, to start on in place.
+        verifier: what to store as the superuser's password, where the source allows that without
+            SQL; `has_password` tells whether it did.
+    """
 
     blueprint: Blueprint
     existing: Path | None = None
+    verifier: str | None = None
+    has_password: bool = field(init=False, default=False)
     home: home.Home = field(init=False)
     port: int = field(init=False, default=SOCKET_PORT)
     pid: int = field(init=False, default=0)
@@ -208,6 +217,8 @@ class Cluster:
                 conf, plan.conf(conf.read_text(errors="surrogateescape") if conf.exists() else "")
             )
             self._write(data / "pg_hba.conf", plan.hba)
+            if self.verifier is not None:
+                self.has_password = plan.source.set_password(data, self.verifier)
         except OSError as error:
             raise home.cannot_write(self.home.path, error) from error
 

@@ -135,6 +135,14 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
         OptionError: `version` is no version.
         InstallationError: none was found that fits; says where was looked.
     """
+    asked = (str(bin_dir), version, os.environ.get("PATH"))
+    if asked in _found and _look(_found[asked].bin_dir) == _found[asked]:
+        return _found[asked]  # the search takes two of the forty milliseconds of a start
+    _found[asked] = _search(bin_dir, version)
+    return _found[asked]
+
+
+def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
     wanted = _specifier(version)
     seen: list[str] = []
     for source, folder in _candidates(bin_dir):
@@ -220,6 +228,7 @@ def _in_wheel(package: str) -> list[Path]:
     return sorted(found, key=lambda folder: _by_number(folder.parent.name), reverse=True)
 
 
+_found: dict[tuple[str, str | None, str | None], Installation] = {}
 _looked_at: dict[tuple[str, int, int], Installation] = {}
 
 

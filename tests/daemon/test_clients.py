@@ -1,0 +1,95 @@
+"""Real clients through the daemon: psql, pgbench, node's pg, the examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgtemp.server.installation import Installation
+from support import Daemon
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*argv: str | Path, **env: str) -> str:
+    """A program's output; its failure is the test's."""
+    result = subprocess.run(
+        argv, capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_psql(daemon: type[Daemon], programs: Installation) -> None:
+    """Several statements, COPY both ways, an error and a notification in one session."""
+    served = daemon()
+    script = (
+        "CREATE TABLE t (n int);\nCOPY t FROM stdin;\n1\n2\n\\.\n"
+        "LISTEN news; NOTIFY news, 'extra';\nSELECT sum(n) FROM t;\nCOPY t TO stdout;\n"
+    )
+    result = subprocess.run(
+        [programs.program("psql"), "-X", "-At", served.uri],
+        input=script, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "3\n1\n2\n" in result.stdout.replace(
+        re.search(r"Asynchronous.*\n", result.stdout)[0],
+        "",  # type: ignore[index]
+    )
+    assert 'notification "news" with payload "extra"' in result.stdout
+
+
+def test_pgbench_at_scale_10(daemon: type[Daemon], programs: Installation) -> None:
+    """A million rows loaded and used through the daemon, with and without reconnecting."""
+    served = daemon("--single")
+    pgbench = programs.program("pgbench")
+    run(pgbench, "-i", "-s", "10", "-q", served.uri)
+    once = run(pgbench, "-c", "4", "-j", "2", "-t", "100", served.uri)
+    again = run(pgbench, "-C", "-c", "4", "-j", "2", "-t", "25", served.uri)
+    assert "400/400" in once and "100/100" in again
+    for said in (once, again):
+        assert re.search(r"failed transactions: 0 ", said)
+
+
+def test_large_values_both_ways(daemon: type[Daemon]) -> None:
+    """What is bigger than every buffer arrives byte for byte."""
+    import psycopg
+
+    served = daemon()
+    data = os.urandom(1 << 20) * 32
+    with psycopg.connect(served.uri) as connection:
+        row = connection.execute("SELECT %b::bytea || ''", [data]).fetchone()
+        assert row == (data,)
+
+
+def test_node(daemon: type[Daemon], tmp_path: Path) -> None:
+    """The example for node, with the `pg` driver and node's own test runner."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    example = tmp_path / "node"
+    shutil.copytree(EXAMPLES / "node", example)
+    run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", example)
+    served = daemon()
+    said = run("node", "--test", example / "test.js", DATABASE_URL=served.uri)
+    assert "# pass 3" in said or "pass 3" in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(EXAMPLES),
+         "-c", os.devnull, str(EXAMPLES / "fixture_pytest.py")],
+        [str(EXAMPLES / "case_unittest.py")],
+        [str(EXAMPLES / "app_asyncio.py")],
+    ],
+    ids=["pytest", "unittest", "asyncio"],
+)  # fmt: skip
+def test_examples(argv: list[str]) -> None:
+    """The examples run as they stand."""
+    said = run(sys.executable, *argv)
+    assert "2 passed" in said or "OK" in said or "hello" in said

@@ -1,0 +1,151 @@
+"""Dumps in and out: a real schema, both ends of the version range, and dumps that are bad."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from conftest import need_version
+from pgtemp import OptionError, PgTempDB, TransferError
+from pgtemp.server import installation
+
+SCHEMA = """
+CREATE SCHEMA sales; CREATE SCHEMA "Odd Name";
+CREATE SEQUENCE sales.invoice START 1000 INCREMENT 7;
+CREATE TYPE sales.state AS ENUM ('open', 'paid');
+CREATE TABLE sales.customer (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text NOT NULL);
+CREATE TABLE sales.bill (
+    number int PRIMARY KEY DEFAULT nextval('sales.invoice'),
+    customer int REFERENCES sales.customer, state sales.state DEFAULT 'open',
+    amount numeric CHECK (amount > 0), changed timestamptz, note text);
+CREATE TABLE "Odd Name"."weird ""table\""" (a bytea, b jsonb, c text[], d tstzrange);
+CREATE FUNCTION sales.touch() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN NEW.changed := '2020-01-01 00:00:00+00'; RETURN NEW; END $$;
+CREATE TRIGGER touch BEFORE INSERT OR UPDATE ON sales.bill
+    FOR EACH ROW EXECUTE FUNCTION sales.touch();
+INSERT INTO sales.customer (name) SELECT 'customer ' || i FROM generate_series(1, 50) i;
+INSERT INTO sales.bill (customer, amount, note)
+    SELECT i % 50 + 1, i, E'a\\tb\\\\ "c" \\n' || i FROM generate_series(1, 500) i;
+INSERT INTO "Odd Name"."weird ""table\""" VALUES
+    ('\\x00ff', '{"a": [1, null]}', ARRAY['x', NULL, '"'], '[2020-01-01,)');
+CREATE MATERIALIZED VIEW sales.total AS
+    SELECT customer, sum(amount) AS amount FROM sales.bill GROUP BY customer;
+CREATE INDEX ON sales.bill (customer); COMMENT ON TABLE sales.bill IS 'bills';
+SELECT lo_from_bytea(4711, 'a large object');
+"""
+CHECKS = [
+    "SELECT md5(string_agg(t::text, '|' ORDER BY t::text)) FROM sales.customer t",
+    "SELECT md5(string_agg(t::text, '|' ORDER BY t::text)) FROM sales.bill t",
+    "SELECT md5(string_agg(t::text, '|' ORDER BY t::text)) FROM sales.total t",
+    """SELECT md5(string_agg(t::text, '|')) FROM "Odd Name"."weird ""table\""" t""",
+    "SELECT convert_from(lo_get(4711), 'UTF8')",
+    "SELECT last_value FROM sales.invoice",
+    "SELECT obj_description('sales.bill'::regclass)",
+]
+
+
+def checksums(db: PgTempDB) -> list[object]:
+    with db.connect() as connection:
+        return [connection.execute(check).fetchone() for check in CHECKS]
+
+
+@pytest.mark.parametrize(("made_by", "loaded_into"), [(15, 15), (15, 18), (18, 18), (16, 17)])
+def test_dump_then_load_gives_equal_data(made_by: int, loaded_into: int, tmp_path: Path) -> None:
+    """Every table, view, sequence and large object is the same behind a dump and a load."""
+    need_version(made_by), need_version(loaded_into)
+    with PgTempDB(version=str(made_by), dbname="one") as source:
+        with source.connect() as connection:
+            connection.execute(SCHEMA)
+        source.dump(tmp_path / "dump.sql")
+        expected = checksums(source)
+    assert None not in expected
+    with PgTempDB(version=str(loaded_into), load=tmp_path / "dump.sql", dbname="two") as target:
+        assert checksums(target) == expected
+    with PgTempDB(version=str(loaded_into)) as target:
+        target.load(tmp_path / "dump.sql")
+        assert checksums(target) == expected
+        with target.connect() as connection, pytest.raises(psycopg.errors.CheckViolation):
+            connection.execute("INSERT INTO sales.bill (amount) VALUES (-1)")
+
+
+@pytest.mark.parametrize("form", ["custom", "tar", "directory", "plain"])
+def test_every_format_of_pg_dump(form: str, tmp_path: Path) -> None:
+    """Archives go through pg_restore, told by how they begin."""
+    with PgTempDB() as source:
+        with source.connect() as connection:
+            connection.execute(SCHEMA)
+        program = installation.find(None, None).program("pg_dump")
+        out = tmp_path / "dump"
+        conninfo = f"host={source.socket_dir} port={source.port} user=postgres dbname=postgres"
+        subprocess.run([program, "-F", form, "-f", out, "-d", conninfo], check=True)
+        expected = checksums(source)
+    with PgTempDB(load=out) as target:
+        assert checksums(target) == expected
+
+
+def test_a_dump_of_the_whole_with_create(tmp_path: Path) -> None:
+    """pg_dump --create makes its own database; a new server takes it."""
+    with PgTempDB(dbname="shop") as source:
+        with source.connect() as connection:
+            connection.execute(SCHEMA)
+        program = installation.find(None, None).program("pg_dump")
+        conninfo = f"host={source.socket_dir} port={source.port} user=postgres dbname=shop"
+        out = tmp_path / "dump.sql"
+        subprocess.run([program, "--create", "-f", out, "-d", conninfo], check=True)
+        expected = checksums(source)
+    with (
+        PgTempDB(load=out) as target,
+        psycopg.connect(target.uri.removesuffix("postgres") + "shop") as connection,
+    ):
+        assert [connection.execute(check).fetchone() for check in CHECKS] == expected
+
+
+BAD = "CREATE TABLE t (n int);\nINSERT INTO t VALUES (1);\nINSERT INTO t VALUES ('x');\n"
+
+
+def test_a_bad_dump_says_where_and_leaves_no_server(tmp_path: Path, open_dir: Path) -> None:
+    """psql's message and line are in the error; the server that was to have it is gone."""
+    (tmp_path / "bad.sql").write_text(BAD)
+    with pytest.raises(TransferError) as caught:
+        PgTempDB(load=tmp_path / "bad.sql", data_dir_prefix=open_dir).start()
+    assert "bad.sql:3" in str(caught.value)
+    assert 'invalid input syntax for type integer: "x"' in str(caught.value)
+    assert not [path for path in open_dir.iterdir() if not path.name.endswith(".gone")]
+
+
+def test_a_bad_dump_leaves_a_running_database_as_it_was(tmp_path: Path) -> None:
+    """Nothing of it is there, and what was there before still is."""
+    (tmp_path / "bad.sql").write_text(BAD)
+    with PgTempDB() as db, db.connect() as connection:
+        connection.execute("CREATE TABLE before ()")
+        connection.commit()
+        with pytest.raises(TransferError, match=r"bad\.sql:3"):
+            db.load(tmp_path / "bad.sql")
+        found = "SELECT to_regclass('t'), to_regclass('before') IS NOT NULL"
+        assert connection.execute(found).fetchone() == (None, True)
+
+
+def test_a_missing_role_is_told_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "owned.sql").write_text("CREATE TABLE t ();\nALTER TABLE t OWNER TO alice;\n")
+    with pytest.raises(TransferError, match="--no-owner"):
+        PgTempDB(load=tmp_path / "owned.sql").start()
+
+
+def test_a_broken_archive_is_told(tmp_path: Path) -> None:
+    (tmp_path / "broken.dump").write_bytes(b"PGDMP" + bytes(40))
+    with pytest.raises(TransferError, match=r"broken\.dump"):
+        PgTempDB(load=tmp_path / "broken.dump").start()
+
+
+def test_a_dump_at_the_end(tmp_path: Path) -> None:
+    """dump= writes the file when the server stops; a file of that name is replaced."""
+    out = tmp_path / "out.sql"
+    out.write_text("old")
+    with PgTempDB(dump=out) as db, db.connect() as connection:
+        connection.execute("CREATE TABLE made_in_the_test ()")
+    assert "made_in_the_test" in out.read_text()
+    with pytest.raises(OptionError):
+        PgTempDB(dump=tmp_path)

@@ -1,0 +1,135 @@
+"""Images: built once, seen to be damaged, shared by processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pgtemp import ClusterError, OptionError, PgTempDB
+from pgtemp.host import identity
+from pgtemp.server import image
+from pgtemp.server.image import Image
+from pgtemp.server.installation import Installation
+from support import eventually
+
+
+def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache for this test alone."""
+    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(tmp))
+
+
+def build(programs: Installation) -> Image:
+    return image.ensure(programs, {}, identity.choose(None))
+
+
+def test_the_second_start_never_runs_initdb(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
+) -> None:
+    """With initdb gone, a server still starts from the image."""
+    fresh(open_dir, monkeypatch)
+    with PgTempDB(bin_dir=programs.bin_dir):
+        pass
+    (built,) = (open_dir / "images").glob("*/manifest.json")
+    script = (
+        "from pgtemp import PgTempDB\n"
+        "from pgtemp.server import image\n"
+        "def fail(*a): raise AssertionError('initdb was run')\n"
+        "image._initdb = fail\n"
+        f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert [built] == list((open_dir / "images").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        ("truncate", "base/5/1259"),
+        ("grow", "base/1/1259"),
+        ("delete", "global/1260"),
+        ("empty", "global/pg_control"),
+    ],
+)
+def test_a_damaged_image_is_rebuilt_once_and_said(
+    open_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    programs: Installation,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
+    part: str,
+) -> None:
+    """A file missing, shortened or grown, or another control file, is seen while copying."""
+    fresh(open_dir, monkeypatch)
+    built = build(programs)
+    file = built.path / "data" / part
+    if damage == "delete":
+        file.unlink()
+    elif damage == "empty":
+        file.write_bytes(bytes(8192))
+    else:
+        os.truncate(file, file.stat().st_size + (8192 if damage == "grow" else -8192))
+    with (
+        caplog.at_level(logging.WARNING, "pgtemp"),
+        PgTempDB(bin_dir=programs.bin_dir) as db,
+        db.connect() as connection,
+    ):
+        assert connection.execute("SELECT count(*) > 0 FROM pg_class").fetchone() == (True,)
+    assert caplog.text.count("is built again") == 1
+
+
+def test_processes_that_build_at_once_make_one_image(
+    open_dir: Path, programs: Installation
+) -> None:
+    """Eight start together on an empty cache, one is killed; one image, the others succeed."""
+    script = (
+        "import sys\nfrom pgtemp import PgTempDB\nprint('go', flush=True)\n"
+        f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
+    )
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    builders = [
+        subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE)
+        for _ in range(8)
+    ]
+    images = open_dir / "images"
+    assert eventually(lambda: images.exists() and bool(list(images.glob("*.building"))), 30)
+    builders[0].kill()
+    for builder in builders:
+        builder.communicate(timeout=120)
+    assert [builder.returncode for builder in builders[1:]] == [0] * 7
+    assert len(list(images.glob("*/manifest.json"))) == 1
+    assert not list(images.glob("*.building"))
+
+
+def test_a_failed_build_leaves_nothing(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
+) -> None:
+    fresh(open_dir, monkeypatch)
+    with pytest.raises(ClusterError, match="initdb") as caught:
+        PgTempDB(bin_dir=programs.bin_dir, initdb_args={"locale": "xx_XX"}).start()
+    assert "xx_XX" in str(caught.value)
+    assert [path for path in (open_dir / "images").iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U"])
+def test_arguments_that_are_ours_are_refused(name: str, programs: Installation) -> None:
+    with pytest.raises(OptionError, match="initdb_args"):
+        image.ensure(programs, {name: "x"}, identity.choose(None))
+
+
+def test_images_that_nobody_used_for_a_month_are_pruned(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
+) -> None:
+    """Building a new one takes the old ones along; one in use stays."""
+    fresh(open_dir, monkeypatch)
+    old, used = build(programs), image.ensure(programs, {"locale": "C"}, identity.choose(None))
+    past = time.time() - (image.UNUSED_DAYS + 1) * 86400
+    os.utime(old.path, (past, past))
+    image.ensure(programs, {"locale": "POSIX"}, identity.choose(None))
+    assert not old.path.exists()
+    assert used.path.exists()

