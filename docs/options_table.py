@@ -14,8 +14,9 @@ def table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `src/pgtemp/options.py` by `make docs`. Keyword arguments of `PgTempDB`, and flags of",
-        "`pgtemp serve`. What is given beats the environment variable, which beats the default.",
+        "Made from `src/pgtemp/options.py` by `make docs`. Keyword arguments of `PgTempDB`, and",
+        "flags of `pgtemp serve`. What is given beats the environment variable, which beats the",
+        "default.",
         "",
         "| keyword | flag | variable | default | what it is |",
         "|---|---|---|---|---|",

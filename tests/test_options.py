@@ -79,3 +79,27 @@ def test_paths_may_be_path_objects(tmp_path: Path) -> None:
     dump = tmp_path / "dump.sql"
     dump.write_text("select 1;")
     assert ServerOptions(load=dump).load == dump
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"port": "7255"},
+        {"port": True},
+        {"ttl": "5"},
+        {"config": "a=b"},
+        {"user": 5},
+        {"load": 5},
+        {"persist": "yes"},
+        {"config": {"port": 5}},
+        {"config": {"Listen_Addresses": "*"}},
+    ],
+)
+def test_a_value_of_another_kind_is_said(given: dict[str, Any]) -> None:
+    """A wrong type, or a setting that is pgtemp's to decide, is an error of ours."""
+    with pytest.raises(OptionError):
+        ServerOptions(**given)
+
+
+def test_a_version_may_be_a_number() -> None:
+    assert ServerOptions(version=16).version == "16"  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 // node --test: each connection to the daemon is a PostgreSQL of its own.
 //   pgtemp postgresql://localhost:6543/test &
-//   DATABASE_URL=postgresql://localhost:6543/test node --test
+//   DATABASE_URL=postgresql://postgres@localhost:6543/test node --test test.js
 const { test } = require("node:test");
 const assert = require("node:assert");
 const { Client } = require("pg");

@@ -18,6 +18,28 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from pgtemp.errors import OptionError
 
 StrPath = str | os.PathLike[str]
+_KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
+    (("port",), (int,), "a number"),
+    (("ttl",), (int, float), "a number of seconds"),
+    (("persist", "tcp"), (bool,), "True or False"),
+    (("user", "password", "dbname", "version", "run_as"), (str,), "a text"),
+    (("config", "initdb_args"), (Mapping,), "a mapping of names to values"),
+    (
+        ("data_dir_prefix", "dump", "load", "copy_from", "postgresql_conf", "pg_hba_conf",
+         "bin_dir", "log_path"),
+        (str, os.PathLike),
+        "a path",
+    ),
+)  # fmt: skip
+# What pgtemp itself decides, on the server's command line.
+_RESERVED = {
+    "port": "the port is that of the URI, or `port`",
+    "listen_addresses": "servers listen on this machine only; see `tcp`",
+    "unix_socket_directories": "the socket is in a directory of pgtemp's own",
+    "hba_file": "see `pg_hba_conf`",
+    "data_directory": "see `data_dir_prefix`",
+    "config_file": "see `postgresql_conf`",
+}
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?")
 
 
@@ -51,7 +73,7 @@ class ServerOptions:
     data_dir_prefix: StrPath | None = option(
         None,
         "directory in which servers live; by default tmpfs where it has room, else the "
-        "temporary directory, and a directory on disk for what is kept",
+        "temporary directory; for what is kept ~/.local/share/pgtemp (root: /var/lib/pgtemp)",
         flag="--data-dir-prefix",
         env="PGTEMP_DATA_DIR_PREFIX",
     )
@@ -59,7 +81,10 @@ class ServerOptions:
         False, "keep the data directory, on disk, when the server ends", flag="--persist"
     )
     dump: StrPath | None = option(
-        None, "file to which the database is dumped when the server stops", flag="--dump"
+        None,
+        "file to which the database is dumped when the server stops; the daemon's get a number: "
+        "out-1.sql, out-2.sql, unless --single",
+        flag="--dump",
     )
     load: StrPath | None = option(
         None,
@@ -94,7 +119,9 @@ class ServerOptions:
         None, "file for the server's log; by default in the server's directory", flag="--log-path"
     )
     ttl: float | None = option(
-        None, "seconds after which the server is gone, whatever happens", flag="--ttl"
+        None,
+        "seconds after which a server is gone, whatever happens; in the daemon, of each connection",
+        flag="--ttl",
     )
     run_as: str | None = option(
         None,
@@ -111,7 +138,19 @@ class ServerOptions:
                 object.__setattr__(self, spec.name, os.environ[variable])
         self._check()
 
+    def _check_types(self) -> None:
+        if isinstance(self.version, int | float):
+            object.__setattr__(self, "version", str(self.version))
+        for names, kinds, what in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and (
+                    not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+                ):
+                    raise OptionError(f"{name}={value!r}: not {what}", remedy=f"give {what}")
+
     def _check(self) -> None:
+        self._check_types()
         if self.port is not None and not 1 <= self.port <= 65535:
             raise OptionError(f"port={self.port}: not a port", remedy="give one from 1 to 65535")
         for name in ("user", "dbname"):
@@ -132,6 +171,10 @@ class ServerOptions:
                 raise OptionError(
                     f"{name!r}: {str(value)[:50]!r} is not a server setting",
                     remedy="write settings like max_connections=50",
+                )
+            if name.lower() in _RESERVED:
+                raise OptionError(
+                    f"the setting {name} cannot be given", remedy=_RESERVED[name.lower()]
                 )
         for name in ("load", "postgresql_conf", "pg_hba_conf"):
             self._check_readable(name)

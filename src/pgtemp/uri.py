@@ -77,26 +77,29 @@ def redact(uri: str) -> str:
     return re.sub(r"(password=)[^&\s]*", r"\1***", uri)
 
 
-def parse(uri: str) -> PartialInfo:
+def parse(uri: str, source: str = "") -> PartialInfo:
     """Read a URL.
+
+    Args:
+        source: where it comes from, such as the name of a variable, for messages.
 
     Raises:
         OptionError: it is not a PostgreSQL URL, or says what pgtemp cannot do.
     """
-    shown = redact(uri)
+    shown = f"{source} {redact(uri)!r}".lstrip()
     if not uri.startswith(("postgresql://", "postgres://")):
-        raise OptionError(f"{shown!r} is not a PostgreSQL URI", remedy=_EXAMPLE)
+        raise OptionError(f"{shown} is not a PostgreSQL URI", remedy=_EXAMPLE)
     try:
         said = conninfo_to_dict(uri)
     except ProgrammingError as error:
         # libpq quotes the URI, and with it the password
-        reason = str(error).strip().replace(uri, shown)
-        raise OptionError(f"{shown!r} is not a PostgreSQL URI: {reason}", remedy=_EXAMPLE) from None
+        reason = str(error).strip().replace(uri, redact(uri))
+        raise OptionError(f"{shown} is not a PostgreSQL URI: {reason}", remedy=_EXAMPLE) from None
     port = None
     if (given := said.get("port")) is not None:
         port = int(given) if str(given).isdecimal() else 0
         if not 1 <= port <= 65535:
-            raise OptionError(f"{shown!r}: {given!r} is not a port", remedy=_EXAMPLE)
+            raise OptionError(f"{shown}: {given!r} is not a port", remedy=_EXAMPLE)
 
     def text(name: str) -> str | None:
         return str(said[name]) if said.get(name) not in (None, "") else None

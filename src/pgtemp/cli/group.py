@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import click
 
 from pgtemp.cli.open import open_kept
@@ -12,7 +14,12 @@ class _ServeByDefault(click.Group):
     """A group whose arguments are those of `serve` unless they name another command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+        known = [*self.commands, "--help", "-h", "--version"]
+        if not args or args[0] not in known:
+            if args and args[0].isalnum():
+                meant = difflib.get_close_matches(args[0], self.commands, n=1)
+                hint = f"did you mean {meant[0]}?" if meant else "a URI begins with postgresql://"
+                ctx.fail(f"there is no command {args[0]!r}; {hint}")
             args = ["serve", *args]
         return super().parse_args(ctx, args)
 

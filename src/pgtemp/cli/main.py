@@ -23,11 +23,14 @@ def _run() -> int:
     from pgtemp.errors import PgTempError
 
     try:
-        return cli.main(standalone_mode=False) or 0
+        return cli.main(prog_name="pgtemp", standalone_mode=False) or 0
     except PgTempError as error:
         click.echo(f"pgtemp: {error}", err=True)
     except click.ClickException as error:
-        click.echo(f"pgtemp: {error.format_message()}; see pgtemp --help", err=True)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "pgtemp"
+        message = error.format_message().rstrip(".")
+        click.echo(f"pgtemp: {message}; see {command} --help", err=True)
     except OSError as error:
         click.echo(f"pgtemp: {error}", err=True)
     except click.Abort:

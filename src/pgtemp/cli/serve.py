@@ -50,8 +50,12 @@ def serve(uri: str | None, log_level: str, **given: Any) -> int:
 
 
 def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
-    uri = uri or os.environ.get("PGTEMP_URI") or os.environ.get("DATABASE_URL") or _DEFAULT_URI
-    said = parse(uri)
+    source = "URI"
+    for variable in ("PGTEMP_URI", "DATABASE_URL"):
+        if not uri and (uri := os.environ.get(variable)):
+            source = variable
+    uri = uri or _DEFAULT_URI
+    said = parse(uri, source)
     host = said.host or DEFAULT_HOST
     if host.startswith("/") or not ports.loopback_addresses(host):
         raise OptionError(
@@ -75,7 +79,7 @@ def _print_ready(served: Announcement) -> None:
     click.echo(f"pgtemp serves PostgreSQL {served.version}, {each}, at")
     click.echo(f"    {served.info.uri}")
     click.echo("try")
-    click.echo(f"    psql {shlex.quote(served.info.uri)} -c 'select version()'")
+    click.echo(f"    {served.psql} {shlex.quote(served.info.uri)} -c 'select version()'")
     click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
     sys.stdout.flush()
 

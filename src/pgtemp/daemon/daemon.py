@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -22,6 +23,7 @@ from pgtemp.host import identity, ports, processes
 from pgtemp.options import DaemonOptions
 from pgtemp.server import home, warden
 from pgtemp.server.cluster import Cluster, port_taken
+from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo
 
 _BACKLOG = 1024
@@ -35,6 +37,7 @@ class Announcement:
     info: ConnectionInfo
     socket_dir: str
     version: str
+    psql: str
     single: bool
 
 
@@ -88,7 +91,7 @@ async def run(
             at_the_end.callback(server.close)
         if isolation.pillar is not None:
             _watch(loop, isolation.pillar, stopping)
-        ready(_announcement(options, socket_dir, plan.installation.version))
+        ready(_announcement(options, socket_dir, plan.installation))
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation
 
@@ -151,7 +154,9 @@ def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
             except OSError as error:
                 if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
                     continue  # a machine without IPv6
-                raise port_taken(address, options.listen_port, error.strerror or "") from error
+                raise port_taken(
+                    address, options.listen_port, os.strerror(error.errno or 0)
+                ) from error
     except BaseException:
         for one in bound:
             one.close()
@@ -198,7 +203,7 @@ def _signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int]) -> 
             signal.signal(number, handler)
 
 
-def _announcement(options: DaemonOptions, socket_dir: str, version: str) -> Announcement:
+def _announcement(options: DaemonOptions, socket_dir: str, programs: Installation) -> Announcement:
     info = ConnectionInfo(
         host=options.host if options.tcp else socket_dir,
         port=options.listen_port,
@@ -206,4 +211,5 @@ def _announcement(options: DaemonOptions, socket_dir: str, version: str) -> Anno
         password=options.password,
         dbname=options.dbname,
     )
-    return Announcement(info, socket_dir, version, options.single)
+    psql = "psql" if shutil.which("psql") else str(programs.bin_dir / "psql")
+    return Announcement(info, socket_dir, programs.version, psql, options.single)

@@ -133,7 +133,9 @@ class ClusterPerLease:
         try:
             if options.dump is not None:
                 info = provision.private_info(cluster, lease.user, lease.dbname)
-                transfer.dump(self._plan.installation, info, _numbered(options.dump, lease.number))
+                to = _numbered(options.dump, lease.number)
+                transfer.dump(self._plan.installation, info, to)
+                self._announce(f"dumped {lease.dbname} to {to}")
         except PgTempError as error:
             _log.error("%s", error)
         if used and options.persist:

@@ -21,7 +21,22 @@ from pgtemp.uri import ConnectionInfo
 
 _ARCHIVE = b"PGDMP"  # how the custom format begins
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
-_NO_ROLE = re.compile(r'role ".*" does not exist')
+# What users run into most, by the words of psql and pg_restore.
+_HINTS = (
+    (
+        r'role ".*" does not exist',
+        "dump it with --no-owner --no-privileges, or begin it with CREATE ROLE",
+    ),
+    (
+        r"unrecognized configuration parameter|unsupported version",
+        "it was made by a newer PostgreSQL; ask for that version",
+    ),
+    (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
+    (
+        r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
+        "is it compressed, or no dump at all? decompress it first",
+    ),
+)
 
 
 def load(
@@ -38,6 +53,8 @@ def load(
         TransferError: it was not loaded; carries the program's own message and line.
     """
     path = Path(dump).absolute()
+    if not path.exists():
+        raise TransferError(f"there is no {path}", remedy="name a dump that exists")
     argv: list[str | Path]
     with step(f"loading {path.name}"):
         if _is_archive(path):
@@ -84,7 +101,6 @@ def _is_archive(path: Path) -> bool:
 
 def _failed(cause: str, result: subprocess.CompletedProcess[str]) -> TransferError:
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    remedy = "see the program's words below"
-    if _NO_ROLE.search(result.stderr):
-        remedy = "dump it with --no-owner --no-privileges, or make its roles first"
+    hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
+    remedy = hints[0] if hints else "see the program's words below"
     return TransferError(cause, remedy=remedy, details=lines[-10:])

@@ -364,5 +364,5 @@ def port_taken(address: str, port: int, reason: str) -> OptionError:
     by = ports.holder(port)
     return OptionError(
         f"port {port} on {address} cannot be used: {reason}{f', by {by}' if by else ''}",
-        remedy="choose another port, or end what uses it",
+        remedy="choose another port, or end what uses it" if by else "choose another port",
     )

