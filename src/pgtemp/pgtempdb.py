@@ -18,6 +18,7 @@ from pgtemp.databases.secret import Secret, random_secret
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
 from pgtemp.options import ServerOptions, StrPath, takes_options
+from pgtemp.server import warden
 from pgtemp.server.cluster import Cluster
 from pgtemp.uri import ConnectionInfo, parse, redact
 
@@ -94,6 +95,7 @@ class PgTempDB:
         """
         with self._changing:
             if self._cluster is None:
+                warden.current()  # first of all, since it takes as long as what comes before it
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
                 plan = provision.plan(self.options, addresses)
                 secret = self._secret()

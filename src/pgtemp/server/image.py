@@ -299,7 +299,8 @@ def _image(
     files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
     early = tuple(one for one in files if not one[0].startswith("base/"))
     postgres = tuple(one for one in files if one[0].startswith(first))
-    rest = tuple(one for one in files if one not in {*early, *postgres})
+    taken = {*early, *postgres}
+    rest = tuple(one for one in files if one not in taken)
     return Image(path, listing.dirs, early, postgres, rest, control, password, lock)
 
 

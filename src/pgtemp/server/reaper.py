@@ -112,7 +112,7 @@ class Server:
                 os.setgid(spec["gid"])
                 os.setuid(spec["uid"])
             if sys.platform == "linux":
-                libc.prctl(PR_SET_PDEATHSIG, QUIT, 0, 0, 0)  # after setuid, which clears it
+                libc("prctl", PR_SET_PDEATHSIG, QUIT, 0, 0, 0)  # after setuid, which clears it
             if os.getppid() == warden:
                 os.execve(spec["argv"][0], spec["argv"], spec["env"])
         except BaseException as error:
@@ -175,7 +175,7 @@ class Reaper:
         for number in (_signal.SIGCHLD, INT, QUIT, _signal.SIGTERM, _signal.SIGHUP):
             _signal.signal(number, lambda *_: None)
         if sys.platform == "linux":
-            libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.servers: dict[int, Server] = {}  # by the channel's descriptor
         self.ending: list[Server] = []  # those whose channel is closed
         self.chores: list[Iterator[None]] = []
