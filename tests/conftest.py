@@ -34,11 +34,20 @@ def cache() -> Iterator[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left(cache: Path) -> Iterator[None]:
     """The suite leaves no directory and no server process of pgtemp behind."""
-    before = homes()
+    before, objects = homes(), _kernel_objects()
     yield
     # What is locked has an owner that lives: somebody else's, since ours have ended.
     assert eventually(lambda: not _abandoned(before)), f"left behind: {_abandoned(before)}"
     assert not _orphans(), "servers run whose directory is gone"
+    assert eventually(lambda: _kernel_objects() <= objects), _kernel_objects() - objects
+
+
+def _kernel_objects() -> set[str]:
+    """Shared memory that nobody is attached to any more."""
+    with open("/proc/sysvipc/shm") as table:
+        rows = [line.split() for line in table][1:]
+    posix = {path.name for path in Path("/dev/shm").glob("PostgreSQL.*")}
+    return posix | {f"segment {row[1]} of uid {row[7]}" for row in rows if row[6] == "0"}
 
 
 def _abandoned(before: set[Path]) -> set[Path]:

@@ -27,6 +27,8 @@ DISCARD = b"discard\n"
 HALF_MADE = 3600.0
 
 SIGKILL = 9
+# What was killed is not gone at once: a process disappears from /proc before its memory is let go.
+_TRIES, _MOMENT = 200, 0.005
 IPC_RMID = 0
 # The C half, since `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
@@ -65,26 +67,31 @@ def clear_crashed(data_dir: str) -> None:
             segment = file.read().split("\n")[6].split()
     except (OSError, IndexError):
         segment = []
-    for _ in range(200):
+    for _ in range(_TRIES):
         orphans = postgres_in(data_dir)
         for pid in orphans:
             _quietly(lambda: os.kill(pid, SIGKILL))  # noqa: B023 - called at once
         if not orphans:
             break
-        time.sleep(0.005)  # killed; the kernel needs a moment to take them away
+        time.sleep(_MOMENT)
     if len(segment) == 2:
-        _remove_segment(int(segment[0]), int(segment[1]))
+        for _ in range(_TRIES):
+            if _segment_removed(int(segment[0]), int(segment[1])):
+                break
+            time.sleep(_MOMENT)
 
 
-def _remove_segment(key: int, shmid: int) -> None:
-    """Remove a shared memory segment, if it is still the one and nobody is attached to it."""
+def _segment_removed(key: int, shmid: int) -> bool:
+    """Remove a shared memory segment, if it is still the one; False while somebody has it."""
     try:
         with open("/proc/sysvipc/shm") as table:
             rows = [line.split() for line in table][1:]
     except OSError:
-        return
-    if any(int(row[0]) == key and int(row[1]) == shmid and int(row[6]) == 0 for row in rows):
+        return True
+    attached = [row[6] for row in rows if int(row[0]) == key and int(row[1]) == shmid]
+    if attached == ["0"]:
         libc("shmctl", shmid, IPC_RMID, None)
+    return attached in ([], ["0"])
 
 
 def removal(path: str) -> Iterator[None]:
