@@ -208,7 +208,7 @@ def _admit(client: Endpoint) -> None:
     """
     peer = client.transport.get_extra_info("peername")
     ours = client.transport.get_extra_info("sockname")
-    if not isinstance(peer, tuple) or not isinstance(ours, tuple):
+    if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not ports.TELLS_PEERS:
         return
     uid = ports.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
     if uid in (0, os.getuid()):

@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 
 _LISTEN = "0A"
+# Elsewhere the kernel has no table that everybody can read.
+TELLS_PEERS = sys.platform == "linux"
 
 
 def loopback_addresses(host: str) -> list[str]:

@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -255,7 +256,8 @@ def ensure(installation: Installation, initdb_args: Mapping[str, str], owner: Id
 
 
 def _arguments(installation: Installation, given: Mapping[str, str]) -> list[str]:
-    chosen = {"encoding": "UTF8", "locale": "C.UTF-8", "wal-segsize": "1"}
+    locale = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
+    chosen = {"encoding": "UTF8", "locale": locale, "wal-segsize": "1"}
     if installation.major >= 18:
         chosen["no-data-checksums"] = ""
     for name, value in given.items():
