@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pgtemp.cluster import Cluster, Database, Snapshot, Template
     from pgtemp.errors import (
         ClusterError,
         InstallationError,
@@ -17,20 +18,28 @@ if TYPE_CHECKING:
     from pgtemp.uri import ConnectionInfo
 
 __all__ = [
+    "Cluster",
     "ClusterError",
     "ConnectionInfo",
+    "Database",
     "InstallationError",
     "OptionError",
     "PgTempDB",
     "PgTempError",
     "ServerOptions",
+    "Snapshot",
+    "Template",
     "TransferError",
     "WardenError",
 ]
 _HOMES = {
+    "Cluster": "pgtemp.cluster",
     "ConnectionInfo": "pgtemp.uri",
+    "Database": "pgtemp.cluster",
     "PgTempDB": "pgtemp.pgtempdb",
     "ServerOptions": "pgtemp.options",
+    "Snapshot": "pgtemp.cluster",
+    "Template": "pgtemp.cluster",
 }
 
 

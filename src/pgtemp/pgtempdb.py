@@ -20,6 +20,7 @@ from pgtemp.host import ports
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.server import warden
 from pgtemp.server.cluster import Cluster
+from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, parse, redact
 
 T = TypeVar("T")
@@ -208,6 +209,11 @@ class PgTempDB:
     def log_path(self) -> Path:
         """The server's log."""
         return self._running_cluster().log_path
+
+    @property
+    def installation(self) -> Installation:
+        """The programs it runs on."""
+        return self._running_cluster().blueprint.installation
 
     @property
     def pid(self) -> int:

@@ -66,18 +66,22 @@ class Pool(Generic[T]):
         """Dispose of a thing in the background."""
         return self._enders.submit(self._kind.dispose, thing)
 
-    def close(self) -> None:
-        """Dispose of everything that is not handed out, and wait for what is under way."""
+    def close(self, *, dispose: bool = True) -> None:
+        """Dispose of everything that is not handed out, and wait for what is under way.
+
+        Args:
+            dispose: False where all of it goes by itself, as databases do with their server.
+        """
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
             ready, self._ready = self._ready, deque()
         for claimed in waiting:
             claimed.cancel()
-        for thing in ready:
+        for thing in ready if dispose else ():
             self.retire(thing)
         self._makers.shutdown(wait=True, cancel_futures=True)
-        self._enders.shutdown(wait=True)
+        self._enders.shutdown(wait=True, cancel_futures=not dispose)
 
     def _make_enough(self) -> None:
         # With the lock held.

@@ -21,8 +21,6 @@ from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
 
-_MAINTENANCE = "postgres"
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -125,7 +123,7 @@ def _learn(plan: Plan) -> None:
     )
     cluster.start()
     try:
-        for dbname in ("template1", _MAINTENANCE):
+        for dbname in ("template1", admin.MAINTENANCE):
             with admin.connected(private_info(cluster, image.SUPERUSER, dbname)) as connection:
                 connection.execute("SELECT 1")
         source.image().learn(cluster.data_dir)
@@ -137,14 +135,16 @@ def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None)
     """Make a user in a server, unless it is there and needs no password."""
     if user == plan.superuser and (secret is None or cluster.has_password):
         return
-    with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
+    with admin.connected(private_info(cluster, plan.superuser, admin.MAINTENANCE)) as connection:
         admin.ensure_role(connection, user, secret)
 
 
 def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
     """Make a database in a server, unless it is there."""
-    if dbname not in (_MAINTENANCE, "template1"):
-        with admin.connected(private_info(cluster, plan.superuser, _MAINTENANCE)) as connection:
+    if dbname not in (admin.MAINTENANCE, "template1"):
+        with admin.connected(
+            private_info(cluster, plan.superuser, admin.MAINTENANCE)
+        ) as connection:
             admin.ensure_database(connection, dbname, user)
 
 
