@@ -40,6 +40,7 @@ docs: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --group bench
 	@$(BIN)/python -m bench.first_row
+	@$(BIN)/python -m bench.databases
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

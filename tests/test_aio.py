@@ -90,3 +90,71 @@ def test_dump_and_load(tmp_path: Path) -> None:
                 assert await (await connection.execute("SELECT n FROM t")).fetchone() == (5,)
 
     asyncio.run(use())
+
+
+def test_a_cluster_for_asyncio(tmp_path: Path) -> None:
+    """Databases, a template built by a coroutine, a snapshot, a fork, a dump."""
+    built: list[str] = []
+
+    async def migrate(uri: str) -> None:
+        built.append(uri)
+        driver = await asyncpg.connect(uri)
+        await driver.execute("CREATE TABLE t (n int)")
+        await driver.close()
+
+    async def count(db: aio.Database) -> int:
+        async with await db.connect() as connection:
+            row = await (await connection.execute("SELECT count(*) FROM t")).fetchone()
+            assert row is not None
+            return int(row[0])
+
+    async def use() -> Path:
+        async with aio.Cluster() as cluster:
+            async with await cluster.database() as empty:
+                assert "empty" in empty.dbname
+            app, again = await asyncio.gather(
+                cluster.template("app", build=migrate), cluster.template("app", build=migrate)
+            )
+            assert len(built) == 1 and app.name == again.name
+            async with await app.database() as db:
+                snapshot = await db.snapshot("start")
+                async with await db.connect() as connection:
+                    await connection.execute("INSERT INTO t VALUES (1)")
+                async with await db.fork() as fork:
+                    assert await count(fork) == 1
+                await db.restore(snapshot)
+                assert await count(db) == 0
+                await db.dump(tmp_path / "db.sql")
+                assert "CREATE TABLE public.t" in (tmp_path / "db.sql").read_text()
+            return cluster.sync.server.data_dir
+
+    assert leftovers(asyncio.run(use())) == []
+
+
+def test_a_claim_that_is_cancelled_gives_its_database_back() -> None:
+    """Cancelled at whatever moment, no clone stays that nobody holds."""
+
+    async def use() -> None:
+        async with aio.Cluster() as cluster:
+            for _ in range(30):
+                task = asyncio.create_task(cluster.database())
+                await asyncio.to_thread(lambda: None)
+                task.cancel()
+                try:
+                    await (await task).close()
+                except asyncio.CancelledError:
+                    pass
+            with cluster.sync.database() as db, db.connect() as connection:
+
+                def left() -> int:
+                    row = connection.execute(
+                        "SELECT count(*) FROM pg_database WHERE datname LIKE 'empty%'"
+                    ).fetchone()
+                    connection.rollback()
+                    assert row is not None
+                    return int(row[0])
+
+                # the one in use, and those kept ready
+                assert eventually(lambda: left() <= 1 + 2 + 1)
+
+    asyncio.run(use())

@@ -8,14 +8,17 @@ undoes what it did, and only then is cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp import pgtempdb
+from pgtemp import cluster, pgtempdb
+from pgtemp.cluster import Snapshot
+from pgtemp.databases.template import Build
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.uri import ConnectionInfo
 
@@ -153,3 +156,158 @@ class PgTempDB:
 
     def __repr__(self) -> str:
         return f"aio.{self._handle!r}"
+
+
+class Cluster:
+    """One server, many databases, for asyncio. As `pgtemp.Cluster`, but awaited.
+
+    async with pgtemp.aio.Cluster() as cluster:
+        app = await cluster.template("app", build=migrate)  # may be a coroutine function
+        async with await app.database() as db: ...
+    """
+
+    @takes_options(ServerOptions)
+    def __init__(self, options: ServerOptions) -> None:
+        self._cluster = cluster.Cluster.with_options(options)
+
+    @property
+    def sync(self) -> cluster.Cluster:
+        """The cluster for synchronous code."""
+        return self._cluster
+
+    async def start(self) -> Self:
+        """As `pgtemp.Cluster.start`; cancelled, it leaves nothing behind."""
+        await whole(self._cluster.start, undo=self._cluster.stop)
+        return self
+
+    async def stop(self) -> None:
+        """As `pgtemp.Cluster.stop`; cancelled, it is done all the same."""
+        await whole(self._cluster.stop)
+
+    async def template(
+        self, name: str, build: Build | Callable[[str], Awaitable[object]]
+    ) -> Template:
+        """As `pgtemp.Cluster.template`; a coroutine function runs on this event loop."""
+        on_loop = _on_loop(build)
+        return Template(await whole(lambda: self._cluster.template(name, on_loop)))
+
+    async def database(self) -> Database:
+        """As `pgtemp.Cluster.database`; cancelled, the database goes back."""
+        return await _claim(self._cluster.database)
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+
+class Template:
+    """A sealed database that others are cloned from. As `pgtemp.Template`, but awaited."""
+
+    def __init__(self, template: cluster.Template) -> None:
+        self._template = template
+        self.name = template.name
+
+    async def database(self) -> Database:
+        """As `pgtemp.Template.database`; cancelled, the database goes back."""
+        return await _claim(self._template.database)
+
+    async def template(
+        self, name: str, build: Build | Callable[[str], Awaitable[object]]
+    ) -> Template:
+        """A template that starts from this one."""
+        on_loop = _on_loop(build)
+        return Template(await whole(lambda: self._template.template(name, on_loop)))
+
+
+class Database:
+    """One clone, with a URL. As `pgtemp.Database`, but awaited."""
+
+    def __init__(self, database: cluster.Database) -> None:
+        self._database = database
+        self.info = database.info
+
+    @property
+    def uri(self) -> str:
+        """The URL for any driver, with the password."""
+        return self._database.uri
+
+    @property
+    def dbname(self) -> str:
+        return self._database.dbname
+
+    async def connect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
+        """An asynchronous psycopg connection; keyword arguments are psycopg's."""
+        return await psycopg.AsyncConnection.connect(self.uri, **kwargs)
+
+    async def dump(self, path: StrPath) -> None:
+        """As `pgtemp.Database.dump`."""
+        await whole(lambda: self._database.dump(path))
+
+    async def load(self, path: StrPath) -> None:
+        """As `pgtemp.Database.load`."""
+        await whole(lambda: self._database.load(path))
+
+    async def snapshot(self, name: str) -> Snapshot:
+        """As `pgtemp.Database.snapshot`."""
+        return await whole(lambda: self._database.snapshot(name))
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """As `pgtemp.Database.restore`."""
+        await whole(lambda: self._database.restore(snapshot))
+
+    async def fork(self) -> Database:
+        """As `pgtemp.Database.fork`."""
+        return await _claim(self._database.fork)
+
+    async def close(self) -> None:
+        """As `pgtemp.Database.close`; it waits for nothing."""
+        self._database.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"aio.{self._database!r}"
+
+
+async def _claim(make: Callable[[], cluster.Database]) -> Database:
+    """A database; when cancelled meanwhile, it is closed."""
+    made: list[cluster.Database] = []
+    await whole(lambda: made.append(make()), undo=lambda: made[0].close())
+    return Database(made[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _OnLoop:
+    """A build whose coroutine runs on the event loop that asked for it.
+
+    A value, so that the same function asked for twice is the same build.
+    """
+
+    build: Callable[[str], object]
+    loop: asyncio.AbstractEventLoop
+
+    def __call__(self, uri: str) -> object:
+        result = self.build(uri)
+        if asyncio.iscoroutine(result):
+            return asyncio.run_coroutine_threadsafe(result, self.loop).result()
+        return result
+
+
+def _on_loop(build: Build | Callable[[str], Awaitable[object]]) -> Build:
+    return _OnLoop(build, asyncio.get_running_loop()) if callable(build) else build

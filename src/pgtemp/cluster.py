@@ -57,6 +57,16 @@ class Cluster:
 
     @takes_options(ServerOptions)
     def __init__(self, options: ServerOptions) -> None:
+        self._set_up(options)
+
+    @classmethod
+    def with_options(cls, options: ServerOptions) -> Self:
+        """A cluster for options that are there as one value."""
+        self = cls.__new__(cls)
+        self._set_up(options)
+        return self
+
+    def _set_up(self, options: ServerOptions) -> None:
         for name in ("dump", "load"):
             if getattr(options, name) is not None:
                 raise OptionError(

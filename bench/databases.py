@@ -1,0 +1,118 @@
+"""Databases of one server: claims from the warm pool, and how many a second.
+
+    python -m bench.databases [--version 18] [--rounds 10]
+
+The rate is that of claim, close, claim, close … until all are dropped, against a bare loop of
+CREATE DATABASE … STRATEGY file_copy and DROP DATABASE on one connection; both in alternation on
+the same server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+
+from bench.report import Table
+from pgtemp import Cluster, Template
+from pgtemp.cluster import READY
+
+COUNT = 40  # databases in a sample
+PACE = 0.05  # seconds between claims that the pool can follow
+
+
+def tables(uri: str) -> None:
+    """Fifty tables with four indexes each."""
+    with psycopg.connect(uri) as connection:
+        for i in range(50):
+            connection.execute(f"CREATE TABLE t{i} (a int, b int, c int, d int)")
+            for column in "abcd":
+                connection.execute(f"CREATE INDEX ON t{i} ({column})")
+
+
+def claim(template: Template) -> float:
+    """Milliseconds for one claim, at a pace that the pool can follow."""
+    time.sleep(PACE)
+    start = time.perf_counter()
+    db = template.database()
+    elapsed = time.perf_counter() - start
+    db.close()
+    return elapsed * 1000
+
+
+def connect(cluster: Cluster) -> float:
+    """Milliseconds for a direct connection to a database that exists, to the first row."""
+    start = time.perf_counter()
+    with psycopg.connect(cluster.info.uri) as connection:
+        connection.execute("SELECT 1").fetchone()
+        return (time.perf_counter() - start) * 1000
+
+
+def bare_loop(connection: psycopg.Connection, dbname: str) -> float:
+    """Milliseconds a database, made and dropped on one connection."""
+    start = time.perf_counter()
+    for i in range(COUNT):
+        connection.execute(f'CREATE DATABASE bare{i} TEMPLATE "{dbname}" STRATEGY file_copy')
+        connection.execute(f"DROP DATABASE bare{i}")
+    return (time.perf_counter() - start) * 1000 / COUNT
+
+
+def sustained(template: Template, clients: int, watch: psycopg.Connection) -> float:
+    """Milliseconds a database, claimed and closed by so many clients, until all are dropped."""
+
+    def use(_: int) -> None:
+        template.database().close()
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(use, range(COUNT)))
+    count = "SELECT count(*) FROM pg_database WHERE datname LIKE %s"
+    while watch.execute(count, [f"{template.name}%"]).fetchone()[0] > READY:  # type: ignore[index]
+        time.sleep(0.002)
+    return (time.perf_counter() - start) * 1000 / COUNT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--version", default="18")
+    parser.add_argument("--rounds", type=int, default=10)
+    given = parser.parse_args()
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}")
+    with (
+        Cluster(version=given.version) as cluster,
+        psycopg.connect(cluster.info.uri, autocommit=True) as connection,
+    ):
+        first = Table(f"A claim, PostgreSQL {given.version}, ms")
+        empty = cluster.template("nothing", build=lambda uri: None)
+        ways: dict[str, Callable[[], float]] = {
+            "direct connection, first row": lambda: connect(cluster),
+            "claim from the warm pool": lambda: claim(empty),
+        }
+        for turn in range(given.rounds * 3 + 1):
+            for name, way in ways.items():
+                sample = way()
+                if turn:
+                    first.add(name, sample)
+        first.show(base="direct connection, first row")
+        for template in (empty, cluster.template("fifty tables", build=tables)):
+            table = Table(f"ms a database, sustained, template {template.name!r}")
+            for turn in range(given.rounds + 1):
+                samples = {
+                    "bare loop, one connection": bare_loop(connection, template.dbname),
+                    "pgtemp, 1 client": sustained(template, 1, connection),
+                    "pgtemp, 4 clients": sustained(template, 4, connection),
+                }
+                for name, sample in samples.items():
+                    if turn:
+                        table.add(name, sample)
+            table.show(base="bare loop, one connection")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
