@@ -261,6 +261,28 @@ def test_owner_and_warden_killed_the_next_start_sweeps() -> None:
         assert eventually(lambda: leftovers(data_dir) == [])
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("where", ["begin", "first", "rest", "warm"])
+def test_an_owner_killed_while_starting_leaves_nothing(
+    where: str, keep: bool, open_dir: Path
+) -> None:
+    """At whatever step of a start its owner is killed, no half-made home stays, kept or not."""
+    script = (
+        "import os\n"
+        "from pgtemp import PgTempDB\n"
+        "from pgtemp.server import image\n"
+        "with PgTempDB(): pass\n"
+        f"whole = image.Cached.{where}\n"
+        "def die(self, target, owner):\n"
+        f"    if {where!r} != 'begin': whole(self, target, owner)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        f"image.Cached.{where} = die\n"
+        f"PgTempDB(data_dir_prefix={str(open_dir)!r}, persist={keep}).start()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert eventually(lambda: list(open_dir.iterdir()) == [])
+
+
 def test_a_long_prefix_gets_a_short_way_to_its_socket(open_dir: Path) -> None:
     """A path too long for a socket works, and its short link goes with it."""
     deep = open_dir / ("d" * 100)

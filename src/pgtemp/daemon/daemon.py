@@ -170,7 +170,9 @@ def _socket_dir() -> Iterator[str]:
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
     place = home.make(None, caller, keep=False)
     try:
-        held = warden.current().hold(place.leftovers(keep=False), lease=place.lease)
+        held = warden.current().hold(
+            place.leftovers(keep=False), keep=False, lease=place.lease, log=place.lease
+        )
     finally:
         os.close(place.lease)
     try:

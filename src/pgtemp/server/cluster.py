@@ -130,10 +130,13 @@ class Cluster:
             self.home = home.reopen(self.existing, plan.owner)
         self.log_path = plan.log_path or self.home.log
         try:
+            # Before anything is copied: a killed owner leaves nothing half-made behind.
+            self._hold(guard)
+            assert self._process is not None
             if self.existing is None:
                 self._begin()
             self._choose_port()
-            self._launch(guard)
+            self._process.start(self._request())
             if self.existing is None:
                 self._copy(plan.source.first)
                 with in_background(lambda: self._copy(plan.source.rest)):
@@ -142,6 +145,8 @@ class Cluster:
                     meanwhile(self)
             else:
                 self._await_ready()
+            if plan.keep:
+                self._process.settle(self.home.leftovers(keep=True), keep=True)
         except BaseException:
             self._undo()
             raise
@@ -233,10 +238,13 @@ class Cluster:
         except OSError as error:
             raise home.cannot_write(self.home.path, error) from error
 
-    def _launch(self, guard: warden.Warden) -> None:
+    def _hold(self, guard: warden.Warden) -> None:
+        keep = self.existing is not None  # what is new is worth keeping once it is whole
         log = self._open_log()
         try:
-            self._process = guard.launch(self._request(), lease=self.home.lease, log=log)
+            self._process = guard.hold(
+                self.home.leftovers(keep=keep), keep=keep, lease=self.home.lease, log=log
+            )
         finally:
             os.close(log)
 
@@ -257,8 +265,6 @@ class Cluster:
             uid=plan.owner.uid if plan.owner.switch else None,
             gid=plan.owner.gid if plan.owner.switch else None,
             data_dir=str(self.data_dir),
-            keep=plan.keep,
-            remove=self.home.leftovers(keep=plan.keep),
             ttl=plan.ttl,
             sweep=[str(base) for base in {*paths.sweep_bases(), self.home.path.parent}],
         )

@@ -91,8 +91,6 @@ class Server:
         else:
             if self.pid == 0:
                 self._become_postmaster(warden)
-        finally:
-            os.close(self.log)
         if self.spec["ttl"] is not None:
             self.deadline = time.monotonic() + self.spec["ttl"]
         self.tell(pid=self.pid)
@@ -244,12 +242,11 @@ class Reaper:
         server.buffer += data
         while (message := decode(server.buffer)) is not None:
             if "argv" in message:
-                server.spec = message
-                if message["argv"]:
-                    server.start()
-                else:  # a directory without a server, to be removed like one
-                    os.close(server.log)
+                server.spec.update(message)
+                server.start()
                 self.chores += [sweep(base) for base in message["sweep"]]
+            elif "stop" not in message:  # what is to be removed, before there is a server in it
+                server.spec.update(message)
             else:
                 self._stop(server, message["stop"], message["remove"])
         if not data:
@@ -299,6 +296,7 @@ class Reaper:
             for path in aside:
                 yield from removal(path)
             os.close(server.lease)
+            os.close(server.log)
 
         self.chores.append(chore())
 

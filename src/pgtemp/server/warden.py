@@ -35,15 +35,13 @@ _END_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a postmaster is started with, and what becomes of it."""
+    """What a postmaster is started with."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     uid: int | None
     gid: int | None
     data_dir: str
-    keep: bool
-    remove: Sequence[str]
     ttl: float | None
     sweep: Sequence[str]
 
@@ -54,15 +52,13 @@ class Request:
             "uid": self.uid,
             "gid": self.gid,
             "data_dir": self.data_dir,
-            "keep": self.keep,
-            "remove": list(self.remove),
             "ttl": self.ttl,
             "sweep": list(self.sweep),
         }
 
 
 class Process:
-    """One postmaster under the warden. Not for two threads at once."""
+    """A home under the warden, and the postmaster in it. Not for two threads at once."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -75,6 +71,22 @@ class Process:
     def fileno(self) -> int:
         """A descriptor that can be read when there is news of the postmaster."""
         return self._channel.fileno()
+
+    def start(self, request: Request) -> None:
+        """Ask for the postmaster; `await_started` tells how that went.
+
+        Raises:
+            WardenError: the warden is gone.
+        """
+        self._send(request.message())
+
+    def settle(self, remove: Sequence[str], *, keep: bool) -> None:
+        """Say anew what is to be removed in the end, and whether the data is kept.
+
+        Raises:
+            WardenError: the warden is gone.
+        """
+        self._send({"remove": list(remove), "keep": keep})
 
     def await_started(self) -> int:
         """The postmaster's pid, once it was forked.
@@ -115,15 +127,18 @@ class Process:
 
     def _end(self, message: dict[str, Any]) -> list[str]:
         self._stopped = None
+        self._send(message)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._stopped is None:
+            if not self._receive(deadline - time.monotonic()):
+                raise WardenError(f"PostgreSQL (pid {self.pid}) could not be ended")
+        return self._stopped
+
+    def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._channel.send(encode(message))
-            deadline = time.monotonic() + _STOP_SECONDS
-            while self._stopped is None:
-                if not self._receive(deadline - time.monotonic()):
-                    raise WardenError(f"PostgreSQL (pid {self.pid}) could not be ended")
+            self._channel.sendall(encode(message))
         except OSError as error:
             raise WardenError("the warden is gone", remedy=_REMEDY) from error
-        return self._stopped
 
     def abandon(self) -> None:
         """Let go of the server: the warden ends it as its request said."""
@@ -135,7 +150,10 @@ class Process:
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(max(0.0, seconds) * 1000):
             return False
-        data = self._channel.recv(65536)
+        try:
+            data = self._channel.recv(65536)
+        except OSError:
+            data = b""
         if not data:
             raise WardenError("the warden is gone", remedy=_REMEDY)
         self._buffer += data
@@ -177,8 +195,13 @@ class Warden:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def launch(self, request: Request, *, lease: int, log: int) -> Process:
-        """Ask for a postmaster; the warden gets descriptors of its own for lease and log.
+    def hold(self, remove: Sequence[str], *, keep: bool, lease: int, log: int) -> Process:
+        """Have directories removed when `stop` is called, or when this process is gone.
+
+        Args:
+            remove: what is to be removed then.
+            keep: whether a server that is started in them is to be shut down cleanly.
+            lease, log: descriptors; the warden gets some of its own.
 
         Raises:
             WardenError: the warden is gone.
@@ -187,21 +210,12 @@ class Warden:
         process = Process(ours)
         try:
             with theirs:
-                ours.send(encode(request.message()))
+                process.settle(remove, keep=keep)
                 socket.send_fds(self._control, [b"+"], [theirs.fileno(), lease, log])
         except OSError as error:
             ours.close()
             raise WardenError("the warden is gone", remedy=_REMEDY) from error
         return process
-
-    def hold(self, remove: Sequence[str], *, lease: int) -> Process:
-        """Have directories removed when `stop` is called, or when this process is gone.
-
-        Raises:
-            WardenError: the warden is gone.
-        """
-        nothing = Request([], {}, None, None, "", False, remove, None, [])
-        return self.launch(nothing, lease=lease, log=lease)
 
     def end(self) -> None:
         """Let the warden end all servers and itself, and wait for it."""
