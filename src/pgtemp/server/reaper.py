@@ -186,7 +186,8 @@ class Reaper:
                 elif fd == self.owner:
                     self._owner_gone()
                 elif self.control is not None and fd == self.control.fileno():
-                    self._accept()
+                    if not self._accept():
+                        self._owner_gone()
                 elif fd in self.servers:
                     self._listen(self.servers[fd])
             self._expire()
@@ -205,38 +206,49 @@ class Reaper:
     def _all(self) -> list[Server]:
         return [*self.servers.values(), *self.ending]
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
         """A byte on the control socket brings a server's descriptors; its end is the end."""
         assert self.control is not None
-        flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0)
-        data, ancillary, _, _ = self.control.recvmsg(1, _socket.CMSG_SPACE(FDS * 4), flags)
+        flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0) | _socket.MSG_DONTWAIT
+        size = _socket.CMSG_SPACE(FDS * 4)
+        try:
+            data, ancillary, _, _ = self.control.recvmsg(1, size, flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data, ancillary = b"", []
         fds = [
             int.from_bytes(payload[i : i + 4], sys.byteorder)
             for _, _, payload in ancillary
             for i in range(0, len(payload), 4)
         ]
-        if not data:
-            self._owner_gone()
-        elif len(fds) == FDS:
+        if data and len(fds) == FDS:
             for fd in fds:
                 os.set_inheritable(fd, False)
             self.servers[fds[0]] = Server(_socket.socket(fileno=fds[0]), fds[1], fds[2])
             self.poll.register(fds[0], select.POLLIN)
+        return bool(data)
 
     def _owner_gone(self) -> None:
         if self.owner >= 0:
             self.poll.unregister(self.owner)
             self.owner = -1
         if self.control is not None:
+            while self._accept():
+                pass  # what it sent with its last breath counts too
             self.poll.unregister(self.control.fileno())
             self.control = None
         for server in list(self.servers.values()):
-            self._disown(server)
+            self._listen(server)
+            if server.channel is not None:  # a forked child holds the other end
+                self._disown(server)
 
     def _listen(self, server: Server) -> None:
         assert server.channel is not None
         try:
-            data = server.channel.recv(65536)
+            data = server.channel.recv(65536, _socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         server.buffer += data
