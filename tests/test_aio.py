@@ -131,6 +131,25 @@ def test_a_cluster_for_asyncio(tmp_path: Path) -> None:
     assert leftovers(asyncio.run(use())) == []
 
 
+def test_a_template_from_a_second_event_loop() -> None:
+    """A cluster outlives a loop; the same coroutine function is the same build."""
+
+    async def migrate(uri: str) -> None:
+        driver = await asyncpg.connect(uri)
+        await driver.execute("CREATE TABLE t (n int)")
+        await driver.close()
+
+    async def use(cluster: aio.Cluster) -> None:
+        app = await cluster.template("app", build=migrate)
+        async with await app.database() as db, await db.connect() as connection:
+            await connection.execute("SELECT * FROM t")
+
+    cluster = aio.Cluster()
+    with cluster.sync:
+        asyncio.run(use(cluster))
+        asyncio.run(use(cluster))
+
+
 def test_a_claim_that_is_cancelled_gives_its_database_back() -> None:
     """Cancelled at whatever moment, no clone stays that nobody holds."""
 

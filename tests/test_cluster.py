@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import psycopg
 import pytest
 
 from conftest import leftovers
-from pgtemp import Cluster, ClusterError, OptionError, TransferError
+from pgtemp import Cluster, ClusterError, OptionError, Snapshot, TransferError
 from pgtemp.databases import admin
 from support import eventually
 
@@ -241,3 +243,151 @@ def test_many_in_a_row_leave_none(cluster: Cluster) -> None:
             names.add(db.dbname)
     assert len(names) == 200
     assert eventually(lambda: not names & databases(cluster), 30)
+
+
+def test_after_stop_claims_are_refused_and_close_does_nothing() -> None:
+    """Whatever the order of a test's teardown, nothing hangs and nothing raises in vain."""
+    with Cluster() as cluster:
+        template = cluster.template("x", build=make_table)
+        db = template.database()
+    with pytest.raises(ClusterError, match="not running"):
+        template.database()
+    with pytest.raises(ClusterError, match="not running"):
+        cluster.database()
+    db.close()
+    cluster.stop()
+    with cluster, cluster.database() as again, again.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_stop_while_many_claim() -> None:
+    """Everybody gets a database or the error that says why not."""
+    with Cluster() as cluster, ThreadPoolExecutor(6) as threads:
+        cluster.database().close()
+
+        def claim(_: int) -> str:
+            try:
+                for _ in range(50):
+                    cluster.database().close()
+            except ClusterError as error:
+                return str(error)
+            return "all of them"
+
+        asked = [threads.submit(claim, i) for i in range(6)]
+        cluster.stop()
+        for one in asked:
+            assert one.result(30) == "all of them" or "not running" in one.result()
+
+
+def test_a_forked_child_touches_nothing(cluster: Cluster) -> None:
+    """Closing and claiming in a child leave the parent's databases alone."""
+    script = (
+        "import os\n"
+        "from pgtemp import Cluster, ClusterError\n"
+        "with Cluster() as cluster:\n"
+        "    db = cluster.database()\n"
+        "    if os.fork() == 0:\n"
+        "        db.close()\n"
+        "        try: cluster.database()\n"
+        "        except ClusterError: os._exit(7)\n"
+        "        os._exit(8)\n"
+        "    print(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "    with db.connect() as c: print(c.execute('SELECT 1').fetchone())\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "7\n(1,)\n"
+
+
+def test_the_same_name_from_another_template_is_another_build(cluster: Cluster) -> None:
+    def same(uri: str) -> None:
+        """Nothing more."""
+
+    one = cluster.template("one base", build=make_table)
+    one.template("derived", build=same)
+    with pytest.raises(OptionError, match="built from something else"):
+        cluster.template("derived", build=same)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "\udc80"])
+def test_what_cannot_name_a_template(cluster: Cluster, name: str) -> None:
+    with pytest.raises(OptionError, match="cannot name"):
+        cluster.template(name, build=make_table)
+
+
+@pytest.mark.parametrize("name", ["a b", 'a"b', "100%", "ü" * 60, "a'b\n{}"])
+def test_what_can_name_a_template(cluster: Cluster, name: str) -> None:
+    with cluster.template(name, build=make_table).database() as db, db.connect() as connection:
+        assert connection.execute("SELECT count(*) FROM account").fetchone() == (1,)
+
+
+def test_a_builds_own_database_error_comes_as_it_is(cluster: Cluster) -> None:
+    """Whoever waits for the same template gets that error too, from one build."""
+    builds: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(uri: str) -> None:
+        builds.append(uri)
+        begun.set()
+        go_on.wait(10)
+        with psycopg.connect(uri) as connection:
+            connection.execute("CREATE TABEL t ()")
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(cluster.template, "syntax", fail)
+        begun.wait(10)
+        second = threads.submit(cluster.template, "syntax", fail)
+        assert eventually(second.running)
+        go_on.set()
+        for asked in (first, second):
+            with pytest.raises(psycopg.errors.SyntaxError):
+                asked.result(30)
+
+
+def test_a_build_that_leaves_a_prepared_transaction(cluster: Cluster) -> None:
+    """It is rolled back before the template is sealed."""
+
+    def build(uri: str) -> None:
+        with psycopg.connect(uri, autocommit=True) as connection:
+            connection.execute("CREATE TABLE t (n int)")
+            connection.execute("BEGIN")
+            connection.execute("INSERT INTO t VALUES (1)")
+            connection.execute("PREPARE TRANSACTION 'in the template'")
+
+    with cluster.template("prepared", build=build).database() as db, db.connect() as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+def test_snapshots_go_with_their_database(cluster: Cluster) -> None:
+    db = cluster.database()
+    snapshot = db.snapshot("s")
+    assert snapshot.dbname in databases(cluster)
+    db.close()
+    assert eventually(lambda: not {db.dbname, snapshot.dbname} & databases(cluster))
+    for call in (db.fork, lambda: db.snapshot("t"), lambda: db.restore(snapshot)):
+        with pytest.raises(ClusterError, match="is closed"):
+            call()
+
+
+def test_a_restore_that_cannot_be_leaves_the_database(cluster: Cluster) -> None:
+    with cluster.database() as db:
+        make_table(db.uri)
+        with pytest.raises(ClusterError):
+            db.restore(Snapshot("nowhere", "no_such_database"))
+        with db.connect() as connection:
+            assert connection.execute("SELECT count(*) FROM account").fetchone() == (1,)
+
+
+def test_a_suite_that_terminates_everybody_else(cluster: Cluster) -> None:
+    """pgtemp's own connections are replaced, and databases are dropped as ever."""
+    db = cluster.database()
+    with psycopg.connect(cluster.info.uri) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+    db.close()
+    with cluster.database() as another:
+        make_table(another.uri)
+    assert eventually(lambda: not {db.dbname, another.dbname} & databases(cluster))

@@ -337,3 +337,10 @@ def test_a_failed_dump_at_the_end_is_told_and_the_server_ends(tmp_path: Path) ->
         db.stop()
     assert not (tmp_path / "out.sql").exists()
     assert leftovers(data_dir) == []
+
+
+@pytest.mark.parametrize("option", ["data-checksums", "data-check"])
+def test_with_page_checksums(any_version: str, option: str) -> None:
+    """The password gets in by SQL where pages have checksums, whoever spells the option how."""
+    with PgTempDB(version=any_version, initdb_args={option: ""}) as db, db.connect() as connection:
+        assert connection.execute("SHOW data_checksums").fetchone() == ("on",)

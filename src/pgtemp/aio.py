@@ -8,8 +8,9 @@ undoes what it did, and only then is cancelled.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -300,13 +301,17 @@ class _OnLoop:
     """
 
     build: Callable[[str], object]
-    loop: asyncio.AbstractEventLoop
+    loop: asyncio.AbstractEventLoop = field(compare=False)
 
     def __call__(self, uri: str) -> object:
         result = self.build(uri)
-        if asyncio.iscoroutine(result):
-            return asyncio.run_coroutine_threadsafe(result, self.loop).result()
+        if inspect.isawaitable(result):
+            return asyncio.run_coroutine_threadsafe(_awaited(result), self.loop).result()
         return result
+
+
+async def _awaited(result: Awaitable[object]) -> object:
+    return await result
 
 
 def _on_loop(build: Build | Callable[[str], Awaitable[object]]) -> Build:

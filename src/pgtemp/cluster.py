@@ -10,8 +10,10 @@ A server takes thirty milliseconds to start, a clone ten, and one that is ready 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -78,6 +80,7 @@ class Cluster:
         self._works: _Works | None = None
         self._builder: Builder | None = None
         self._templates: dict[str, Template] = {}
+        self._empty: Template | None = None
         self._changing = threading.Lock()
 
     def start(self) -> Self:
@@ -96,6 +99,7 @@ class Cluster:
                     works.admins, works.programs, works.owner, lambda name: works.info_of(name).uri
                 )
                 self._works, self._owner = works, os.getpid()
+                _running.add(self)
         return self
 
     def stop(self) -> None:
@@ -104,13 +108,20 @@ class Cluster:
             return
         with self._changing:
             works, self._works = self._works, None
-            templates, self._templates = self._templates, {}
+            templates = [*self._templates.values(), *([self._empty] if self._empty else [])]
+            self._templates, self._empty = {}, None
         if works is None:
             return
-        for template in templates.values():
-            template._close()
-        works.admins.close()
-        self._server.stop()
+        _running.discard(self)
+        works.admins.closing.set()
+        for template in templates:
+            template._pool.refuse()
+        try:
+            self._server.stop()  # whoever still makes or drops databases finds out at once
+        finally:
+            for template in templates:
+                template._pool.close(dispose=False)
+            works.admins.close()
 
     def template(self, name: str, build: Build) -> Template:
         """A template, built when its name is first used.
@@ -142,15 +153,18 @@ class Cluster:
     def _default(self) -> Template:
         with self._changing:
             works = self._running()
-            if "" not in self._templates:
-                self._templates[""] = Template(self, works, "empty", BASE)
-            return self._templates[""]
+            if self._empty is None:
+                self._empty = Template(self, works, "empty", BASE)
+            return self._empty
 
     def _template(self, name: str, build: Build, source: str) -> Template:
         works = self._running()
         assert self._builder is not None
         dbname = self._builder.ensure(name, build, source)
         with self._changing:
+            if self._works is not works:
+                self._running()
+                raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
             if name not in self._templates:
                 self._templates[name] = Template(self, works, name, dbname)
             return self._templates[name]
@@ -191,14 +205,11 @@ class Template:
         Raises:
             PgTempError: it could not be made.
         """
-        return Database(self._works, self._pool.claim().result(), self._pool)
+        return Database(self._works, self._pool.take(), self._pool)
 
     def template(self, name: str, build: Build) -> Template:
         """A template that starts from this one."""
         return self._cluster._template(name, build, self.dbname)
-
-    def _close(self) -> None:
-        self._pool.close(dispose=False)  # they go with their server
 
     def __repr__(self) -> str:
         return f"<Template {self.name!r}>"
@@ -219,6 +230,7 @@ class Database:
         self._works = works
         self._pool = pool
         self._open = True
+        self._snapshots: list[Snapshot] = []
         self.info = works.info_of(dbname)
 
     @property
@@ -243,19 +255,24 @@ class Database:
         transfer.load(self._works.programs, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
-        """Keep the database as it is now; nobody else may be connected to it.
+        """Keep the database as it is now, until it is closed; nobody else may be connected to it.
 
         Raises:
             ClusterError: somebody is; says who.
         """
-        return Snapshot(name, self._copy(f"snapshot_{name}"))
+        snapshot = Snapshot(name, self._copy(f"snapshot_{name}"))
+        self._snapshots.append(snapshot)
+        return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make the database what it was; whoever is connected to it is disconnected."""
-        works = self._works
+        self._check_open()
+        works, fresh = self._works, unique_name("restored")
         with works.admins.connection() as connection:
+            # The old one goes only when the new one is there.
+            admin.clone(connection, fresh, snapshot.dbname, works.owner)
             admin.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
-            admin.clone(connection, self.dbname, snapshot.dbname, works.owner)
+            admin.rename(connection, fresh, self.dbname)
 
     def fork(self) -> Database:
         """Another database that begins as this one is now; nobody else may be connected to it.
@@ -266,12 +283,18 @@ class Database:
         return Database(self._works, self._copy("fork"), self._pool)
 
     def close(self) -> None:
-        """Drop the database, behind the caller's back."""
+        """Drop the database and its snapshots, behind the caller's back."""
         if self._open:
             self._open = False
-            self._pool.retire(self.dbname)
+            for dbname in (self.dbname, *(snapshot.dbname for snapshot in self._snapshots)):
+                self._pool.retire(dbname)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ClusterError(f"{self.dbname} is closed", remedy="claim another")
 
     def _copy(self, prefix: str) -> str:
+        self._check_open()
         name = unique_name(prefix)
         with self._works.admins.connection() as connection:
             try:
@@ -296,3 +319,12 @@ class Database:
 
     def __repr__(self) -> str:
         return f"<Database {redact(self.uri)}>"
+
+
+_running: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for cluster in list(_running):
+        cluster.stop()

@@ -116,7 +116,7 @@ def test_a_failed_build_leaves_nothing(
     assert [path for path in (open_dir / "images").iterdir() if path.suffix != ".lock"] == []
 
 
-@pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U"])
+@pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U", "auth-l", "usern"])
 def test_arguments_that_are_ours_are_refused(name: str, programs: Installation) -> None:
     with pytest.raises(OptionError, match="initdb_args"):
         image.ensure(programs, {name: "x"}, identity.choose(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ MAINTENANCE = "postgres"  # the database that administrative connections go to
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
+_NEVER = threading.Event()
 
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
 _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
@@ -67,23 +69,37 @@ class Admins:
     def __init__(self, to: ConnectionInfo) -> None:
         self._to = to
         self._idle: deque[psycopg.Connection[Any]] = deque()
-        self._closed = threading.Event()
+        self._owner = os.getpid()
+        self.closing = threading.Event()
 
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[Any]]:
         """One of them; a broken one is not used again. Errors as with `connected`."""
+        if self._owner != os.getpid():
+            raise ClusterError(
+                "the cluster belongs to the process that this one was forked from",
+                remedy="make one in this process",
+            )
         with _told(self._to):
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = connect(self._to)
+            connection = self._get()
             try:
                 yield connection
             finally:
-                if connection.broken or self._closed.is_set():
+                if connection.broken or self.closing.is_set():
                     connection.close()
                 else:
                     self._idle.append(connection)
+
+    def _get(self) -> psycopg.Connection[Any]:
+        """An idle connection that lives; tests like to terminate all others they find."""
+        while self._idle:
+            connection = self._idle.pop()
+            try:
+                connection.execute("")
+                return connection
+            except psycopg.Error:
+                connection.close()
+        return connect(self._to)
 
     def elsewhere(self, dbname: str) -> ConnectionInfo:
         """The same way to another database."""
@@ -91,7 +107,7 @@ class Admins:
         return ConnectionInfo(host=to.host, port=to.port, user=to.user, dbname=dbname)
 
     def close(self) -> None:
-        self._closed.set()
+        self.closing.set()
         while self._idle:
             self._idle.pop().close()
 
@@ -121,8 +137,17 @@ def ensure_database(connection: psycopg.Connection[Any], dbname: str, owner: str
     clone(connection, dbname, "template1", owner)
 
 
-def clone(connection: psycopg.Connection[Any], dbname: str, source: str, owner: str) -> None:
+def clone(
+    connection: psycopg.Connection[Any],
+    dbname: str,
+    source: str,
+    owner: str,
+    give_up: threading.Event | None = None,
+) -> None:
     """Make a database as a copy of another; waits while that one is in use.
+
+    Args:
+        give_up: set when waiting any longer is pointless.
 
     Raises:
         errors.ObjectInUse: it stayed in use; names nobody, see `users_of`.
@@ -138,9 +163,9 @@ def clone(connection: psycopg.Connection[Any], dbname: str, source: str, owner: 
             connection.execute(statement)
             return
         except errors.ObjectInUse:
-            if time.monotonic() > deadline:
+            # Nothing tells when somebody leaves a database; the server itself waits five seconds.
+            if time.monotonic() > deadline or (give_up or _NEVER).wait(_IN_USE_POLL):
                 raise
-            time.sleep(_IN_USE_POLL)  # nothing tells when somebody leaves a database
 
 
 def users_of(connection: psycopg.Connection[Any], dbname: str) -> list[str]:
@@ -153,14 +178,21 @@ def users_of(connection: psycopg.Connection[Any], dbname: str) -> list[str]:
     return [f"{who}: {query}" if query else who for who, query in rows]
 
 
-def seal(connection: psycopg.Connection[Any], dbname: str, name: str) -> None:
-    """Make a database a template that nobody can change any more; its final name comes last."""
+def seal(
+    connection: psycopg.Connection[Any], dbname: str, name: str, there: ConnectionInfo
+) -> None:
+    """Make a database a template that nobody can change any more; its final name comes last.
+
+    Args:
+        there: the way to the database itself.
+    """
+    _clear(connection, dbname, there)  # a prepared transaction would stay in it for good
     connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
     connection.execute(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [dbname]
     )
     connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE true", dbname))
-    connection.execute(_about("ALTER DATABASE {} RENAME TO {}", dbname, name))
+    rename(connection, dbname, name)
 
 
 def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo) -> None:
@@ -175,6 +207,17 @@ def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo
     except errors.ObjectInUse:
         _clear(connection, dbname, there)
         connection.execute(statement)
+
+
+def unseal(connection: psycopg.Connection[Any], dbname: str) -> None:
+    """Undo what `seal` may have begun."""
+    connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE false", dbname))
+    connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS true", dbname))
+
+
+def rename(connection: psycopg.Connection[Any], dbname: str, name: str) -> None:
+    """Give a database that nobody is connected to another name."""
+    connection.execute(_about("ALTER DATABASE {} RENAME TO {}", dbname, name))
 
 
 def _clear(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo) -> None:

@@ -6,11 +6,16 @@ their backs. Knows nothing of what it keeps but how to make it, how to end it, a
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
+from pgtemp.errors import ClusterError, PgTempError
+
+_log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 _MAKERS = 2  # on two cores more makers make no more
 
@@ -33,6 +38,7 @@ class Pool(Generic[T]):
         self._waiting: deque[Future[T]] = deque()
         self._making = 0
         self._closed = False
+        self._owner = os.getpid()  # a forked child has neither the threads nor the right
         self._lock = threading.Lock()
         self._makers = ThreadPoolExecutor(_MAKERS, "pgtemp-make")
         self._enders = ThreadPoolExecutor(1, "pgtemp-end")
@@ -46,25 +52,53 @@ class Pool(Generic[T]):
         """One thing, at once where one is ready; the error of the one that could not be made."""
         claimed: Future[T] = Future()
         with self._lock:
+            if self._closed or self._owner != os.getpid():
+                claimed.set_exception(_not_running())
+                return claimed
             while self._ready:
                 thing = self._ready.popleft()
                 if self._kind.usable(thing):
                     claimed.set_result(thing)
                     break
-                self._enders.submit(self._kind.dispose, thing)
+                self._enders.submit(self._end, thing)
             else:
                 self._waiting.append(claimed)
             self._make_enough()
         return claimed
+
+    def take(self) -> T:
+        """One thing, waited for; interrupted, what comes too late goes back."""
+        claimed = self.claim()
+        try:
+            return claimed.result()
+        except BaseException:
+            if not claimed.cancel():
+                claimed.add_done_callback(self._too_late)
+            raise
+
+    def _too_late(self, claimed: Future[T]) -> None:
+        if not claimed.cancelled() and claimed.exception() is None:
+            self.give_back(claimed.result())
 
     def give_back(self, thing: T) -> None:
         """A thing that was not used after all."""
         if not self._hand_out(thing):
             self.retire(thing)
 
-    def retire(self, thing: T) -> Future[None]:
-        """Dispose of a thing in the background."""
-        return self._enders.submit(self._kind.dispose, thing)
+    def retire(self, thing: T) -> None:
+        """Dispose of a thing in the background; nothing happens in a forked child."""
+        with self._lock:
+            if not self._closed and self._owner == os.getpid():
+                self._enders.submit(self._end, thing)
+
+    def refuse(self) -> None:
+        """Hand out nothing more; who waits is told."""
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = self._waiting, deque()
+        for claimed in waiting:
+            if claimed.set_running_or_notify_cancel():
+                claimed.set_exception(_not_running())
 
     def close(self, *, dispose: bool = True) -> None:
         """Dispose of everything that is not handed out, and wait for what is under way.
@@ -72,16 +106,20 @@ class Pool(Generic[T]):
         Args:
             dispose: False where all of it goes by itself, as databases do with their server.
         """
+        self.refuse()
         with self._lock:
-            self._closed = True
-            waiting, self._waiting = self._waiting, deque()
             ready, self._ready = self._ready, deque()
-        for claimed in waiting:
-            claimed.cancel()
         for thing in ready if dispose else ():
-            self.retire(thing)
+            self._enders.submit(self._end, thing)
         self._makers.shutdown(wait=True, cancel_futures=True)
         self._enders.shutdown(wait=True, cancel_futures=not dispose)
+
+    def _end(self, thing: T) -> None:
+        try:
+            self._kind.dispose(thing)
+        except PgTempError as error:
+            if not self._closed:  # else it went with its server
+                _log.warning("could not be disposed of: %s", error)
 
     def _make_enough(self) -> None:
         # With the lock held.
@@ -100,7 +138,7 @@ class Pool(Generic[T]):
         with self._lock:
             self._making -= 1
         if not self._hand_out(thing):
-            self._kind.dispose(thing)
+            self._end(thing)
 
     def _hand_out(self, thing: T) -> bool:
         """Give it to who waits longest, else keep it ready; False where there is no room."""
@@ -124,3 +162,10 @@ class Pool(Generic[T]):
                 if claimed.set_running_or_notify_cancel():
                     claimed.set_exception(error)
                     return
+
+
+def _not_running() -> ClusterError:
+    return ClusterError(
+        "the cluster is not running here",
+        remedy="it was stopped, or belongs to the process that this one was forked from",
+    )

@@ -8,10 +8,12 @@ first connection to it takes 3 ms instead of 5.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pgtemp.server.installation import Installation
 # order of their names, or a dump; several are applied in turn.
 Build = Callable[[str], object] | StrPath | Sequence[StrPath]
 BASE = "template1"
+_log = logging.getLogger("pgtemp")
 
 
 class Clones:
@@ -41,7 +44,7 @@ class Clones:
         name = unique_name(self._prefix)
         with self._admins.connection() as connection:
             try:
-                admin.clone(connection, name, self._source, self._owner)
+                admin.clone(connection, name, self._source, self._owner, self._admins.closing)
             except errors.ObjectInUse as error:
                 raise in_use(connection, self._source) from error
         return name
@@ -65,8 +68,7 @@ class Builder:
         uri_of: Callable[[str], str],
     ) -> None:
         self._admins, self._programs, self._owner, self._uri_of = admins, programs, owner, uri_of
-        self._locks: dict[str, threading.Lock] = {}
-        self._built: dict[str, tuple[Build, str]] = {}
+        self._made: dict[str, tuple[Build, str, Future[str]]] = {}
         self._changing = threading.Lock()
 
     def ensure(self, name: str, build: Build, source: str = BASE) -> str:
@@ -77,36 +79,51 @@ class Builder:
             PgTempError: the build failed; nothing of it is left. A callable's own error comes as
                 it is.
         """
+        _check_name(name)
         with self._changing:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:
-            if name in self._built:
-                known, dbname = self._built[name]
-                if known != build:
-                    raise OptionError(
-                        f"the template {name!r} was built from something else",
-                        remedy="give each template a name of its own",
-                    )
-                return dbname
+            mine = name not in self._made
+            known, base, made = self._made.setdefault(name, (build, source, Future()))
+        if not mine:
+            if (known, base) != (build, source):
+                raise OptionError(
+                    f"the template {name!r} was built from something else",
+                    remedy="give each template a name of its own",
+                )
+            return made.result()
+        try:
             with step(f"building template {name}"):
-                dbname = self._build(name, build, source)
-            self._built[name] = (build, dbname)
-            return dbname
+                made.set_result(self._build(name, build, source))
+        except BaseException as error:
+            with self._changing:
+                del self._made[name]  # the next call tries again; who waits gets this error
+            made.set_exception(error)
+            raise
+        return made.result()
 
     def _build(self, name: str, build: Build, source: str) -> str:
         fresh, final = unique_name(f"building_{name}"), unique_name(f"template_{name}")
         there = self._admins.elsewhere(fresh)
         with self._admins.connection() as connection:
-            admin.clone(connection, fresh, source, self._owner)
-            try:
-                self._apply(build, fresh)
-                with admin.connected(there) as inside:
-                    inside.execute("SELECT 1")
-                admin.seal(connection, fresh, final)
-            except BaseException:
-                admin.drop(connection, fresh, there)
-                raise
+            admin.clone(connection, fresh, source, self._owner, self._admins.closing)
+        try:
+            self._apply(build, fresh)
+            with admin.connected(there) as inside:
+                inside.execute("SELECT 1")
+            with self._admins.connection() as connection:
+                admin.seal(connection, fresh, final, there)
+        except BaseException:
+            self._discard(fresh)
+            raise
         return final
+
+    def _discard(self, dbname: str) -> None:
+        """Drop what a failed build left; its error says more than ours would."""
+        try:
+            with self._admins.connection() as connection:
+                admin.unseal(connection, dbname)
+                admin.drop(connection, dbname, self._admins.elsewhere(dbname))
+        except PgTempError as error:
+            _log.warning("what a failed build left could not be dropped: %s", error)
 
     def _apply(self, build: Build, dbname: str) -> None:
         if callable(build):
@@ -128,6 +145,11 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise OptionError(f"{path} holds no .sql file", remedy="name a directory of SQL files")
     return found
+
+
+def _check_name(name: str) -> None:
+    if not name or "\0" in name or name.encode(errors="replace") != name.encode(errors="ignore"):
+        raise OptionError(f"{name!r} cannot name a template", remedy="give it a name of letters")
 
 
 def unique_name(prefix: str) -> str:

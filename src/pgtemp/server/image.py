@@ -262,7 +262,8 @@ def _arguments(installation: Installation, given: Mapping[str, str]) -> list[str
         chosen["no-data-checksums"] = ""
     for name, value in given.items():
         name = name.lstrip("-").replace("_", "-")
-        if not re.fullmatch(r"[a-z][a-z-]+", name) or name in _OURS:
+        # getopt takes abbreviations too, so a beginning of one of ours is one of ours.
+        if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _OURS):
             raise OptionError(
                 f"initdb_args: {name!r} cannot be given",
                 remedy="give a long option of initdb other than " + ", ".join(sorted(_OURS)),
@@ -340,7 +341,8 @@ def _build(
         _shorten(data / "postgresql.conf")
         _take_back(building, owner)
         listing = copying.list_tree(data, NEVER_COPIED)
-        _write_manifest(building, listing, checksums="--data-checksums" in arguments)
+        checksums = _controldata(installation, data, "Data page checksum version") != "0"
+        _write_manifest(building, listing, checksums=checksums)
         building.rename(path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -375,13 +377,19 @@ def _initdb(
 
 def _drop_spare_wal(installation: Installation, data: Path) -> None:
     """Keep the one WAL segment that holds the shutdown checkpoint; the others are spare."""
-    result = processes.run([installation.program("pg_controldata"), data])
-    match = re.search(r"REDO WAL file:\s+([0-9A-F]{24})", result.stdout)
-    if match is None or not (data / "pg_wal" / match[1]).exists():
-        raise ClusterError(f"pg_controldata says no WAL file of {data}")
+    needed = _controldata(installation, data, "Latest checkpoint's REDO WAL file")
     for segment in (data / "pg_wal").glob("[0-9A-F]" * 24):
-        if segment.name != match[1]:
+        if segment.name != needed:
             segment.unlink()
+
+
+def _controldata(installation: Installation, data: Path, what: str) -> str:
+    """A line of what pg_controldata says."""
+    result = processes.run([installation.program("pg_controldata"), data])
+    match = re.search(rf"^{what}:\s+(\S+)$", result.stdout, re.M)
+    if match is None:
+        raise ClusterError(f"pg_controldata says no {what!r} of {data}")
+    return match[1]
 
 
 def _shorten(conf: Path) -> None:
