@@ -13,7 +13,7 @@ from pgtemp.databases.secret import random_secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity
 from pgtemp.options import StrPath
-from pgtemp.server import conf, image, installation
+from pgtemp.server import conf, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
@@ -111,7 +111,7 @@ def _read_note(home: Path) -> dict[str, str]:
         said = json.loads((home / NOTE).read_text())
         return {"user": str(said["user"]), "dbname": str(said["dbname"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"user": image.SUPERUSER, "dbname": "postgres"}
+        return {"user": imagebuild.SUPERUSER, "dbname": "postgres"}
 
 
 def _unchanged(existing: str) -> str:

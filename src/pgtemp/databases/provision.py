@@ -16,7 +16,7 @@ from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity
 from pgtemp.options import ServerOptions
-from pgtemp.server import conf, home, image, installation
+from pgtemp.server import conf, home, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
@@ -60,7 +60,7 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
     else:
         source = image.Cached(programs, options.initdb_args, owner)
     # In a directory that somebody made, the superuser is somebody's choice too.
-    superuser = options.user if copied is not None else image.SUPERUSER
+    superuser = options.user if copied is not None else imagebuild.SUPERUSER
     blueprint = Blueprint(
         installation=programs,
         owner=owner,
@@ -124,7 +124,7 @@ def _learn(plan: Plan) -> None:
     cluster.start()
     try:
         for dbname in ("template1", admin.MAINTENANCE):
-            with admin.connected(private_info(cluster, image.SUPERUSER, dbname)) as connection:
+            with admin.connected(private_info(cluster, imagebuild.SUPERUSER, dbname)) as connection:
                 connection.execute("SELECT 1")
         source.image().learn(cluster.data_dir)
     finally:

@@ -4,8 +4,8 @@
     images/<key>/data/           a data directory, shut down cleanly
     images/<key>/warm/           relation cache files, put in place once the server runs
 
-An image is built in a sibling directory under a lock, verified, and published by a rename; a file
-that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
+An image is built (imagebuild.py) in a sibling directory under a lock and published by a rename; a
+file that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
 
 A copy is made in four parts, because a postmaster does not read the databases while it starts
 from a clean shutdown: `begin` is what it needs to start; `first`, copied while it starts, the
@@ -20,10 +20,7 @@ import hashlib
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,26 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import copying, locks, paths, processes
+from pgtemp.errors import ClusterError
+from pgtemp.host import copying, locks, paths
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
+from pgtemp.server import imagebuild
+from pgtemp.server.imagebuild import CONTROL, DATA, MANIFEST, NEVER_COPIED
 from pgtemp.server.installation import Installation
 
 _log = logging.getLogger("pgtemp")
 SCHEMA = 2  # of the image's layout and of what is done to a data directory
-SUPERUSER = "postgres"
-_VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
 VERIFIER_LENGTH = 133
 POSTGRES_OID = 5  # of the database postgres, the same in all clusters since PostgreSQL 15
-MANIFEST, DATA, WARM = "manifest.json", "data", "warm"
-CONTROL = "global/pg_control"
+WARM = "warm"
 RELCACHE = "pg_internal.init"
 UNUSED_DAYS = 30
-# Left out of every copy: what belongs to a running server, and the logs of an earlier one.
-NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
-_OURS = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
 
 
 class Source(Protocol):
@@ -159,7 +152,7 @@ class Image:
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
         with self._locked(shared=True):
-            if _control_hash(self.path / DATA) != self.control:
+            if imagebuild.control_hash(self.path / DATA) != self.control:
                 raise ChangedError(f"{self.path / DATA / CONTROL} is not what was published")
             yield
 
@@ -235,7 +228,7 @@ def ensure(installation: Installation, initdb_args: Mapping[str, str], owner: Id
         OptionError: an argument is not initdb's, or decides something pgtemp decides.
         ClusterError: initdb failed; carries its words.
     """
-    arguments = _arguments(installation, initdb_args)
+    arguments = imagebuild.arguments(installation, initdb_args)
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
     key = hashlib.sha256(
         "\0".join([str(SCHEMA), installation.identity, libc or "", *arguments]).encode()
@@ -247,31 +240,12 @@ def ensure(installation: Installation, initdb_args: Mapping[str, str], owner: Id
     with locks.locked(path.with_suffix(".lock")) as lock:
         if (image := _load(path)) is None:  # nobody built it while we waited
             with step(f"initdb of PostgreSQL {installation.version}, once on this machine"):
-                _build(installation, arguments, path, owner, lock)
+                imagebuild.build(installation, arguments, path, owner, lock)
             image = _load(path)
     if image is None:
         raise ClusterError(f"the image {path} cannot be read right after it was built")
     _prune(path.parent)
     return image
-
-
-def _arguments(installation: Installation, given: Mapping[str, str]) -> list[str]:
-    locale = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
-    chosen = {"encoding": "UTF8", "locale": locale, "wal-segsize": "1"}
-    if installation.major >= 18:
-        chosen["no-data-checksums"] = ""
-    for name, value in given.items():
-        name = name.lstrip("-").replace("_", "-")
-        # getopt takes abbreviations too, so a beginning of one of ours is one of ours.
-        if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _OURS):
-            raise OptionError(
-                f"initdb_args: {name!r} cannot be given",
-                remedy="give a long option of initdb other than " + ", ".join(sorted(_OURS)),
-            )
-        if name == "data-checksums":
-            chosen.pop("no-data-checksums", None)
-        chosen[name] = value
-    return [f"--{name}={value}" if value else f"--{name}" for name, value in chosen.items()]
 
 
 def _load(path: Path) -> Image | None:
@@ -313,125 +287,10 @@ def of_home(path: Path, installation: Installation) -> Image:
     It lasts as long as that home. A tablespace is a link out of it, and cannot be copied.
     """
     data = path / DATA
-    _drop_spare_wal(installation, data)
-    return _image(path, copying.list_tree(data, NEVER_COPIED), _control_hash(data), None, None)
-
-
-def _build(
-    installation: Installation, arguments: list[str], path: Path, owner: Identity, lock: int
-) -> None:
-    building = path.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
-    if blocked := owner.blocked_at(path.parent):
-        raise OptionError(
-            f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, "
-            "where the cache is",
-            remedy="name another directory in PGTEMP_CACHE_DIR",
-        )
-    try:
-        data = building / DATA
-        building.mkdir(mode=0o700)
-        owner.own(building)
-        _initdb(installation, arguments, data, owner, lock)
-        _drop_spare_wal(installation, data)
-        for name in ("*_fsm", "*_vm"):  # made anew as needed; a quarter of the files
-            for file in data.glob(f"**/{name}"):
-                file.unlink()
-        _shorten(data / "postgresql.conf")
-        _take_back(building, owner)
-        listing = copying.list_tree(data, NEVER_COPIED)
-        checksums = _controldata(installation, data, "Data page checksum version") != "0"
-        _write_manifest(building, listing, checksums=checksums)
-        building.rename(path)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
-def _initdb(
-    installation: Installation, arguments: list[str], data: Path, owner: Identity, lock: int
-) -> None:
-    argv: list[str | Path] = [
-        installation.program("initdb"),
-        "--pgdata",
-        data,
-        "--username",
-        SUPERUSER,
-    ]
-    argv += ["--auth=trust", "--no-sync", "--no-instructions", *arguments]
-    # A password nobody knows: it makes room for the verifier that each copy gets.
-    unknown = data.with_name("password")
-    unknown.write_text(secrets.token_hex())
-    owner.own(unknown)
-    result = processes.run([*argv, f"--pwfile={unknown}"], identity=owner, pass_fds=[lock])
-    unknown.unlink()
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise ClusterError(
-            f"initdb of PostgreSQL {installation.version} failed",
-            remedy="see its words below; initdb_args are passed to it as they are",
-            details=lines[-8:],
-        )
-
-
-def _drop_spare_wal(installation: Installation, data: Path) -> None:
-    """Keep the one WAL segment that holds the shutdown checkpoint; the others are spare."""
-    needed = _controldata(installation, data, "Latest checkpoint's REDO WAL file")
-    for segment in (data / "pg_wal").glob("[0-9A-F]" * 24):
-        if segment.name != needed:
-            segment.unlink()
-
-
-def _controldata(installation: Installation, data: Path, what: str) -> str:
-    """A line of what pg_controldata says."""
-    result = processes.run([installation.program("pg_controldata"), data])
-    match = re.search(rf"^{what}:\s+(\S+)$", result.stdout, re.M)
-    if match is None:
-        raise ClusterError(f"pg_controldata says no {what!r} of {data}")
-    return match[1]
-
-
-def _shorten(conf: Path) -> None:
-    """Leave out the comments: the file is parsed at each start, and read by people."""
-    lines = (line.partition("#")[0].rstrip() for line in conf.read_text().splitlines())
-    conf.write_text("# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip()))
-
-
-def _take_back(building: Path, owner: Identity) -> None:
-    """Give the files to the caller, so that the user of the servers cannot change the image."""
-    if owner.switch:
-        for directory, _, files in os.walk(building):
-            for name in [".", *files]:
-                os.chown(os.path.join(directory, name), os.geteuid(), os.getegid())
-
-
-def _control_hash(data: Path) -> str:
-    """The hash of the control file, which holds the state and the system's identifier."""
-    try:
-        return hashlib.sha256((data / CONTROL).read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
-def _find_verifier(data: Path, checksums: bool) -> tuple[str, int] | None:
-    """Where the superuser's verifier is: in one place alone, and not under a page checksum."""
-    found = [
-        (str(file.relative_to(data)), match.start())
-        for file in sorted((data / "global").iterdir())
-        for match in _VERIFIER.finditer(file.read_bytes())
-    ]
-    return found[0] if len(found) == 1 and not checksums else None
-
-
-def _write_manifest(building: Path, listing: Listing, *, checksums: bool) -> None:
-    manifest = {
-        "dirs": listing.dirs,
-        "files": listing.files,
-        "control": _control_hash(building / DATA),
-        "password": _find_verifier(building / DATA, checksums),
-    }
-    (building / MANIFEST).write_text(json.dumps(manifest))
+    imagebuild.drop_spare_wal(installation, data)
+    return _image(
+        path, copying.list_tree(data, NEVER_COPIED), imagebuild.control_hash(data), None, None
+    )
 
 
 def _prune(images: Path) -> None:

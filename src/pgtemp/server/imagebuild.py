@@ -1,0 +1,168 @@
+"""Building an image: initdb, then everything that makes a copy of it small and quick to start.
+
+In a sibling directory, published by a rename at the end; what a build that was killed has left is
+cleared away by the next. Called with the image's lock held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import copying, processes
+from pgtemp.host.copying import Listing
+from pgtemp.host.identity import Identity
+from pgtemp.server.installation import Installation
+
+SUPERUSER = "postgres"
+MANIFEST, DATA = "manifest.json", "data"
+CONTROL = "global/pg_control"
+# Left out of every copy: what belongs to a running server, and the logs of an earlier one.
+NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
+_VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
+_OURS = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
+
+
+def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]:
+    """initdb's arguments: ours, and the user's over them. Raises OptionError."""
+    locale = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
+    chosen = {"encoding": "UTF8", "locale": locale, "wal-segsize": "1"}
+    if installation.major >= 18:
+        chosen["no-data-checksums"] = ""
+    for name, value in given.items():
+        name = name.lstrip("-").replace("_", "-")
+        # getopt takes abbreviations too, so a beginning of one of ours is one of ours.
+        if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _OURS):
+            raise OptionError(
+                f"initdb_args: {name!r} cannot be given",
+                remedy="give a long option of initdb other than " + ", ".join(sorted(_OURS)),
+            )
+        if name == "data-checksums":
+            chosen.pop("no-data-checksums", None)
+        chosen[name] = value
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in chosen.items()]
+
+
+def build(
+    installation: Installation, arguments: list[str], path: Path, owner: Identity, lock: int
+) -> None:
+    building = path.with_suffix(".building")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+    if blocked := owner.blocked_at(path.parent):
+        raise OptionError(
+            f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, "
+            "where the cache is",
+            remedy="name another directory in PGTEMP_CACHE_DIR",
+        )
+    try:
+        data = building / DATA
+        building.mkdir(mode=0o700)
+        owner.own(building)
+        _initdb(installation, arguments, data, owner, lock)
+        drop_spare_wal(installation, data)
+        for name in ("*_fsm", "*_vm"):  # made anew as needed; a quarter of the files
+            for file in data.glob(f"**/{name}"):
+                file.unlink()
+        _shorten(data / "postgresql.conf")
+        _take_back(building, owner)
+        listing = copying.list_tree(data, NEVER_COPIED)
+        checksums = _controldata(installation, data, "Data page checksum version") != "0"
+        _write_manifest(building, listing, checksums=checksums)
+        building.rename(path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _initdb(
+    installation: Installation, arguments: list[str], data: Path, owner: Identity, lock: int
+) -> None:
+    argv: list[str | Path] = [
+        installation.program("initdb"),
+        "--pgdata",
+        data,
+        "--username",
+        SUPERUSER,
+    ]
+    argv += ["--auth=trust", "--no-sync", "--no-instructions", *arguments]
+    # A password nobody knows: it makes room for the verifier that each copy gets.
+    unknown = data.with_name("password")
+    unknown.write_text(secrets.token_hex())
+    owner.own(unknown)
+    result = processes.run([*argv, f"--pwfile={unknown}"], identity=owner, pass_fds=[lock])
+    unknown.unlink()
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise ClusterError(
+            f"initdb of PostgreSQL {installation.version} failed",
+            remedy="see its words below; initdb_args are passed to it as they are",
+            details=lines[-8:],
+        )
+
+
+def drop_spare_wal(installation: Installation, data: Path) -> None:
+    """Keep the one WAL segment that holds the shutdown checkpoint; the others are spare."""
+    needed = _controldata(installation, data, "Latest checkpoint's REDO WAL file")
+    for segment in (data / "pg_wal").glob("[0-9A-F]" * 24):
+        if segment.name != needed:
+            segment.unlink()
+
+
+def _controldata(installation: Installation, data: Path, what: str) -> str:
+    """A line of what pg_controldata says."""
+    result = processes.run([installation.program("pg_controldata"), data])
+    match = re.search(rf"^{what}:\s+(\S+)$", result.stdout, re.M)
+    if match is None:
+        raise ClusterError(f"pg_controldata says no {what!r} of {data}")
+    return match[1]
+
+
+def _shorten(conf: Path) -> None:
+    """Leave out the comments: the file is parsed at each start, and read by people."""
+    lines = (line.partition("#")[0].rstrip() for line in conf.read_text().splitlines())
+    conf.write_text("# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip()))
+
+
+def _take_back(building: Path, owner: Identity) -> None:
+    """Give the files to the caller, so that the user of the servers cannot change the image."""
+    if owner.switch:
+        for directory, _, files in os.walk(building):
+            for name in [".", *files]:
+                os.chown(os.path.join(directory, name), os.geteuid(), os.getegid())
+
+
+def control_hash(data: Path) -> str:
+    """The hash of the control file, which holds the state and the system's identifier."""
+    try:
+        return hashlib.sha256((data / CONTROL).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _find_verifier(data: Path, checksums: bool) -> tuple[str, int] | None:
+    """Where the superuser's verifier is: in one place alone, and not under a page checksum."""
+    found = [
+        (str(file.relative_to(data)), match.start())
+        for file in sorted((data / "global").iterdir())
+        for match in _VERIFIER.finditer(file.read_bytes())
+    ]
+    return found[0] if len(found) == 1 and not checksums else None
+
+
+def _write_manifest(building: Path, listing: Listing, *, checksums: bool) -> None:
+    manifest = {
+        "dirs": listing.dirs,
+        "files": listing.files,
+        "control": control_hash(building / DATA),
+        "password": _find_verifier(building / DATA, checksums),
+    }
+    (building / MANIFEST).write_text(json.dumps(manifest))
