@@ -117,7 +117,6 @@ class Gateway:
         try:
             await self._connect(client, startup, lease, server, first_words)
         finally:
-            server.close() if hasattr(server, "transport") else None
             used = first_words.used
             _log.info(
                 "lease %d: user %s database %s, waited %.1f ms, lived %.3f s, "
@@ -171,6 +170,7 @@ class Gateway:
                             self._cancels.registered(login.key, lease.socket)
                         )
 
+            until_the_end.callback(server.close)
             client.listen, server.listen = first_words.feed, learn
             try:
                 async with asyncio.timeout(self._ttl):
@@ -224,6 +224,3 @@ def _no_delay(client: Endpoint) -> None:
     raw = client.transport.get_extra_info("socket")
     if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-__all__ = ["Gateway"]

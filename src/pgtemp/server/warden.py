@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,6 @@ class Request:
     ttl: float | None
     sweep: Sequence[str]
 
-    def message(self) -> dict[str, Any]:
-        return {
-            "argv": list(self.argv),
-            "env": dict(self.env),
-            "uid": self.uid,
-            "gid": self.gid,
-            "data_dir": self.data_dir,
-            "ttl": self.ttl,
-            "sweep": list(self.sweep),
-        }
-
 
 class Process:
     """A home under the warden, and the postmaster in it. Not for two threads at once."""
@@ -78,7 +67,7 @@ class Process:
         Raises:
             WardenError: the warden is gone.
         """
-        self._send(request.message())
+        self._send(asdict(request))
 
     def settle(self, remove: Sequence[str], *, keep: bool) -> None:
         """Say anew what is to be removed in the end, and whether the data is kept.

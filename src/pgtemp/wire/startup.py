@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import (
     CANCEL_CODE,
     GSSENC_CODE,
-    PROTOCOL_3,
     SSL_CODE,
     ProtocolError,
 )
@@ -143,6 +142,3 @@ def _parameters(body: bytes) -> dict[str, str]:
 
 def _undecodable(text: str) -> bool:
     return any("\udc80" <= letter <= "\udcff" for letter in text)
-
-
-__all__ = ["PROTOCOL_3", "Cancel", "Event", "NeedMore", "Negotiation", "Reply", "Startup"]
