@@ -28,7 +28,7 @@ import psycopg
 from bench.report import Table
 from pgtemp import PgTempDB
 from pgtemp.host import identity, paths, processes
-from pgtemp.server import conf, image, installation
+from pgtemp.server import conf, imagecache, installation
 
 SHM = Path("/dev/shm")
 TARGET = 6.0  # times faster than initdb + pg_ctl, and than testing.postgresql
@@ -112,7 +112,7 @@ def overlay_floor(version: str) -> float:
     """The best way PERFORMANCE.md knows: an overlay mount, trust, no password, no warden."""
     owner = identity.choose(None)
     programs = installation.find(None, version).within_reach(owner)
-    lower = image.ensure(programs, {}, owner).path / "data"
+    lower = imagecache.Cached(programs, {}, owner).image().path / "data"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):
         raise OSError(ctypes.get_errno(), "no mount namespace")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pgtemp.cluster import Cluster, Database, Snapshot, Template
+    from pgtemp.cluster import Cluster, Template
+    from pgtemp.database import Database, Snapshot
     from pgtemp.errors import (
         ClusterError,
         InstallationError,
@@ -35,10 +36,10 @@ __all__ = [
 _HOMES = {
     "Cluster": "pgtemp.cluster",
     "ConnectionInfo": "pgtemp.uri",
-    "Database": "pgtemp.cluster",
+    "Database": "pgtemp.database",
     "PgTempDB": "pgtemp.pgtempdb",
     "ServerOptions": "pgtemp.options",
-    "Snapshot": "pgtemp.cluster",
+    "Snapshot": "pgtemp.database",
     "Template": "pgtemp.cluster",
 }
 

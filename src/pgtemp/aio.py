@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,9 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp import cluster, pgtempdb
-from pgtemp.cluster import Snapshot
-from pgtemp.databases.template import Build
+from pgtemp import cluster, database, pgtempdb
+from pgtemp.database import Snapshot
+from pgtemp.databases.recipe import Build
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.uri import ConnectionInfo
 
@@ -186,11 +186,18 @@ class Cluster:
         await whole(self._cluster.stop)
 
     async def template(
-        self, name: str, build: Build | Callable[[str], Awaitable[object]]
+        self,
+        name: str,
+        build: Build | Callable[[str], Awaitable[object]],
+        *,
+        key: str | None = None,
+        watch: Sequence[StrPath] = (),
     ) -> Template:
         """As `pgtemp.Cluster.template`; a coroutine function runs on this event loop."""
         on_loop = _on_loop(build)
-        return Template(await whole(lambda: self._cluster.template(name, on_loop)))
+        return Template(
+            await whole(lambda: self._cluster.template(name, on_loop, key=key, watch=watch))
+        )
 
     async def database(self) -> Database:
         """As `pgtemp.Cluster.database`; cancelled, the database goes back."""
@@ -220,17 +227,24 @@ class Template:
         return await _claim(self._template.database)
 
     async def template(
-        self, name: str, build: Build | Callable[[str], Awaitable[object]]
+        self,
+        name: str,
+        build: Build | Callable[[str], Awaitable[object]],
+        *,
+        key: str | None = None,
+        watch: Sequence[StrPath] = (),
     ) -> Template:
         """A template that starts from this one."""
         on_loop = _on_loop(build)
-        return Template(await whole(lambda: self._template.template(name, on_loop)))
+        return Template(
+            await whole(lambda: self._template.template(name, on_loop, key=key, watch=watch))
+        )
 
 
 class Database:
     """One clone, with a URL. As `pgtemp.Database`, but awaited."""
 
-    def __init__(self, database: cluster.Database) -> None:
+    def __init__(self, database: database.Database) -> None:
         self._database = database
         self.info = database.info
 
@@ -286,9 +300,9 @@ class Database:
         return f"aio.{self._database!r}"
 
 
-async def _claim(make: Callable[[], cluster.Database]) -> Database:
+async def _claim(make: Callable[[], database.Database]) -> Database:
     """A database; when cancelled meanwhile, it is closed."""
-    made: list[cluster.Database] = []
+    made: list[database.Database] = []
     await whole(lambda: made.append(make()), undo=lambda: made[0].close())
     return Database(made[0])
 
@@ -302,6 +316,10 @@ class _OnLoop:
 
     build: Callable[[str], object]
     loop: asyncio.AbstractEventLoop = field(compare=False)
+
+    @property
+    def __wrapped__(self) -> Callable[[str], object]:
+        return self.build  # which tells where the build comes from
 
     def __call__(self, uri: str) -> object:
         result = self.build(uri)

@@ -1,4 +1,4 @@
-"""One server, many databases: each a clone of a template, from a pool kept ready.
+"""Many databases: each a clone of a template, from a pool kept ready.
 
     with Cluster() as cluster:
         app = cluster.template("app", build=migrate)
@@ -6,6 +6,10 @@
             psycopg.connect(db.uri)
 
 A server takes thirty milliseconds to start, a clone ten, and one that is ready already none.
+
+A template whose outcome can be told from what it is made from is kept on disk, as an image of a
+whole server; so it has a server of its own, which is the cluster's one server where nothing has
+needed another yet. All other templates are built in the server that there is.
 """
 
 from __future__ import annotations
@@ -14,44 +18,33 @@ import atexit
 import os
 import threading
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import psycopg
-from psycopg import errors
-
-from pgtemp.databases import admin, transfer
-from pgtemp.databases.admin import Admins
+from pgtemp.database import Database, Works
+from pgtemp.databases import provision, template, workshop
 from pgtemp.databases.pool import Pool
-from pgtemp.databases.template import BASE, Build, Builder, Clones, in_use, unique_name
+from pgtemp.databases.provision import Plan
+from pgtemp.databases.recipe import Build, Recipe
+from pgtemp.databases.template import BASE, Clones
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.server.installation import Installation
-from pgtemp.uri import ConnectionInfo, redact
+from pgtemp.uri import ConnectionInfo
 
 READY = 2  # clones kept ready of each template that is in use
-
-
-@dataclass(frozen=True, slots=True)
-class _Works:
-    """What the databases of a running cluster share."""
-
-    admins: Admins
-    info: ConnectionInfo
-    programs: Installation
-    owner: str
-
-    def info_of(self, dbname: str) -> ConnectionInfo:
-        return replace(self.info, dbname=dbname)
+_NOT_FOR_MANY = ("dump", "load")
 
 
 class Cluster:
     """A PostgreSQL server for many databases. Keyword arguments are `pgtemp.ServerOptions`.
 
-    `dbname` is not used: databases come from `database()` and from templates. `dump` and `load`
-    are those of a database or a template.
+    The server starts when something first needs it. `dbname` is not used: databases come from
+    `database()` and from templates. `dump` and `load` are those of a database or a template.
 
     Raises:
         PgTempError: as for `PgTempDB`.
@@ -69,36 +62,35 @@ class Cluster:
         return self
 
     def _set_up(self, options: ServerOptions) -> None:
-        for name in ("dump", "load"):
+        for name in _NOT_FOR_MANY:
             if getattr(options, name) is not None:
                 raise OptionError(
                     f"{name}= is not for a cluster",
                     remedy="use template(build=…) to load, and Database.dump() to dump",
                 )
-        self._server = PgTempDB.with_options(options)
+        # Extensions are in the template that all others begin with.
+        self._extensions = Recipe(extensions=tuple(options.extensions))
+        self._options = replace(options, extensions=())
         self._owner = os.getpid()
-        self._works: _Works | None = None
-        self._builder: Builder | None = None
-        self._templates: dict[str, Template] = {}
+        self._plan: Plan | None = None
+        self._main: Works | None = None
+        self._others: list[Works] = []
+        self._made: dict[str, tuple[object, Future[Template]]] = {}
         self._empty: Template | None = None
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
 
     def start(self) -> Self:
-        """Start the server; what is running already stays."""
+        """Find programs and places; what was started already stays.
+
+        Raises:
+            PgTempError: as for `PgTempDB`.
+        """
         with self._changing:
-            if self._works is None:
-                server = self._server.start()
-                to = ConnectionInfo(
-                    host=str(server.socket_dir),
-                    port=server.port,
-                    user=server.user,
-                    dbname=admin.MAINTENANCE,
-                )
-                works = _Works(Admins(to), server.info, server.installation, server.user)
-                self._builder = Builder(
-                    works.admins, works.programs, works.owner, lambda name: works.info_of(name).uri
-                )
-                self._works, self._owner = works, os.getpid()
+            if self._plan is None:
+                plan = provision.plan(self._options, ())
+                if self._extensions != Recipe():
+                    plan = workshop.lasting(plan, "extensions", self._extensions) or plan
+                self._plan, self._owner = plan, os.getpid()
                 _running.add(self)
         return self
 
@@ -107,34 +99,40 @@ class Cluster:
         if self._owner != os.getpid():
             return
         with self._changing:
-            works, self._works = self._works, None
-            templates = [*self._templates.values(), *([self._empty] if self._empty else [])]
-            self._templates, self._empty = {}, None
-        if works is None:
-            return
-        _running.discard(self)
-        works.admins.closing.set()
-        for template in templates:
-            template._pool.refuse()
-        try:
-            self._server.stop()  # whoever still makes or drops databases finds out at once
-        finally:
-            for template in templates:
-                template._pool.close(dispose=False)
-            works.admins.close()
+            works = [*self._others, *([self._main] if self._main is not None else [])]
+            self._plan, self._main, self._others, self._made = None, None, [], {}
+            self._empty = None
+            _running.discard(self)
+        with ExitStack() as all_of_them:
+            for one in works:
+                all_of_them.callback(one.stop)
 
-    def template(self, name: str, build: Build) -> Template:
+    def template(
+        self,
+        name: str,
+        build: Build,
+        *,
+        key: str | None = None,
+        watch: Sequence[StrPath] = (),
+    ) -> Template:
         """A template, built when its name is first used.
+
+        One made from SQL files or dumps is kept on disk until they change. A callable or a
+        command is run each time, unless `key` or `watch` tell when it would come out otherwise.
 
         Args:
             name: whatever the suite calls it.
-            build: a callable that gets a URI; a path of SQL, of a directory of SQL files, or of a
-                dump; or several paths.
+            build: a callable that gets a URI; "cmd:" and a shell command that gets the URI in
+                DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of a data
+                directory that was kept; or several of these.
+            key: what the template is kept under; change it when the build changes.
+            watch: glob patterns of files; it is built again when their contents change.
 
         Raises:
-            PgTempError: the build failed; nothing of it is left.
+            PgTempError: the build failed; nothing of it is left. A callable's own error comes as
+                it is.
         """
-        return self._template(name, build, BASE)
+        return self._template(name, _recipe(build, key, watch), None)
 
     def database(self) -> Database:
         """An empty database of one's own, claimed from those kept ready."""
@@ -143,36 +141,100 @@ class Cluster:
     @property
     def info(self) -> ConnectionInfo:
         """Host, port, user and password of the server."""
-        return self._running().info
+        return self._main_works().server.info
 
     @property
     def server(self) -> PgTempDB:
         """The server itself, with its directory, log and pid."""
-        return self._server
+        return self._main_works().server
 
     def _default(self) -> Template:
         with self._changing:
-            works = self._running()
             if self._empty is None:
-                self._empty = Template(self, works, "empty", BASE)
+                source = self._running().template or BASE
+                self._empty = Template(self, self._main_works(), "empty", source, None)
             return self._empty
 
-    def _template(self, name: str, build: Build, source: str) -> Template:
-        works = self._running()
-        assert self._builder is not None
-        dbname = self._builder.ensure(name, build, source)
+    def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
+        """Each name is built once, however many ask; everybody gets the error of one that fails."""
+        template.check_name(name)
+        if parent is not None and recipe.data_dir is not None:
+            raise OptionError(
+                f"{recipe.data_dir} is a data directory, and cannot start from {parent.name!r}",
+                remedy="make it a template of the cluster",
+            )
         with self._changing:
-            if self._works is not works:
+            plan = self._running()
+            made = self._made
+            mine = name not in made
+            known, future = made.setdefault(name, ((recipe, parent), Future()))
+        if not mine:
+            if known != (recipe, parent):
+                raise OptionError(
+                    f"the template {name!r} was built from something else",
+                    remedy="give each template a name of its own",
+                )
+            return future.result()
+        try:
+            future.set_result(self._build(plan, name, recipe, parent))
+        except BaseException as error:
+            with self._changing:
+                del made[name]  # the next call tries again
+            future.set_exception(error)
+            raise
+        return future.result()
+
+    def _build(self, plan: Plan, name: str, recipe: Recipe, parent: Template | None) -> Template:
+        begin = plan if parent is None else parent._plan
+        kept = workshop.lasting(begin, name, recipe) if begin is not None else None
+        if kept is not None:
+            works, dbname = self._works_on(plan, kept), workshop.TEMPLATE
+        else:
+            works = parent._works if parent is not None else self._main_works()
+            dbname = template.build(
+                works.admins,
+                works.server.installation,
+                recipe,
+                name=name,
+                source=parent.dbname if parent is not None else plan.template or BASE,
+                info=works.server.info,
+            )
+        with self._changing:
+            if self._plan is not plan:
                 self._running()
                 raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
-            if name not in self._templates:
-                self._templates[name] = Template(self, works, name, dbname)
-            return self._templates[name]
+            return Template(self, works, name, dbname, kept)
 
-    def _running(self) -> _Works:
-        if self._works is None:
+    def _main_works(self) -> Works:
+        with self._changing:
+            plan = self._running()
+            if self._main is None:
+                self._main = self._start(plan, first=True)
+            return self._main
+
+    def _works_on(self, plan: Plan, kept: Plan) -> Works:
+        """A server on the image of a template, built before anything waits for the lock."""
+        source = kept.blueprint.source
+        assert isinstance(source, workshop.Lasting)
+        source.image()
+        with self._changing:
+            if self._running() is not plan:
+                raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
+            if self._main is None and plan.template is None:
+                self._main = self._start(kept, first=True)
+                return self._main
+            self._others.append(self._start(kept, first=False))
+            return self._others[-1]
+
+    def _start(self, plan: Plan, *, first: bool) -> Works:
+        # The port and the log that were asked for are the first server's.
+        options = self._options if first else replace(self._options, port=None, log_path=None)
+        return Works(PgTempDB.with_options(options, plan.blueprint.source).start())
+
+    def _running(self) -> Plan:
+        if self._plan is None:
             raise ClusterError("the cluster is not running", remedy="call start(), or use `with`")
-        return self._works
+        return self._plan
 
     def __enter__(self) -> Self:
         return self.start()
@@ -186,18 +248,23 @@ class Cluster:
         self.stop()
 
     def __repr__(self) -> str:
-        return f"<Cluster {self._server!r}>"
+        return f"<Cluster {self._main.server!r}>" if self._main else "<Cluster, no server yet>"
 
 
 class Template:
     """A sealed database that others are cloned from; made by `Cluster.template`."""
 
-    def __init__(self, cluster: Cluster, works: _Works, name: str, dbname: str) -> None:
+    def __init__(
+        self, cluster: Cluster, works: Works, name: str, dbname: str, plan: Plan | None
+    ) -> None:
         self.name = name
         self.dbname = dbname
         self._cluster = cluster
         self._works = works
-        self._pool: Pool[str] = Pool(Clones(works.admins, dbname, works.owner, name), ready=READY)
+        self._plan = plan  # for servers with this template, where it is kept
+        clones = Clones(works.admins, dbname, works.server.user, name)
+        self._pool: Pool[str] = Pool(clones, ready=READY)
+        works.pools.append(self._pool)
 
     def database(self) -> Database:
         """A clone of one's own, claimed from those kept ready.
@@ -207,118 +274,24 @@ class Template:
         """
         return Database(self._works, self._pool.take(), self._pool)
 
-    def template(self, name: str, build: Build) -> Template:
-        """A template that starts from this one."""
-        return self._cluster._template(name, build, self.dbname)
+    def template(
+        self,
+        name: str,
+        build: Build,
+        *,
+        key: str | None = None,
+        watch: Sequence[StrPath] = (),
+    ) -> Template:
+        """A template that starts from this one; as `Cluster.template`."""
+        return self._cluster._template(name, _recipe(build, key, watch), self)
 
     def __repr__(self) -> str:
         return f"<Template {self.name!r}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A database as it was at some moment; made by `Database.snapshot`."""
-
-    name: str
-    dbname: str
-
-
-class Database:
-    """One clone, with a URL. Given back with `close()` or at the end of `with`."""
-
-    def __init__(self, works: _Works, dbname: str, pool: Pool[str]) -> None:
-        self._works = works
-        self._pool = pool
-        self._open = True
-        self._snapshots: list[Snapshot] = []
-        self.info = works.info_of(dbname)
-
-    @property
-    def uri(self) -> str:
-        """The URL for any driver, with the password."""
-        return self.info.uri
-
-    @property
-    def dbname(self) -> str:
-        return self.info.dbname
-
-    def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        """A psycopg connection to the database; keyword arguments are psycopg's."""
-        return psycopg.connect(self.uri, **kwargs)
-
-    def dump(self, path: StrPath) -> None:
-        """Dump the database as SQL. Raises TransferError."""
-        transfer.dump(self._works.programs, self._private(), path)
-
-    def load(self, path: StrPath) -> None:
-        """Load a dump, all of it or nothing. Raises TransferError."""
-        transfer.load(self._works.programs, self._private(), path)
-
-    def snapshot(self, name: str) -> Snapshot:
-        """Keep the database as it is now, until it is closed; nobody else may be connected to it.
-
-        Raises:
-            ClusterError: somebody is; says who.
-        """
-        snapshot = Snapshot(name, self._copy(f"snapshot_{name}"))
-        self._snapshots.append(snapshot)
-        return snapshot
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Make the database what it was; whoever is connected to it is disconnected."""
-        self._check_open()
-        works, fresh = self._works, unique_name("restored")
-        with works.admins.connection() as connection:
-            # The old one goes only when the new one is there.
-            admin.clone(connection, fresh, snapshot.dbname, works.owner)
-            admin.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
-            admin.rename(connection, fresh, self.dbname)
-
-    def fork(self) -> Database:
-        """Another database that begins as this one is now; nobody else may be connected to it.
-
-        Raises:
-            ClusterError: somebody is; says who.
-        """
-        return Database(self._works, self._copy("fork"), self._pool)
-
-    def close(self) -> None:
-        """Drop the database and its snapshots, behind the caller's back."""
-        if self._open:
-            self._open = False
-            for dbname in (self.dbname, *(snapshot.dbname for snapshot in self._snapshots)):
-                self._pool.retire(dbname)
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise ClusterError(f"{self.dbname} is closed", remedy="claim another")
-
-    def _copy(self, prefix: str) -> str:
-        self._check_open()
-        name = unique_name(prefix)
-        with self._works.admins.connection() as connection:
-            try:
-                admin.clone(connection, name, self.dbname, self._works.owner)
-            except errors.ObjectInUse as error:
-                raise in_use(connection, self.dbname) from error
-        return name
-
-    def _private(self) -> ConnectionInfo:
-        return self._works.admins.elsewhere(self.dbname)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Database {redact(self.uri)}>"
+def _recipe(build: Build, key: str | None, watch: Sequence[StrPath]) -> Recipe:
+    patterns = [watch] if isinstance(watch, str | os.PathLike) else watch
+    return Recipe(build, key, tuple(os.fspath(pattern) for pattern in patterns))
 
 
 _running: weakref.WeakSet[Cluster] = weakref.WeakSet()

@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,6 +21,7 @@ from pgtemp.host import ports
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.server import warden
 from pgtemp.server.cluster import Cluster
+from pgtemp.server.image import Source
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, parse, redact
 
@@ -48,14 +50,19 @@ class PgTempDB:
         self._set_up(options)
 
     @classmethod
-    def with_options(cls, options: ServerOptions) -> Self:
-        """A server for options that are there as one value."""
+    def with_options(cls, options: ServerOptions, source: Source | None = None) -> Self:
+        """A server for options that are there as one value.
+
+        Args:
+            source: what it is copied from; None is what the options say.
+        """
         self = cls.__new__(cls)
-        self._set_up(options)
+        self._set_up(options, source)
         return self
 
-    def _set_up(self, options: ServerOptions) -> None:
+    def _set_up(self, options: ServerOptions, source: Source | None = None) -> None:
         self.options = options
+        self._source = source
         self._host = _HOST
         self._cluster: Cluster | None = None
         self._info: ConnectionInfo | None = None
@@ -99,6 +106,9 @@ class PgTempDB:
                 warden.current()  # first of all, since it takes as long as what comes before it
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
                 plan = provision.plan(self.options, addresses)
+                if self._source is not None:
+                    blueprint = replace(plan.blueprint, source=self._source)
+                    plan = replace(plan, blueprint=blueprint)
                 secret = self._secret()
                 cluster = provision.provision(plan, secret)
                 self._info = ConnectionInfo(

@@ -13,7 +13,7 @@ import pytest
 
 from pgtemp import ClusterError, OptionError, PgTempDB
 from pgtemp.host import identity
-from pgtemp.server import image
+from pgtemp.server import imagecache
 from pgtemp.server.image import Image
 from pgtemp.server.installation import Installation
 from support import eventually
@@ -24,8 +24,8 @@ def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGTEMP_CACHE_DIR", str(tmp))
 
 
-def build(programs: Installation) -> Image:
-    return image.ensure(programs, {}, identity.choose(None))
+def build(programs: Installation, **arguments: str) -> Image:
+    return imagecache.Cached(programs, arguments, identity.choose(None)).image()
 
 
 def test_the_second_start_never_runs_initdb(
@@ -119,7 +119,7 @@ def test_a_failed_build_leaves_nothing(
 @pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U", "auth-l", "usern"])
 def test_arguments_that_are_ours_are_refused(name: str, programs: Installation) -> None:
     with pytest.raises(OptionError, match="initdb_args"):
-        image.ensure(programs, {name: "x"}, identity.choose(None))
+        build(programs, **{name: "x"})
 
 
 def test_images_that_nobody_used_for_a_month_are_pruned(
@@ -127,9 +127,12 @@ def test_images_that_nobody_used_for_a_month_are_pruned(
 ) -> None:
     """Building a new one takes the old ones along; one in use stays."""
     fresh(open_dir, monkeypatch)
-    old, used = build(programs), image.ensure(programs, {"locale": "C"}, identity.choose(None))
-    past = time.time() - (image.UNUSED_DAYS + 1) * 86400
+    old, used = (
+        build(programs),
+        build(programs, locale="C"),
+    )
+    past = time.time() - (imagecache.UNUSED_DAYS + 1) * 86400
     os.utime(old.path, (past, past))
-    image.ensure(programs, {"locale": "POSIX"}, identity.choose(None))
+    build(programs, locale="POSIX")
     assert not old.path.exists()
     assert used.path.exists()

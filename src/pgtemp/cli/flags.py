@@ -49,16 +49,22 @@ def _flag(spec: Field[Any], hint: Any) -> Callable[[F], F]:
         return click.option(*names, is_flag=True, default=None, help=text)
     if isinstance(default, dict):
         return click.option(*names, type=_Setting(), multiple=True, help=text)
-    kinds: dict[Any, Any] = {int | None: int, float | None: float, int: int}
-    if isinstance(default, int):
+    if isinstance(default, tuple):
+        return click.option(*names, multiple=True, help=text)
+    if default is not None:
         text += f" (default {default})"
+    if spec.metadata["choices"]:
+        return click.option(*names, type=click.Choice(spec.metadata["choices"]), help=text)
+    kinds: dict[Any, Any] = {
+        int | None: int, float | None: float, int: int, float: float
+    }  # fmt: skip
     return click.option(*names, type=kinds.get(hint, str), default=None, help=text)
 
 
 def values_given(given: dict[str, Any]) -> dict[str, Any]:
     """What was given on the command line, as keyword arguments for the options."""
     return {
-        name: dict(value) if isinstance(value, tuple) else value
+        name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value
         for name, value in given.items()
         if value is not None and value != ()
     }

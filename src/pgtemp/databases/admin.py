@@ -132,9 +132,27 @@ def ensure_role(connection: psycopg.Connection[Any], user: str, secret: Secret |
 
 def ensure_database(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
     """Make a database unless it exists."""
-    if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [dbname]).fetchone():
-        return
-    clone(connection, dbname, "template1", owner)
+    if not exists(connection, dbname):
+        clone(connection, dbname, "template1", owner)
+
+
+def exists(connection: psycopg.Connection[Any], dbname: str) -> bool:
+    """Whether there is a database of that name."""
+    found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [dbname])
+    return found.fetchone() is not None
+
+
+def take_over(connection: psycopg.Connection[Any], dbname: str, name: str, owner: str) -> None:
+    """Make a sealed database a usual one, with another name and owner; nobody else wants it."""
+    unseal(connection, dbname)
+    if name != dbname:
+        rename(connection, dbname, name)
+    connection.execute(_about("ALTER DATABASE {} OWNER TO {}", name, owner))
+
+
+def drop_empty(connection: psycopg.Connection[Any], dbname: str) -> None:
+    """Drop a database in which nobody has worked yet."""
+    connection.execute(_about("DROP DATABASE {}", dbname))
 
 
 def clone(

@@ -82,7 +82,7 @@ class KeptDB:
         self.info: ConnectionInfo
 
     def __enter__(self) -> Self:
-        note = _read_note(self.directory)
+        note = read_note(self.directory)
         self._cluster.start()
         try:
             secret = random_secret()
@@ -106,7 +106,8 @@ class KeptDB:
         self._cluster.stop()
 
 
-def _read_note(home: Path) -> dict[str, str]:
+def read_note(home: Path) -> dict[str, str]:
+    """Whose data it was: user and dbname."""
     try:
         said = json.loads((home / NOTE).read_text())
         return {"user": str(said["user"]), "dbname": str(said["dbname"])}

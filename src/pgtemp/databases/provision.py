@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pgtemp.databases import admin, transfer
+from pgtemp.databases import admin, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity
 from pgtemp.options import ServerOptions
-from pgtemp.server import conf, home, image, imagebuild, installation
+from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
@@ -24,11 +24,19 @@ from pgtemp.uri import ConnectionInfo
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How servers are made for some options."""
+    """How servers are made for some options.
+
+    Attributes:
+        superuser: of the servers, as whom pgtemp itself comes.
+        template: the database in the source that databases are made from; None is an empty one.
+        plain: whether databases are made with nothing in them.
+    """
 
     options: ServerOptions
     blueprint: Blueprint
     superuser: str
+    template: str | None = None
+    plain: bool = True
 
     @property
     def installation(self) -> installation.Installation:
@@ -55,10 +63,10 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
     programs = installation.find(options.bin_dir, version).within_reach(owner)
     source: image.Source
     if copied is not None:
-        _check_copied(copied, programs)
+        check_copied(copied, programs)
         source = image.Directory(copied)
     else:
-        source = image.Cached(programs, options.initdb_args, owner)
+        source = imagecache.Cached(programs, options.initdb_args, owner)
     # In a directory that somebody made, the superuser is somebody's choice too.
     superuser = options.user if copied is not None else imagebuild.SUPERUSER
     blueprint = Blueprint(
@@ -93,6 +101,10 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
     cluster.start(meanwhile=lambda started: furnish_role(started, plan, options.user, secret))
     try:
         furnish_database(cluster, plan, options.dbname, options.user)
+        to = private_info(cluster, plan.superuser, options.dbname)
+        if options.extensions:
+            with admin.connected(to) as connection:
+                extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
             to = private_info(cluster, options.user, options.dbname)
             transfer.load(plan.installation, to, options.load, all_or_nothing=False)
@@ -108,7 +120,7 @@ def _learn(plan: Plan) -> None:
     The files spare each first connection four milliseconds (see image.py).
     """
     source = plan.blueprint.source
-    if not isinstance(source, image.Cached) or source.image().relcache:
+    if not isinstance(source, imagecache.Cached) or source.image().relcache:
         return
     plain = replace(plan.options, config={}, postgresql_conf=None)
     cluster = Cluster(
@@ -140,12 +152,23 @@ def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None)
 
 
 def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
-    """Make a database in a server, unless it is there."""
-    if dbname not in (admin.MAINTENANCE, "template1"):
-        with admin.connected(
-            private_info(cluster, plan.superuser, admin.MAINTENANCE)
-        ) as connection:
+    """Make a database in a server, unless it is there: the plan's template becomes it.
+
+    A server has one template, so that only the first database comes from it.
+    """
+    if dbname == "template1" or (dbname == admin.MAINTENANCE and plan.plain):
+        return  # initdb made it
+    if dbname == plan.template:
+        return
+    # A database cannot be replaced from within itself.
+    entrance = "template1" if dbname == admin.MAINTENANCE else admin.MAINTENANCE
+    with admin.connected(private_info(cluster, plan.superuser, entrance)) as connection:
+        if plan.template is None or not admin.exists(connection, plan.template):
             admin.ensure_database(connection, dbname, user)
+            return
+        if dbname == admin.MAINTENANCE:
+            admin.drop_empty(connection, dbname)
+        admin.take_over(connection, plan.template, dbname, user)
 
 
 def discard(cluster: Cluster) -> None:
@@ -169,7 +192,8 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
     )
 
 
-def _check_copied(path: Path, programs: installation.Installation) -> None:
+def check_copied(path: Path, programs: installation.Installation) -> None:
+    """Raise OptionError where a data directory is of another version, or in use."""
     made_by = (path / "PG_VERSION").read_text().strip()
     if made_by != str(programs.major):
         raise OptionError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 _BYTES = 18
 _ROUNDS = 1
+STRONG_ROUNDS = 4096  # what libpq itself takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,10 @@ class Secret:
     verifier: str | None = field(default=None, repr=False)
 
 
-def random_secret() -> Secret:
+def random_secret(rounds: int = _ROUNDS) -> Secret:
     """A password that needs no quoting anywhere."""
     password = secrets.token_hex(_BYTES)
-    return Secret(password, _scram_verifier(password, secrets.token_bytes(16), _ROUNDS))
+    return Secret(password, _scram_verifier(password, secrets.token_bytes(16), rounds))
 
 
 def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:

@@ -7,6 +7,7 @@ nothing, and nothing of what they print reaches the caller's terminal.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,13 +82,54 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def run_command(command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a user's shell command to its end, as the caller and in the caller's directory.
+
+    Args:
+        env: added to the caller's own environment.
+
+    Returns:
+        Its exit status, and what it printed on both its outputs, in `stdout`.
+    """
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        process_group=0,  # so that what the command has started can be ended with it
+    ) as process:
+        _running.add(process)
+        try:
+            stdout, _ = process.communicate()
+        except BaseException:
+            _signal_all(process, signal.SIGKILL)
+            raise
+        finally:
+            _running.discard(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout)
+
+
 _running: set[subprocess.Popen[str]] = set()
 
 
 def interrupt() -> None:
     """End the programs that run at this moment; whoever waits for them sees them fail."""
     for process in list(_running):
-        process.terminate()
+        _signal_all(process, signal.SIGTERM)
+
+
+def _signal_all(process: subprocess.Popen[str], number: int) -> None:
+    """Signal a program, and what it has started where it leads a process group of its own."""
+    try:
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+    except ProcessLookupError:
+        pass
 
 
 def start_detached(argv: Sequence[str], *, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:

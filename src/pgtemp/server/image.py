@@ -4,8 +4,7 @@
     images/<key>/data/           a data directory, shut down cleanly
     images/<key>/warm/           relation cache files, put in place once the server runs
 
-An image is built (imagebuild.py) in a sibling directory under a lock and published by a rename; a
-file that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
+They are built by imagebuild.py and found again by imagecache.py.
 
 A copy is made in four parts, because a postmaster does not read the databases while it starts
 from a clean shutdown: `begin` is what it needs to start; `first`, copied while it starts, the
@@ -16,38 +15,32 @@ they come after it). Together that takes half of the time to the first row away.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pgtemp.errors import ClusterError
-from pgtemp.host import copying, locks, paths
+from pgtemp.host import copying, locks
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
-from pgtemp.host.progress import step
 from pgtemp.server import imagebuild
-from pgtemp.server.imagebuild import CONTROL, DATA, MANIFEST, NEVER_COPIED
+from pgtemp.server.imagebuild import CONTROL, DATA, NEVER_COPIED, RELCACHE, WARM
 from pgtemp.server.installation import Installation
 
-_log = logging.getLogger("pgtemp")
-SCHEMA = 2  # of the image's layout and of what is done to a data directory
 VERIFIER_LENGTH = 133
 POSTGRES_OID = 5  # of the database postgres, the same in all clusters since PostgreSQL 15
-WARM = "warm"
-RELCACHE = "pg_internal.init"
-UNUSED_DAYS = 30
 
 
 class Source(Protocol):
     """What a cluster's data directory is copied from."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from all others; the same for the same bytes."""
 
     def begin(self, target: Path, owner: Identity) -> None: ...
     def first(self, target: Path, owner: Identity) -> None: ...
@@ -62,6 +55,10 @@ class Directory:
     """A data directory that a user prepared: copied whole, never touched."""
 
     path: Path
+
+    @property
+    def identity(self) -> str:
+        return f"{self.path} {imagebuild.control_hash(self.path)}"
 
     def begin(self, target: Path, owner: Identity) -> None:
         listing = copying.list_tree(self.path, NEVER_COPIED)
@@ -100,6 +97,10 @@ class Image:
     control: str
     password: tuple[str, int] | None = None  # the file and the offset of the verifier
     lock: Path | None = None  # where other processes may build or remove it
+
+    @property
+    def identity(self) -> str:
+        return self.control
 
     def begin(self, target: Path, owner: Identity) -> None:
         """Copy what a postmaster needs to start. Raises ChangedError where it is damaged."""
@@ -142,10 +143,7 @@ class Image:
         with self._locked():
             fresh = self.path / f"{WARM}.building"
             shutil.rmtree(fresh, ignore_errors=True)
-            for file in data.glob(f"**/{RELCACHE}"):
-                kept = fresh / file.relative_to(data)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_bytes(file.read_bytes())
+            imagebuild.keep_relcache(data, fresh)
             if fresh.exists() and not (self.path / WARM).exists():
                 fresh.rename(self.path / WARM)
 
@@ -183,95 +181,17 @@ class Image:
         raise ClusterError(f"{self.path} is damaged: {damage}", remedy="start again")
 
 
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """The image for some programs and arguments; built when needed, again when damaged."""
-
-    installation: Installation
-    initdb_args: Mapping[str, str]
-    owner: Identity
-
-    def image(self) -> Image:
-        return ensure(self.installation, self.initdb_args, self.owner)
-
-    def begin(self, target: Path, owner: Identity) -> None:
-        self.image().begin(target, owner)
-
-    def first(self, target: Path, owner: Identity) -> None:
-        self.image().first(target, owner)
-
-    def rest(self, target: Path, owner: Identity) -> None:
-        self.image().rest(target, owner)
-
-    def warm(self, target: Path, owner: Identity) -> None:
-        self.image().warm(target, owner)
-
-    def set_password(self, target: Path, verifier: str) -> bool:
-        return self.image().set_password(target, verifier)
-
-    def repair(self, damage: ChangedError) -> None:
-        _log.warning("the image is damaged and is built again: %s", damage)
-        self.image().discard()
-
-
-_loaded: dict[tuple[Path, int], Image] = {}
 _relcaches: dict[str, tuple[tuple[str, int], ...]] = {}
 
 
-def ensure(installation: Installation, initdb_args: Mapping[str, str], owner: Identity) -> Image:
-    """The image for these programs and arguments; runs initdb when there is none yet.
-
-    Args:
-        initdb_args: long options of initdb without dashes; "" as value for those that take none.
-
-    Raises:
-        OptionError: an argument is not initdb's, or decides something pgtemp decides.
-        ClusterError: initdb failed; carries its words.
-    """
-    arguments = imagebuild.arguments(installation, initdb_args)
-    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
-    key = hashlib.sha256(
-        "\0".join([str(SCHEMA), installation.identity, libc or "", *arguments]).encode()
-    ).hexdigest()[:24]
-    path = paths.cache_dir() / "images" / f"{installation.major}-{key}"
-    if (image := _load(path)) is not None:
-        return image
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    with locks.locked(path.with_suffix(".lock")) as lock:
-        if (image := _load(path)) is None:  # nobody built it while we waited
-            with step(f"initdb of PostgreSQL {installation.version}, once on this machine"):
-                imagebuild.build(installation, arguments, path, owner, lock)
-            image = _load(path)
-    if image is None:
-        raise ClusterError(f"the image {path} cannot be read right after it was built")
-    _prune(path.parent)
-    return image
-
-
-def _load(path: Path) -> Image | None:
-    """Read from disk when it is not the one read before: another process may have rebuilt it."""
-    try:
-        written = (path / MANIFEST).stat().st_mtime_ns
-        if (path, written) not in _loaded:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            files = tuple((name, size) for name, size in manifest["files"])
-            listing = Listing(tuple(manifest["dirs"]), files)
-            lock = path.with_suffix(".lock")
-            password = manifest["password"] and (*manifest["password"],)
-            control = manifest["control"]
-            _loaded[path, written] = _image(path, listing, control, password, lock)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return _loaded[path, written]
-
-
-def _image(
+def divided(
     path: Path,
     listing: Listing,
     control: str,
     password: tuple[str, int] | None,
     lock: Path | None,
 ) -> Image:
+    """An image, its files divided into those that are copied at once and those that can wait."""
     first = f"base/{POSTGRES_OID}/"
     files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
     early = tuple(one for one in files if not one[0].startswith("base/"))
@@ -288,16 +208,6 @@ def of_home(path: Path, installation: Installation) -> Image:
     """
     data = path / DATA
     imagebuild.drop_spare_wal(installation, data)
-    return _image(
+    return divided(
         path, copying.list_tree(data, NEVER_COPIED), imagebuild.control_hash(data), None, None
     )
-
-
-def _prune(images: Path) -> None:
-    """Remove images that nobody has used for a month, such as those of programs since upgraded."""
-    oldest = time.time() - UNUSED_DAYS * 86400
-    for manifest in images.glob(f"*/{MANIFEST}"):
-        path = manifest.parent
-        if path.stat().st_mtime < oldest:
-            with locks.locked(path.with_suffix(".lock")):
-                shutil.rmtree(path, ignore_errors=True)

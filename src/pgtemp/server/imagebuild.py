@@ -13,17 +13,18 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import copying, processes
-from pgtemp.host.copying import Listing
 from pgtemp.host.identity import Identity
 from pgtemp.server.installation import Installation
 
 SUPERUSER = "postgres"
-MANIFEST, DATA = "manifest.json", "data"
+MANIFEST, DATA, WARM = "manifest.json", "data", "warm"
+RELCACHE = "pg_internal.init"
 CONTROL = "global/pg_control"
 # Left out of every copy: what belongs to a running server, and the logs of an earlier one.
 NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
@@ -54,18 +55,15 @@ def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]
 def build(
     installation: Installation, arguments: list[str], path: Path, owner: Identity, lock: int
 ) -> None:
-    building = path.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """Make an image with initdb, and publish it at `path`. Raises PgTempError."""
     if blocked := owner.blocked_at(path.parent):
         raise OptionError(
             f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, "
             "where the cache is",
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
-    try:
+    with _published(path) as building:
         data = building / DATA
-        building.mkdir(mode=0o700)
         owner.own(building)
         _initdb(installation, arguments, data, owner, lock)
         drop_spare_wal(installation, data)
@@ -74,9 +72,44 @@ def build(
                 file.unlink()
         _shorten(data / "postgresql.conf")
         _take_back(building, owner)
+        _write_manifest(installation, building)
+
+
+def copy(installation: Installation, data: Path, path: Path) -> None:
+    """Make an image of a data directory whose server was shut down, and publish it at `path`.
+
+    Raises:
+        OSError: the cache has no room.
+    """
+    with _published(path) as building:
+        us = Identity(os.geteuid(), os.getegid(), "", switch=False)
         listing = copying.list_tree(data, NEVER_COPIED)
-        checksums = _controldata(installation, data, "Data page checksum version") != "0"
-        _write_manifest(building, listing, checksums=checksums)
+        (building / DATA).mkdir(mode=0o700)
+        copying.make_dirs(building / DATA, listing.dirs, us)
+        files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
+        copying.copy_files(data, building / DATA, files, us)
+        drop_spare_wal(installation, building / DATA)
+        keep_relcache(data, building / WARM)
+        _write_manifest(installation, building)
+
+
+def keep_relcache(data: Path, target: Path) -> None:
+    """Copy a data directory's relation cache files; what is in them follows from the catalogs."""
+    for file in data.glob(f"**/{RELCACHE}"):
+        kept = target / file.relative_to(data)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(file.read_bytes())
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A directory beside `path` to build in, which becomes `path` where all goes well."""
+    building = path.with_suffix(".building")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        building.mkdir(mode=0o700)
+        yield building
         building.rename(path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -158,7 +191,9 @@ def _find_verifier(data: Path, checksums: bool) -> tuple[str, int] | None:
     return found[0] if len(found) == 1 and not checksums else None
 
 
-def _write_manifest(building: Path, listing: Listing, *, checksums: bool) -> None:
+def _write_manifest(installation: Installation, building: Path) -> None:
+    listing = copying.list_tree(building / DATA, NEVER_COPIED)
+    checksums = _controldata(installation, building / DATA, "Data page checksum version") != "0"
     manifest = {
         "dirs": listing.dirs,
         "files": listing.files,

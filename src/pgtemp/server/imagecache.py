@@ -1,0 +1,159 @@
+"""The cache of images: each made once on this machine, by one process, under its lock.
+
+An image is built (imagebuild.py) in a sibling directory under a lock and published by a rename; a
+file that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
+Its name is the hash of everything that determines its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgtemp.errors import ClusterError
+from pgtemp.host import locks, paths
+from pgtemp.host.copying import ChangedError, Listing
+from pgtemp.host.identity import Identity
+from pgtemp.host.progress import step
+from pgtemp.server import imagebuild
+from pgtemp.server.image import Image, divided
+from pgtemp.server.imagebuild import MANIFEST
+from pgtemp.server.installation import Installation
+
+_log = logging.getLogger("pgtemp")
+SCHEMA = 3  # of the image's layout and of what is done to a data directory
+UNUSED_DAYS = 30
+MOST_BYTES = 4 << 30
+_TELLS_LIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+
+class Ensured(ABC):
+    """An image that is made when it is needed, and made again when it is damaged."""
+
+    @abstractmethod
+    def image(self) -> Image:
+        """The image; made where there is none."""
+
+    def begin(self, target: Path, owner: Identity) -> None:
+        self.image().begin(target, owner)
+
+    def first(self, target: Path, owner: Identity) -> None:
+        self.image().first(target, owner)
+
+    def rest(self, target: Path, owner: Identity) -> None:
+        self.image().rest(target, owner)
+
+    def warm(self, target: Path, owner: Identity) -> None:
+        self.image().warm(target, owner)
+
+    def set_password(self, target: Path, verifier: str) -> bool:
+        return self.image().set_password(target, verifier)
+
+    def repair(self, damage: ChangedError) -> None:
+        _log.warning("the image is damaged and is built again: %s", damage)
+        self.image().discard()
+
+
+@dataclass(frozen=True, slots=True)
+class Cached(Ensured):
+    """The image that initdb makes, for some programs and arguments."""
+
+    installation: Installation
+    initdb_args: Mapping[str, str]
+    owner: Identity
+
+    @property
+    def identity(self) -> str:
+        return self.image().path.name
+
+    def image(self) -> Image:
+        """The image; runs initdb when there is none.
+
+        Raises:
+            OptionError: an argument is not initdb's, or decides something pgtemp decides.
+            ClusterError: initdb failed; carries its words.
+        """
+        programs = self.installation
+        arguments = imagebuild.arguments(programs, self.initdb_args)
+        libc = os.confstr("CS_GNU_LIBC_VERSION") if _TELLS_LIBC else ""
+        key = key_of(programs.identity, libc or "", *arguments)
+        return ensure(
+            f"{programs.major}-{key}",
+            f"initdb of PostgreSQL {programs.version}, once on this machine",
+            lambda path, lock: imagebuild.build(programs, arguments, path, self.owner, lock),
+        )
+
+
+_loaded: dict[tuple[Path, int], Image] = {}
+
+
+def key_of(*parts: str) -> str:
+    """A name for an image, from all that determines its bytes."""
+    return hashlib.sha256("\0".join([str(SCHEMA), *parts]).encode()).hexdigest()[:24]
+
+
+def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
+    """The image of that name in the cache; built where there is none, by one process alone.
+
+    Args:
+        name: from `key_of`.
+        what: is going on, for who looks at progress.
+        build: makes the image at a path; gets the descriptor of the lock as well, for programs
+            that must not outlive it.
+
+    Raises:
+        PgTempError: the build's.
+    """
+    path = paths.cache_dir() / "images" / name
+    if (image := _load(path)) is not None:
+        return image
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    with locks.locked(path.with_suffix(".lock")) as lock:
+        if (image := _load(path)) is None:  # nobody built it while we waited
+            with step(what):
+                build(path, lock)
+            image = _load(path)
+    if image is None:
+        raise ClusterError(f"the image {path} cannot be read right after it was built")
+    _prune(path.parent)
+    return image
+
+
+def _load(path: Path) -> Image | None:
+    """Read from disk when it is not the one read before: another process may have rebuilt it."""
+    try:
+        written = (path / MANIFEST).stat().st_mtime_ns
+        if (path, written) not in _loaded:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            files = tuple((name, size) for name, size in manifest["files"])
+            listing = Listing(tuple(manifest["dirs"]), files)
+            lock = path.with_suffix(".lock")
+            password = manifest["password"] and (*manifest["password"],)
+            control = manifest["control"]
+            _loaded[path, written] = divided(path, listing, control, password, lock)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _loaded[path, written]
+
+
+def _prune(images: Path) -> None:
+    """Remove images that nobody has used for a month, and the oldest where they grow too many."""
+    oldest, total = time.time() - UNUSED_DAYS * 86400, 0
+    used = sorted(
+        ((manifest.parent.stat().st_mtime, manifest) for manifest in images.glob(f"*/{MANIFEST}")),
+        reverse=True,
+    )
+    for when, manifest in used:
+        total += sum(size for _, size in json.loads(manifest.read_bytes())["files"])
+        path = manifest.parent
+        if when < oldest or (total > MOST_BYTES and path != used[0][1].parent):
+            with locks.locked(path.with_suffix(".lock")):
+                shutil.rmtree(path, ignore_errors=True)
