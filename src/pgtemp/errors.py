@@ -47,3 +47,15 @@ class TransferError(PgTempError):
 
 class WardenError(PgTempError):
     """The process that supervises servers could not be started, or is gone."""
+
+
+class DiskFullError(ClusterError):
+    """There is too little room for another database."""
+
+
+class LimitError(PgTempError):
+    """There are as many leases or connections as there may be."""
+
+
+class NoDatabaseError(PgTempError):
+    """A database that was asked for is none that a lease can be had of."""

@@ -265,6 +265,9 @@ class DaemonOptions(ServerOptions):
     idle_ttl: float | None = option(
         None, "seconds without a byte after which a lease ends", flag="--idle-ttl"
     )
+    wait: float = option(
+        60.0, "seconds a client waits for its turn before it is refused", flag="--wait"
+    )
     max_databases: int | None = option(
         None, "leases at once; further clients wait for their turn", flag="--max-databases"
     )
@@ -292,7 +295,7 @@ class DaemonOptions(ServerOptions):
         for name in ("max_databases", "max_connections_per_lease"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise OptionError(f"{name}={value}: not a limit", remedy="give a number above 0")
-        for name in ("linger", "idle_ttl"):
+        for name in ("linger", "idle_ttl", "wait"):
             if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
                 raise OptionError(f"{name}={value}: not a time", remedy="give seconds")
         if not set(self.role_attributes.upper().split()) <= _ROLE_ATTRIBUTES:
@@ -309,7 +312,7 @@ class DaemonOptions(ServerOptions):
             if not own or "~" in own or not build or (parent and parent not in named):
                 raise OptionError(
                     f"the template {name}={build} cannot be made",
-                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND', or NAME:OTHER=… for one that is there",
+                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND', or NAME:OTHER=…; OTHER is one too",
                 )
         for one in self.watch:
             if one.partition("=")[0] not in named:

@@ -31,18 +31,20 @@ from support import Daemon, children, eventually, homes, run_pgtemp
 DaemonType = type[Daemon]
 
 
-def test_each_connection_gets_its_own_server(daemon: DaemonType, any_version: str) -> None:
-    """Two connections at once see different servers, with the user and database named."""
-    served = daemon("--pg-version", any_version)
+@pytest.mark.parametrize("isolation", ["database", "cluster"])
+def test_each_connection_gets_its_own(daemon: DaemonType, any_version: str, isolation: str) -> None:
+    """Two connections at once see different databases, as the user they named."""
+    served = daemon("--pg-version", any_version, "--isolation", isolation)
     with psycopg.connect(served.uri) as one, psycopg.connect(served.uri) as two:
         one.execute("CREATE TABLE t AS SELECT 1 AS n")
         row = two.execute(
-            "SELECT to_regclass('t'), current_user, current_database(),"
-            " current_setting('server_version_num')"
+            "SELECT to_regclass('t'), current_user, current_setting('server_version_num')"
         ).fetchone()
         assert row is not None
-        assert row[:3] == (None, "postgres", "test")
-        assert row[3].startswith(any_version)
+        assert row[:2] == (None, "postgres")
+        assert row[2].startswith(any_version)
+        directories = {c.execute("SHOW data_directory").fetchone() for c in (one, two)}
+        assert len(directories) == (1 if isolation == "database" else 2)
 
 
 def test_single_is_one_server_for_all(daemon: DaemonType) -> None:
@@ -59,19 +61,20 @@ def test_single_is_one_server_for_all(daemon: DaemonType) -> None:
         psycopg.connect(served.uri.replace("/test", "/nowhere"))
 
 
-def test_any_user_and_any_database(daemon: DaemonType) -> None:
-    served = daemon()
+@pytest.mark.parametrize("isolation", ["database", "cluster"])
+def test_any_user_and_any_database(daemon: DaemonType, isolation: str) -> None:
+    """Whatever a client calls itself, it is let in; a server of its own has its database's name."""
+    served = daemon("--isolation", isolation)
     uri = f"postgresql://any%20one:secret@localhost:{served.port}/some%22thing"
     with psycopg.connect(uri) as connection:
-        assert connection.execute("SELECT current_user, current_database()").fetchone() == (
-            "any one",
-            'some"thing',
-        )
+        row = connection.execute("SELECT current_user, current_database()").fetchone()
+        assert row is not None and row[0] == "any one"
+        assert isolation == "database" or row[1] == 'some"thing'
 
 
 def test_many_connections_at_once(daemon: DaemonType) -> None:
     """Each of many simultaneous clients gets a server of its own."""
-    served = daemon("--pool", "2")
+    served = daemon("--pool", "2", "--isolation", "cluster")
 
     def use(number: int) -> int:
         with psycopg.connect(served.uri) as connection:
@@ -133,7 +136,7 @@ def test_probes_cost_nothing(daemon: DaemonType) -> None:
                 pass
     status, errors = served.end()
     assert status == 0
-    assert "lease 1" not in errors
+    assert "lease 1:" not in errors
     assert "Traceback" not in errors
 
 
@@ -178,7 +181,7 @@ def test_a_server_nobody_used_serves_the_next(daemon: DaemonType) -> None:
     for _ in range(3):
         psycopg.connect(served.uri).close()
     _, errors = served.end()
-    assert errors.count("unused") == 3
+    assert errors.count("used False") == 3
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -225,7 +228,7 @@ def test_a_signal_while_starting_leaves_nothing() -> None:
 
 def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_dir: Path) -> None:
     """Each database that was used is kept, and `pgtemp open` serves it again and leaves it."""
-    served = daemon("--persist", "--data-dir-prefix", str(open_dir))
+    served = daemon("--isolation", "cluster", "--persist", "--data-dir-prefix", str(open_dir))
     with psycopg.connect(served.uri) as connection:
         connection.execute("CREATE TABLE t AS SELECT 42 AS answer")
     psycopg.connect(served.uri).close()  # unused: not kept
@@ -250,6 +253,28 @@ def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_
         assert (kept / "data" / "PG_VERSION").exists()
 
 
+def test_persist_keeps_databases_of_the_shared_server(daemon: DaemonType, open_dir: Path) -> None:
+    """Each lease's database gets a readable name, and all are in one directory."""
+    served = daemon("--persist", "--data-dir-prefix", str(open_dir))
+    for number in (1, 2):
+        with psycopg.connect(served.uri) as connection:
+            connection.execute(f"CREATE TABLE t AS SELECT {number} AS n")
+    _, errors = served.end()
+    (kept,) = open_dir.glob(f"{PREFIX}*")
+    assert f"kept {kept}" in errors and f"kept database test_1 in {kept}" in errors
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgtemp", "open", str(kept)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    uri = [process.stdout.readline() for _ in range(3)][1].strip()
+    for number in (1, 2):
+        with psycopg.connect(uri, dbname=f"test_{number}") as connection:
+            assert connection.execute("SELECT n FROM t").fetchone() == (number,)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
 def test_ttl_ends_a_lease_with_a_clear_error(daemon: DaemonType) -> None:
     served = daemon("--ttl", "0.5")
     connection = psycopg.connect(served.uri)
@@ -263,7 +288,7 @@ def test_the_unix_socket_works_too(daemon: DaemonType) -> None:
     uri = served.said[1].strip()
     assert "host=" in uri
     with psycopg.connect(uri) as connection:
-        assert connection.execute("SELECT current_database()").fetchone() == ("test",)
+        assert connection.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", served.port)).close()
 
@@ -351,7 +376,7 @@ def test_a_client_that_leaves_at_once_is_nobody(daemon: DaemonType, other_user: 
     )  # fmt: skip
     _, errors = served.end()
     assert not mark.exists()
-    assert "lease 1" not in errors
+    assert "lease 1:" not in errors
 
 
 def test_another_local_user_is_refused(daemon: DaemonType, other_user: str) -> None:

@@ -75,8 +75,7 @@ def _print_line(text: str) -> None:
 
 
 def _print_ready(served: Announcement) -> None:
-    each = "one for all connections" if served.single else "a fresh one for every connection"
-    click.echo(f"pgtemp serves PostgreSQL {served.version}, {each}, at")
+    click.echo(f"pgtemp serves PostgreSQL {served.version}, {served.each}, at")
     click.echo(f"    {served.info.uri}")
     click.echo("try")
     click.echo(f"    {served.psql} {shlex.quote(served.info.uri)} -c 'select version()'")

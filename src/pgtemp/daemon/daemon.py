@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,9 @@ from pgtemp.aio import whole
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases import provision
-from pgtemp.databases.isolation import ClusterPerLease, Isolation, OneCluster
+from pgtemp.databases.apart import Apart
+from pgtemp.databases.isolation import Isolation
+from pgtemp.databases.together import Together
 from pgtemp.errors import OptionError, PgTempError, WardenError
 from pgtemp.host import identity, ports, processes
 from pgtemp.options import DaemonOptions
@@ -28,6 +31,8 @@ from pgtemp.uri import ConnectionInfo
 
 _BACKLOG = 1024
 _FORCED = 130
+_THREADS = 32  # for what blocks: mostly waiting for PostgreSQL
+_CONNECTIONS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Announcement:
     socket_dir: str
     version: str
     psql: str
-    single: bool
+    each: str
 
 
 async def run(
@@ -65,14 +70,15 @@ async def run(
         listening = _listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
-        # A lease's time is the gateway's to watch; a server in the pool has not begun its own.
-        plan = await whole(lambda: provision.plan(replace(options, ttl=None), ()))
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "pgtemp-work"))
+        # A lease's time is not that of its server.
+        plan = await whole(lambda: provision.plan(_for_servers(options), ()))
         isolation = _isolation(options, plan, announce)
         at_the_end.push_async_callback(whole, isolation.close)
         await _unless_stopped(whole(isolation.open), stopping)
         if stopping.done():
             return stopping.result()
-        gateway = Gateway(isolation, server_version=plan.installation.version, ttl=options.ttl)
+        gateway = Gateway(isolation, options, server_version=plan.installation.version)
         at_the_end.push_async_callback(gateway.close)
         socket_dir = at_the_end.enter_context(_socket_dir())
 
@@ -94,6 +100,14 @@ async def run(
         ready(_announcement(options, socket_dir, plan.installation))
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation
+
+
+def _for_servers(options: DaemonOptions) -> DaemonOptions:
+    """What the servers are made with: a shared one has room for the connections of many leases."""
+    config = dict(options.config)
+    if options.isolation == "database" and not options.single and options.postgresql_conf is None:
+        config.setdefault("max_connections", str(_CONNECTIONS))
+    return replace(options, ttl=None, config=config)
 
 
 def _watch(
@@ -130,8 +144,8 @@ def _isolation(
     options: DaemonOptions, plan: provision.Plan, announce: Callable[[str], None]
 ) -> Isolation:
     if options.single:
-        return OneCluster(plan, announce=announce)
-    return ClusterPerLease(plan, ready=options.pool, announce=announce)
+        return Together(plan, announce, options.role_attributes)
+    return Apart(plan, options, announce)
 
 
 def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
@@ -214,4 +228,6 @@ def _announcement(options: DaemonOptions, socket_dir: str, programs: Installatio
         dbname=options.dbname,
     )
     psql = "psql" if shutil.which("psql") else str(programs.bin_dir / "psql")
-    return Announcement(info, socket_dir, programs.version, psql, options.single)
+    each = {"database": "a fresh database", "cluster": "a fresh server"}[options.isolation]
+    shown = "one server for all connections" if options.single else f"{each} for every connection"
+    return Announcement(info, socket_dir, programs.version, psql, shown)

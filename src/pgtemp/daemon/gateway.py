@@ -10,22 +10,26 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from contextlib import ExitStack
+from typing import Any
 
 from pgtemp.aio import whole
+from pgtemp.daemon import wishes
+from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
+from pgtemp.daemon.leases import Lease, Leases
+from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.relay import Endpoint, relay
-from pgtemp.databases.isolation import Isolation, Lease
+from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host import ports
+from pgtemp.options import DaemonOptions
 from pgtemp.wire import replies
-from pgtemp.wire.messages import ProtocolError, startup_message
+from pgtemp.wire.messages import ProtocolError
 from pgtemp.wire.startup import Cancel, NeedMore, Negotiation, Reply, Startup
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
-LEASE_SECONDS = 60.0
 MAX_STARTING = 1000  # clients that have not said yet who they are
 _PROBE = "pg_isready"
 
@@ -33,10 +37,13 @@ _PROBE = "pg_isready"
 class Gateway:
     """What happens to each client of the daemon."""
 
-    def __init__(self, isolation: Isolation, *, server_version: str, ttl: float | None) -> None:
+    def __init__(
+        self, isolation: Isolation, options: DaemonOptions, *, server_version: str
+    ) -> None:
         self._isolation = isolation
+        self._own_servers = options.single or options.isolation == "cluster"
         self._server_version = server_version
-        self._ttl = ttl
+        self._leases = Leases(isolation, options)
         self._cancels = Cancels()
         self._clients: set[asyncio.Task[None]] = set()
         self._starting = 0
@@ -58,6 +65,7 @@ class Gateway:
         for task in self._clients:
             task.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
+        await self._leases.close()
 
     async def _serve(self, client: Endpoint) -> None:
         try:
@@ -65,7 +73,7 @@ class Gateway:
             startup = await self._start_up(client)
             if startup is not None:
                 await self._lease(client, startup)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             _log.info("refused: %s", refusal)
             client.write(refusal.reply)
         except ProtocolError as error:
@@ -110,83 +118,83 @@ class Gateway:
             self._starting -= 1
 
     async def _lease(self, client: Endpoint, startup: Startup) -> None:
-        asked = time.perf_counter()
-        lease = await self._claim(startup)
-        waited = (time.perf_counter() - asked) * 1000
-        server, first_words = Endpoint(), replies.ClientStart()
         try:
-            await self._connect(client, startup, lease, server, first_words)
-        finally:
-            used = first_words.used
-            _log.info(
-                "lease %d: user %s database %s, waited %.1f ms, lived %.3f s, "
-                "%d bytes in, %d bytes out%s",
-                lease.number, lease.user, lease.dbname, waited,
-                time.perf_counter() - asked, client.received, server.received,
-                "" if used else ", unused",
-            )  # fmt: skip
-            await whole(lambda: self._isolation.release(lease, used=used))
-
-    async def _claim(self, startup: Startup) -> Lease:
-        claimed = self._isolation.claim()
-        try:
-            async with asyncio.timeout(LEASE_SECONDS):
-                cluster = await asyncio.wrap_future(claimed)
-            return await whole(
-                lambda: self._isolation.furnish(cluster, startup.user, startup.dbname)
-            )
-        except TimeoutError:
-            raise _RefusedError(
-                "53300", f"no server became free within {LEASE_SECONDS:g} s", "try again later"
-            ) from None
+            wish = wishes.read(startup)
         except PgTempError as error:
-            raise _RefusedError(
-                "57P03", error.cause, error.remedy, "\n".join(error.details)
-            ) from error
+            raise refusal(error) from error
+        self._check_replication(startup)
+        lease = await self._leases.enter(wish, startup, client)
+        first_words = replies.ClientStart()
+        try:
+            backend = await self._backend(lease, wish, startup)
+            try:
+                await self._relay(client, startup, lease, backend, first_words)
+            finally:
+                backend.server.close()
+        finally:
+            lease.used = lease.used or first_words.used
+            await self._leases.leave(lease, client)
 
-    async def _connect(
+    async def _backend(self, lease: Lease, wish: Wish, startup: Startup) -> Backend:
+        """The connection that was opened ahead, else a new one."""
+        ahead, lease.backend = lease.backend, None
+        if ahead is not None:
+            return ahead
+        try:
+            dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
+        except PgTempError as error:
+            raise refusal(error) from error
+        return await connect(lease.place, startup, dbname)
+
+    def _check_replication(self, startup: Startup) -> None:
+        """A base backup would see everybody's databases."""
+        asked = startup.parameters.get("replication", "").lower()
+        if not self._own_servers and asked in ("true", "on", "yes", "1"):
+            raise RefusedError(
+                "0A000",
+                "physical replication is not for a server that is shared",
+                "start pgtemp with --isolation cluster",
+            )
+
+    async def _relay(
         self,
         client: Endpoint,
         startup: Startup,
         lease: Lease,
-        server: Endpoint,
+        backend: Backend,
         first_words: replies.ClientStart,
     ) -> None:
-        """Log the client in at its server, and relay until one of them ends."""
-        loop = asyncio.get_running_loop()
-        await loop.create_unix_connection(lambda: server, lease.socket)
-        parameters = {**startup.parameters, "database": lease.dbname}
-        server.write(startup_message(parameters, startup.version) + startup.rest)
+        """Let the client hear what the server said so far, and relay until one of them ends."""
+        server, login = backend.server, backend.login
+        socket = lease.place.socket
+        client.write(backend.greeting)
+        server.write(startup.rest)
         first_words.feed(startup.rest)
         with ExitStack() as until_the_end:
-            login = replies.ServerStart()
+
+            def register() -> None:
+                if login.key is not None:
+                    until_the_end.enter_context(self._cancels.registered(login.key, socket))
 
             def learn(data: bytes) -> None:
                 login.feed(data)
                 if login.done:
                     server.listen = None
-                    if login.key is not None:
-                        until_the_end.enter_context(
-                            self._cancels.registered(login.key, lease.socket)
-                        )
+                    register()
 
-            until_the_end.callback(server.close)
-            client.listen, server.listen = first_words.feed, learn
+            client.listen = first_words.feed
+            if login.done:
+                register()
+            else:
+                server.listen = learn
+            relaying = asyncio.ensure_future(relay(client, server))
             try:
-                async with asyncio.timeout(self._ttl):
-                    await relay(client, server)
-            except TimeoutError:
-                raise _RefusedError(
-                    "57P05", f"the database's time is over (ttl={self._ttl:g} s)", ""
-                ) from None
-
-
-class _RefusedError(Exception):
-    """A client that is told why it gets no database."""
-
-    def __init__(self, sqlstate: str, message: str, hint: str, detail: str = "") -> None:
-        super().__init__(message)
-        self.reply = replies.fatal(sqlstate, message, hint=hint, detail=detail)
+                both: set[asyncio.Future[Any]] = {relaying, lease.over}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                relaying.cancel()
+            if not relaying.done() and lease.over.done():
+                raise lease.over.result()
 
 
 async def _negotiate(client: Endpoint) -> Startup | Cancel | None:
@@ -213,7 +221,7 @@ def _admit(client: Endpoint) -> None:
     uid = ports.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
     if uid in (0, os.getuid()):
         return
-    raise _RefusedError(
+    raise RefusedError(
         "28000",
         f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
         "start a pgtemp of your own, on another port",

@@ -21,7 +21,8 @@ class Endpoint(asyncio.Protocol):
         self._ended = False
         self._peer: Endpoint | None = None
         self.listen: Callable[[bytes], None] | None = None
-        self.received = 0
+        self.received = 0  # bytes that were passed on
+        self.sent = 0
         self.transport: asyncio.Transport
 
     async def read(self) -> bytes:
@@ -35,6 +36,7 @@ class Endpoint(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
+            self.sent += len(data)
             self.transport.write(data)
 
     def join(self, peer: Endpoint) -> None:
@@ -52,6 +54,11 @@ class Endpoint(asyncio.Protocol):
         self._peer = None
         if not self.transport.is_closing():
             self.transport.resume_reading()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can come from here."""
+        return self._ended
 
     async def ended(self) -> None:
         """Wait until nothing more can come from here."""

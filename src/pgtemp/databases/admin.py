@@ -130,6 +130,33 @@ def ensure_role(connection: psycopg.Connection[Any], user: str, secret: Secret |
         connection.execute(sql.SQL("CREATE ROLE {}").format(clauses))
 
 
+def ensure_login(connection: psycopg.Connection[Any], user: str, attributes: str) -> None:
+    """Make a role for somebody who connects; one that is there stays as it is.
+
+    Args:
+        attributes: of the role, as options.py has checked them.
+    """
+    if connection.execute("SELECT 1 FROM pg_authid WHERE rolname = %s", [user]).fetchone():
+        return
+    words = sql.SQL(" ").join(sql.SQL(word) for word in attributes.split())
+    try:
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN {}").format(sql.Identifier(user), words))
+    except errors.DuplicateObject:
+        pass  # somebody else was quicker
+
+
+def set_owner(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
+    """Give a database to a role."""
+    connection.execute(_about("ALTER DATABASE {} OWNER TO {}", dbname, owner))
+
+
+def empty(connection: psycopg.Connection[Any], dbname: str) -> None:
+    """End everybody who is connected to a database, and wait until they are gone."""
+    connection.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [dbname]
+    )
+
+
 def ensure_database(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
     """Make a database unless it exists."""
     if not exists(connection, dbname):
@@ -147,7 +174,7 @@ def take_over(connection: psycopg.Connection[Any], dbname: str, name: str, owner
     unseal(connection, dbname)
     if name != dbname:
         rename(connection, dbname, name)
-    connection.execute(_about("ALTER DATABASE {} OWNER TO {}", name, owner))
+    set_owner(connection, name, owner)
 
 
 def drop_empty(connection: psycopg.Connection[Any], dbname: str) -> None:
@@ -206,9 +233,7 @@ def seal(
     """
     _clear(connection, dbname, there)  # a prepared transaction would stay in it for good
     connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
-    connection.execute(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [dbname]
-    )
+    empty(connection, dbname)
     connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE true", dbname))
     rename(connection, dbname, name)
 

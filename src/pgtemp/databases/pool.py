@@ -1,7 +1,9 @@
 """Keep the next few of anything ready before anyone asks.
 
 Made ahead by threads of its own, handed out in the order in which people asked, disposed of behind
-their backs. Knows nothing of what it keeps but how to make it, how to end it, and whether it lives.
+their backs. Where people ask faster than it makes, it keeps more ready; when nobody asks for a
+while, fewer again. Knows nothing of what it keeps but how to make it, how to end it, and whether
+it lives.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pgtemp.errors import ClusterError, PgTempError
 _log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 _MAKERS = 2  # on two cores more makers make no more
+_CALM_SECONDS = 10.0
 
 
 class Kind(Protocol[T]):
@@ -29,11 +32,14 @@ class Kind(Protocol[T]):
 
 
 class Pool(Generic[T]):
-    """Keeps `ready` things ready; makes more while people wait."""
+    """Keeps `ready` things ready, up to `most` while many are asked for."""
 
-    def __init__(self, kind: Kind[T], *, ready: int) -> None:
+    def __init__(self, kind: Kind[T], *, ready: int, most: int | None = None) -> None:
         self._kind = kind
-        self._target = ready
+        self._target = self._least = ready
+        self._most = max(ready, most if most is not None else ready)
+        self._calming: threading.Timer | None = None
+        self._busy = False  # whether anybody has asked since the last look
         self._ready: deque[T] = deque()
         self._waiting: deque[Future[T]] = deque()
         self._making = 0
@@ -63,8 +69,46 @@ class Pool(Generic[T]):
                 self._enders.submit(self._end, thing)
             else:
                 self._waiting.append(claimed)
+                if self._making >= self._target:
+                    self._grow()
+            self._busy = True
             self._make_enough()
         return claimed
+
+    def renew(self) -> None:
+        """Look whether what is ready is usable still, and make anew what is not."""
+        with self._lock:
+            dead = [thing for thing in self._ready if not self._kind.usable(thing)]
+            for thing in dead:
+                self._ready.remove(thing)
+                self._enders.submit(self._end, thing)
+            if not self._closed:
+                self._make_enough()
+
+    def _grow(self) -> None:
+        # With the lock held.
+        self._target = min(self._most, max(1, 2 * self._target))
+        if self._calming is None and self._target > self._least:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        self._calming = threading.Timer(_CALM_SECONDS, self._calm_down)
+        self._calming.daemon = True
+        self._calming.start()
+
+    def _calm_down(self) -> None:
+        """Nobody having asked for a while, keep half as many ready."""
+        with self._lock:
+            self._calming = None
+            if self._closed:
+                return
+            if not self._busy:
+                self._target = max(self._least, self._target // 2)
+                while len(self._ready) > self._target:
+                    self._enders.submit(self._end, self._ready.pop())
+            self._busy = False
+            if self._target > self._least:
+                self._look_again()
 
     def take(self) -> T:
         """One thing, waited for; interrupted, what comes too late goes back."""
@@ -96,6 +140,8 @@ class Pool(Generic[T]):
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
+            if self._calming is not None:
+                self._calming.cancel()
         for claimed in waiting:
             if claimed.set_running_or_notify_cancel():
                 claimed.set_exception(_not_running())

@@ -36,12 +36,16 @@ class Clones:
     def provision(self) -> str:
         """A new database; its name."""
         name = unique_name(self._prefix)
+        self.make(name)
+        return name
+
+    def make(self, name: str) -> None:
+        """A new database of that name. Raises ClusterError."""
         with self._admins.connection() as connection:
             try:
                 admin.clone(connection, name, self._source, self._owner, self._admins.closing)
             except errors.ObjectInUse as error:
                 raise in_use(connection, self._source) from error
-        return name
 
     def dispose(self, name: str) -> None:
         with self._admins.connection() as connection:

@@ -1,0 +1,311 @@
+"""Who holds what: sharing, waiting one's turn, lingering, deadlines, limits.
+
+All on the event loop, so that nothing here needs a lock. A lease begins with its first connection
+and ends with its last, a session's `linger` seconds later; or when its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from pgtemp.aio import whole
+from pgtemp.daemon.backend import Backend
+from pgtemp.daemon.refusals import RefusedError, refusal
+from pgtemp.daemon.rehearsal import Rehearsals
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
+from pgtemp.databases.supply import Place
+from pgtemp.errors import LimitError, NoDatabaseError, PgTempError
+from pgtemp.options import DaemonOptions
+from pgtemp.wire.startup import Startup
+
+_log = logging.getLogger("pgtemp.daemon")
+# How long somebody new waits for what others who have gone may have left to be found.
+_LOOK_SECONDS = 2.0
+_LINGER = "linger"
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """A database and who is connected to it.
+
+    Attributes:
+        key: what its connections have in common; None where there is only one.
+        backend: a connection that was opened ahead, for the first client.
+        over: done when its time is; with what clients are told.
+        ended: done when what it left was looked at.
+    """
+
+    number: int
+    wish: Wish
+    key: Hashable
+    over: asyncio.Future[RefusedError]
+    ended: asyncio.Future[None]
+    opening: asyncio.Task[Place] = field(init=False)
+    clients: set[Endpoint] = field(default_factory=set)
+    backend: Backend | None = None
+    used: bool = False
+    asked: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    connections: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    ending: bool = False
+
+    @property
+    def place(self) -> Place:
+        return self.opening.result()
+
+    @property
+    def gone(self) -> bool:
+        """Whether everybody has left who could still do something in it."""
+        return _LINGER not in self.timers and all(client.over for client in self.clients)
+
+    def traffic(self) -> int:
+        """Bytes so far, either way."""
+        return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
+
+
+class Leases:
+    """All leases of a daemon."""
+
+    def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
+        self._isolation = isolation
+        self._options = options
+        self._rehearsals = Rehearsals(isolation, ready=options.pool)
+        self._live: set[Lease] = set()
+        self._shared: dict[Hashable, Lease] = {}
+        self._numbers = itertools.count(1)
+        limit = options.max_databases
+        self._turns = asyncio.Semaphore(limit) if limit is not None else None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def enter(self, wish: Wish, startup: Startup, client: Endpoint) -> Lease:
+        """A lease for one more connection: a new one, or the one that it shares.
+
+        Raises:
+            RefusedError: there is none to be had.
+        """
+        await self._what_is_left()
+        await self._while_edited(wish)
+        key = self._isolation.share(wish)
+        while (lease := self._shared.get(key)) is not None and lease.ending:
+            await asyncio.wait([lease.ended])
+        most = self._options.max_connections_per_lease
+        if lease is None:
+            lease = self._begin(wish, startup, key)
+        elif most is not None and len(lease.clients) >= most:
+            raise refusal(
+                LimitError(
+                    f"session {wish.session} has {most} connections, which is the limit",
+                    remedy="close some, or raise --max-connections-per-lease",
+                )
+            )
+        lease.clients.add(client)
+        lease.connections += 1
+        if (lingering := lease.timers.pop(_LINGER, None)) is not None:
+            lingering.cancel()
+        try:
+            await asyncio.shield(lease.opening)
+        except BaseException as error:
+            await self.leave(lease, client)
+            if isinstance(error, PgTempError):
+                raise refusal(error) from error
+            raise
+        return lease
+
+    async def leave(self, lease: Lease, client: Endpoint) -> None:
+        """A connection has ended; with the last one ends the lease, or begins to linger."""
+        lease.clients.discard(client)
+        lease.bytes_in += client.received
+        lease.bytes_out += client.sent
+        if lease.clients or lease.ending:
+            return
+        opened = lease.opening.done() and not lease.opening.cancelled()
+        lingers = lease.key is not None and not lease.wish.edits and self._options.linger > 0
+        if lingers and opened and lease.opening.exception() is None and not lease.over.done():
+            loop = asyncio.get_running_loop()
+            seconds = self._options.linger
+            lease.timers[_LINGER] = loop.call_later(seconds, self._end, lease)
+        else:
+            await self._end(lease)
+
+    async def close(self) -> None:
+        """End all leases; nobody is connected any more."""
+        await self._rehearsals.close()
+        for lease in list(self._live):
+            await self._end(lease)
+
+    def _begin(self, wish: Wish, startup: Startup, key: Hashable) -> Lease:
+        loop = asyncio.get_running_loop()
+        lease = Lease(next(self._numbers), wish, key, loop.create_future(), loop.create_future())
+        lease.opening = asyncio.ensure_future(self._open(lease, startup))
+        self._live.add(lease)
+        if key is not None:
+            self._shared[key] = lease
+        if (ttl := self._options.ttl) is not None:
+            lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
+        if (idle := self._options.idle_ttl) is not None:
+            lease.timers["idle"] = loop.call_later(idle, self._watch, lease, idle, 0)
+        return lease
+
+    async def _open(self, lease: Lease, startup: Startup) -> Place:
+        if self._turns is not None:
+            await self._turn(self._turns)
+        try:
+            place = await self._place(lease, startup)
+        except BaseException:
+            if self._turns is not None:
+                self._turns.release()
+            raise
+        place.lease(lease.number)
+        lease.waited = time.perf_counter() - lease.asked
+        return place
+
+    async def _place(self, lease: Lease, startup: Startup) -> Place:
+        wish = lease.wish
+        if not self._isolation.knows(wish):
+            await whole(lambda: self._isolation.check(wish))
+        if (rehearsed := self._rehearsals.take(wish, startup)) is not None:
+            lease.backend = rehearsed.backend
+            return rehearsed.place
+        claimed = self._isolation.claim(wish)
+        try:
+            async with asyncio.timeout(self._options.wait):
+                return await asyncio.wrap_future(claimed)
+        except TimeoutError:
+            self._unclaim(claimed, wish)
+            raise LimitError(
+                f"no database became free within {self._options.wait:g} s",
+                remedy="try again later, or raise --wait",
+            ) from None
+        except BaseException:
+            self._unclaim(claimed, wish)
+            raise
+
+    def _unclaim(self, claimed: Future[Place], wish: Wish) -> None:
+        """What comes too late goes back."""
+
+        def give_back(done: Future[Place]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._isolation.release(done.result(), wish, used=False)
+
+        if not claimed.cancel():
+            loop = asyncio.get_running_loop()
+            claimed.add_done_callback(lambda done: loop.run_in_executor(None, give_back, done))
+
+    async def _turn(self, turns: asyncio.Semaphore) -> None:
+        try:
+            async with asyncio.timeout(self._options.wait):
+                await turns.acquire()
+        except TimeoutError:
+            raise LimitError(
+                f"there were {self._options.max_databases} leases, which is the limit, for "
+                f"{self._options.wait:g} s",
+                remedy="close connections, or raise --max-databases or --wait",
+            ) from None
+
+    def _end(self, lease: Lease) -> asyncio.Future[None]:
+        """Begin to end a lease; done, whoever waits for it, when what it left was looked at."""
+        if not lease.ending:
+            lease.ending = True
+            task = asyncio.ensure_future(self._release(lease))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return asyncio.shield(lease.ended)
+
+    async def _release(self, lease: Lease) -> None:
+        for timer in lease.timers.values():
+            timer.cancel()
+        if not lease.wish.edits:  # who wants what is being edited waits until it is sealed
+            self._forget(lease)
+        lease.opening.cancel()
+        try:
+            await asyncio.wait([lease.opening])
+            if not lease.opening.cancelled() and lease.opening.exception() is None:
+                await self._give_back(lease)
+        finally:
+            self._forget(lease)
+            self._live.discard(lease)
+            lease.ended.set_result(None)
+
+    async def _give_back(self, lease: Lease) -> None:
+        try:
+            await whole(lambda: self._isolation.release(lease.place, lease.wish, used=lease.used))
+        except PgTempError as error:
+            _log.error("lease %d: %s", lease.number, error)
+        finally:
+            if self._turns is not None:
+                self._turns.release()
+            self._tell(lease)
+
+    def _forget(self, lease: Lease) -> None:
+        if lease.key is not None and self._shared.get(lease.key) is lease:
+            del self._shared[lease.key]
+
+    def _expire(self, lease: Lease, why: str) -> None:
+        if not lease.over.done():
+            lease.over.set_result(RefusedError("57P05", f"the database's time is over ({why})"))
+        if not lease.clients:
+            self._end(lease)
+
+    def _watch(self, lease: Lease, seconds: float, before: int) -> None:
+        """End a lease in which nothing was said for so long."""
+        now = lease.traffic()
+        if now == before and lease.opening.done():
+            self._expire(lease, f"idle_ttl={seconds:g} s")
+            return
+        loop = asyncio.get_running_loop()
+        lease.timers["idle"] = loop.call_later(seconds, self._watch, lease, seconds, now)
+
+    async def _what_is_left(self) -> None:
+        """Wait until what those who have gone left in the server was found."""
+        leaving = [lease.ended for lease in self._live if lease.gone]
+        if leaving:
+            await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
+
+    async def _while_edited(self, wish: Wish) -> None:
+        """Wait while somebody edits the template that is wanted."""
+        if wish.edits:
+            return
+        seconds = self._options.wait
+        try:
+            async with asyncio.timeout(seconds):
+                while lease := self._shared.get((wish.dbname, TEMPLATE)):
+                    await asyncio.wait([lease.ended])
+        except TimeoutError:
+            raise refusal(
+                NoDatabaseError(
+                    f"the template {wish.dbname} is being edited still after {seconds:g} s",
+                    remedy=f"close all connections to {wish.dbname}~{TEMPLATE} first",
+                )
+            ) from None
+
+    def _tell(self, lease: Lease) -> None:
+        """One line a lease."""
+        wish, lived = lease.wish, time.perf_counter() - lease.asked
+        facts = {
+            "lease": lease.number,
+            "user": wish.user,
+            "database": wish.dbname,
+            "session": wish.session,
+            "connections": lease.connections,
+            "waited_ms": round(lease.waited * 1000, 1),
+            "lived_s": round(lived, 3),
+            "bytes_in": lease.bytes_in,
+            "bytes_out": lease.bytes_out,
+            "used": lease.used,
+        }
+        _log.info(
+            "lease %d: %s", lease.number,
+            ", ".join(f"{name} {value}" for name, value in list(facts.items())[1:]
+                      if value is not None),
+            extra={"facts": facts},
+        )  # fmt: skip

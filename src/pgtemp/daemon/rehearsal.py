@@ -1,0 +1,154 @@
+"""Connections opened ahead: a new database costs its first client no login.
+
+A clone still costs whoever comes first a fork, a login and a cold start, which together take longer
+than a connection to an old database. So for each kind of client that was seen (its supply and its
+exact parameters), the next databases are connected to beforehand with the very packet such a client
+would send, and what the server answered is kept; both are handed over when one comes. No setting is
+emulated, as the packet is the same but for the database's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Coroutine, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pgtemp.aio import whole
+from pgtemp.daemon import wishes
+from pgtemp.daemon.backend import Backend, connect, log_in
+from pgtemp.databases.isolation import Isolation, Wish
+from pgtemp.databases.supply import Place
+from pgtemp.errors import PgTempError
+from pgtemp.wire.messages import ProtocolError
+from pgtemp.wire.startup import Startup
+
+_log = logging.getLogger("pgtemp.daemon")
+MOST_KINDS = 8  # of clients; those that were seen last
+_IDLE_SECONDS = 60.0
+
+Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
+
+
+@dataclass(slots=True)
+class Rehearsed:
+    """A database and a connection to it, as far as the end of the login."""
+
+    place: Place
+    backend: Backend
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What is ready for one kind of client."""
+
+    wish: Wish
+    startup: Startup
+    ready: deque[Rehearsed] = field(default_factory=deque)
+    making: int = 0
+    refused: bool = False
+    expiry: asyncio.TimerHandle | None = None
+
+
+class Rehearsals:
+    """Connections for clients like those that were here."""
+
+    def __init__(self, isolation: Isolation, *, ready: int) -> None:
+        self._isolation = isolation
+        self._wanted = ready
+        self._stages: OrderedDict[Kind, _Stage] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def take(self, wish: Wish, startup: Startup) -> Rehearsed | None:
+        """One for this client, where there is one; the next is begun in either case."""
+        same_place = self._isolation.kind(wish)
+        if same_place is None or not self._wanted or wishes.names_session_in_options(startup):
+            return None  # in the last case no other client sends the same packet
+        kind = _kind(same_place, startup)
+        stage = self._stages.setdefault(kind, _Stage(wish, startup))
+        self._stages.move_to_end(kind)
+        self._keep_alive(kind, stage)
+        while len(self._stages) > MOST_KINDS:
+            self._drop(next(iter(self._stages)))
+        found = None
+        while stage.ready and found is None:
+            found = stage.ready.popleft()
+            if found.backend.server.over or not found.place.usable:
+                self._do(self._give_back(stage, found))
+                found = None
+        while len(stage.ready) + stage.making < self._wanted and not stage.refused:
+            stage.making += 1
+            self._do(self._prepare(kind, stage))
+        return found
+
+    async def close(self) -> None:
+        """Close all that was opened, and wait for what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        for kind in list(self._stages):
+            self._drop(kind)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _drop(self, kind: Kind) -> None:
+        stage = self._stages.pop(kind)
+        if stage.expiry is not None:
+            stage.expiry.cancel()
+        while stage.ready:
+            self._do(self._give_back(stage, stage.ready.popleft()))
+
+    def _keep_alive(self, kind: Kind, stage: _Stage) -> None:
+        if stage.expiry is not None:
+            stage.expiry.cancel()
+        loop = asyncio.get_running_loop()
+        stage.expiry = loop.call_later(_IDLE_SECONDS, self._drop, kind)
+
+    async def _prepare(self, kind: Kind, stage: _Stage) -> None:
+        try:
+            rehearsed = await self._rehearse(stage)
+        except (PgTempError, ProtocolError, OSError) as error:
+            _log.debug("could not be rehearsed: %s", error)
+            return
+        finally:
+            stage.making -= 1
+        if rehearsed is None:
+            stage.refused = True  # the client that sends this is to hear it itself
+        elif self._stages.get(kind) is stage:
+            stage.ready.append(rehearsed)
+        else:
+            await self._give_back(stage, rehearsed)
+
+    async def _rehearse(self, stage: _Stage) -> Rehearsed | None:
+        place = await asyncio.wrap_future(self._isolation.claim(stage.wish))
+        backend: Backend | None = None
+        try:
+            dbname = await whole(lambda: self._isolation.furnish(place, stage.wish))
+            backend = await connect(place, stage.startup, dbname)
+            if await log_in(backend):
+                return Rehearsed(place, backend)
+        except BaseException:
+            await self._close(stage, place, backend)
+            raise
+        await self._close(stage, place, backend)
+        return None
+
+    async def _give_back(self, stage: _Stage, rehearsed: Rehearsed) -> None:
+        await self._close(stage, rehearsed.place, rehearsed.backend)
+
+    async def _close(self, stage: _Stage, place: Place, backend: Backend | None) -> None:
+        if backend is not None:
+            backend.close()
+        await whole(lambda: self._isolation.release(place, stage.wish, used=False))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _kind(same_place: Hashable, startup: Startup) -> Kind:
+    parameters = frozenset(
+        (name, value) for name, value in startup.parameters.items() if name != "database"
+    )
+    return same_place, startup.version, parameters

@@ -1,0 +1,62 @@
+"""What a client asks for, read from its StartupMessage.
+
+    /app             a database of its own, from template app where there is one
+    /app~checkout    the database of session checkout
+    /app~template    the template app itself
+
+`options=-c pgtemp.session=checkout`, or a parameter of that name, says the same as `~checkout`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pgtemp.databases.isolation import Wish
+from pgtemp.errors import NoDatabaseError
+from pgtemp.wire.startup import Startup
+
+SETTING = "pgtemp.session"
+
+
+def read(startup: Startup) -> Wish:
+    """The wish. Raises NoDatabaseError where it cannot be told."""
+    dbname, tilde, session = startup.dbname.partition("~")
+    said = {session} if tilde else set()
+    for name, value in _settings(startup):
+        if name.lower() == SETTING:
+            said.add(value)
+    if not dbname or "" in said or len(said) > 1:
+        raise NoDatabaseError(
+            f'database "{startup.dbname}" names {"no" if len(said) < 2 else "another"} session'
+            if dbname
+            else f'database "{startup.dbname}" has no name',
+            remedy="write /DBNAME, /DBNAME~SESSION or /DBNAME~template",
+        )
+    return Wish(startup.user, dbname, said.pop() if said else None)
+
+
+def names_session_in_options(startup: Startup) -> bool:
+    """Whether the session is part of what the server is told."""
+    return any(name.lower() == SETTING for name, _ in _settings(startup))
+
+
+def _settings(startup: Startup) -> Iterator[tuple[str, str]]:
+    """Server settings in a StartupMessage, by name or in `options` (PostgreSQL docs, 34.1.2)."""
+    yield from startup.parameters.items()
+    words = iter(_split(startup.parameters.get("options", "")))
+    for word in words:
+        if word == "-c":
+            word = next(words, "")
+        elif word.startswith(("-c", "--")):
+            word = word[2:]
+        else:
+            continue
+        name, _, value = word.partition("=")
+        yield name.replace("-", "_"), value
+
+
+def _split(options: str) -> list[str]:
+    """At white space, where a backslash takes the next character as it is."""
+    words = re.findall(r"(?:\\.|[^\s\\])+", options, re.S)
+    return [re.sub(r"\\(.)", r"\1", word, flags=re.S) for word in words]

@@ -1,0 +1,100 @@
+"""What a tenant leaves in a server beside its database: roles, settings, databases made by hand.
+
+All of these are cluster-wide, so that a database does not isolate them and dropping it does not
+take them away. They are found by comparing the shared catalogs with what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+# Settings of one database, and what is about it, go with it.
+_SHARED = """
+SELECT 'role', rolname::text, a::text FROM pg_authid a
+UNION ALL
+SELECT 'membership', roleid::regrole || ' of ' || member::regrole, m::text FROM pg_auth_members m
+UNION ALL
+SELECT 'setting of role', setrole::regrole::text, setconfig::text
+  FROM pg_db_role_setting WHERE setdatabase = 0
+UNION ALL
+SELECT 'tablespace', spcname::text, t::text FROM pg_tablespace t
+UNION ALL
+SELECT 'privilege on setting', parname, paracl::text FROM pg_parameter_acl
+UNION ALL
+SELECT 'replication origin', roname, roident::text FROM pg_replication_origin
+UNION ALL
+SELECT 'replication slot', slot_name::text, '' FROM pg_replication_slots WHERE database IS NULL
+UNION ALL
+SELECT 'database', datname::text, concat_ws(' ', datdba, datistemplate, datallowconn, datconnlimit,
+  datacl::text) FROM pg_database
+"""
+_ROLE, _DATABASE, _SYSTEM = "role", "database", "ALTER SYSTEM"
+State = dict[tuple[str, str], str]
+
+
+@dataclass(slots=True)
+class Residue:
+    """What there was in a server, and what has come to it since.
+
+    Attributes:
+        ours: whether a database of this name is one of pgtemp's own, which come and go.
+    """
+
+    data_dir: Path
+    ours: Callable[[str], bool]
+    _before: State = field(default_factory=dict)
+
+    def accept(self, connection: psycopg.Connection[Any]) -> None:
+        """Take what there is now for what there should be."""
+        self._before = self._now(connection)
+
+    def accept_role(self, connection: psycopg.Connection[Any], name: str) -> None:
+        """A role that pgtemp itself has made."""
+        row = connection.execute(
+            "SELECT a::text FROM pg_authid a WHERE rolname = %s", [name]
+        ).fetchone()
+        if row is not None:
+            self._before[_ROLE, name] = row[0]
+
+    def found(self, connection: psycopg.Connection[Any]) -> list[tuple[str, str]]:
+        """What was left, changed or taken away: what it is, and its name."""
+        now = self._now(connection)
+        return sorted(
+            key for key in now.keys() | self._before.keys() if now.get(key) != self._before.get(key)
+        )
+
+    def clean(
+        self, connection: psycopg.Connection[Any], found: Iterable[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        """Drop roles that were left; what remains after that."""
+        added = [name for kind, name in found if kind == _ROLE and (kind, name) not in self._before]
+        try:
+            for name in added:
+                connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+        except psycopg.Error:
+            pass  # something that it owns is left as well
+        return self.found(connection)
+
+    def _now(self, connection: psycopg.Connection[Any]) -> State:
+        rows = connection.execute(_SHARED).fetchall()
+        state = {
+            (kind, name): row
+            for kind, name, row in rows
+            if not (kind == _DATABASE and self.ours(name))
+        }
+        state[_SYSTEM, ""] = self._settings()
+        return state
+
+    def _settings(self) -> str:
+        """What ALTER SYSTEM writes; its time and size tell whether it did."""
+        try:
+            status = (self.data_dir / "postgresql.auto.conf").stat()
+        except OSError:
+            return ""
+        return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"

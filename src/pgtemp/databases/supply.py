@@ -1,0 +1,266 @@
+"""Where leases of one template come from: a database each in one server, or a server each.
+
+Two classes of one shape. `claim` gives a place at once where one is ready, `furnish` makes it fit
+for who connects, `release` takes it back. They block for milliseconds, so an event loop calls them
+in a thread; `claim` and `usable` alone do not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pgtemp.databases import admin, provision
+from pgtemp.databases.kept import write_note
+from pgtemp.databases.pool import Pool
+from pgtemp.databases.provision import Plan
+from pgtemp.databases.template import unique_name
+from pgtemp.databases.tenants import TenantCluster, alive
+from pgtemp.errors import ClusterError, PgTempError
+from pgtemp.server.cluster import Cluster
+
+_log = logging.getLogger("pgtemp")
+# How many times as many are kept ready, while many are wanted.
+_MORE_CLUSTERS, _MORE_DATABASES = 4, 8
+_TRIES = 3
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """A database that somebody works in.
+
+    Attributes:
+        cluster: the server it is in.
+        dbname: its name there; "" where it has to be made yet.
+        roles: users who have been let in.
+        number: counts leases, for the names of what is kept of them.
+        supply: where it came from; None where it did not come from one.
+    """
+
+    cluster: Cluster
+    dbname: str
+    roles: set[str] = field(default_factory=set)
+    number: int = 0
+    supply: Supply | None = None
+    tenants: TenantCluster | None = None
+
+    @property
+    def socket(self) -> str:
+        """The path of the unix socket that leads to the server."""
+        return f"{self.cluster.socket_dir}/.s.PGSQL.{self.cluster.port}"
+
+    @property
+    def usable(self) -> bool:
+        """Whether whoever comes next can still have it."""
+        return self.supply is None or self.supply.usable(self)
+
+    def lease(self, number: int) -> None:
+        """From now on somebody has it; 0 is nobody any more."""
+        self.number = number
+        if self.tenants is not None and number:
+            self.tenants.tenants.add(self.dbname)
+        elif self.tenants is not None:
+            self.tenants.tenants.discard(self.dbname)
+
+
+class Supply(Protocol):
+    """What leases come from."""
+
+    def claim(self) -> Future[Place]: ...
+    def usable(self, place: Place) -> bool: ...
+    def furnish(self, place: Place, user: str, dbname: str) -> None: ...
+    def release(self, place: Place, *, used: bool) -> None: ...
+    def close(self) -> None: ...
+
+
+class Clusters:
+    """A server each: names, roles and settings all private."""
+
+    def __init__(
+        self, plan: Plan, *, ready: int, attributes: str, announce: Callable[[str], None]
+    ) -> None:
+        self._plan = plan
+        self._attributes = attributes
+        self._announce = announce
+        self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
+
+    def provision(self) -> Place:
+        cluster = Cluster(self._plan.blueprint)
+        cluster.start()
+        users = {self._plan.options.user, self._plan.superuser}
+        return Place(cluster, "", users, supply=self)
+
+    def dispose(self, place: Place) -> None:
+        if place.number and self._plan.options.persist:
+            write_note(place.cluster.home.path, self._plan.options.user, place.dbname)
+            place.cluster.stop()
+            self._announce(f"kept {place.cluster.home.path}")
+        else:
+            provision.discard(place.cluster)
+
+    def usable(self, place: Place) -> bool:
+        return alive(place.cluster)
+
+    def claim(self) -> Future[Place]:
+        return self._pool.claim()
+
+    def furnish(self, place: Place, user: str, dbname: str) -> None:
+        """Make the user; at first also the database, out of the template."""
+        plan = self._plan
+        if not place.dbname:
+            provision.furnish_database(place.cluster, plan, dbname, plan.options.user)
+            place.dbname = dbname
+        if user not in place.roles:
+            to = provision.private_info(place.cluster, plan.superuser, admin.MAINTENANCE)
+            with admin.connected(to) as connection:
+                admin.ensure_login(connection, user, self._attributes)
+                if not _is_superuser(self._attributes):
+                    admin.set_owner(connection, place.dbname, user)
+            place.roles.add(user)
+
+    def release(self, place: Place, *, used: bool) -> None:
+        """End the server behind everybody's back; one that nobody has touched serves the next."""
+        if not used:
+            place.lease(0)
+        if place.dbname:
+            self._pool.retire(place)
+        else:
+            self._pool.give_back(place)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class Databases:
+    """A database each, in one server; in a new one when a tenant has left something in it."""
+
+    def __init__(
+        self, plan: Plan, *, ready: int, attributes: str, announce: Callable[[str], None]
+    ) -> None:
+        self._plan = plan
+        self._attributes = attributes
+        self._announce = announce
+        self._keep = plan.options.persist
+        self._current: TenantCluster | None = None
+        self._servers: set[TenantCluster] = set()  # that run
+        self._closed = False
+        self._moving = threading.Lock()
+        self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_DATABASES)
+
+    def provision(self) -> Place:
+        for attempt in range(_TRIES):
+            tenants = self._server()
+            dbname = unique_name("lease")
+            try:
+                tenants.clone(dbname)
+            except PgTempError:
+                tenants.stale = tenants.stale or not alive(tenants.cluster)
+                if not tenants.stale or attempt == _TRIES - 1:
+                    raise
+                continue
+            place = Place(tenants.cluster, dbname, supply=self, tenants=tenants)
+            if not tenants.stale:
+                return place
+            self.dispose(place)  # somebody made it stale meanwhile
+        raise ClusterError("the server went stale again and again", remedy="see the log")
+
+    def dispose(self, place: Place) -> None:
+        tenants = _tenants(place)
+        try:
+            if self._keep and place.number:
+                kept = f"{self._plan.options.dbname}_{place.number}"
+                tenants.rename(place.dbname, kept)
+                self._announce(f"kept database {kept} in {tenants.cluster.home.path}")
+            else:
+                tenants.drop(place.dbname)
+        finally:
+            if tenants.stale:
+                self._pool.renew()
+                if not tenants.names:
+                    self._stop(tenants)
+
+    def usable(self, place: Place) -> bool:
+        tenants = _tenants(place)
+        tenants.stale = tenants.stale or not alive(tenants.cluster)
+        return not tenants.stale
+
+    def claim(self) -> Future[Place]:
+        return self._pool.claim()
+
+    def furnish(self, place: Place, user: str, dbname: str) -> None:
+        """Make the user; the database has a name of its own."""
+        tenants = _tenants(place)
+        new = user not in place.roles and user != self._plan.options.user
+        owns = place.dbname if new and not _is_superuser(self._attributes) else None
+        tenants.admit(user, self._attributes, owns)
+        place.roles.add(user)
+
+    def release(self, place: Place, *, used: bool) -> None:
+        """See what was left beside the database, and drop it behind everybody's back."""
+        tenants = _tenants(place)
+        try:
+            if used and not tenants.stale and not self._keep:
+                tenants.look(place.dbname)
+        except PgTempError as error:
+            tenants.stale = True
+            if alive(tenants.cluster):
+                _log.warning("%s", error)
+        finally:
+            place.lease(place.number if used else 0)
+            tenants.tenants.discard(place.dbname)
+            if tenants.stale:
+                self._pool.renew()
+            if not used and not self._closed:
+                self._pool.give_back(place)
+            elif not self._closed:
+                self._pool.retire(place)
+            else:
+                self.dispose(place)
+
+    def made_by_hand(self, dbname: str) -> bool:
+        """Whether somebody who has a lease made a database of this name. Raises PgTempError."""
+        return any(one.tenants and one.has(dbname) for one in list(self._servers))
+
+    def close(self) -> None:
+        """Give nothing more; the server goes with its last lease."""
+        with self._moving:
+            self._closed = True
+            tenants, self._current = self._current, None
+        self._pool.refuse()
+        if tenants is not None:
+            tenants.stale = not self._keep
+            self._pool.close()
+            if not tenants.tenants:
+                if self._keep:
+                    home = tenants.cluster.home.path
+                    write_note(home, self._plan.options.user, admin.MAINTENANCE)
+                    self._announce(f"kept {home}")
+                self._stop(tenants)
+        else:
+            self._pool.close()
+
+    def _stop(self, tenants: TenantCluster) -> None:
+        self._servers.discard(tenants)
+        tenants.stop()
+
+    def _server(self) -> TenantCluster:
+        with self._moving:
+            if self._closed:
+                raise ClusterError("pgtemp is shutting down")
+            if self._current is None or self._current.stale:
+                self._current = TenantCluster(self._plan, keep=self._keep)
+                self._servers.add(self._current)
+            return self._current
+
+
+def _tenants(place: Place) -> TenantCluster:
+    assert place.tenants is not None
+    return place.tenants
+
+
+def _is_superuser(attributes: str) -> bool:
+    return "NOSUPERUSER" not in attributes.upper().split()

@@ -1,0 +1,146 @@
+"""One server in which many leases have a database each."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from pgtemp.databases import admin, provision
+from pgtemp.databases.admin import Admins
+from pgtemp.databases.provision import Plan
+from pgtemp.databases.residue import Residue
+from pgtemp.databases.template import Clones
+from pgtemp.errors import DiskFullError, PgTempError
+from pgtemp.host import paths
+from pgtemp.server.cluster import Cluster
+
+_log = logging.getLogger("pgtemp")
+# A full disk takes the server down with everybody in it, so no database is made before that.
+ROOM = 64 << 20
+
+
+def alive(cluster: Cluster) -> bool:
+    """Whether a server runs; says so in the log where it does not."""
+    try:
+        cluster.check()
+    except PgTempError as error:
+        _log.warning("%s", error)
+        return False
+    return True
+
+
+class TenantCluster:
+    """A server that starts with a sealed template, and the databases that are cloned from it.
+
+    Attributes:
+        names: of its databases, from before they are made until after they are dropped.
+        tenants: names of the databases that somebody has.
+        stale: whether it is no longer as it should be, so that nobody moves in any more.
+    """
+
+    def __init__(self, plan: Plan, *, keep: bool) -> None:
+        """Start it. Raises PgTempError."""
+        assert plan.template is not None
+        self._plan = plan
+        self._keep = keep
+        self.names: set[str] = set()
+        self.tenants: set[str] = set()
+        self.stale = False
+        self._looking = threading.Lock()
+        self.cluster = Cluster(plan.blueprint)
+        self.cluster.start()
+        try:
+            to = provision.private_info(self.cluster, plan.superuser, admin.MAINTENANCE)
+            self._admins = Admins(to)
+            self._clones = Clones(self._admins, plan.template, plan.options.user, "")
+            self._residue = Residue(self.cluster.data_dir, self.names.__contains__)
+            with self._admins.connection() as connection:
+                self._residue.accept(connection)
+        except BaseException:
+            provision.discard(self.cluster)
+            raise
+        self._roles = {plan.options.user, plan.superuser}
+
+    def clone(self, dbname: str) -> None:
+        """Make a database. Raises PgTempError; nothing of it is left then."""
+        self.names.add(dbname)
+        try:
+            self._check_room()
+            self._clones.make(dbname)
+        except BaseException:
+            self.names.discard(dbname)
+            raise
+
+    def drop(self, dbname: str) -> None:
+        """Drop a database, whoever is in it. Raises PgTempError; the server is stale then."""
+        try:
+            if not self.stale:
+                self._clones.dispose(dbname)
+        except PgTempError:
+            self.stale = True
+            raise
+        finally:
+            self.names.discard(dbname)
+
+    def rename(self, dbname: str, name: str) -> None:
+        """Give a database, which is then empty of people, another name. Raises PgTempError."""
+        self.names.add(name)
+        with self._admins.connection() as connection:
+            admin.empty(connection, dbname)
+            admin.rename(connection, dbname, name)
+
+    def admit(self, user: str, attributes: str, owns: str | None) -> None:
+        """Make a role for somebody who moves in, unless it is there. Raises PgTempError.
+
+        Args:
+            owns: the database that is to be the user's.
+        """
+        if user not in self._roles:
+            with self._looking, self._admins.connection() as connection:
+                admin.ensure_login(connection, user, attributes)
+                self._residue.accept_role(connection, user)
+            self._roles.add(user)
+        if owns is not None:
+            with self._admins.connection() as connection:
+                admin.set_owner(connection, owns, user)
+
+    def has(self, dbname: str) -> bool:
+        """Whether there is a database of this name. Raises PgTempError."""
+        with self._admins.connection() as connection:
+            return admin.exists(connection, dbname)
+
+    def look(self, dbname: str) -> None:
+        """Find what a tenant who leaves has left beside its database, and clean up if possible.
+
+        Roles are dropped where there is no other tenant that they could belong to. At anything
+        else the server is stale. Raises PgTempError.
+        """
+        with self._looking, self._admins.connection() as connection:
+            admin.empty(connection, dbname)  # what is still at work could still make things
+            found = self._residue.found(connection)
+            if not found:
+                return
+            names = ", ".join(f"{kind} {name}".rstrip() for kind, name in found)
+            if self.tenants <= {dbname}:
+                self._clones.dispose(dbname)  # the roles may own what is in it
+                found = self._residue.clean(connection, found)
+            self.stale = self.stale or bool(found)
+            # A role that is gone is made again for the next who comes with its name.
+            self._roles = {self._plan.options.user, self._plan.superuser}
+        _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
+
+    def stop(self) -> None:
+        """End the server with all that is in it."""
+        self._admins.close()
+        if self._keep:
+            self.cluster.stop()
+        else:
+            provision.discard(self.cluster)
+
+    def _check_room(self) -> None:
+        place = self.cluster.home.path
+        if (free := paths.free_bytes(place)) < ROOM:
+            raise DiskFullError(
+                f"{free >> 20} MB are free in {place}, which is too little for another database",
+                remedy="make room, or name another directory (data_dir_prefix)",
+            )

@@ -1,0 +1,78 @@
+"""One server for everybody."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+
+from pgtemp.databases import admin, provision, transfer
+from pgtemp.databases.isolation import Wish
+from pgtemp.databases.kept import write_note
+from pgtemp.databases.provision import Plan
+from pgtemp.databases.supply import Place
+from pgtemp.errors import PgTempError
+from pgtemp.server.cluster import Cluster
+
+_log = logging.getLogger("pgtemp")
+
+
+class Together:
+    """One server for everybody: names are used as they stand in it."""
+
+    def __init__(self, plan: Plan, announce: Callable[[str], None], attributes: str) -> None:
+        self._plan = plan
+        self._announce = announce
+        self._attributes = attributes
+        self.pillar: Cluster | None = None
+        self._furnishing = threading.Lock()
+
+    def open(self) -> None:
+        self.pillar = provision.provision(self._plan, None)
+
+    def share(self, wish: Wish) -> Hashable:
+        return None
+
+    def knows(self, wish: Wish) -> bool:
+        return True
+
+    def check(self, wish: Wish) -> None:
+        """A database that is not there is the client's to make."""
+
+    def kind(self, wish: Wish) -> Hashable:
+        return None
+
+    def claim(self, wish: Wish) -> Future[Place]:
+        claimed: Future[Place] = Future()
+        assert self.pillar is not None
+        claimed.set_result(Place(self.pillar, wish.dbname))
+        return claimed
+
+    def furnish(self, place: Place, wish: Wish) -> str:
+        """Make the user."""
+        if wish.user not in (self._plan.options.user, self._plan.superuser):
+            to = provision.private_info(place.cluster, self._plan.superuser, admin.MAINTENANCE)
+            with self._furnishing, admin.connected(to) as connection:
+                admin.ensure_login(connection, wish.user, self._attributes)
+        return wish.dbname
+
+    def release(self, place: Place, wish: Wish, *, used: bool) -> None:
+        """It goes on."""
+
+    def close(self) -> None:
+        cluster, options = self.pillar, self._plan.options
+        if cluster is None:
+            return
+        try:
+            if options.dump is not None:
+                info = provision.private_info(cluster, options.user, options.dbname)
+                transfer.dump(self._plan.installation, info, options.dump)
+        except PgTempError as error:
+            _log.error("%s", error)
+        finally:
+            if options.persist:
+                write_note(cluster.home.path, options.user, options.dbname)
+            cluster.stop()
+        if options.persist:
+            self._announce(f"kept {cluster.home.path}")
