@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -97,6 +98,8 @@ async def run(
             at_the_end.callback(server.close)
         if isolation.pillar is not None:
             _watch(loop, isolation.pillar, stopping)
+        gc.collect()
+        gc.freeze()  # what is there now stays, and need not be looked at while clients wait
         ready(_announcement(options, socket_dir, plan.installation))
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation

@@ -22,7 +22,7 @@ from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
-from pgtemp.host import ports
+from pgtemp.host import peers
 from pgtemp.options import DaemonOptions
 from pgtemp.wire import replies
 from pgtemp.wire.messages import ProtocolError
@@ -141,7 +141,9 @@ class Gateway:
         if ahead is not None:
             return ahead
         try:
-            dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
+            dbname = self._isolation.furnished(lease.place, wish)
+            if dbname is None:
+                dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
         except PgTempError as error:
             raise refusal(error) from error
         return await connect(lease.place, startup, dbname)
@@ -216,9 +218,9 @@ def _admit(client: Endpoint) -> None:
     """
     peer = client.transport.get_extra_info("peername")
     ours = client.transport.get_extra_info("sockname")
-    if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not ports.TELLS_PEERS:
+    if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not peers.TELLS_PEERS:
         return
-    uid = ports.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
+    uid = peers.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
     if uid in (0, os.getuid()):
         return
     raise RefusedError(

@@ -28,6 +28,7 @@ from pgtemp.wire.startup import Startup
 _log = logging.getLogger("pgtemp.daemon")
 MOST_KINDS = 8  # of clients; those that were seen last
 _IDLE_SECONDS = 60.0
+_AFTER_SECONDS = 0.02
 
 Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
 
@@ -48,6 +49,7 @@ class _Stage:
     startup: Startup
     ready: deque[Rehearsed] = field(default_factory=deque)
     making: int = 0
+    seen: bool = False
     refused: bool = False
     expiry: asyncio.TimerHandle | None = None
 
@@ -78,10 +80,18 @@ class Rehearsals:
             if found.backend.server.over or not found.place.usable:
                 self._do(self._give_back(stage, found))
                 found = None
+        if stage.seen:
+            # The client that is here goes first: there are not that many cores.
+            asyncio.get_running_loop().call_later(_AFTER_SECONDS, self._fill, kind, stage)
+        stage.seen = True  # one that comes only once is not worth it
+        return found
+
+    def _fill(self, kind: Kind, stage: _Stage) -> None:
         while len(stage.ready) + stage.making < self._wanted and not stage.refused:
+            if self._stages.get(kind) is not stage:
+                return
             stage.making += 1
             self._do(self._prepare(kind, stage))
-        return found
 
     async def close(self) -> None:
         """Close all that was opened, and wait for what is under way."""

@@ -149,6 +149,11 @@ class Apart:
             self._editing[place] = bench
         claimed.set_result(place)
 
+    def furnished(self, place: Place, wish: Wish) -> str | None:
+        if place.supply is None or not place.supply.furnished(place, wish.user):
+            return None
+        return wish.dbname if self._servers else place.dbname
+
     def furnish(self, place: Place, wish: Wish) -> str:
         if place.supply is None:
             self._admit_editor(place, wish.user)

@@ -54,6 +54,9 @@ class Isolation(Protocol):
         """What is the same for all wishes that one place would do for; None is no other wish."""
 
     def claim(self, wish: Wish) -> Future[Place]: ...
+    def furnished(self, place: Place, wish: Wish) -> str | None:
+        """What `furnish` would return, where it has nothing to do."""
+
     def furnish(self, place: Place, wish: Wish) -> str:
         """Make ready for one more connection; the name of the database to log in to."""
 

@@ -21,6 +21,7 @@ _log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 _MAKERS = 2  # on two cores more makers make no more
 _CALM_SECONDS = 10.0
+_AFTER_SECONDS = 0.015
 
 
 class Kind(Protocol[T]):
@@ -46,6 +47,7 @@ class Pool(Generic[T]):
         self._closed = False
         self._owner = os.getpid()  # a forked child has neither the threads nor the right
         self._lock = threading.Lock()
+        self._urgent = threading.Condition(self._lock)
         self._makers = ThreadPoolExecutor(_MAKERS, "pgtemp-make")
         self._enders = ThreadPoolExecutor(1, "pgtemp-end")
 
@@ -69,6 +71,7 @@ class Pool(Generic[T]):
                 self._enders.submit(self._end, thing)
             else:
                 self._waiting.append(claimed)
+                self._urgent.notify_all()
                 if self._making >= self._target:
                     self._grow()
             self._busy = True
@@ -140,6 +143,7 @@ class Pool(Generic[T]):
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
+            self._urgent.notify_all()
             if self._calming is not None:
                 self._calming.cancel()
         for claimed in waiting:
@@ -176,6 +180,9 @@ class Pool(Generic[T]):
             self._makers.submit(self._make)
 
     def _make(self) -> None:
+        with self._urgent:
+            # Whoever has just been served goes first: there are not that many cores.
+            self._urgent.wait_for(lambda: self._waiting or self._closed, _AFTER_SECONDS)
         try:
             thing = self._kind.provision()
         except BaseException as error:

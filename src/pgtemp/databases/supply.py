@@ -2,7 +2,7 @@
 
 Two classes of one shape. `claim` gives a place at once where one is ready, `furnish` makes it fit
 for who connects, `release` takes it back. They block for milliseconds, so an event loop calls them
-in a thread; `claim` and `usable` alone do not block.
+in a thread; `claim`, `usable` and `furnished` alone do not block.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Supply(Protocol):
 
     def claim(self) -> Future[Place]: ...
     def usable(self, place: Place) -> bool: ...
+    def furnished(self, place: Place, user: str) -> bool: ...
     def furnish(self, place: Place, user: str, dbname: str) -> None: ...
     def release(self, place: Place, *, used: bool) -> None: ...
     def close(self) -> None: ...
@@ -107,6 +108,9 @@ class Clusters:
 
     def claim(self) -> Future[Place]:
         return self._pool.claim()
+
+    def furnished(self, place: Place, user: str) -> bool:
+        return bool(place.dbname) and user in place.roles
 
     def furnish(self, place: Place, user: str, dbname: str) -> None:
         """Make the user; at first also the database, out of the template."""
@@ -190,6 +194,9 @@ class Databases:
 
     def claim(self) -> Future[Place]:
         return self._pool.claim()
+
+    def furnished(self, place: Place, user: str) -> bool:
+        return _is_superuser(self._attributes) and _tenants(place).knows(user)
 
     def furnish(self, place: Place, user: str, dbname: str) -> None:
         """Make the user; the database has a name of its own."""

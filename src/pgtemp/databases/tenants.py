@@ -89,6 +89,10 @@ class TenantCluster:
             admin.empty(connection, dbname)
             admin.rename(connection, dbname, name)
 
+    def knows(self, user: str) -> bool:
+        """Whether there is nothing to be done to let a superuser in."""
+        return user in self._roles
+
     def admit(self, user: str, attributes: str, owns: str | None) -> None:
         """Make a role for somebody who moves in, unless it is there. Raises PgTempError.
 

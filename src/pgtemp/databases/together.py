@@ -49,6 +49,9 @@ class Together:
         claimed.set_result(Place(self.pillar, wish.dbname))
         return claimed
 
+    def furnished(self, place: Place, wish: Wish) -> str | None:
+        return None
+
     def furnish(self, place: Place, wish: Wish) -> str:
         """Make the user."""
         if wish.user not in (self._plan.options.user, self._plan.superuser):

@@ -1,16 +1,13 @@
-"""TCP ports and socket peers on this machine: is a host ours, who holds a port, who connects."""
+"""TCP ports on this machine: is a host ours, is a port free, who holds it."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import socket
-import sys
 from contextlib import suppress
 
 _LISTEN = "0A"
-# Elsewhere the kernel has no table that everybody can read.
-TELLS_PEERS = sys.platform == "linux"
 
 
 def loopback_addresses(host: str) -> list[str]:
@@ -48,7 +45,7 @@ def free_port(address: str) -> int:
 def holder(port: int) -> str:
     """Who listens on a TCP port, as "pid 123 (postgres)"; "" where that cannot be told."""
     sockets = {
-        f"socket:[{row[9]}]" for row in _tcp_rows() if _port(row[1]) == port and row[3] == _LISTEN
+        f"socket:[{row[9]}]" for row in tcp_rows() if _port(row[1]) == port and row[3] == _LISTEN
     }
     if not sockets:
         return ""
@@ -61,34 +58,7 @@ def holder(port: int) -> str:
     return ""
 
 
-def peer_uid(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
-    """The user at the other end of a loopback TCP connection; None where that cannot be told.
-
-    Both whole endpoints have to match one row alone, since a port may be in use on several
-    loopback addresses at once; and the row must have an inode, since the kernel gives the rows of
-    sockets that nobody holds any more to root.
-
-    Args:
-        peer: address and port of the other end.
-        ours: address and port of this end.
-    """
-    theirs = [
-        row
-        for row in _tcp_rows("6" if ":" in peer[0] else "4")
-        if row[1] == _endpoint(*peer) and row[2] == _endpoint(*ours) and row[9] != "0"
-    ]
-    return int(theirs[0][7]) if len(theirs) == 1 else None
-
-
-def _endpoint(address: str, port: int) -> str:
-    """As the kernel writes it: 32-bit words in the machine's byte order, in hexadecimal."""
-    packed = ipaddress.ip_address(address.partition("%")[0]).packed
-    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
-    text = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-    return f"{text}:{port:04X}"
-
-
-def _tcp_rows(family: str = "46") -> list[list[str]]:
+def tcp_rows(family: str = "46") -> list[list[str]]:
     """The kernel's TCP tables (proc_net_tcp): 1 local, 2 remote, 3 state, 7 uid, 9 inode."""
     rows: list[list[str]] = []
     for digit, name in (("4", "/proc/net/tcp"), ("6", "/proc/net/tcp6")):

@@ -34,6 +34,16 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
     return kind + (len(payload) + 4).to_bytes(4, "big") + payload
 
 
+def _parse(statement: bytes) -> bytes:
+    """Prepare the unnamed statement."""
+    return frame(b"P", b"\x00" + statement + b"\x00\x00\x00")
+
+
+# A statement that is prepared, and replaced by an empty one. Without a constant, so that
+# pg_stat_statements does not keep it.
+WARM_UP = _parse(b"SELECT $1::int4, $2::text") + _parse(b"") + frame(b"S")
+
+
 def untyped(code: int, payload: bytes = b"") -> bytes:
     """A message of the start-up, which has no type: StartupMessage, CancelRequest, SSLRequest."""
     return (len(payload) + 8).to_bytes(4, "big") + code.to_bytes(4, "big") + payload

@@ -40,10 +40,11 @@ def greeting(version: int, parameters: dict[str, str], server_version: str) -> b
 
 @dataclass(slots=True)
 class ServerStart:
-    """Listens to a server until the end of the login, for the key that cancels."""
+    """Listens to a server until it is ready for a query, for the key that cancels."""
 
     key: bytes | None = None
     done: bool = False
+    failed: bool = False
     _frames: Frames = field(default_factory=Frames)
 
     def feed(self, data: bytes) -> None:
@@ -52,7 +53,7 @@ class ServerStart:
             if kind == b"K":
                 self.key = payload
             elif kind in (b"Z", b"E"):
-                self.done = True
+                self.done, self.failed = True, kind == b"E"
                 return
 
 

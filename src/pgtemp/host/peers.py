@@ -1,0 +1,90 @@
+"""Who is at the other end of a loopback TCP connection.
+
+The kernel is asked about the one connection (sock_diag(7)), which takes a fiftieth of a
+millisecond; where it does not answer, its table of all connections is read, which takes two.
+
+Both whole endpoints have to match, since a port may be in use on several loopback addresses at
+once; and the socket must have an inode, since the kernel gives those that nobody holds any more to
+root.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+
+from pgtemp.host.ports import tcp_rows
+
+Endpoint = tuple[str, int]
+# Elsewhere the kernel tells nobody.
+TELLS_PEERS = sys.platform == "linux"
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, pid
+_REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 before its id: family, protocol, -, -, states
+_ANY = 0xFFFFFFFF
+_UID_AND_INODE = struct.Struct("=II")
+_ID_AT, _ID_LENGTH, _UID_AT = 4, 36, 64  # in inet_diag_msg; the id's interface and cookie follow
+
+
+def peer_uid(peer: Endpoint, ours: Endpoint) -> int | None:
+    """The user at the other end; None where that cannot be told.
+
+    Args:
+        peer: address and port of the other end.
+        ours: address and port of this end.
+    """
+    try:
+        return _asked(peer, ours)
+    except OSError:
+        return _looked_up(peer, ours)
+
+
+def _asked(peer: Endpoint, ours: Endpoint) -> int | None:
+    """By sock_diag. Raises OSError where the kernel has none."""
+    family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
+    connection = struct.pack("!HH", peer[1], ours[1]) + _padded(peer[0]) + _padded(ours[0])
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ANY) + connection
+    request += struct.pack("=III", 0, _ANY, _ANY)  # any interface, no cookie
+    length = _HEADER.size + len(request)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(1)
+        kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
+        answer = kernel.recv(4096)
+    if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+        code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+        if code == 2:  # ENOENT: there is no such connection
+            return None
+        raise OSError(code, "sock_diag")
+    message = answer[_HEADER.size :]
+    uid, inode = _UID_AND_INODE.unpack_from(message, _UID_AT)
+    # Where there is no such connection, the kernel may answer with somebody who listens.
+    found = message[_ID_AT : _ID_AT + _ID_LENGTH] == connection
+    return uid if found and inode else None
+
+
+def _padded(address: str) -> bytes:
+    return _packed(address).ljust(16, b"\0")
+
+
+def _packed(address: str) -> bytes:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_pton(family, address.partition("%")[0])
+
+
+def _looked_up(peer: Endpoint, ours: Endpoint) -> int | None:
+    """By the table of all connections."""
+    theirs = [
+        row
+        for row in tcp_rows("6" if ":" in peer[0] else "4")
+        if row[1] == _written(*peer) and row[2] == _written(*ours) and row[9] != "0"
+    ]
+    return int(theirs[0][7]) if len(theirs) == 1 else None
+
+
+def _written(address: str, port: int) -> str:
+    """As the table has it: 32-bit words in the machine's byte order, in hexadecimal."""
+    packed = _packed(address)
+    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
+    text = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+    return f"{text}:{port:04X}"
