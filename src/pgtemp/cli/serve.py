@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shlex
 import signal
@@ -12,6 +11,7 @@ from typing import Any
 
 import click
 
+from pgtemp.cli import logs
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
 from pgtemp.daemon.daemon import Announcement, run
@@ -33,15 +33,14 @@ _DEFAULT_URI = f"postgresql://{DEFAULT_HOST}:{DEFAULT_PORT}/postgres"
     show_default=True,
     help="what is logged to standard error; info is a line a lease",
 )
-def serve(uri: str | None, log_level: str, **given: Any) -> int:
+@click.option("--log-json", is_flag=True, help="log a JSON object a line")
+def serve(uri: str | None, log_level: str, log_json: bool, **given: Any) -> int:
     """Serve temporary databases at URI; every connection gets its own.
 
     Without URI, PGTEMP_URI is taken, else DATABASE_URL, else postgresql://localhost:6543/postgres.
     User and database in it are those the servers are made with.
     """
-    logging.basicConfig(
-        level=log_level.upper(), format="pgtemp: %(levelname)s: %(message)s", stream=sys.stderr
-    )
+    logs.set_up(log_level, as_json=log_json)
     options = _options(uri, given)
     show_progress()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

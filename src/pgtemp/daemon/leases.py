@@ -37,6 +37,7 @@ class Lease:
 
     Attributes:
         key: what its connections have in common; None where there is only one.
+        lingers: whether it outlives its last connection for a while.
         backend: a connection that was opened ahead, for the first client.
         over: done when its time is; with what clients are told.
         ended: done when what it left was looked at.
@@ -45,6 +46,7 @@ class Lease:
     number: int
     wish: Wish
     key: Hashable
+    lingers: bool
     over: asyncio.Future[RefusedError]
     ended: asyncio.Future[None]
     opening: asyncio.Future[Place] = field(init=False)
@@ -66,7 +68,7 @@ class Lease:
     @property
     def gone(self) -> bool:
         """Whether everybody has left who could still do something in it."""
-        return _LINGER not in self.timers and all(client.over for client in self.clients)
+        return not self.lingers and all(client.over for client in self.clients)
 
     def traffic(self) -> int:
         """Bytes so far, either way."""
@@ -131,8 +133,7 @@ class Leases:
         if lease.clients or lease.ending:
             return
         opened = lease.opening.done() and not lease.opening.cancelled()
-        lingers = lease.key is not None and not lease.wish.edits and self._options.linger > 0
-        if lingers and opened and lease.opening.exception() is None and not lease.over.done():
+        if lease.lingers and opened and lease.opening.exception() is None and not lease.over.done():
             loop = asyncio.get_running_loop()
             seconds = self._options.linger
             lease.timers[_LINGER] = loop.call_later(seconds, self._end, lease)
@@ -147,7 +148,9 @@ class Leases:
 
     def _begin(self, wish: Wish, startup: Startup, key: Hashable) -> Lease:
         loop = asyncio.get_running_loop()
-        lease = Lease(next(self._numbers), wish, key, loop.create_future(), loop.create_future())
+        lingers = key is not None and not wish.edits and self._options.linger > 0
+        over, ended = loop.create_future(), loop.create_future()
+        lease = Lease(next(self._numbers), wish, key, lingers, over, ended)
         if self._turns is None and self._isolation.knows(wish):
             # Where nothing has to be waited for, there is no task: it would take a tenth of the
             # time.

@@ -252,6 +252,16 @@ def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo
         connection.execute(statement)
 
 
+def clings(connection: psycopg.Connection[Any], dbname: str) -> bool:
+    """Whether something of a database is seen in all others: a slot, a prepared transaction."""
+    found = connection.execute(
+        "SELECT 1 FROM pg_replication_slots WHERE database = %(name)s"
+        " UNION ALL SELECT 1 FROM pg_prepared_xacts WHERE database = %(name)s",
+        {"name": dbname},
+    )
+    return found.fetchone() is not None
+
+
 def unseal(connection: psycopg.Connection[Any], dbname: str) -> None:
     """Undo what `seal` may have begun."""
     connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE false", dbname))

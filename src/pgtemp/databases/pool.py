@@ -129,7 +129,7 @@ class Pool(Generic[T]):
 
     def give_back(self, thing: T) -> None:
         """A thing that was not used after all."""
-        if not self._hand_out(thing):
+        if not self._kind.usable(thing) or not self._hand_out(thing):
             self.retire(thing)
 
     def retire(self, thing: T) -> None:

@@ -121,6 +121,8 @@ class TenantCluster:
         """
         with self._looking, self._admins.connection() as connection:
             admin.empty(connection, dbname)  # what is still at work could still make things
+            if admin.clings(connection, dbname):
+                self._clones.dispose(dbname)
             found = self._residue.found(connection)
             if not found:
                 return
