@@ -14,27 +14,29 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-# Settings of one database, and what is about it, go with it.
+# What it is, its name, the database that it goes with, and the rest of it.
 _SHARED = """
-SELECT 'role', rolname::text, a::text FROM pg_authid a
+SELECT 'role', rolname::text, NULL, a::text FROM pg_authid a
 UNION ALL
-SELECT 'membership', roleid::regrole || ' of ' || member::regrole, m::text FROM pg_auth_members m
+SELECT 'membership', roleid::regrole || ' of ' || member::regrole, NULL, m::text
+  FROM pg_auth_members m
 UNION ALL
-SELECT 'setting of role', setrole::regrole::text, setconfig::text
-  FROM pg_db_role_setting WHERE setdatabase = 0
+SELECT 'setting', concat_ws(' ', nullif(setrole, 0)::regrole, datname), datname::text,
+  setconfig::text FROM pg_db_role_setting LEFT JOIN pg_database d ON d.oid = setdatabase
 UNION ALL
-SELECT 'tablespace', spcname::text, t::text FROM pg_tablespace t
+SELECT 'tablespace', spcname::text, NULL, t::text FROM pg_tablespace t
 UNION ALL
-SELECT 'privilege on setting', parname, paracl::text FROM pg_parameter_acl
+SELECT 'privilege on setting', parname, NULL, paracl::text FROM pg_parameter_acl
 UNION ALL
-SELECT 'replication origin', roname, roident::text FROM pg_replication_origin
+SELECT 'replication origin', roname, NULL, roident::text FROM pg_replication_origin
 UNION ALL
-SELECT 'replication slot', slot_name::text, '' FROM pg_replication_slots WHERE database IS NULL
+SELECT 'replication slot', slot_name::text, NULL, '' FROM pg_replication_slots
+  WHERE database IS NULL
 UNION ALL
-SELECT 'database', datname::text, concat_ws(' ', datdba, datistemplate, datallowconn, datconnlimit,
-  datacl::text) FROM pg_database
+SELECT 'database', datname::text, datname::text, concat_ws(' ', datdba, datistemplate,
+  datallowconn, datconnlimit, datacl::text) FROM pg_database
 """
-_ROLE, _DATABASE, _SYSTEM = "role", "database", "ALTER SYSTEM"
+_ROLE, _SYSTEM = "role", "ALTER SYSTEM"
 State = dict[tuple[str, str], str]
 
 
@@ -85,8 +87,8 @@ class Residue:
         rows = connection.execute(_SHARED).fetchall()
         state = {
             (kind, name): row
-            for kind, name, row in rows
-            if not (kind == _DATABASE and self.ours(name))
+            for kind, name, database, row in rows
+            if database is None or not self.ours(database)
         }
         state[_SYSTEM, ""] = self._settings()
         return state
