@@ -168,6 +168,8 @@ def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
                         (address, options.listen_port), family=family, backlog=_BACKLOG
                     )
                 )
+                # Accepted connections inherit it; asyncio's own loop would not set it.
+                bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
                     continue  # a machine without IPv6

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from contextlib import ExitStack
 from typing import Any
 
@@ -69,7 +68,6 @@ class Gateway:
 
     async def _serve(self, client: Endpoint) -> None:
         try:
-            _no_delay(client)
             startup = await self._start_up(client)
             if startup is not None:
                 await self._lease(client, startup)
@@ -228,9 +226,3 @@ def _admit(client: Endpoint) -> None:
         f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
         "start a pgtemp of your own, on another port",
     )
-
-
-def _no_delay(client: Endpoint) -> None:
-    raw = client.transport.get_extra_info("socket")
-    if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

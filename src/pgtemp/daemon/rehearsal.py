@@ -51,6 +51,7 @@ class _Stage:
     making: int = 0
     seen: bool = False
     refused: bool = False
+    taken: float = 0.0
     expiry: asyncio.TimerHandle | None = None
 
 
@@ -66,12 +67,14 @@ class Rehearsals:
     def take(self, wish: Wish, startup: Startup) -> Rehearsed | None:
         """One for this client, where there is one; the next is begun in either case."""
         same_place = self._isolation.kind(wish)
-        if same_place is None or not self._wanted or wishes.names_session_in_options(startup):
+        if same_place is None or not self._wanted or wishes.names_session(startup):
             return None  # in the last case no other client sends the same packet
         kind = _kind(same_place, startup)
         stage = self._stages.setdefault(kind, _Stage(wish, startup))
         self._stages.move_to_end(kind)
-        self._keep_alive(kind, stage)
+        stage.taken = asyncio.get_running_loop().time()
+        if stage.expiry is None:
+            self._expire_later(kind, stage, _IDLE_SECONDS)
         while len(self._stages) > MOST_KINDS:
             self._drop(next(iter(self._stages)))
         found = None
@@ -108,11 +111,17 @@ class Rehearsals:
         while stage.ready:
             self._do(self._give_back(stage, stage.ready.popleft()))
 
-    def _keep_alive(self, kind: Kind, stage: _Stage) -> None:
-        if stage.expiry is not None:
-            stage.expiry.cancel()
+    def _expire_later(self, kind: Kind, stage: _Stage, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        stage.expiry = loop.call_later(_IDLE_SECONDS, self._drop, kind)
+        stage.expiry = loop.call_later(seconds, self._expire, kind, stage)
+
+    def _expire(self, kind: Kind, stage: _Stage) -> None:
+        """Drop what nobody has taken for a while."""
+        left = stage.taken + _IDLE_SECONDS - asyncio.get_running_loop().time()
+        if left > 0:
+            self._expire_later(kind, stage, left)
+        else:
+            self._drop(kind)
 
     async def _prepare(self, kind: Kind, stage: _Stage) -> None:
         try:

@@ -23,9 +23,8 @@ def read(startup: Startup) -> Wish:
     """The wish. Raises NoDatabaseError where it cannot be told."""
     dbname, tilde, session = startup.dbname.partition("~")
     said = {session} if tilde else set()
-    for name, value in _settings(startup):
-        if name.lower() == SETTING:
-            said.add(value)
+    if names_session(startup):
+        said |= {value for name, value in _settings(startup) if name.lower() == SETTING}
     if not dbname or "" in said or len(said) > 1:
         raise NoDatabaseError(
             f'database "{startup.dbname}" names {"no" if len(said) < 2 else "another"} session'
@@ -36,9 +35,12 @@ def read(startup: Startup) -> Wish:
     return Wish(startup.user, dbname, said.pop() if said else None)
 
 
-def names_session_in_options(startup: Startup) -> bool:
-    """Whether the session is part of what the server is told."""
-    return any(name.lower() == SETTING for name, _ in _settings(startup))
+def names_session(startup: Startup) -> bool:
+    """Whether the session is part of what the server itself is told."""
+    parameters = startup.parameters
+    return SETTING in parameters.get("options", "").lower() or any(
+        name.lower() == SETTING for name in parameters
+    )
 
 
 def _settings(startup: Startup) -> Iterator[tuple[str, str]]:
