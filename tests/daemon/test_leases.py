@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from pgtemp.wire.messages import TERMINATE, frame, startup_message
 from support import Daemon, eventually, homes
 
 DaemonType = type[Daemon]
@@ -434,3 +436,43 @@ def _works(uri: str) -> bool:
         return one(uri, "SELECT 1") == 1
     except psycopg.OperationalError:
         return False
+
+
+@pytest.mark.slow
+def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
+    """The daemon's memory stays what it was after the first thousand, and nothing is left."""
+    before = homes()
+    served = daemon()
+    hello = startup_message({"user": "postgres", "database": "test"})
+    query = frame(b"Q", b"CREATE TABLE t (n int)\0")
+
+    def lease() -> None:
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            for said in (hello, query):
+                client.sendall(said)
+                answer = b""
+                while not answer.endswith(b"Z\0\0\0\5I"):
+                    arrived = client.recv(65536)
+                    assert arrived, answer
+                    answer += arrived
+            assert b"CREATE TABLE" in answer
+            client.sendall(TERMINATE)
+
+    sizes = []
+    for _ in range(5):
+        for _ in range(1000):
+            lease()
+        sizes.append(_own_memory(served.process.pid))
+    assert max(sizes[1:]) - sizes[0] < 2 << 20, sizes
+    count = "SELECT count(*) FROM pg_database"
+    assert int(str(one(at(served, "test"), count))) < 50
+    assert served.end() == (0, "")
+    assert eventually(lambda: homes() <= before)
+
+
+def _own_memory(pid: int) -> int:
+    """Bytes of memory that a process shares with nobody."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(
+        int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Private")
+    )
