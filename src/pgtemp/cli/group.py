@@ -35,10 +35,12 @@ def cli() -> None:
 
     \b
     pgtemp postgresql://localhost:6543/mytestdb
-        every connection to this URL gets a PostgreSQL of its own, new and empty,
-        gone when the connection ends (the same as `pgtemp serve URL`)
+        every connection to this URL gets a database of its own, new and empty,
+        gone when the connection ends (the same as `pgtemp serve URL`);
+        /mytestdb~word is shared by all that name the word,
+        /mytestdb~template is the template, to migrate it
     pgtemp --single postgresql://localhost:6543/mytestdb
-        all connections share one, gone when pgtemp ends
+        all connections share one server, gone when pgtemp ends
     pgtemp --load-from dump.sql postgresql://localhost:6543/mytestdb
         every database starts with this dump loaded
     pgtemp --persist postgresql://localhost:6543/mytestdb
