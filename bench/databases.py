@@ -1,10 +1,10 @@
-"""Databases of one server: claims from the warm pool, and how many a second.
+"""Databases of one server: claims from the warm pool, how many a second, and among how many.
 
-    python -m bench.databases [--version 18] [--rounds 10]
+    python -m bench.databases [--version 18] [--rounds 10] [--most 1000]
 
-The rate is that of claim, close, claim, close … until all are dropped, against a bare loop of
-CREATE DATABASE … STRATEGY file_copy and DROP DATABASE on one connection; both in alternation on
-the same server.
+The rate is that of claim, close, claim, close … until all that were claimed are dropped, against a
+bare loop of CREATE DATABASE … STRATEGY file_copy and DROP DATABASE on one connection; both in
+alternation on the same server. The curve is of the same while so many other databases exist.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 
 from bench.report import Table
-from pgtemp import Cluster, Template
-from pgtemp.cluster import READY
+from pgtemp import Cluster, Database, Template
+from pgtemp.host.paths import free_bytes
 
 COUNT = 40  # databases in a sample
 PACE = 0.05  # seconds between claims that the pool can follow
@@ -66,22 +67,60 @@ def bare_loop(connection: psycopg.Connection, dbname: str) -> float:
 def sustained(template: Template, clients: int, watch: psycopg.Connection) -> float:
     """Milliseconds a database, claimed and closed by so many clients, until all are dropped."""
 
-    def use(_: int) -> None:
-        template.database().close()
+    def use(_: int) -> str:
+        with template.database() as db:
+            return db.dbname
 
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as threads:
-        list(threads.map(use, range(COUNT)))
-    count = "SELECT count(*) FROM pg_database WHERE datname LIKE %s"
-    while watch.execute(count, [f"{template.name}%"]).fetchone()[0] > READY:  # type: ignore[index]
+        names = list(threads.map(use, range(COUNT)))
+    count = "SELECT count(*) FROM pg_database WHERE datname = ANY(%s)"
+    while watch.execute(count, [names]).fetchone()[0]:  # type: ignore[index]
         time.sleep(0.002)
     return (time.perf_counter() - start) * 1000 / COUNT
+
+
+def growth(version: str, most: int) -> None:
+    """With 1 to `most` databases in the server: make, drop, connect, claim."""
+    print(f"\nwhile so many databases exist, PostgreSQL {version}, ms, medians of 10")
+    print(f"{'databases':>10}{'CREATE':>9}{'DROP':>9}{'connect':>9}{'claim':>9}{'MB each':>9}")
+    with (
+        Cluster(version=version) as cluster,
+        psycopg.connect(cluster.info.uri, autocommit=True) as connection,
+    ):
+        template = cluster.template("nothing", build=lambda uri: None)
+        held: list[Database] = []
+        base = cluster.server.data_dir / "base"
+        for count in (1, 10, 30, 100, 300, 1000):
+            if count > most:
+                break
+            before, had = free_bytes(base), len(held)
+            held += [template.database() for _ in range(count - len(held))]
+            each = (before - free_bytes(base)) / max(1, len(held) - had) / (1 << 20)
+            samples: list[list[float]] = [[], [], [], []]
+            for _ in range(10):
+                time.sleep(PACE)
+                create = f'CREATE DATABASE one TEMPLATE "{template.dbname}" STRATEGY file_copy'
+                samples[0].append(timed(lambda s=create: connection.execute(s)))
+                samples[1].append(timed(lambda: connection.execute("DROP DATABASE one")))
+                with template.database() as db:
+                    samples[2].append(timed(lambda d=db: d.connect().close()))
+                samples[3].append(claim(template))
+            middles = "".join(f"{statistics.median(sample):9.2f}" for sample in samples)
+            print(f"{count:10}{middles}{each:9.1f}")
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--version", default="18")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--most", type=int, default=1000)
     given = parser.parse_args()
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}")
     with (
@@ -112,6 +151,7 @@ def main() -> None:
                     if turn:
                         table.add(name, sample)
             table.show(base="bare loop, one connection")
+    growth(given.version, given.most)
 
 
 if __name__ == "__main__":

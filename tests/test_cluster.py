@@ -123,7 +123,6 @@ def test_a_build_that_leaves_a_connection_open_is_sealed_all_the_same(cluster: C
 
 def test_a_failed_build_leaves_nothing_and_everybody_gets_the_error(cluster: Cluster) -> None:
     """A callable's own error comes as it is; the next call tries again."""
-    before = databases(cluster)
     together = threading.Barrier(3)
 
     def fail(uri: str) -> None:
@@ -137,7 +136,7 @@ def test_a_failed_build_leaves_nothing_and_everybody_gets_the_error(cluster: Clu
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(ask, range(3)))
-    assert databases(cluster) == before
+    assert not [name for name in databases(cluster) if "failing" in name]
     cluster.template("failing", build=make_table)
 
 
