@@ -11,7 +11,15 @@ import pytest
 from pgtemp.host import peers
 
 Ask = Callable[[tuple[str, int], tuple[str, int]], int | None]
-WAYS = pytest.mark.parametrize("ask", [peers._asked, peers._looked_up])
+
+
+def asked(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
+    """By sock_diag alone."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, peers._NETLINK_SOCK_DIAG) as kernel:
+        return peers._ask(kernel, peer, ours)
+
+
+WAYS = pytest.mark.parametrize("ask", [asked, peers._look_up])
 
 
 @WAYS
@@ -53,4 +61,21 @@ def test_somebody_who_listens_on_the_peers_port_is_not_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        assert peers.peer_uid(other.getsockname(), server.getsockname()) is None
+        assert asked(other.getsockname(), server.getsockname()) is None
+
+
+def test_without_the_kernels_answer_the_table_tells() -> None:
+    """The two ways give the same; a socket that no longer works is not used again."""
+    told = peers.Peers()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        accepted, peer = server.accept()
+        with accepted:
+            assert told.uid(peer, accepted.getsockname()) == os.getuid()
+            assert told._kernel is not None
+            told._kernel.close()
+            assert told.uid(peer, client.getpeername()) == os.getuid()
+            assert told._kernel is None
+    told.close()

@@ -21,7 +21,7 @@ from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
-from pgtemp.host import peers
+from pgtemp.host.peers import TELLS_PEERS, Peers
 from pgtemp.options import DaemonOptions
 from pgtemp.wire import replies
 from pgtemp.wire.messages import ProtocolError
@@ -44,6 +44,7 @@ class Gateway:
         self._server_version = server_version
         self._leases = Leases(isolation, options)
         self._cancels = Cancels()
+        self._peers = Peers()
         self._clients: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._closing = False
@@ -65,6 +66,7 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._leases.close()
+        self._peers.close()
 
     async def _serve(self, client: Endpoint) -> None:
         try:
@@ -101,7 +103,7 @@ class Gateway:
                     return None
                 if opening is None:
                     return None
-                _admit(client)
+                self._admit(client)
                 if opening.parameters.get("application_name") == _PROBE:
                     client.write(
                         replies.greeting(opening.version, opening.parameters, self._server_version)
@@ -114,6 +116,25 @@ class Gateway:
             return None
         finally:
             self._starting -= 1
+
+    def _admit(self, client: Endpoint) -> None:
+        """On loopback TCP only the user who runs the daemon comes in, and root.
+
+        Over trusted loopback any local user could run shell commands as the server's user, with
+        COPY FROM PROGRAM. Through the unix socket the directory's mode says who.
+        """
+        peer = client.transport.get_extra_info("peername")
+        ours = client.transport.get_extra_info("sockname")
+        if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not TELLS_PEERS:
+            return
+        uid = self._peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
+        if uid in (0, os.getuid()):
+            return
+        raise RefusedError(
+            "28000",
+            f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
+            "start a pgtemp of your own, on another port",
+        )
 
     async def _lease(self, client: Endpoint, startup: Startup) -> None:
         try:
@@ -206,23 +227,3 @@ async def _negotiate(client: Endpoint) -> Startup | Cancel | None:
                 return event
             client.write(event.data)
     return None
-
-
-def _admit(client: Endpoint) -> None:
-    """On loopback TCP only the user who runs the daemon comes in, and root.
-
-    Over trusted loopback any local user could run shell commands as the server's user, with
-    COPY FROM PROGRAM. Through the unix socket the directory's mode says who.
-    """
-    peer = client.transport.get_extra_info("peername")
-    ours = client.transport.get_extra_info("sockname")
-    if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not peers.TELLS_PEERS:
-        return
-    uid = peers.peer_uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
-    if uid in (0, os.getuid()):
-        return
-    raise RefusedError(
-        "28000",
-        f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
-        "start a pgtemp of your own, on another port",
-    )

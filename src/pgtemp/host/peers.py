@@ -27,30 +27,47 @@ _UID_AND_INODE = struct.Struct("=II")
 _ID_AT, _ID_LENGTH, _UID_AT = 4, 36, 64  # in inet_diag_msg; the id's interface and cookie follow
 
 
-def peer_uid(peer: Endpoint, ours: Endpoint) -> int | None:
-    """The user at the other end; None where that cannot be told.
+class Peers:
+    """Tells who is at the other end. For one thread at a time."""
 
-    Args:
-        peer: address and port of the other end.
-        ours: address and port of this end.
-    """
-    try:
-        return _asked(peer, ours)
-    except OSError:
-        return _looked_up(peer, ours)
+    def __init__(self) -> None:
+        self._kernel: socket.socket | None = None
+        if TELLS_PEERS:
+            try:
+                self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+            except OSError:
+                pass  # a kernel, or a container, without it
+
+    def uid(self, peer: Endpoint, ours: Endpoint) -> int | None:
+        """The user at the other end; None where that cannot be told.
+
+        Args:
+            peer: address and port of the other end.
+            ours: address and port of this end.
+        """
+        if self._kernel is not None:
+            try:
+                return _ask(self._kernel, peer, ours)
+            except OSError:
+                self.close()
+        return _look_up(peer, ours)
+
+    def close(self) -> None:
+        if self._kernel is not None:
+            self._kernel.close()
+            self._kernel = None
 
 
-def _asked(peer: Endpoint, ours: Endpoint) -> int | None:
+def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
     """By sock_diag. Raises OSError where the kernel has none."""
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
     connection = struct.pack("!HH", peer[1], ours[1]) + _padded(peer[0]) + _padded(ours[0])
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ANY) + connection
     request += struct.pack("=III", 0, _ANY, _ANY)  # any interface, no cookie
     length = _HEADER.size + len(request)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(1)
-        kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
-        answer = kernel.recv(4096)
+    # The kernel has answered by the time it has taken the question.
+    kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
+    answer = kernel.recv(4096, socket.MSG_DONTWAIT)
     if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
         code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
         if code == 2:  # ENOENT: there is no such connection
@@ -72,7 +89,7 @@ def _packed(address: str) -> bytes:
     return socket.inet_pton(family, address.partition("%")[0])
 
 
-def _looked_up(peer: Endpoint, ours: Endpoint) -> int | None:
+def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
     """By the table of all connections."""
     theirs = [
         row
