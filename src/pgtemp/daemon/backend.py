@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 from dataclasses import dataclass
 
 from pgtemp.daemon.relay import Endpoint
@@ -10,6 +13,8 @@ from pgtemp.databases.supply import Place
 from pgtemp.wire.messages import TERMINATE, WARM_UP, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup
+
+_QUEUE_SECONDS = 0.01
 
 
 @dataclass(slots=True)
@@ -38,10 +43,20 @@ async def connect(place: Place, startup: Startup, dbname: str) -> Backend:
     Raises:
         OSError: the server cannot be reached.
     """
-    loop = asyncio.get_running_loop()
-    _, server = await loop.create_unix_connection(Endpoint, place.socket)
-    parameters = {**startup.parameters, "database": dbname}
-    server.write(startup_message(parameters, startup.version))
+    packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
+    raw = socket.socket(socket.AF_UNIX)
+    try:
+        raw.setblocking(False)
+        # A unix socket connects at once, so the server is at work before the loop comes round.
+        while (code := raw.connect_ex(place.socket)) == errno.EAGAIN:
+            await asyncio.sleep(_QUEUE_SECONDS)  # the server's queue is full
+        if code:
+            raise OSError(code, os.strerror(code))
+        raw.sendall(packet)
+        _, server = await asyncio.get_running_loop().create_unix_connection(Endpoint, sock=raw)
+    except BaseException:
+        raw.close()
+        raise
     return Backend(server, ServerStart())
 
 

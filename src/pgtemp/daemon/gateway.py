@@ -163,9 +163,13 @@ class Gateway:
             dbname = self._isolation.furnished(lease.place, wish)
             if dbname is None:
                 dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
+            return await connect(lease.place, startup, dbname)
         except PgTempError as error:
             raise refusal(error) from error
-        return await connect(lease.place, startup, dbname)
+        except OSError as error:
+            raise RefusedError(
+                "57P03", f"the server cannot be reached: {error.strerror}", "connect again"
+            ) from error
 
     def _check_replication(self, startup: Startup) -> None:
         """A base backup would see everybody's databases."""
