@@ -476,3 +476,48 @@ def _own_memory(pid: int) -> int:
     return sum(
         int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Private")
     )
+
+
+def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:
+    """Clients of several kinds, often enough to be rehearsed: settings, user, cancel, database."""
+    served = daemon("--log-level", "debug")
+    kinds = [
+        ("postgres", "application_name=a", ("a", "4MB", "UTF8")),
+        ("postgres", "application_name=b", ("b", "4MB", "UTF8")),
+        ("postgres", "options=-c%20work_mem%3D5MB", ("", "5MB", "UTF8")),
+        ("me", "client_encoding=LATIN1", ("", "4MB", "LATIN1")),
+    ]
+    pids, names = set(), set()
+    for _ in range(5):
+        for user, parameters, expected in kinds:
+            with psycopg.connect(
+                f"{at(served, 'test', user)}?{parameters}", autocommit=True
+            ) as connection:
+                row = connection.execute(
+                    "SELECT current_user, current_setting('application_name'),"
+                    " current_setting('work_mem'), current_setting('client_encoding'),"
+                    " pg_backend_pid(), current_database()"
+                ).fetchone()
+                assert row is not None
+                assert row[:4] == (user, *expected)
+                pids.add(row[4])
+                names.add(row[5])
+                with ThreadPoolExecutor(1) as thread:
+                    asleep = thread.submit(connection.execute, "SELECT pg_sleep(60)")
+                    activity = Path(f"/proc/{row[4]}/cmdline")
+                    assert eventually(lambda a=activity: b"SELECT" in a.read_bytes())  # type: ignore[misc]
+                    connection.cancel_safe()
+                    with pytest.raises(psycopg.errors.QueryCanceled):
+                        asleep.result(30)
+    assert len(pids) == len(names) == 20
+
+
+def test_an_error_at_the_login_reaches_the_client_each_time(daemon: DaemonType) -> None:
+    """What cannot be rehearsed is not; the client hears the server's own words."""
+    served = daemon()
+    for _ in range(4):
+        with pytest.raises(
+            psycopg.OperationalError, match='invalid value for parameter "work_mem"'
+        ):
+            psycopg.connect(at(served, "test") + "?options=-c%20work_mem%3Dnone")
+    assert one(at(served, "test"), "SELECT 1") == 1
