@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pgtemp.options import DaemonOptions, ServerOptions, default_of
+from pgtemp.daemonoptions import DaemonOptions
+from pgtemp.options import ServerOptions, default_of
 
 
 def table() -> str:
@@ -14,9 +15,9 @@ def table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `src/pgtemp/options.py` by `make docs`. Keyword arguments of `PgTempDB`, and",
-        "flags of `pgtemp serve`. What is given beats the environment variable, which beats the",
-        "default.",
+        "Made from `src/pgtemp/options.py` and `daemonoptions.py` by `make docs`. Keyword",
+        "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats the",
+        "environment variable, which beats the default.",
         "",
         "| keyword | flag | variable | default | what it is |",
         "|---|---|---|---|---|",

@@ -11,7 +11,7 @@ import pgtemp
 
 ROOT = Path(pgtemp.__file__).parent
 # From the ground up; a module may import from its own floor and from those before it.
-LOWER = ["errors", "host", "options", "uri", "server", "databases", "wire"]
+LOWER = ["errors", "host", "options", "daemonoptions", "uri", "server", "databases", "wire"]
 FLOORS = [*LOWER, "pgtempdb", "database", "cluster", "aio", "daemon", "cli", "__main__"]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -18,13 +18,13 @@ from typing import Any
 from pgtemp.aio import whole
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import provision
 from pgtemp.databases.apart import Apart
 from pgtemp.databases.isolation import Isolation
 from pgtemp.databases.together import Together
 from pgtemp.errors import OptionError, PgTempError, WardenError
 from pgtemp.host import identity, ports, processes
-from pgtemp.options import DaemonOptions
 from pgtemp.server import home, warden
 from pgtemp.server.cluster import Cluster, port_taken
 from pgtemp.server.installation import Installation

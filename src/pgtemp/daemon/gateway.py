@@ -16,13 +16,14 @@ from pgtemp.aio import whole
 from pgtemp.daemon import wishes
 from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
-from pgtemp.daemon.leases import Lease, Leases
+from pgtemp.daemon.lease import Lease
+from pgtemp.daemon.leases import Leases
 from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.relay import Endpoint, relay
+from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host.peers import TELLS_PEERS, Peers
-from pgtemp.options import DaemonOptions
 from pgtemp.wire import replies
 from pgtemp.wire.messages import ProtocolError
 from pgtemp.wire.startup import Cancel, NeedMore, Negotiation, Reply, Startup

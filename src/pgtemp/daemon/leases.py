@@ -12,67 +12,21 @@ import logging
 import time
 from collections.abc import Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from pgtemp.aio import whole
-from pgtemp.daemon.backend import Backend
+from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.rehearsal import Rehearsals
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
 from pgtemp.databases.supply import Place
 from pgtemp.errors import LimitError, NoDatabaseError, PgTempError
-from pgtemp.options import DaemonOptions
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
 # How long somebody new waits for what others who have gone may have left to be found.
 _LOOK_SECONDS = 2.0
-_LINGER = "linger"
-
-
-@dataclass(eq=False, slots=True)
-class Lease:
-    """A database and who is connected to it.
-
-    Attributes:
-        key: what its connections have in common; None where there is only one.
-        lingers: whether it outlives its last connection for a while.
-        backend: a connection that was opened ahead, for the first client.
-        over: done when its time is; with what clients are told.
-        ended: done when what it left was looked at.
-    """
-
-    number: int
-    wish: Wish
-    key: Hashable
-    lingers: bool
-    over: asyncio.Future[RefusedError]
-    ended: asyncio.Future[None]
-    opening: asyncio.Future[Place] = field(init=False)
-    clients: set[Endpoint] = field(default_factory=set)
-    backend: Backend | None = None
-    used: bool = False
-    asked: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    connections: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    ending: bool = False
-
-    @property
-    def place(self) -> Place:
-        return self.opening.result()
-
-    @property
-    def gone(self) -> bool:
-        """Whether everybody has left who could still do something in it."""
-        return not self.lingers and all(client.over for client in self.clients)
-
-    def traffic(self) -> int:
-        """Bytes so far, either way."""
-        return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
 
 
 class Leases:
@@ -112,7 +66,7 @@ class Leases:
             )
         lease.clients.add(client)
         lease.connections += 1
-        if (lingering := lease.timers.pop(_LINGER, None)) is not None:
+        if (lingering := lease.timers.pop(LINGER, None)) is not None:
             lingering.cancel()
         try:
             if not lease.opening.done():
@@ -136,7 +90,7 @@ class Leases:
         if lease.lingers and opened and lease.opening.exception() is None and not lease.over.done():
             loop = asyncio.get_running_loop()
             seconds = self._options.linger
-            lease.timers[_LINGER] = loop.call_later(seconds, self._end, lease)
+            lease.timers[LINGER] = loop.call_later(seconds, self._end, lease)
         else:
             await self._end(lease)
 

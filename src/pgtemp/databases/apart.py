@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import admin, provision, transfer, workshop
 from pgtemp.databases.isolation import Wish
 from pgtemp.databases.provision import Plan
@@ -17,7 +18,6 @@ from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.supply import Clusters, Databases, Place, Supply
 from pgtemp.databases.workshop import Workshop
 from pgtemp.errors import NoDatabaseError, PgTempError
-from pgtemp.options import DaemonOptions
 from pgtemp.server.cluster import Cluster
 
 _log = logging.getLogger("pgtemp")

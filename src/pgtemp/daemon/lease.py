@@ -1,0 +1,60 @@
+"""A lease: a database, and who is connected to it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from pgtemp.daemon.backend import Backend
+from pgtemp.daemon.refusals import RefusedError
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.databases.isolation import Wish
+from pgtemp.databases.supply import Place
+
+LINGER = "linger"  # the timer of a session that nobody is connected to
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """A database and who is connected to it.
+
+    Attributes:
+        key: what its connections have in common; None where there is only one.
+        lingers: whether it outlives its last connection for a while.
+        backend: a connection that was opened ahead, for the first client.
+        over: done when its time is; with what clients are told.
+        ended: done when what it left was looked at.
+    """
+
+    number: int
+    wish: Wish
+    key: Hashable
+    lingers: bool
+    over: asyncio.Future[RefusedError]
+    ended: asyncio.Future[None]
+    opening: asyncio.Future[Place] = field(init=False)
+    clients: set[Endpoint] = field(default_factory=set)
+    backend: Backend | None = None
+    used: bool = False
+    asked: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    connections: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    ending: bool = False
+
+    @property
+    def place(self) -> Place:
+        return self.opening.result()
+
+    @property
+    def gone(self) -> bool:
+        """Whether everybody has left who could still do something in it."""
+        return not self.lingers and all(client.over for client in self.clients)
+
+    def traffic(self) -> int:
+        """Bytes so far, either way."""
+        return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
