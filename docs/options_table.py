@@ -16,8 +16,8 @@ def table() -> str:
         "# Options",
         "",
         "Made from `src/pgtemp/options.py` and `daemonoptions.py` by `make docs`. Keyword",
-        "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats the",
-        "environment variable, which beats the default.",
+        "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats",
+        "the environment variable, which beats the default.",
         "",
         "| keyword | flag | variable | default | what it is |",
         "|---|---|---|---|---|",
@@ -36,7 +36,7 @@ def table() -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value == {} else f"`{value}`"
+    return "" if value in (None, {}, ()) else f"`{value}`"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from pgtemp.databases import pool as pool_module
 from pgtemp.databases.pool import Pool
 from support import eventually
 
@@ -108,4 +109,47 @@ def test_given_back_it_serves_again() -> None:
     assert eventually(lambda: kind.made == 2)
     pool.give_back(thing)
     assert {pool.claim().result(5), pool.claim().result(5)} >= {thing}
+    pool.close()
+
+
+def test_it_keeps_more_ready_while_many_are_wanted_and_fewer_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Never more than the most; back to the least when nobody asks, and the rest is disposed of."""
+    monkeypatch.setattr(pool_module, "_CALM_SECONDS", 0.1)
+    kind = Counters()
+    pool = Pool(kind, ready=1, most=8)
+    kind.gate.clear()
+    claims = [pool.claim() for _ in range(20)]
+    kind.gate.set()
+    for claim in claims:
+        claim.result(5)
+    assert eventually(lambda: kind.made == 20 + 8)
+    assert eventually(lambda: len(kind.ended) == 7)
+    assert pool.claim().result(1) == 21
+    pool.close()
+
+
+def test_what_is_ready_is_renewed() -> None:
+    """Nobody need ask for it."""
+    kind = Counters()
+    pool = Pool(kind, ready=2)
+    pool.fill()
+    assert eventually(lambda: kind.made == 2)
+    kind.dead = {1, 2}
+    pool.renew()
+    assert eventually(lambda: kind.made == 4 and sorted(kind.ended) == [1, 2])
+    pool.close()
+
+
+def test_what_died_meanwhile_is_not_given_to_who_waits() -> None:
+    kind = Counters()
+    pool = Pool(kind, ready=0)
+    thing = pool.claim().result(5)
+    kind.gate.clear()
+    waiting = pool.claim()
+    kind.dead = {thing}
+    pool.give_back(thing)
+    kind.gate.set()
+    assert waiting.result(5) != thing
     pool.close()
