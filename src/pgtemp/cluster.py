@@ -149,6 +149,7 @@ class Cluster:
         return self._main_works().server
 
     def _default(self) -> Template:
+        self._check_owner()
         with self._changing:
             if self._empty is None:
                 source = self._running().template or BASE
@@ -157,6 +158,7 @@ class Cluster:
 
     def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
         """Each name is built once, however many ask; everybody gets the error of one that fails."""
+        self._check_owner()
         template.check_name(name)
         if parent is not None and recipe.data_dir is not None:
             raise OptionError(
@@ -206,6 +208,7 @@ class Cluster:
             return Template(self, works, name, dbname, kept)
 
     def _main_works(self) -> Works:
+        self._check_owner()
         with self._changing:
             plan = self._running()
             if self._main is None:
@@ -230,6 +233,14 @@ class Cluster:
         # The port and the log that were asked for are the first server's.
         options = self._options if first else replace(self._options, port=None, log_path=None)
         return Works(PgTempDB.with_options(options, plan.blueprint.source).start())
+
+    def _check_owner(self) -> None:
+        # Before any lock: somebody may have held it at the fork.
+        if self._owner != os.getpid():
+            raise ClusterError(
+                "the cluster belongs to the process that this one was forked from",
+                remedy="make one in this process",
+            )
 
     def _running(self) -> Plan:
         if self._plan is None:

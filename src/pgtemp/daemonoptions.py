@@ -85,16 +85,29 @@ class DaemonOptions(ServerOptions):
         self._check_templates()
 
     def _check_templates(self) -> None:
-        named = {name.partition(":")[0] for name in self.templates}
+        parents = {}
         for name, build in self.templates.items():
             own, _, parent = name.partition(":")
-            if not own or "~" in own or not build or (parent and parent not in named):
+            if not own or "~" in own or not build:
                 raise OptionError(
                     f"the template {name}={build} cannot be made",
-                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND', or NAME:OTHER=…; OTHER is one too",
+                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND' or NAME:OTHER=…",
                 )
+            if own in parents:
+                raise OptionError(f"there are two templates {own}", remedy="name each once")
+            parents[own] = parent
+        for own, parent in parents.items():
+            above = [own]
+            while parent:
+                if parent not in parents or parent in above:
+                    raise OptionError(
+                        f"the template {above[-1]} cannot start from {parent}",
+                        remedy="it is itself" if parent in above else "give that one, too",
+                    )
+                above.append(parent)
+                parent = parents[parent]
         for one in self.watch:
-            if one.partition("=")[0] not in named:
+            if one.partition("=")[0] not in parents:
                 raise OptionError(
                     f"watch={one!r}: there is no such template", remedy="write NAME=GLOB"
                 )

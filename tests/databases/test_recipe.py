@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ def test_a_directory_tells_by_its_files_in_order(place: Path) -> None:
         "COPY t (a, b)\n FROM '/srv/data.csv'",
         "copy t from program 'date'",
         "\\set now `date`",
+        "SELECT 1; \\i other.sql",
+        "BEGIN; COPY t FROM '/srv/data.csv'",
+        "SELECT pg_read_file('/etc/hostname')",
+        "\\echo `cat x`",
     ],
 )
 def test_sql_that_reads_other_files_is_not_kept(place: Path, text: str) -> None:
@@ -56,7 +61,8 @@ def test_sql_that_reads_other_files_is_not_kept(place: Path, text: str) -> None:
 
 def test_what_pg_dump_writes_is_kept(place: Path) -> None:
     path = place / "dump.sql"
-    path.write_text("\\restrict x\nCOPY public.t (a) FROM stdin;\nfrom 'a'\n\\.\n\\unrestrict x\n")
+    said = "SELECT '\\d+', E'\\n';\nCOPY public.t (a) FROM stdin;\nfrom 'a'\n\\.\n"
+    path.write_text(f"\\restrict x\n{said}\\unrestrict x\n")
     assert Recipe(path).fingerprint() is not None
 
 
@@ -80,7 +86,8 @@ def test_callables_and_commands_need_a_key_or_files(place: Path) -> None:
 
 
 def test_two_callables_may_have_the_same_key() -> None:
-    assert Recipe(migrate, key="1").fingerprint() != Recipe(print, key="1").fingerprint()
+    builds = [migrate, print, partial(migrate, "a"), partial(migrate, "b")]
+    assert len({Recipe(build, key="1").fingerprint() for build in builds}) == 4
 
 
 def test_a_pattern_that_fits_nothing_is_an_error(place: Path) -> None:

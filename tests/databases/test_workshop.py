@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from conftest import leftovers
-from pgtemp import Cluster, OptionError, PgTempDB, TransferError
-from support import eventually, homes
+from pgtemp import Cluster, ClusterError, OptionError, PgTempDB, TransferError
+from support import Daemon, children, eventually, homes
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +215,42 @@ def test_stopping_leaves_nothing_of_several_servers(tmp_path: Path) -> None:
         app.database()
     assert directories[0] != directories[1]
     assert [leftovers(one) for one in directories] == [[], []]
+
+
+def test_what_changes_while_it_is_built_is_not_kept(own_cache: Path, tmp_path: Path) -> None:
+    """Else the new content would be found under the hash of the old."""
+    path = tmp_path / "a.sql"
+    path.write_text("SELECT pg_sleep(1); CREATE TABLE t (n int)")
+    with Cluster() as cluster, ThreadPoolExecutor(1) as thread:
+        building = thread.submit(cluster.template, "app", path)
+        assert eventually(lambda: "psql" in children(os.getpid()).values(), 20)
+        path.write_text("CREATE TABLE other (n int)")
+        with pytest.raises(ClusterError, match="has changed since"):
+            building.result(30)
+        assert kept(own_cache) == 0
+        with cluster.template("app", path).database() as db, db.connect() as connection:
+            connection.execute("SELECT * FROM other")
+
+
+def test_what_begins_with_something_that_is_not_kept_is_not_kept(
+    own_cache: Path, tmp_path: Path, daemon: type[Daemon]
+) -> None:
+    (tmp_path / "a.sql").write_text("CREATE TABLE t (n int)")
+    counts = []
+    for _ in range(2):
+        daemon(
+            "--template", f"upper:base={tmp_path / 'a.sql'}", "--template", "base=cmd:true"
+        ).end()
+        counts.append(kept(own_cache))
+    assert counts[0] == counts[1]
+
+
+def test_a_half_written_image_disturbs_nobody(own_cache: Path, tmp_path: Path) -> None:
+    """What a builder that was killed left behind is not looked at."""
+    (own_cache / "images" / "15-x.building").mkdir()
+    (own_cache / "images" / "15-x.building" / "manifest.json").write_text("{")
+    (own_cache / "images" / "15-y").mkdir()
+    (own_cache / "images" / "15-y" / "manifest.json").write_text("{")
+    (tmp_path / "a.sql").write_text("CREATE TABLE t (n int)")
+    with Cluster() as cluster:
+        cluster.template("app", tmp_path / "a.sql").database().close()

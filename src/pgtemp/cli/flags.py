@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import click
 
+from pgtemp.errors import OptionError
 from pgtemp.options import ServerOptions, default_of
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -62,7 +63,15 @@ def _flag(spec: Field[Any], hint: Any) -> Callable[[F], F]:
 
 
 def values_given(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, as keyword arguments for the options."""
+    """What was given on the command line, as keyword arguments for the options.
+
+    Raises:
+        OptionError: a template is given twice. Of a setting that is, the last counts, as it does
+            for PostgreSQL.
+    """
+    names = [name for name, _ in given.get("templates") or ()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"the template {twice[0]} is given twice", remedy="name each once")
     return {
         name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value
         for name, value in given.items()

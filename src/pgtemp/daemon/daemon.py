@@ -85,13 +85,13 @@ async def run(
 
         # serve
         servers = [
-            await loop.create_server(lambda: Endpoint(gateway.accepted), sock=bound)
+            await loop.create_server(lambda: Endpoint(gateway.accepted_by_tcp), sock=bound)
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
         servers.append(
             await loop.create_unix_server(
-                lambda: Endpoint(gateway.accepted), path, backlog=_BACKLOG
+                lambda: Endpoint(gateway.accepted_by_socket), path, backlog=_BACKLOG
             )
         )
         for server in servers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,6 +33,7 @@ _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
 MAX_STARTING = 1000  # clients that have not said yet who they are
 _PROBE = "pg_isready"
+_NO_WALSENDER = ("", "database", "false", "off", "no", "0")
 
 
 class Gateway:
@@ -50,13 +52,23 @@ class Gateway:
         self._starting = 0
         self._closing = False
 
-    def accepted(self, client: Endpoint) -> None:
-        """A client has connected."""
+    def accepted_by_tcp(self, client: Endpoint) -> None:
+        """A client has connected, from anywhere on this machine."""
+        self._accept(client, self._admit)
+
+    def accepted_by_socket(self, client: Endpoint) -> None:
+        """A client has connected who may enter the socket's directory."""
+        self._accept(client, lambda _: None)
+
+    def _accept(self, client: Endpoint, admit: Callable[[Endpoint], None]) -> None:
         if self._starting >= MAX_STARTING or self._closing:
-            client.write(replies.fatal("53300", "too many clients are starting"))
+            reason = "57P03", "pgtemp is shutting down"
+            if not self._closing:
+                reason = "53300", "too many clients are starting"
+            client.write(replies.fatal(*reason))
             client.close()
             return
-        task = asyncio.ensure_future(self._serve(client))
+        task = asyncio.ensure_future(self._serve(client, admit))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
 
@@ -69,9 +81,9 @@ class Gateway:
         await self._leases.close()
         self._peers.close()
 
-    async def _serve(self, client: Endpoint) -> None:
+    async def _serve(self, client: Endpoint, admit: Callable[[Endpoint], None]) -> None:
         try:
-            startup = await self._start_up(client)
+            startup = await self._start_up(client, admit)
             if startup is not None:
                 await self._lease(client, startup)
         except RefusedError as refusal:
@@ -92,7 +104,9 @@ class Gateway:
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
-    async def _start_up(self, client: Endpoint) -> Startup | None:
+    async def _start_up(
+        self, client: Endpoint, admit: Callable[[Endpoint], None]
+    ) -> Startup | None:
         """Who wants what; None where that was all."""
         self._starting += 1
         try:
@@ -104,7 +118,7 @@ class Gateway:
                     return None
                 if opening is None:
                     return None
-                self._admit(client)
+                admit(client)
                 if opening.parameters.get("application_name") == _PROBE:
                     client.write(
                         replies.greeting(opening.version, opening.parameters, self._server_version)
@@ -124,11 +138,13 @@ class Gateway:
         Over trusted loopback any local user could run shell commands as the server's user, with
         COPY FROM PROGRAM. Through the unix socket the directory's mode says who.
         """
+        if not TELLS_PEERS:
+            return
         peer = client.transport.get_extra_info("peername")
         ours = client.transport.get_extra_info("sockname")
-        if not isinstance(peer, tuple) or not isinstance(ours, tuple) or not TELLS_PEERS:
-            return
-        uid = self._peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
+        uid = None  # who has hung up already cannot be told
+        if isinstance(peer, tuple) and isinstance(ours, tuple):
+            uid = self._peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
         if uid in (0, os.getuid()):
             return
         raise RefusedError(
@@ -175,7 +191,7 @@ class Gateway:
     def _check_replication(self, startup: Startup) -> None:
         """A base backup would see everybody's databases."""
         asked = startup.parameters.get("replication", "").lower()
-        if not self._own_servers and asked in ("true", "on", "yes", "1"):
+        if not self._own_servers and asked not in _NO_WALSENDER:
             raise RefusedError(
                 "0A000",
                 "physical replication is not for a server that is shared",

@@ -44,6 +44,7 @@ class Lease:
     bytes_in: int = 0
     bytes_out: int = 0
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    spoke: float = 0.0  # when something was last said in it, by the loop's clock
     ending: bool = False
 
     @property
@@ -51,9 +52,15 @@ class Lease:
         return self.opening.result()
 
     @property
-    def gone(self) -> bool:
-        """Whether everybody has left who could still do something in it."""
-        return not self.lingers and all(client.over for client in self.clients)
+    def leaving(self) -> bool:
+        """Whether it ends, or is about to."""
+        return not self.lingers and all(client.left for client in self.clients)
+
+    @property
+    def dead(self) -> bool:
+        """Whether its server is no more."""
+        opened = self.opening.done() and not self.opening.cancelled()
+        return opened and self.opening.exception() is None and not self.place.alive
 
     def traffic(self) -> int:
         """Bytes so far, either way."""

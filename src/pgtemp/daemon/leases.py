@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Hashable
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from pgtemp.daemon.rehearsal import Rehearsals
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
+from pgtemp.databases.pool import PoolClosedError
 from pgtemp.databases.supply import Place
 from pgtemp.errors import LimitError, NoDatabaseError, PgTempError
 from pgtemp.wire.startup import Startup
@@ -27,6 +29,7 @@ from pgtemp.wire.startup import Startup
 _log = logging.getLogger("pgtemp.daemon")
 # How long somebody new waits for what others who have gone may have left to be found.
 _LOOK_SECONDS = 2.0
+_ENOUGH = 50  # connections of a server, for some to be opened ahead
 
 
 class Leases:
@@ -35,7 +38,11 @@ class Leases:
     def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
         self._isolation = isolation
         self._options = options
-        self._rehearsals = Rehearsals(isolation, ready=options.pool)
+        # Connections that nobody has yet must not take the places of those that somebody wants.
+        said = str(options.config.get("max_connections", _ENOUGH))
+        few = said.isdecimal() and int(said) < _ENOUGH
+        self._rehearsals = Rehearsals(isolation, ready=0 if few else options.pool)
+        self._shares_servers = options.isolation == "database" and not options.single
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
@@ -52,8 +59,8 @@ class Leases:
         await self._what_is_left()
         await self._while_edited(wish)
         key = self._isolation.share(wish)
-        while (lease := self._shared.get(key)) is not None and lease.ending:
-            await asyncio.wait([lease.ended])
+        while (lease := self._shared.get(key)) is not None and (lease.ending or lease.dead):
+            await self._end(lease)
         most = self._options.max_connections_per_lease
         if lease is None:
             lease = self._begin(wish, startup, key)
@@ -105,36 +112,36 @@ class Leases:
         lingers = key is not None and not wish.edits and self._options.linger > 0
         over, ended = loop.create_future(), loop.create_future()
         lease = Lease(next(self._numbers), wish, key, lingers, over, ended)
-        if self._turns is None and self._isolation.knows(wish):
-            # Where nothing has to be waited for, there is no task: it would take a tenth of the
-            # time.
-            lease.opening = self._at_once(lease, startup)
-        else:
-            lease.opening = asyncio.ensure_future(self._open(lease, startup))
+        lease.opening = self._opening(lease, startup)
         self._live.add(lease)
         if key is not None:
             self._shared[key] = lease
-        if (ttl := self._options.ttl) is not None:
-            lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
-        if (idle := self._options.idle_ttl) is not None:
-            lease.timers["idle"] = loop.call_later(idle, self._watch, lease, idle, 0)
         return lease
 
-    def _at_once(self, lease: Lease, startup: Startup) -> asyncio.Future[Place]:
-        """What was opened ahead, else what is ready, else what comes."""
+    def _opening(self, lease: Lease, startup: Startup) -> asyncio.Future[Place]:
+        """A place, or one to come. Where nothing has to be waited for, there is no task.
+
+        A task would take a tenth of the time.
+        """
+        if self._turns is None and self._isolation.knows(lease.wish):
+            found = self._at_once(lease, startup)
+            if isinstance(found, Place):
+                opened: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+                opened.set_result(found)
+                return opened
+            return asyncio.ensure_future(self._await(lease, found))
+        return asyncio.ensure_future(self._open(lease, startup))
+
+    def _at_once(self, lease: Lease, startup: Startup) -> Place | Future[Place]:
+        """What was opened ahead, else what is ready, else what will be."""
         rehearsed = self._rehearsals.take(lease.wish, startup)
         if rehearsed is not None:
             lease.backend = rehearsed.backend
-            place = rehearsed.place
-        else:
-            claimed = self._isolation.claim(lease.wish)
-            if not claimed.done() or claimed.exception() is not None:
-                return asyncio.ensure_future(self._await(lease, claimed))
-            place = claimed.result()
-        self._give(lease, place)
-        opened: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        opened.set_result(place)
-        return opened
+            return self._give(lease, rehearsed.place)
+        claimed = self._isolation.claim(lease.wish)
+        if claimed.done() and claimed.exception() is None:
+            return self._give(lease, claimed.result())
+        return claimed
 
     async def _open(self, lease: Lease, startup: Startup) -> Place:
         if self._turns is not None:
@@ -142,31 +149,44 @@ class Leases:
         try:
             if not self._isolation.knows(lease.wish):
                 await whole(lambda: self._isolation.check(lease.wish))
-            return await self._at_once(lease, startup)
+            found = self._at_once(lease, startup)
+            return found if isinstance(found, Place) else await self._await(lease, found)
         except BaseException:
             if self._turns is not None:
                 self._turns.release()
             raise
 
     async def _await(self, lease: Lease, claimed: Future[Place]) -> Place:
+        seconds = self._options.wait
         try:
-            async with asyncio.timeout(self._options.wait):
-                place = await asyncio.wrap_future(claimed)
+            async with asyncio.timeout(seconds):
+                while True:
+                    try:
+                        return self._give(lease, await asyncio.wrap_future(claimed))
+                    except PoolClosedError:  # the template was edited: it has a new pool
+                        claimed = self._isolation.claim(lease.wish)
+                        if claimed.done():  # the daemon ends
+                            return self._give(lease, claimed.result())
         except TimeoutError:
             self._unclaim(claimed, lease.wish)
             raise LimitError(
-                f"no database became free within {self._options.wait:g} s",
+                f"no database became free within {seconds:g} s",
                 remedy="try again later, or raise --wait",
             ) from None
         except BaseException:
             self._unclaim(claimed, lease.wish)
             raise
-        self._give(lease, place)
-        return place
 
-    def _give(self, lease: Lease, place: Place) -> None:
+    def _give(self, lease: Lease, place: Place) -> Place:
         place.lease(lease.number)
         lease.waited = time.perf_counter() - lease.asked
+        loop = asyncio.get_running_loop()
+        if (ttl := self._options.ttl) is not None:
+            lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
+        if (idle := self._options.idle_ttl) is not None:
+            lease.spoke = loop.time()
+            lease.timers["idle"] = loop.call_later(idle / 4, self._watch, lease, idle, 0)
+        return place
 
     def _unclaim(self, claimed: Future[Place], wish: Wish) -> None:
         """What comes too late goes back."""
@@ -176,8 +196,10 @@ class Leases:
                 self._isolation.release(done.result(), wish, used=False)
 
         if not claimed.cancel():
-            loop = asyncio.get_running_loop()
-            claimed.add_done_callback(lambda done: loop.run_in_executor(None, give_back, done))
+            # In a thread of its own: it blocks, and the loop may be closed by then.
+            claimed.add_done_callback(
+                lambda done: threading.Thread(target=give_back, args=(done,)).start()
+            )
 
     async def _turn(self, turns: asyncio.Semaphore) -> None:
         try:
@@ -235,18 +257,21 @@ class Leases:
             self._end(lease)
 
     def _watch(self, lease: Lease, seconds: float, before: int) -> None:
-        """End a lease in which nothing was said for so long."""
-        now = lease.traffic()
-        if now == before and lease.opening.done():
-            self._expire(lease, f"idle_ttl={seconds:g} s")
-            return
+        """End a lease in which nothing was said for so long; looked at in quarters of that."""
         loop = asyncio.get_running_loop()
-        lease.timers["idle"] = loop.call_later(seconds, self._watch, lease, seconds, now)
+        now = lease.traffic()
+        if now != before:
+            lease.spoke = loop.time()
+        if loop.time() - lease.spoke >= seconds:
+            self._expire(lease, f"idle_ttl={seconds:g} s")
+        else:
+            due = min(seconds / 4, lease.spoke + seconds - loop.time())
+            lease.timers["idle"] = loop.call_later(due, self._watch, lease, seconds, now)
 
     async def _what_is_left(self) -> None:
         """Wait until what those who have gone left in the server was found."""
-        leaving = [lease.ended for lease in self._live if lease.gone]
-        if leaving:
+        leaving = [lease.ended for lease in self._live if lease.leaving]
+        if leaving and self._shares_servers:
             await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
 
     async def _while_edited(self, wish: Wish) -> None:

@@ -132,7 +132,8 @@ class Rehearsals:
         finally:
             stage.making -= 1
         if rehearsed is None:
-            stage.refused = True  # the client that sends this is to hear it itself
+            # The client that sends this is to hear it itself; the next minute may be another.
+            stage.refused = True
         elif self._stages.get(kind) is stage:
             stage.ready.append(rehearsed)
         else:

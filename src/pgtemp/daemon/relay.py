@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+from pgtemp.wire.messages import TERMINATE
+
 # Bytes asyncio may hold for a slow reader before the other side is told to wait.
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
@@ -21,6 +23,7 @@ class Endpoint(asyncio.Protocol):
         self._ended = False
         self._peer: Endpoint | None = None
         self.listen: Callable[[bytes], None] | None = None
+        self._last = b""
         self.received = 0  # bytes that were passed on
         self.sent = 0
         self.transport: asyncio.Transport
@@ -32,7 +35,12 @@ class Endpoint(asyncio.Protocol):
             await self._news.wait()
         data = bytes(self._arrived)
         self._arrived.clear()
+        self._go_on()
         return data
+
+    def _go_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -45,6 +53,7 @@ class Endpoint(asyncio.Protocol):
         if self._arrived:
             data = bytes(self._arrived)
             self._arrived.clear()
+            self._go_on()
             self._pass_on(data)
         if self._ended:
             self._pass_on_end()
@@ -52,8 +61,12 @@ class Endpoint(asyncio.Protocol):
     def part(self) -> None:
         """Pass on nothing more; what happens here no longer concerns the peer."""
         self._peer = None
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
+        self._go_on()
+
+    @property
+    def left(self) -> bool:
+        """Whether a client has said goodbye, so that its backend is about to end."""
+        return self._ended and self._last.endswith(TERMINATE)
 
     @property
     def over(self) -> bool:
@@ -95,9 +108,12 @@ class Endpoint(asyncio.Protocol):
             self._opened(self)
 
     def data_received(self, data: bytes) -> None:
+        self._last = data[-len(TERMINATE) :]
         if self._peer is None:
             self._arrived += data
             self._news.set()
+            if len(self._arrived) > HIGH_WATER:  # until somebody is there to take it
+                self.transport.pause_reading()
         else:
             self._pass_on(data)
 

@@ -141,7 +141,7 @@ def ensure_login(connection: psycopg.Connection[Any], user: str, attributes: str
     words = sql.SQL(" ").join(sql.SQL(word) for word in attributes.split())
     try:
         connection.execute(sql.SQL("CREATE ROLE {} LOGIN {}").format(sql.Identifier(user), words))
-    except errors.DuplicateObject:
+    except (errors.DuplicateObject, errors.UniqueViolation):
         pass  # somebody else was quicker
 
 
@@ -188,10 +188,13 @@ def clone(
     source: str,
     owner: str,
     give_up: threading.Event | None = None,
+    *,
+    attributes: bool = True,
 ) -> None:
     """Make a database as a copy of another; waits while that one is in use.
 
     Args:
+        attributes: copy settings and privileges of the database itself, too.
         give_up: set when waiting any longer is pointless.
 
     Raises:
@@ -206,11 +209,41 @@ def clone(
     while True:
         try:
             connection.execute(statement)
-            return
+            break
         except errors.ObjectInUse:
             # Nothing tells when somebody leaves a database; the server itself waits five seconds.
             if time.monotonic() > deadline or (give_up or _NEVER).wait(_IN_USE_POLL):
                 raise
+
+    if attributes:
+        _copy_attributes(connection, source, dbname)
+
+
+def has_attributes(connection: psycopg.Connection[Any], dbname: str) -> bool:
+    """Whether a database has settings or privileges of its own, which CREATE DATABASE leaves."""
+    found = connection.execute(
+        "SELECT 1 FROM pg_database d WHERE datname = %s AND (datacl IS NOT NULL OR EXISTS"
+        " (SELECT 1 FROM pg_db_role_setting WHERE setdatabase = d.oid))",
+        [dbname],
+    )
+    return found.fetchone() is not None
+
+
+def _copy_attributes(connection: psycopg.Connection[Any], source: str, dbname: str) -> None:
+    # Row by row in the catalogs: as statements they would have to be put together from texts that
+    # PostgreSQL has no function to quote (pg_dump does it in C).
+    names = {"source": source, "dbname": dbname}
+    connection.execute(
+        "INSERT INTO pg_db_role_setting SELECT d.oid, setrole, setconfig"
+        " FROM pg_db_role_setting JOIN pg_database s ON s.oid = setdatabase, pg_database d"
+        " WHERE s.datname = %(source)s AND d.datname = %(dbname)s",
+        names,
+    )
+    connection.execute(
+        "UPDATE pg_database d SET datacl = s.datacl FROM pg_database s"
+        " WHERE s.datname = %(source)s AND d.datname = %(dbname)s AND s.datacl IS NOT NULL",
+        names,
+    )
 
 
 def users_of(connection: psycopg.Connection[Any], dbname: str) -> list[str]:

@@ -17,7 +17,7 @@ from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.supply import Clusters, Databases, Place, Supply
 from pgtemp.databases.workshop import Workshop
-from pgtemp.errors import NoDatabaseError, PgTempError
+from pgtemp.errors import ClusterError, NoDatabaseError, PgTempError
 from pgtemp.server.cluster import Cluster
 
 _log = logging.getLogger("pgtemp")
@@ -52,6 +52,7 @@ class Apart:
         self._stocks: dict[str, _Stock] = {}
         self._default: _Stock | None = None
         self._editing: dict[Place, Workshop] = {}
+        self._closed = False
         self._changing = threading.Lock()
 
     def open(self) -> None:
@@ -63,17 +64,25 @@ class Apart:
         loading = replace(extensions, build=options.load) if options.load else extensions
         try:
             self._default = self._stock(begin, options.dbname, loading)
-            for name, build in options.templates.items():
-                name, _, parent = name.partition(":")
-                recipe = replace(extensions, build=build, watch=self._watched(name))
-                start = self._stocks[parent].plan if parent else self._plan
-                self._stocks[name] = self._stock(start, name, recipe)
+            for name in options.templates:
+                self._declared(name.partition(":")[0], extensions)
             for stock in self._stocks.values() or [self._default]:
                 # One is waited for, so that what is wrong is said now.
                 stock.supply.release(stock.supply.claim().result(), used=False)
         except BaseException:
             self.close()
             raise
+
+    def _declared(self, name: str, begin: Recipe) -> _Stock:
+        """A template of the options; the one that it starts from comes first."""
+        if name not in self._stocks:
+            declared = {one.partition(":")[0]: one for one in self._options.templates}
+            parent = declared[name].partition(":")[2]
+            start = self._declared(parent, begin).plan if parent else self._plan
+            build = self._options.templates[declared[name]]
+            recipe = replace(begin, build=build, watch=self._watched(name))
+            self._stocks[name] = self._stock(start, name, recipe)
+        return self._stocks[name]
 
     def _watched(self, name: str) -> tuple[str, ...]:
         pairs = (one.partition("=") for one in self._options.watch)
@@ -146,8 +155,14 @@ class Apart:
             return
         place = Place(bench.cluster, bench.dbname)
         with self._changing:
-            self._editing[place] = bench
-        claimed.set_result(place)
+            late = self._closed
+            if not late:
+                self._editing[place] = bench
+        if late:
+            bench.close()
+            claimed.set_exception(ClusterError("pgtemp is shutting down"))
+        else:
+            claimed.set_result(place)
 
     def furnished(self, place: Place, wish: Wish) -> str | None:
         if place.supply is None or not place.supply.furnished(place, wish.user):
@@ -210,7 +225,10 @@ class Apart:
             _log.error("%s", error)
 
     def close(self) -> None:
-        for bench in self._editing.values():
+        with self._changing:
+            self._closed = True
+            editing, self._editing = list(self._editing.values()), {}
+        for bench in editing:
             bench.close()
         for stock in [*self._stocks.values(), *([self._default] if self._default else [])]:
             stock.close()

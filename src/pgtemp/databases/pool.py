@@ -59,9 +59,12 @@ class Pool(Generic[T]):
     def claim(self) -> Future[T]:
         """One thing, at once where one is ready; the error of the one that could not be made."""
         claimed: Future[T] = Future()
+        if self._owner != os.getpid():  # before the lock, which somebody may have held at the fork
+            claimed.set_exception(_closed())
+            return claimed
         with self._lock:
-            if self._closed or self._owner != os.getpid():
-                claimed.set_exception(_not_running())
+            if self._closed:
+                claimed.set_exception(_closed())
                 return claimed
             while self._ready:
                 thing = self._ready.popleft()
@@ -133,10 +136,17 @@ class Pool(Generic[T]):
             self.retire(thing)
 
     def retire(self, thing: T) -> None:
-        """Dispose of a thing in the background; nothing happens in a forked child."""
+        """Dispose of a thing: in the background, or at once where the pool is closed.
+
+        Nothing happens in a forked child.
+        """
+        if self._owner != os.getpid():
+            return
         with self._lock:
-            if not self._closed and self._owner == os.getpid():
+            if not self._closed:
                 self._enders.submit(self._end, thing)
+                return
+        self._end(thing)
 
     def refuse(self) -> None:
         """Hand out nothing more; who waits is told."""
@@ -148,7 +158,7 @@ class Pool(Generic[T]):
                 self._calming.cancel()
         for claimed in waiting:
             if claimed.set_running_or_notify_cancel():
-                claimed.set_exception(_not_running())
+                claimed.set_exception(_closed())
 
     def close(self, *, dispose: bool = True) -> None:
         """Dispose of everything that is not handed out, and wait for what is under way.
@@ -170,6 +180,8 @@ class Pool(Generic[T]):
         except PgTempError as error:
             if not self._closed:  # else it went with its server
                 _log.warning("could not be disposed of: %s", error)
+        except Exception:
+            _log.exception("could not be disposed of")
 
     def _make_enough(self) -> None:
         # With the lock held.
@@ -201,6 +213,7 @@ class Pool(Generic[T]):
                 if claimed.set_running_or_notify_cancel():
                     claimed.set_result(thing)
                     return True
+            # One too many is not worth its end: the next claim makes one less.
             if self._closed or len(self._ready) > self._target:
                 return False
             self._ready.append(thing)
@@ -217,8 +230,12 @@ class Pool(Generic[T]):
                     return
 
 
-def _not_running() -> ClusterError:
-    return ClusterError(
+class PoolClosedError(ClusterError):
+    """Nothing more comes from here."""
+
+
+def _closed() -> PoolClosedError:
+    return PoolClosedError(
         "the cluster is not running here",
         remedy="it was stopped, or belongs to the process that this one was forked from",
     )

@@ -7,6 +7,7 @@ none until it is told a key, or which files to watch.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import inspect
@@ -33,9 +34,10 @@ COMMAND = "cmd:"
 _COMMAND_LINES = 12
 # psql's commands, and SQL's, that read what is not in the file itself.
 _READS_MORE = re.compile(
-    rb"^[ \t]*\\(i|ir|include|include_relative|copy|!)(\s|$)"
-    rb"|^[ \t]*\\set\s.*`"
-    rb"|^[ \t]*copy\s[^;]*?\sfrom\s+(program\s+)?'",
+    rb"\\(i|ir|include|include_relative|copy|lo_import|getenv|!)(?=\s|$)"
+    rb"|\\[a-z]+\s[^\n']*`"
+    rb"|\bcopy\s[^;]*?\sfrom\s+(program\s+)?(e?'|\$)"
+    rb"|\b(pg_read_file|pg_read_binary_file|lo_import)\s*\(",
     re.M | re.I,
 )
 
@@ -180,6 +182,8 @@ def _reads_more(content: bytes) -> bool:
 def _name_of(build: object) -> str:
     """Where a callable comes from, so that two projects may use the same key."""
     inner = inspect.unwrap(build) if callable(build) else build
+    if isinstance(inner, functools.partial):
+        return f"{_name_of(inner.func)}\0{inner.args!r}\0{sorted(inner.keywords.items())!r}"
     code = getattr(inner, "__code__", None)
     where = code.co_filename if code is not None else type(inner).__module__
     return f"{where}\0{getattr(inner, '__qualname__', type(inner).__qualname__)}"

@@ -51,10 +51,24 @@ class Residue:
     data_dir: Path
     ours: Callable[[str], bool]
     _before: State = field(default_factory=dict)
+    _touched: int = 0
 
     def accept(self, connection: psycopg.Connection[Any]) -> None:
         """Take what there is now for what there should be."""
         self._before = self._now(connection)
+        self.settings_were_touched(connection)
+
+    def settings_were_touched(self, connection: psycopg.Connection[Any]) -> bool:
+        """Whether settings of roles or databases were changed since the last look.
+
+        Somebody may have connected under them though they are what they were again.
+        """
+        row = connection.execute(
+            "SELECT pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c)"
+            " FROM (SELECT 'pg_db_role_setting'::regclass AS c) AS of"
+        ).fetchone()
+        before, self._touched = self._touched, row[0] if row is not None else 0
+        return self._touched != before
 
     def accept_role(self, connection: psycopg.Connection[Any], name: str) -> None:
         """A role that pgtemp itself has made."""

@@ -39,6 +39,8 @@ class Place:
         roles: users who have been let in.
         number: counts leases, for the names of what is kept of them.
         supply: where it came from; None where it did not come from one.
+        epoch: that of `tenants` when it was made.
+        furnishing: held while it is made fit for somebody.
     """
 
     cluster: Cluster
@@ -47,6 +49,8 @@ class Place:
     number: int = 0
     supply: Supply | None = None
     tenants: TenantCluster | None = None
+    epoch: int = 0
+    furnishing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def socket(self) -> str:
@@ -58,13 +62,18 @@ class Place:
         """Whether whoever comes next can still have it."""
         return self.supply is None or self.supply.usable(self)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its server runs."""
+        return alive(self.cluster)
+
     def lease(self, number: int) -> None:
         """From now on somebody has it; 0 is nobody any more."""
         self.number = number
         if self.tenants is not None and number:
-            self.tenants.tenants.add(self.dbname)
+            self.tenants.occupied.add(self.dbname)
         elif self.tenants is not None:
-            self.tenants.tenants.discard(self.dbname)
+            self.tenants.occupied.discard(self.dbname)
 
 
 class Supply(Protocol):
@@ -115,16 +124,23 @@ class Clusters:
     def furnish(self, place: Place, user: str, dbname: str) -> None:
         """Make the user; at first also the database, out of the template."""
         plan = self._plan
-        if not place.dbname:
-            provision.furnish_database(place.cluster, plan, dbname, plan.options.user)
-            place.dbname = dbname
-        if user not in place.roles:
+        with place.furnishing:
+            if not place.dbname:
+                provision.furnish_database(place.cluster, plan, dbname, plan.options.user)
+                place.dbname = dbname
+            if user in place.roles:
+                return
             to = provision.private_info(place.cluster, plan.superuser, admin.MAINTENANCE)
             with admin.connected(to) as connection:
                 admin.ensure_login(connection, user, self._attributes)
-                if not _is_superuser(self._attributes):
+                if self._owns(place):
                     admin.set_owner(connection, place.dbname, user)
             place.roles.add(user)
+
+    def _owns(self, place: Place) -> bool:
+        """Whether a user is to own the database: the first who is no superuser."""
+        ours = {self._plan.options.user, self._plan.superuser}
+        return not _is_superuser(self._attributes) and place.roles <= ours
 
     def release(self, place: Place, *, used: bool) -> None:
         """End the server behind everybody's back; one that nobody has touched serves the next."""
@@ -149,6 +165,7 @@ class Databases:
         self._attributes = attributes
         self._announce = announce
         self._keep = plan.options.persist
+        self._superuser = plan.options.user
         self._current: TenantCluster | None = None
         self._servers: set[TenantCluster] = set()  # that run
         self._closed = False
@@ -163,10 +180,12 @@ class Databases:
                 tenants.clone(dbname)
             except PgTempError:
                 tenants.stale = tenants.stale or not alive(tenants.cluster)
+                self._stop_if_empty(tenants)
                 if not tenants.stale or attempt == _TRIES - 1:
                     raise
                 continue
-            place = Place(tenants.cluster, dbname, supply=self, tenants=tenants)
+            epoch = tenants.epoch
+            place = Place(tenants.cluster, dbname, supply=self, tenants=tenants, epoch=epoch)
             if not tenants.stale:
                 return place
             self.dispose(place)  # somebody made it stale meanwhile
@@ -177,20 +196,19 @@ class Databases:
         try:
             if self._keep and place.number:
                 kept = f"{self._plan.options.dbname}_{place.number}"
-                tenants.rename(place.dbname, kept)
+                tenants.keep(place.dbname, kept)
                 self._announce(f"kept database {kept} in {tenants.cluster.home.path}")
             else:
                 tenants.drop(place.dbname)
         finally:
             if tenants.stale:
                 self._pool.renew()
-                if not tenants.names:
-                    self._stop(tenants)
+            self._stop_if_empty(tenants)
 
     def usable(self, place: Place) -> bool:
         tenants = _tenants(place)
         tenants.stale = tenants.stale or not alive(tenants.cluster)
-        return not tenants.stale
+        return not tenants.stale and place.epoch == tenants.epoch
 
     def claim(self) -> Future[Place]:
         return self._pool.claim()
@@ -201,10 +219,11 @@ class Databases:
     def furnish(self, place: Place, user: str, dbname: str) -> None:
         """Make the user; the database has a name of its own."""
         tenants = _tenants(place)
-        new = user not in place.roles and user != self._plan.options.user
-        owns = place.dbname if new and not _is_superuser(self._attributes) else None
-        tenants.admit(user, self._attributes, owns)
-        place.roles.add(user)
+        with place.furnishing:
+            owned = _is_superuser(self._attributes) or place.roles or user == self._superuser
+            tenants.admit(user, self._attributes, None if owned else place.dbname)
+            if user != self._superuser:
+                place.roles.add(user)
 
     def release(self, place: Place, *, used: bool) -> None:
         """See what was left beside the database, and drop it behind everybody's back."""
@@ -217,41 +236,46 @@ class Databases:
             if alive(tenants.cluster):
                 _log.warning("%s", error)
         finally:
-            place.lease(place.number if used else 0)
-            tenants.tenants.discard(place.dbname)
+            tenants.occupied.discard(place.dbname)
+            if not used:
+                place.lease(0)
             if tenants.stale:
                 self._pool.renew()
-            if not used and not self._closed:
-                self._pool.give_back(place)
-            elif not self._closed:
+            # What belongs to somebody by now cannot serve anybody else.
+            if used or (place.roles and not _is_superuser(self._attributes)):
                 self._pool.retire(place)
             else:
-                self.dispose(place)
+                self._pool.give_back(place)
 
     def made_by_hand(self, dbname: str) -> bool:
         """Whether somebody who has a lease made a database of this name. Raises PgTempError."""
-        return any(one.tenants and one.has(dbname) for one in list(self._servers))
+        return any(
+            one.occupied and alive(one.cluster) and one.has(dbname) for one in list(self._servers)
+        )
 
     def close(self) -> None:
-        """Give nothing more; the server goes with its last lease."""
+        """Give nothing more; the server goes with its last database."""
         with self._moving:
             self._closed = True
-            tenants, self._current = self._current, None
-        self._pool.refuse()
-        if tenants is not None:
-            tenants.stale = not self._keep
-            self._pool.close()
-            if not tenants.tenants:
-                if self._keep:
-                    home = tenants.cluster.home.path
-                    write_note(home, self._plan.options.user, admin.MAINTENANCE)
-                    self._announce(f"kept {home}")
-                self._stop(tenants)
-        else:
-            self._pool.close()
+            self._current = None
+        for tenants in self._servers if not self._keep else ():
+            tenants.stale = True  # so that nothing is dropped in it one by one
+        self._pool.close()
+        for tenants in list(self._servers):
+            self._stop_if_empty(tenants)
 
-    def _stop(self, tenants: TenantCluster) -> None:
-        self._servers.discard(tenants)
+    def _stop_if_empty(self, tenants: TenantCluster) -> None:
+        """End a server in which nobody is, and nobody will be."""
+        if tenants.names or not (tenants.stale or self._closed):
+            return
+        with self._moving:
+            if tenants not in self._servers:
+                return
+            self._servers.discard(tenants)
+        if self._keep:
+            home = tenants.cluster.home.path
+            write_note(home, self._superuser, admin.MAINTENANCE)
+            self._announce(f"kept {home}")
         tenants.stop()
 
     def _server(self) -> TenantCluster:

@@ -32,6 +32,7 @@ class Clones:
 
     def __init__(self, admins: Admins, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
+        self._attributes: bool | None = None  # of the source, which is sealed, so that they stay
 
     def provision(self) -> str:
         """A new database; its name."""
@@ -42,8 +43,13 @@ class Clones:
     def make(self, name: str) -> None:
         """A new database of that name. Raises ClusterError."""
         with self._admins.connection() as connection:
+            if self._attributes is None:
+                self._attributes = admin.has_attributes(connection, self._source)
             try:
-                admin.clone(connection, name, self._source, self._owner, self._admins.closing)
+                admin.clone(
+                    connection, name, self._source, self._owner, self._admins.closing,
+                    attributes=self._attributes,
+                )  # fmt: skip
             except errors.ObjectInUse as error:
                 raise in_use(connection, self._source) from error
 

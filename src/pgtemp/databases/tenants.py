@@ -34,7 +34,9 @@ class TenantCluster:
 
     Attributes:
         names: of its databases, from before they are made until after they are dropped.
-        tenants: names of the databases that somebody has.
+        occupied: names of the databases that somebody has.
+        kept: names of the databases that stay when the server ends.
+        epoch: counts changes of what logins depend on; a connection of an earlier one is outdated.
         stale: whether it is no longer as it should be, so that nobody moves in any more.
     """
 
@@ -44,7 +46,9 @@ class TenantCluster:
         self._plan = plan
         self._keep = keep
         self.names: set[str] = set()
-        self.tenants: set[str] = set()
+        self.occupied: set[str] = set()
+        self.kept: set[str] = set()
+        self.epoch = 0
         self.stale = False
         self._looking = threading.Lock()
         self.cluster = Cluster(plan.blueprint)
@@ -53,7 +57,9 @@ class TenantCluster:
             to = provision.private_info(self.cluster, plan.superuser, admin.MAINTENANCE)
             self._admins = Admins(to)
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
-            self._residue = Residue(self.cluster.data_dir, self.names.__contains__)
+            self._residue = Residue(
+                self.cluster.data_dir, lambda name: name in self.names or name in self.kept
+            )
             with self._admins.connection() as connection:
                 self._residue.accept(connection)
         except BaseException:
@@ -74,7 +80,7 @@ class TenantCluster:
     def drop(self, dbname: str) -> None:
         """Drop a database, whoever is in it. Raises PgTempError; the server is stale then."""
         try:
-            if not self.stale:
+            if not self.stale or self._keep:
                 self._clones.dispose(dbname)
         except PgTempError:
             self.stale = True
@@ -82,12 +88,13 @@ class TenantCluster:
         finally:
             self.names.discard(dbname)
 
-    def rename(self, dbname: str, name: str) -> None:
-        """Give a database, which is then empty of people, another name. Raises PgTempError."""
-        self.names.add(name)
+    def keep(self, dbname: str, name: str) -> None:
+        """Keep a database under another name; whoever is in it is ended. Raises PgTempError."""
+        self.kept.add(name)
         with self._admins.connection() as connection:
             admin.empty(connection, dbname)
             admin.rename(connection, dbname, name)
+        self.names.discard(dbname)
 
     def knows(self, user: str) -> bool:
         """Whether there is nothing to be done to let a superuser in."""
@@ -123,11 +130,13 @@ class TenantCluster:
             admin.empty(connection, dbname)  # what is still at work could still make things
             if admin.clings(connection, dbname):
                 self._clones.dispose(dbname)
+            if self._residue.settings_were_touched(connection):
+                self.epoch += 1
             found = self._residue.found(connection)
             if not found:
                 return
             names = ", ".join(f"{kind} {name}".rstrip() for kind, name in found)
-            if self.tenants <= {dbname}:
+            if self.occupied <= {dbname}:
                 self._clones.dispose(dbname)  # the roles may own what is in it
                 found = self._residue.clean(connection, found)
             self.stale = self.stale or bool(found)

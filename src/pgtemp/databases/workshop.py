@@ -17,6 +17,7 @@ from pgtemp.databases.kept import read_note
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.secret import STRONG_ROUNDS, random_secret
+from pgtemp.errors import ClusterError
 from pgtemp.host.progress import step
 from pgtemp.server import image, imagebuild, imagecache
 from pgtemp.server.cluster import Cluster
@@ -133,7 +134,9 @@ class Lasting(imagecache.Ensured):
             plan.installation.identity,
             plan.blueprint.conf(""),
             plan.options.user,
+            self.name,
             self.fingerprint,
+            plan.installation.extensions_stamp(),
         )
 
     def image(self) -> Image:
@@ -145,10 +148,20 @@ class Lasting(imagecache.Ensured):
         )
 
     def _build(self, path: Path, lock: int) -> None:
+        self._check_unchanged()
         with _opened(self.plan, self.name) as workshop:
             workshop.apply(self.recipe)
             workshop.seal()
+            self._check_unchanged()
             imagebuild.copy(self.plan.installation, workshop.cluster.data_dir, path)
+
+    def _check_unchanged(self) -> None:
+        """Nothing is kept under the hash of what it was not made from."""
+        if self.recipe.fingerprint() != self.fingerprint:
+            raise ClusterError(
+                f"what template {self.name} is made from has changed since it was first looked at",
+                remedy="start again",
+            )
 
 
 def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
@@ -163,6 +176,8 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
     Raises:
         OptionError: a file is missing.
     """
+    if isinstance(plan.blueprint.source, image.Image):
+        return None  # it begins with what is not kept itself
     if (data_dir := recipe.data_dir) is not None:
         provision.check_copied(data_dir, plan.installation)
         plan = replace(

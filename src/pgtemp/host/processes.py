@@ -10,9 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from pgtemp.errors import PgTempError
 from pgtemp.host.identity import Identity
 
 # What may decide whether a program finds its libraries or its user; the rest is not passed on.
@@ -54,7 +58,9 @@ def run(
 
     Raises:
         OSError: the program could not be run.
+        PgTempError: this process is about to end.
     """
+    _check_going_on()
     become = identity if identity is not None and identity.switch else None
     with subprocess.Popen(
         [os.fspath(part) for part in argv],
@@ -91,34 +97,44 @@ def run_command(command: str, env: Mapping[str, str]) -> subprocess.CompletedPro
     Returns:
         Its exit status, and what it printed on both its outputs, in `stdout`.
     """
-    with subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        process_group=0,  # so that what the command has started can be ended with it
-    ) as process:
+    _check_going_on()
+    with tempfile.TemporaryFile() as output:  # a pipe would last as long as what runs on behind
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,  # so that what the command has started can be ended with it
+        )
         _running.add(process)
         try:
-            stdout, _ = process.communicate()
-        except BaseException:
-            _signal_all(process, signal.SIGKILL)
-            raise
+            process.wait()
         finally:
             _running.discard(process)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        said = output.read().decode("utf-8", "replace")
+    return subprocess.CompletedProcess(process.args, process.returncode, said)
 
 
 _running: set[subprocess.Popen[str]] = set()
+_interrupted = threading.Event()
 
 
 def interrupt() -> None:
-    """End the programs that run at this moment; whoever waits for them sees them fail."""
+    """End the programs that run, and let no other begin: this process is about to end."""
+    _interrupted.set()
     for process in list(_running):
         _signal_all(process, signal.SIGTERM)
+
+
+def _check_going_on() -> None:
+    if _interrupted.is_set():
+        raise PgTempError("interrupted")
 
 
 def _signal_all(process: subprocess.Popen[str], number: int) -> None:

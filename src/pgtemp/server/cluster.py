@@ -20,7 +20,7 @@ from pgtemp.host import paths, ports, processes
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.server import home, warden
-from pgtemp.server.image import Source
+from pgtemp.server.image import Copyable, Source
 from pgtemp.server.installation import Installation
 from pgtemp.server.remains import clear_crashed
 
@@ -133,15 +133,16 @@ class Cluster:
             # Before anything is copied: a killed owner leaves nothing half-made behind.
             self._hold(guard)
             assert self._process is not None
-            if self.existing is None:
-                self._begin()
+            source = plan.source.resolve() if self.existing is None else None
+            if source is not None:
+                self._begin(source)
             self._choose_port()
             self._process.start(self._request())
-            if self.existing is None:
-                self._copy(plan.source.first)
-                with in_background(lambda: self._copy(plan.source.rest)):
+            if source is not None:
+                self._copy(source.first)
+                with in_background(lambda: self._copy(source.rest)):
                     self._await_ready()
-                    self._copy(plan.source.warm)
+                    self._copy(source.warm)
                     meanwhile(self)
             else:
                 self._await_ready()
@@ -213,9 +214,9 @@ class Cluster:
         except OSError:
             return []
 
-    def _begin(self) -> None:
+    def _begin(self, source: Copyable) -> None:
         plan, data = self.blueprint, self.home.data
-        self._copy(plan.source.begin)
+        self._copy(source.begin)
         try:
             conf = data / "postgresql.conf"
             self._write(
@@ -223,7 +224,7 @@ class Cluster:
             )
             self._write(data / "pg_hba.conf", plan.hba)
             if self.verifier is not None:
-                self.has_password = plan.source.set_password(data, self.verifier)
+                self.has_password = source.set_password(data, self.verifier)
         except OSError as error:
             raise home.cannot_write(self.home.path, error) from error
 

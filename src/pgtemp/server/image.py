@@ -42,12 +42,25 @@ class Source(Protocol):
     def identity(self) -> str:
         """What tells it from all others; the same for the same bytes."""
 
+    def resolve(self) -> Copyable:
+        """What to copy, the same from beginning to end; made where there is none.
+
+        Raises:
+            PgTempError: it cannot be made.
+        """
+
+    def repair(self, damage: ChangedError) -> None:
+        """Make what is damaged anew, or raise ClusterError."""
+
+
+class Copyable(Protocol):
+    """The parts of a data directory, each copied at its time."""
+
     def begin(self, target: Path, owner: Identity) -> None: ...
     def first(self, target: Path, owner: Identity) -> None: ...
     def rest(self, target: Path, owner: Identity) -> None: ...
     def warm(self, target: Path, owner: Identity) -> None: ...
     def set_password(self, target: Path, verifier: str) -> bool: ...
-    def repair(self, damage: ChangedError) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,9 @@ class Directory:
     @property
     def identity(self) -> str:
         return f"{self.path} {imagebuild.control_hash(self.path)}"
+
+    def resolve(self) -> Copyable:
+        return self
 
     def begin(self, target: Path, owner: Identity) -> None:
         listing = copying.list_tree(self.path, NEVER_COPIED)
@@ -101,6 +117,9 @@ class Image:
     @property
     def identity(self) -> str:
         return self.control
+
+    def resolve(self) -> Copyable:
+        return self
 
     def begin(self, target: Path, owner: Identity) -> None:
         """Copy what a postmaster needs to start. Raises ChangedError where it is damaged."""

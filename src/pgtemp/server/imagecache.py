@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,20 +42,8 @@ class Ensured(ABC):
     def image(self) -> Image:
         """The image; made where there is none."""
 
-    def begin(self, target: Path, owner: Identity) -> None:
-        self.image().begin(target, owner)
-
-    def first(self, target: Path, owner: Identity) -> None:
-        self.image().first(target, owner)
-
-    def rest(self, target: Path, owner: Identity) -> None:
-        self.image().rest(target, owner)
-
-    def warm(self, target: Path, owner: Identity) -> None:
-        self.image().warm(target, owner)
-
-    def set_password(self, target: Path, verifier: str) -> bool:
-        return self.image().set_password(target, verifier)
+    def resolve(self) -> Image:
+        return self.image()
 
     def repair(self, damage: ChangedError) -> None:
         _log.warning("the image is damaged and is built again: %s", damage)
@@ -147,13 +135,21 @@ def _load(path: Path) -> Image | None:
 def _prune(images: Path) -> None:
     """Remove images that nobody has used for a month, and the oldest where they grow too many."""
     oldest, total = time.time() - UNUSED_DAYS * 86400, 0
-    used = sorted(
-        ((manifest.parent.stat().st_mtime, manifest) for manifest in images.glob(f"*/{MANIFEST}")),
-        reverse=True,
-    )
-    for when, manifest in used:
-        total += sum(size for _, size in json.loads(manifest.read_bytes())["files"])
-        path = manifest.parent
-        if when < oldest or (total > MOST_BYTES and path != used[0][1].parent):
+    found = sorted(_sizes(images), reverse=True)
+    for place, (when, size, path) in enumerate(found):
+        total += size
+        if when < oldest or (total > MOST_BYTES and place > 0):
             with locks.locked(path.with_suffix(".lock")):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
+    """When each image was last used, its size in bytes, and where it is."""
+    for manifest in images.glob(f"*/{MANIFEST}"):
+        if manifest.parent.suffix:  # one that is being built
+            continue
+        try:
+            size = sum(size for _, size in json.loads(manifest.read_bytes())["files"])
+            yield manifest.parent.stat().st_mtime, size, manifest.parent
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # somebody else has just removed it

@@ -66,6 +66,21 @@ class Installation:
     def major(self) -> int:
         return self.release.major
 
+    def extensions_stamp(self) -> str:
+        """What changes when the package of an extension is installed, upgraded or removed."""
+        shares = (
+            self.bin_dir.parent / "share" / "extension",
+            self.bin_dir.parent / "share" / "postgresql" / "extension",
+            Path(f"/usr/share/postgresql/{self.major}/extension"),
+        )
+        stamps = []
+        for place in shares:
+            try:
+                stamps.append(str(place.stat().st_mtime_ns))
+            except OSError:
+                continue
+        return " ".join(stamps)
+
     def program(self, name: str) -> Path:
         """The path of one program.
 

@@ -1,0 +1,238 @@
+"""Clients that leave without a word, templates that change under others, servers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgtemp.wire.messages import frame, startup_message
+from support import Daemon, eventually, homes
+
+DaemonType = type[Daemon]
+BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
+TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+
+
+def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
+    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
+
+
+def one(uri: str, query: str) -> object:
+    with psycopg.connect(uri, autocommit=True) as connection:
+        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+        assert row is not None
+        return row[0]
+
+
+def test_a_reset_does_not_let_anybody_in(daemon: DaemonType, other_user: str) -> None:
+    """A client of another user whose connection is gone before it can be asked about is refused."""
+    served = daemon("--log-level", "info")
+    one(at(served, "test"), "SELECT 1")
+    mark = Path("/tmp") / f"test-of-mark-{os.getpid()}"
+    query = frame(b"Q", f"COPY (SELECT 1) TO PROGRAM 'touch {mark}'\0".encode())
+    packet = startup_message({"user": "postgres", "database": "test"}) + query
+    program = (
+        "import socket, struct, sys\n"
+        "for _ in range(200):\n"
+        "    s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+        "    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n"
+        "    s.sendall(bytes.fromhex(sys.argv[2]))\n"
+        "    s.close()\n"
+    )
+    subprocess.run(
+        ["/usr/bin/python3", "-c", program, str(served.port), packet.hex()],
+        user=other_user, cwd="/", check=True, env={},
+    )  # fmt: skip
+    one(at(served, "test"), "SELECT 1")
+    _, errors = served.end()
+    assert errors.count("lease ") == 2, errors
+    assert not mark.exists()
+
+
+def test_who_comes_does_not_wait_for_a_query_that_runs_on(daemon: DaemonType) -> None:
+    """A client that has half-closed waits for its answer; nobody else does, not seconds each."""
+    served = daemon()
+    with socket.create_connection(("127.0.0.1", served.port)) as asleep:
+        asleep.sendall(startup_message({"user": "postgres", "database": "test"}))
+        asleep.sendall(frame(b"Q", b"SELECT pg_sleep(600)\0"))
+        asleep.shutdown(socket.SHUT_WR)
+        busy = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
+        assert eventually(lambda: one(at(served, "test~look"), busy) == 1)
+        start = time.monotonic()
+        assert [one(at(served, "x"), "SELECT 1") for _ in range(20)] == [1] * 20
+        assert time.monotonic() - start < 20
+        assert one(at(served, "test~look"), busy) == 1
+
+
+def test_settings_that_were_undone_do_not_live_on(daemon: DaemonType) -> None:
+    """A connection opened ahead under another lease's settings is not handed to anybody."""
+    served = daemon()
+    read_only = "SHOW default_transaction_read_only"
+    for _ in range(3):
+        one(at(served, "test"), read_only)
+    with psycopg.connect(at(served, "test~other"), autocommit=True) as other:
+        other.execute("ALTER ROLE postgres SET default_transaction_read_only = on")
+        for _ in range(4):
+            one(at(served, "test"), read_only)
+        other.execute("ALTER ROLE postgres RESET default_transaction_read_only")
+    other = psycopg.connect(at(served, "test"), autocommit=True)
+    other.execute("SELECT 1")
+    other.close()
+    assert [one(at(served, "test"), read_only) for _ in range(6)] == ["off"] * 6
+
+
+def postmaster_of(uri: str) -> int:
+    return int(str(one(uri, "SELECT (string_to_array(pg_read_file('postmaster.pid'), E'\\n'))[1]")))
+
+
+@BOTH
+def test_a_session_whose_server_died_begins_anew(daemon: DaemonType, isolation: str) -> None:
+    """And names that were never heard of are served as well."""
+    served = daemon("--isolation", isolation, "--linger", "600")
+    assert one(at(served, "test~s"), TABLES) == 0
+    os.kill(postmaster_of(at(served, "test~s")), signal.SIGKILL)
+    assert eventually(lambda: _answers(at(served, "test~s")), 20)
+    assert eventually(lambda: _answers(at(served, "test" if isolation == "cluster" else "new")), 20)
+
+
+def _answers(uri: str) -> bool:
+    try:
+        return one(uri, "SELECT 1") == 1
+    except psycopg.OperationalError:
+        return False
+
+
+def test_without_a_pool_dead_servers_are_removed_too(daemon: DaemonType) -> None:
+    before = homes()
+    served = daemon("--pool", "0")
+    assert eventually(lambda: _answers(at(served, "test")))
+    usual = len(homes() - before)
+    for _ in range(3):
+        os.kill(postmaster_of(at(served, "test")), signal.SIGKILL)
+        assert eventually(lambda: _answers(at(served, "test")), 20)
+    assert eventually(lambda: len(homes() - before) <= usual)
+
+
+@BOTH
+def test_who_waits_while_a_template_is_replaced_gets_the_new_one(
+    daemon: DaemonType, isolation: str
+) -> None:
+    """A queue for the old one moves over; who has the old one keeps it."""
+    served = daemon("--isolation", isolation, "--pool", "1")
+    with psycopg.connect(at(served, "app~template"), autocommit=True) as editor:
+        editor.execute("CREATE TABLE t1 (n int)")
+    with psycopg.connect(at(served, "app")) as keeper, ThreadPoolExecutor(12) as threads:
+        keeper.execute("SELECT * FROM t1")
+
+        def use(_: int) -> object:
+            return one(at(served, "app"), TABLES)
+
+        first = [threads.submit(use, number) for number in range(10)]
+        with psycopg.connect(at(served, "app~template"), autocommit=True) as editor:
+            editor.execute("CREATE TABLE t2 (n int)")
+        second = [threads.submit(use, number) for number in range(10)]
+        assert {future.result(60) for future in first} <= {1, 2}
+        assert {future.result(60) for future in second} == {2}
+        assert keeper.execute(TABLES).fetchone() == (1,)
+
+
+def test_many_open_a_session_in_a_server_at_once(daemon: DaemonType) -> None:
+    served = daemon("--isolation", "cluster", "--role-attributes", "NOSUPERUSER")
+    for turn in range(4):
+        together = threading.Barrier(5)
+
+        def enter(number: int, turn: int = turn, together: threading.Barrier = together) -> object:
+            together.wait()
+            return one(at(served, f"test~s{turn}", f"user{number % 2}"), "SELECT 1")
+
+        with ThreadPoolExecutor(5) as threads:
+            assert list(threads.map(enter, range(5))) == [1] * 5
+
+
+@BOTH
+def test_settings_of_a_templates_database_come_along(
+    daemon: DaemonType, isolation: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.sql").write_text(
+        "CREATE ROLE reader LOGIN; ALTER DATABASE app SET search_path = shop, public;"
+        "ALTER ROLE reader IN DATABASE app SET work_mem = '77MB';"
+        "REVOKE CONNECT ON DATABASE app FROM PUBLIC; GRANT CONNECT ON DATABASE app TO reader;"
+        "CREATE ROLE stranger LOGIN;"
+    )
+    served = daemon("--isolation", isolation, "--template", f"app={tmp_path / 'a.sql'}")
+    assert one(at(served, "app"), "SHOW search_path") == "shop, public"
+    assert one(at(served, "app", "reader"), "SHOW work_mem") == "77MB"
+    with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+        psycopg.connect(at(served, "app", "stranger"))
+
+
+def test_the_time_of_a_lease_begins_when_it_has_a_database(daemon: DaemonType) -> None:
+    """Waiting for one's turn does not count."""
+    served = daemon("--max-databases", "1", "--ttl", "1.5")
+    first = psycopg.connect(at(served, "test"))
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(psycopg.connect, at(served, "test"))
+        time.sleep(1)  # of a lease's time, not for something to happen
+        first.close()
+        second = waiting.result(10)
+        time.sleep(0.8)
+        assert second.execute("SELECT 1").fetchone() == (1,)
+        second.close()
+
+
+def test_a_client_that_waits_does_not_fill_the_memory(daemon: DaemonType) -> None:
+    served = daemon("--max-databases", "1", "--wait", "600")
+    held = psycopg.connect(at(served, "test"))
+    with socket.create_connection(("127.0.0.1", served.port)) as waiting:
+        waiting.settimeout(1)
+        waiting.sendall(startup_message({"user": "postgres", "database": "test"}))
+        before = _resident(served.process.pid)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 200 << 20:
+                sent += waiting.send(bytes(1 << 20))
+        assert _resident(served.process.pid) - before < 20 << 20
+    held.close()
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("value", ["true", "t", "on", "1", "yes", "y"])
+def test_every_way_to_ask_for_physical_replication_is_refused(
+    daemon: DaemonType, value: str
+) -> None:
+    served = daemon("--pool", "0")
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.sendall(startup_message({"user": "postgres", "replication": value}))
+        assert b"C0A000\0" in client.recv(1024)
+
+
+def test_a_command_that_leaves_something_running_is_over_when_it_is(daemon: DaemonType) -> None:
+    """And what it left is ended with it."""
+    command = f"sleep 60{os.getpid()}"
+    daemon("--template", f"app=cmd:{command} & true")
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert command not in running.stdout.splitlines()
+
+
+def test_a_reset_while_connected_ends_the_lease(daemon: DaemonType) -> None:
+    served = daemon("--max-databases", "1")
+    for _ in range(5):
+        client = socket.create_connection(("127.0.0.1", served.port))
+        client.sendall(startup_message({"user": "postgres", "database": "test"}))
+        assert client.recv(1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    assert one(at(served, "test"), "SELECT 1") == 1
