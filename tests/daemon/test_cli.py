@@ -53,7 +53,6 @@ def test_two_daemons_on_one_port(daemon: type[Daemon]) -> None:
         (["--template", "a=/nowhere.sql"], "/nowhere.sql"),
         (["--watch", "a=*"], "no such template"),
         (["--single", "--template", "a=x.sql"], "single"),
-        (["--extension", "nonsense"], "nonsense"),
         (["--role-attributes", "SUPERMAN"], "SUPERMAN"),
         (["--isolation", "none"], "none"),
         (["--max-databases", "0"], "max_databases=0"),
