@@ -270,13 +270,13 @@ def test_an_owner_killed_while_starting_leaves_nothing(
     script = (
         "import os\n"
         "from pgtemp import PgTempDB\n"
-        "from pgtemp.server import imagecache\n"
+        "from pgtemp.server import image\n"
         "with PgTempDB(): pass\n"
-        f"whole = imagecache.Cached.{where}\n"
+        f"whole = image.Image.{where}\n"
         "def die(self, target, owner):\n"
         f"    if {where!r} != 'begin': whole(self, target, owner)\n"
         "    os.kill(os.getpid(), 9)\n"
-        f"imagecache.Cached.{where} = die\n"
+        f"image.Image.{where} = die\n"
         f"PgTempDB(data_dir_prefix={str(open_dir)!r}, persist={keep}).start()\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
