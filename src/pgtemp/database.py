@@ -111,8 +111,12 @@ class Database:
         with works.admins.connection() as connection:
             # The old one goes only when the new one is there.
             admin.clone(connection, fresh, snapshot.dbname, works.server.user)
-            admin.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
-            admin.rename(connection, fresh, self.dbname)
+            try:
+                admin.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
+                admin.rename(connection, fresh, self.dbname)
+            except BaseException:
+                self._pool.retire(fresh)
+                raise
 
     def fork(self) -> Database:
         """Another database that begins as this one is now; nobody else may be connected to it.

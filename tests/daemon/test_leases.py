@@ -239,6 +239,7 @@ def test_tools_that_make_their_own_database(daemon: DaemonType, isolation: str) 
         ["CREATE ROLE left_behind", "CREATE TABLE t (n int)", "ALTER TABLE t OWNER TO left_behind"],
         ["CREATE ROLE a", "CREATE ROLE b", "GRANT a TO b"],
         ["ALTER ROLE postgres SET search_path = nowhere"],
+        ["COMMENT ON ROLE postgres IS 'left behind'"],
         ["ALTER ROLE postgres CONNECTION LIMIT 0", "CREATE ROLE x"],
         ["ALTER SYSTEM SET work_mem = '77MB'", "SELECT pg_reload_conf()"],
         ["GRANT SET ON PARAMETER work_mem TO PUBLIC"],
@@ -260,6 +261,7 @@ def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
         "SELECT md5((SELECT string_agg(a::text, ',' ORDER BY oid) FROM pg_authid a) ||"
         " (SELECT count(*) FROM pg_auth_members)::text || current_setting('work_mem') ||"
         " (SELECT count(*) FROM pg_parameter_acl)::text ||"
+        " (SELECT count(*) FROM pg_shdescription)::text ||"
         " (SELECT count(*) FROM pg_db_role_setting)::text ||"
         " (SELECT count(*) FROM pg_replication_origin)::text ||"
         " (SELECT count(*) FROM pg_replication_slots)::text ||"

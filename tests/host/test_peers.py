@@ -78,4 +78,6 @@ def test_without_the_kernels_answer_the_table_tells() -> None:
             told._kernel.close()
             assert told.uid(peer, client.getpeername()) == os.getuid()
             assert told._kernel is None
+            assert told.uid(peer, client.getpeername()) == os.getuid()
+            assert told._kernel is not None
     told.close()

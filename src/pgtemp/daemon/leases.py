@@ -104,8 +104,7 @@ class Leases:
     async def close(self) -> None:
         """End all leases; nobody is connected any more."""
         await self._rehearsals.close()
-        for lease in list(self._live):
-            await self._end(lease)
+        await asyncio.gather(*(self._end(lease) for lease in self._live))
 
     def _begin(self, wish: Wish, startup: Startup, key: Hashable) -> Lease:
         loop = asyncio.get_running_loop()

@@ -18,8 +18,11 @@ from psycopg import sql
 _SHARED = """
 SELECT 'role', rolname::text, NULL, a::text FROM pg_authid a
 UNION ALL
-SELECT 'membership', roleid::regrole || ' of ' || member::regrole, NULL, m::text
-  FROM pg_auth_members m
+SELECT 'membership', concat_ws(' ', roleid::regrole, 'of', member::regrole, 'by',
+  grantor::regrole), NULL, m::text FROM pg_auth_members m
+UNION ALL
+SELECT 'comment', concat_ws(' ', classoid::regclass, objoid), NULL, description
+  FROM pg_shdescription WHERE classoid <> 'pg_database'::regclass
 UNION ALL
 SELECT 'setting', concat_ws(' ', nullif(setrole, 0)::regrole, datname), datname::text,
   setconfig::text FROM pg_db_role_setting LEFT JOIN pg_database d ON d.oid = setdatabase

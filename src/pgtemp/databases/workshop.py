@@ -43,7 +43,8 @@ class Workshop:
         self._plan = plan
         self._conf = ""
         self.dbname = TEMPLATE if name in _TAKEN else name
-        self.cluster = Cluster(plan.blueprint)
+        self.cluster: Cluster
+        self.info: ConnectionInfo
 
     def open(self) -> None:
         """Start the server and make the database.

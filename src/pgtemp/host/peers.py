@@ -32,11 +32,6 @@ class Peers:
 
     def __init__(self) -> None:
         self._kernel: socket.socket | None = None
-        if TELLS_PEERS:
-            try:
-                self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
-            except OSError:
-                pass  # a kernel, or a container, without it
 
     def uid(self, peer: Endpoint, ours: Endpoint) -> int | None:
         """The user at the other end; None where that cannot be told.
@@ -45,12 +40,13 @@ class Peers:
             peer: address and port of the other end.
             ours: address and port of this end.
         """
-        if self._kernel is not None:
-            try:
-                return _ask(self._kernel, peer, ours)
-            except OSError:
-                self.close()
-        return _look_up(peer, ours)
+        try:
+            if self._kernel is None:
+                self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+            return _ask(self._kernel, peer, ours)
+        except OSError:  # a kernel, or a container, without it; or it had no time
+            self.close()
+            return _look_up(peer, ours)
 
     def close(self) -> None:
         if self._kernel is not None:

@@ -223,7 +223,7 @@ def divided(
 def of_home(path: Path, installation: Installation) -> Image:
     """An image that is nobody else's: the home of a cluster that was shut down cleanly.
 
-    It lasts as long as that home. A tablespace is a link out of it, and cannot be copied.
+    It lasts as long as that home. What is in a tablespace is copied into it.
     """
     data = path / DATA
     imagebuild.drop_spare_wal(installation, data)
