@@ -64,6 +64,11 @@ class DaemonOptions(ServerOptions):
 
     def _check(self) -> None:
         ServerOptions._check(self)
+        if "~" in self.dbname:
+            raise OptionError(
+                f"dbname={self.dbname!r}: what follows ~ is for those who connect",
+                remedy="leave it out here",
+            )
         if not 0 <= self.pool <= 100:
             raise OptionError(f"pool={self.pool}: not a size", remedy="give one from 0 to 100")
         if self.isolation not in ISOLATIONS:
@@ -88,10 +93,10 @@ class DaemonOptions(ServerOptions):
         parents = {}
         for name, build in self.templates.items():
             own, _, parent = name.partition(":")
-            if not own or "~" in own or not build:
+            if not own or "~" in own or not build.removeprefix("cmd:").strip():
                 raise OptionError(
                     f"the template {name}={build} cannot be made",
-                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND' or NAME:OTHER=…",
+                    remedy="write NAME=PATH, 'NAME=cmd:COMMAND' or NAME:OTHER=…; no ~ in NAME",
                 )
             if own in parents:
                 raise OptionError(f"there are two templates {own}", remedy="name each once")

@@ -44,6 +44,22 @@ TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
 
 
 @BOTH
+@pytest.mark.parametrize("dbname", ["postgres", "pgtemp_template"])
+def test_names_that_every_server_has(
+    daemon: DaemonType, isolation: str, dbname: str, tmp_path: Path
+) -> None:
+    """The daemon's own database may be called so; with a dump, too."""
+    (tmp_path / "a.sql").write_text("CREATE TABLE a (n int)")
+    for arguments in ([], ["--load-from", str(tmp_path / "a.sql")]):
+        served = daemon("--isolation", isolation, *arguments, dbname=dbname)
+        loaded = len(arguments) / 2
+        assert one(served.uri, TABLES) == loaded
+        assert one(at(served, "other"), TABLES) == loaded
+        do(at(served, f"{dbname}~template"), "CREATE TABLE b (n int)")
+        assert one(served.uri, TABLES) == loaded + 1
+
+
+@BOTH
 def test_a_session_is_one_database_for_all_who_name_it(daemon: DaemonType, isolation: str) -> None:
     """Twenty connections of a pool on one session see one database, twenty private ones twenty."""
     served = daemon("--isolation", isolation, "--pool", "1")
@@ -303,6 +319,8 @@ def test_role_attributes(daemon: DaemonType, isolation: str) -> None:
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute("SELECT pg_read_file('PG_VERSION')")
     assert one(at(served, "test"), "SHOW is_superuser") == "on"
+    do(at(served, "app~template", "joe"), "CREATE TABLE t AS SELECT 1 AS n")
+    assert one(at(served, "app", "joe"), "SELECT n FROM t") == 1
 
 
 def test_as_many_leases_as_there_may_be(daemon: DaemonType) -> None:

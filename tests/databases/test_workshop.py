@@ -254,3 +254,22 @@ def test_a_half_written_image_disturbs_nobody(own_cache: Path, tmp_path: Path) -
     (tmp_path / "a.sql").write_text("CREATE TABLE t (n int)")
     with Cluster() as cluster:
         cluster.template("app", tmp_path / "a.sql").database().close()
+
+
+def test_several_steps_of_any_kind(own_cache: Path, tmp_path: Path) -> None:
+    """In turn; and what is no step is told."""
+    (tmp_path / "a.sql").write_text("CREATE TABLE a (n int)")
+
+    def more(uri: str) -> None:
+        with psycopg.connect(uri) as connection:
+            connection.execute("CREATE TABLE b AS SELECT * FROM a")
+
+    with Cluster() as cluster:
+        steps = [tmp_path / "a.sql", more, "cmd:psql $DATABASE_URL -qc 'ALTER TABLE b ADD m int'"]
+        for name, key in (("built", None), ("kept", "1")):
+            template = cluster.template(name, steps, key=key)
+            with template.database() as db, db.connect() as connection:
+                connection.execute("SELECT n, m FROM b")
+        for wrong in (123, [1], None, {"a": 1}):
+            with pytest.raises(OptionError, match="builds nothing"):
+                cluster.template("wrong", wrong)  # type: ignore[arg-type]

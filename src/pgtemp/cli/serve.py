@@ -29,18 +29,16 @@ _DEFAULT_URI = f"postgresql://{DEFAULT_HOST}:{DEFAULT_PORT}/postgres"
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    default="warning",
-    show_default=True,
-    help="what is logged to standard error; info is a line a lease",
+    help="what is logged to standard error: warning; info, a line a lease, with --log-json",
 )
 @click.option("--log-json", is_flag=True, help="log a JSON object a line")
-def serve(uri: str | None, log_level: str, log_json: bool, **given: Any) -> int:
+def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) -> int:
     """Serve temporary databases at URI; every connection gets its own.
 
     Without URI, PGTEMP_URI is taken, else DATABASE_URL, else postgresql://localhost:6543/postgres.
     User and database in it are those the servers are made with.
     """
-    logs.set_up(log_level, as_json=log_json)
+    logs.set_up(log_level or ("info" if log_json else "warning"), as_json=log_json)
     options = _options(uri, given)
     show_progress()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

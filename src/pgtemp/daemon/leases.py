@@ -208,7 +208,7 @@ class Leases:
             raise LimitError(
                 f"there were {self._options.max_databases} leases, which is the limit, for "
                 f"{self._options.wait:g} s",
-                remedy="close connections, or raise --max-databases or --wait",
+                remedy="close connections (sessions linger), or raise --max-databases or --wait",
             ) from None
 
     def _end(self, lease: Lease) -> asyncio.Future[None]:
@@ -243,6 +243,7 @@ class Leases:
         finally:
             if self._turns is not None:
                 self._turns.release()
+            self._rehearsals.sweep()
             self._tell(lease)
 
     def _forget(self, lease: Lease) -> None:
@@ -278,6 +279,7 @@ class Leases:
         if wish.edits or (wish.dbname, TEMPLATE) not in self._shared:
             return
         seconds = self._options.wait
+        _log.warning("a client waits for %s~%s, which is open", wish.dbname, TEMPLATE)
         try:
             async with asyncio.timeout(seconds):
                 while lease := self._shared.get((wish.dbname, TEMPLATE)):

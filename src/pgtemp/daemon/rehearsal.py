@@ -80,7 +80,7 @@ class Rehearsals:
         found = None
         while stage.ready and found is None:
             found = stage.ready.popleft()
-            if found.backend.server.over or not found.place.usable:
+            if not _usable(found):
                 self._do(self._give_back(stage, found))
                 found = None
         if stage.seen:
@@ -88,6 +88,13 @@ class Rehearsals:
             asyncio.get_running_loop().call_later(_AFTER_SECONDS, self._fill, kind, stage)
         stage.seen = True  # one that comes only once is not worth it
         return found
+
+    def sweep(self) -> None:
+        """Give back what can no longer be used, so that a server that nobody gets can end."""
+        for stage in self._stages.values():
+            for one in [one for one in stage.ready if not _usable(one)]:
+                stage.ready.remove(one)
+                self._do(self._give_back(stage, one))
 
     def _fill(self, kind: Kind, stage: _Stage) -> None:
         while len(stage.ready) + stage.making < self._wanted and not stage.refused:
@@ -165,6 +172,10 @@ class Rehearsals:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _usable(rehearsed: Rehearsed) -> bool:
+    return not rehearsed.backend.server.over and rehearsed.place.usable
 
 
 def _kind(same_place: Hashable, startup: Startup) -> Kind:

@@ -185,6 +185,8 @@ class Apart:
         to = provision.private_info(place.cluster, superuser, admin.MAINTENANCE)
         with admin.connected(to) as connection:
             admin.ensure_login(connection, user, self._options.role_attributes)
+            # Whoever migrates may do so, superuser or not.
+            admin.set_owner(connection, place.dbname, user)
 
     def release(self, place: Place, wish: Wish, *, used: bool) -> None:
         if place in self._editing:

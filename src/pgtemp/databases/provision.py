@@ -158,15 +158,13 @@ def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> No
     """
     if dbname == "template1" or (dbname == admin.MAINTENANCE and plan.plain):
         return  # initdb made it
-    if dbname == plan.template:
-        return
     # A database cannot be replaced from within itself.
     entrance = "template1" if dbname == admin.MAINTENANCE else admin.MAINTENANCE
     with admin.connected(private_info(cluster, plan.superuser, entrance)) as connection:
         if plan.template is None or not admin.exists(connection, plan.template):
             admin.ensure_database(connection, dbname, user)
             return
-        if dbname == admin.MAINTENANCE:
+        if dbname == admin.MAINTENANCE != plan.template:
             admin.drop_empty(connection, dbname)
         admin.take_over(connection, plan.template, dbname, user)
 

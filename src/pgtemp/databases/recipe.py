@@ -29,7 +29,8 @@ from pgtemp.uri import ConnectionInfo
 # A callable gets the URI of the database to build; "cmd:…" is a shell command that gets it in
 # DATABASE_URL; a path is SQL, a directory of SQL files in the order of their names, or a dump;
 # several are applied in turn.
-Build = Callable[[str], object] | StrPath | Sequence[StrPath]
+Step = Callable[[str], object] | StrPath
+Build = Step | Sequence[Step]
 COMMAND = "cmd:"
 _COMMAND_LINES = 12
 # psql's commands, and SQL's, that read what is not in the file itself.
@@ -87,10 +88,10 @@ class Recipe:
             for path in _watched(pattern):
                 yield os.fsencode(path)
                 yield path.read_bytes()
-        if callable(self.build):
-            yield _name_of(self.build).encode() if told else None
-            return
         for one in _each(self.build):
+            if callable(one):
+                yield _name_of(one).encode() if told else None
+                continue
             if (command := _command(one)) is not None:
                 yield f"{os.getcwd()}\0{command}".encode() if told else None
                 continue
@@ -112,10 +113,10 @@ class Recipe:
         if self.extensions:
             with admin.connected(private) as connection:
                 extensions.create(connection, self.extensions, programs.major)
-        if callable(self.build):
-            self.build(info.uri)
-            return
         for one in _each(self.build):
+            if callable(one):
+                one(info.uri)
+                continue
             if (command := _command(one)) is not None:
                 _run(command, info)
                 continue
@@ -123,10 +124,17 @@ class Recipe:
                 transfer.load(programs, private, dump, all_or_nothing=False)
 
 
-def _each(build: Build) -> Sequence[StrPath]:
-    if callable(build):
-        return ()
-    return [build] if isinstance(build, str | os.PathLike) else build
+def _each(build: Build) -> Sequence[Step]:
+    """The steps of a build. Raises OptionError where it is none."""
+    steps = [build] if callable(build) or isinstance(build, str | os.PathLike) else build
+    if not isinstance(steps, list | tuple) or not all(
+        callable(one) or isinstance(one, str | os.PathLike) for one in steps
+    ):
+        raise OptionError(
+            f"{build!r} builds nothing",
+            remedy='give a function, a path, "cmd:…", or a list of these',
+        )
+    return steps
 
 
 def _command(step: StrPath) -> str | None:

@@ -108,7 +108,8 @@ class Clusters:
         if place.number and self._plan.options.persist:
             write_note(place.cluster.home.path, self._plan.options.user, place.dbname)
             place.cluster.stop()
-            self._announce(f"kept {place.cluster.home.path}")
+            home = place.cluster.home.path
+            self._announce(f"kept {home}; pgtemp open {home} serves it again")
         else:
             provision.discard(place.cluster)
 
@@ -248,10 +249,8 @@ class Databases:
                 self._pool.give_back(place)
 
     def made_by_hand(self, dbname: str) -> bool:
-        """Whether somebody who has a lease made a database of this name. Raises PgTempError."""
-        return any(
-            one.occupied and alive(one.cluster) and one.has(dbname) for one in list(self._servers)
-        )
+        """Whether somebody who has a lease made a database of this name."""
+        return any(one.occupied and _has(one, dbname) for one in list(self._servers))
 
     def close(self) -> None:
         """Give nothing more; the server goes with its last database."""
@@ -272,10 +271,10 @@ class Databases:
             if tenants not in self._servers:
                 return
             self._servers.discard(tenants)
-        if self._keep:
+        if tenants.kept:
             home = tenants.cluster.home.path
             write_note(home, self._superuser, admin.MAINTENANCE)
-            self._announce(f"kept {home}")
+            self._announce(f"kept {home}; pgtemp open {home} serves it again")
         tenants.stop()
 
     def _server(self) -> TenantCluster:
@@ -291,6 +290,13 @@ class Databases:
 def _tenants(place: Place) -> TenantCluster:
     assert place.tenants is not None
     return place.tenants
+
+
+def _has(tenants: TenantCluster, dbname: str) -> bool:
+    try:
+        return alive(tenants.cluster) and tenants.has(dbname)
+    except PgTempError:  # it is just being ended
+        return False
 
 
 def _is_superuser(attributes: str) -> bool:

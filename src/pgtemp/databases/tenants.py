@@ -145,9 +145,9 @@ class TenantCluster:
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
 
     def stop(self) -> None:
-        """End the server with all that is in it."""
+        """End the server with all that is in it, but for what is kept."""
         self._admins.close()
-        if self._keep:
+        if self.kept:
             self.cluster.stop()
         else:
             provision.discard(self.cluster)

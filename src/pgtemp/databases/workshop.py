@@ -26,7 +26,8 @@ from pgtemp.uri import ConnectionInfo
 
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
 _HOST = "127.0.0.1"
-_TAKEN = (admin.MAINTENANCE, "template0", "template1")
+_BUILDING = "pgtemp_building"  # where the name that was given is taken
+_TAKEN = (admin.MAINTENANCE, "template0", "template1", TEMPLATE)
 
 
 class Workshop:
@@ -42,7 +43,7 @@ class Workshop:
         """
         self._plan = plan
         self._conf = ""
-        self.dbname = TEMPLATE if name in _TAKEN else name
+        self.dbname = _BUILDING if name in _TAKEN else name
         self.cluster: Cluster
         self.info: ConnectionInfo
 

@@ -47,7 +47,10 @@ class Request:
 
 
 class Process:
-    """A home under the warden, and the postmaster in it. Not for two threads at once."""
+    """A home under the warden, and the postmaster in it.
+
+    One thread may start or stop it while others look whether it lives.
+    """
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -55,6 +58,7 @@ class Process:
         self.pid = 0
         self.exit_status: int | None = None
         self._stopped: list[str] | None = None
+        self._reading = threading.Lock()
         _channels.add(channel)
 
     def fileno(self) -> int:
@@ -139,12 +143,19 @@ class Process:
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(max(0.0, seconds) * 1000):
             return False
-        try:
-            data = self._channel.recv(65536)
-        except OSError:
-            data = b""
-        if not data:
-            raise WardenError("the warden is gone", remedy=_REMEDY)
+        with self._reading:
+            try:
+                data = self._channel.recv(65536, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True  # another thread was quicker, and has told
+            except OSError:
+                data = b""
+            if not data:
+                raise WardenError("the warden is gone", remedy=_REMEDY)
+            self._take_in(data)
+        return True
+
+    def _take_in(self, data: bytes) -> None:
         self._buffer += data
         while (message := decode(self._buffer)) is not None:
             if "error" in message:
@@ -153,7 +164,6 @@ class Process:
             self.exit_status = message.get("exit", self.exit_status)
             if "stopped" in message:
                 self._stopped = message["used"]
-        return True
 
 
 _REMEDY = "start a new server; what this one left is removed with the next start"
