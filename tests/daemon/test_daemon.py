@@ -275,6 +275,16 @@ def test_persist_keeps_databases_of_the_shared_server(daemon: DaemonType, open_d
     process.communicate(timeout=60)
 
 
+@pytest.mark.parametrize("isolation", ["database", "cluster"])
+def test_persist_keeps_nothing_that_nobody_used(
+    daemon: DaemonType, open_dir: Path, isolation: str
+) -> None:
+    served = daemon("--isolation", isolation, "--persist", "--data-dir-prefix", str(open_dir))
+    psycopg.connect(served.uri).close()
+    assert served.end() == (0, "")
+    assert eventually(lambda: list(open_dir.iterdir()) == [])
+
+
 def test_ttl_ends_a_lease_with_a_clear_error(daemon: DaemonType) -> None:
     served = daemon("--ttl", "0.5")
     connection = psycopg.connect(served.uri)
