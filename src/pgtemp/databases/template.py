@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class Clones:
 
     def make(self, name: str) -> None:
         """A new database of that name. Raises ClusterError."""
-        with self._admins.connection() as connection:
+
+        def clone(connection: Connection[Any]) -> None:
             if self._attributes is None:
                 self._attributes = admin.has_attributes(connection, self._source)
             try:
@@ -53,9 +55,24 @@ class Clones:
             except errors.ObjectInUse as error:
                 raise in_use(connection, self._source) from error
 
+        self._do(clone)
+
     def dispose(self, name: str) -> None:
-        with self._admins.connection() as connection:
-            admin.drop(connection, name, self._admins.elsewhere(name))
+        self._do(lambda connection: admin.drop(connection, name, self._admins.elsewhere(name)))
+
+    def _do(self, work: Callable[[Connection[Any]], None]) -> None:
+        """Do it once more where a suite has terminated everybody it found, us among them."""
+        try:
+            with self._admins.connection() as connection:
+                work(connection)
+        except ClusterError as error:
+            if (
+                not isinstance(error.__cause__, errors.AdminShutdown)
+                or self._admins.closing.is_set()
+            ):
+                raise
+            with self._admins.connection() as connection:
+                work(connection)
 
     def usable(self, name: str) -> bool:
         return True
