@@ -112,7 +112,7 @@ def overlay_floor(version: str) -> float:
     """The best way PERFORMANCE.md knows: an overlay mount, trust, no password, no warden."""
     owner = identity.choose(None)
     programs = installation.find(None, version).within_reach(owner)
-    lower = imagecache.Cached(programs, {}, owner).image().path / "data"
+    lower = imagecache.Cached(programs, {}, owner).resolve().path / "data"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):
         raise OSError(ctypes.get_errno(), "no mount namespace")

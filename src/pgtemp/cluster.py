@@ -217,9 +217,7 @@ class Cluster:
 
     def _works_on(self, plan: Plan, kept: Plan) -> Works:
         """A server on the image of a template, built before anything waits for the lock."""
-        source = kept.blueprint.source
-        assert isinstance(source, workshop.Lasting)
-        source.image()
+        kept.blueprint.source.resolve()
         with self._changing:
             if self._running() is not plan:
                 raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")

@@ -58,6 +58,11 @@ class DaemonOptions(ServerOptions):
     )
 
     @property
+    def shares_servers(self) -> bool:
+        """Whether leases that know nothing of each other are in one server."""
+        return self.isolation == "database" and not self.single
+
+    @property
     def listen_port(self) -> int:
         """The TCP port, which also names the unix socket."""
         return self.port if self.port is not None else DEFAULT_PORT

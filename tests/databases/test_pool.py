@@ -42,7 +42,7 @@ class Counters:
 def test_it_makes_ahead_and_hands_out_at_once() -> None:
     kind = Counters()
     pool = Pool(kind, ready=3)
-    pool.fill()
+    pool.renew()
     assert eventually(lambda: kind.made == 3)
     assert {pool.claim().result(1) for _ in range(3)} == {1, 2, 3}
     pool.close()
@@ -81,7 +81,7 @@ def test_a_failure_reaches_who_waits_and_the_next_claim_tries_again() -> None:
 def test_what_died_in_the_pool_is_not_handed_out() -> None:
     kind = Counters()
     pool = Pool(kind, ready=2)
-    pool.fill()
+    pool.renew()
     assert eventually(lambda: kind.made == 2)
     kind.dead = {1, 2}
     assert pool.claim().result(5) not in kind.dead
@@ -134,7 +134,7 @@ def test_what_is_ready_is_renewed() -> None:
     """Nobody need ask for it."""
     kind = Counters()
     pool = Pool(kind, ready=2)
-    pool.fill()
+    pool.renew()
     assert eventually(lambda: kind.made == 2)
     kind.dead = {1, 2}
     pool.renew()

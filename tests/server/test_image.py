@@ -25,7 +25,7 @@ def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(programs: Installation, **arguments: str) -> Image:
-    return imagecache.Cached(programs, arguments, identity.choose(None)).image()
+    return imagecache.Cached(programs, arguments, identity.choose(None)).resolve()
 
 
 def test_the_second_start_never_runs_initdb(

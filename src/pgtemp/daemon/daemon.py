@@ -108,7 +108,7 @@ async def run(
 def _for_servers(options: DaemonOptions) -> DaemonOptions:
     """What the servers are made with: a shared one has room for the connections of many leases."""
     config = dict(options.config)
-    if options.isolation == "database" and not options.single and options.postgresql_conf is None:
+    if options.shares_servers and options.postgresql_conf is None:
         config.setdefault("max_connections", str(_CONNECTIONS))
     return replace(options, ttl=None, config=config)
 

@@ -43,7 +43,7 @@ class Gateway:
         self, isolation: Isolation, options: DaemonOptions, *, server_version: str
     ) -> None:
         self._isolation = isolation
-        self._own_servers = options.single or options.isolation == "cluster"
+        self._shares_servers = options.shares_servers
         self._server_version = server_version
         self._leases = Leases(isolation, options)
         self._cancels = Cancels()
@@ -191,7 +191,7 @@ class Gateway:
     def _check_replication(self, startup: Startup) -> None:
         """A base backup would see everybody's databases."""
         asked = startup.parameters.get("replication", "").lower()
-        if not self._own_servers and asked not in _NO_WALSENDER:
+        if self._shares_servers and asked not in _NO_WALSENDER:
             raise RefusedError(
                 "0A000",
                 "physical replication is not for a server that is shared",

@@ -42,7 +42,6 @@ class Leases:
         said = str(options.config.get("max_connections", _ENOUGH))
         few = said.isdecimal() and int(said) < _ENOUGH
         self._rehearsals = Rehearsals(isolation, ready=0 if few else options.pool)
-        self._shares_servers = options.isolation == "database" and not options.single
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
@@ -271,7 +270,7 @@ class Leases:
     async def _what_is_left(self) -> None:
         """Wait until what those who have gone left in the server was found."""
         leaving = [lease.ended for lease in self._live if lease.leaving]
-        if leaving and self._shares_servers:
+        if leaving and self._options.shares_servers:
             await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
 
     async def _while_edited(self, wish: Wish) -> None:

@@ -25,11 +25,16 @@ def read(startup: Startup) -> Wish:
     said = {session} if tilde else set()
     if names_session(startup):
         said |= {value for name, value in _settings(startup) if name.lower() == SETTING}
-    if not dbname or "" in said or len(said) > 1:
+    wrong = ""
+    if not dbname:
+        wrong = "has no name"
+    elif len(said) > 1:
+        wrong = "names another session"
+    elif "" in said:
+        wrong = "names no session"
+    if wrong:
         raise NoDatabaseError(
-            f'database "{startup.dbname}" names {"no" if len(said) < 2 else "another"} session'
-            if dbname
-            else f'database "{startup.dbname}" has no name',
+            f'database "{startup.dbname}" {wrong}',
             remedy="write /DBNAME, /DBNAME~SESSION or /DBNAME~template",
         )
     return Wish(startup.user, dbname, said.pop() if said else None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgtemp.daemonoptions import DaemonOptions
-from pgtemp.databases import admin, provision, transfer, workshop
+from pgtemp.databases import provision, transfer, workshop
 from pgtemp.databases.isolation import Wish
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
@@ -118,8 +118,7 @@ class Apart:
 
     def check(self, wish: Wish) -> None:
         """A database that somebody made by hand is not to be had, least of all an empty clone."""
-        stocks = [*self._stocks.values(), *([self._default] if self._default else [])]
-        for stock in stocks:
+        for stock in self._all():
             if isinstance(stock.supply, Databases) and stock.supply.made_by_hand(wish.dbname):
                 raise NoDatabaseError(
                     f'database "{wish.dbname}" was made within a lease, and cannot be reached',
@@ -132,6 +131,9 @@ class Apart:
             return None
         stock = self._of(wish)
         return (stock, wish.dbname, wish.session is None) if self._servers else stock
+
+    def _all(self) -> list[_Stock]:
+        return [*self._stocks.values(), *([self._default] if self._default else [])]
 
     def _of(self, wish: Wish) -> _Stock:
         assert self._default is not None
@@ -179,14 +181,10 @@ class Apart:
         return wish.dbname if self._servers else place.dbname
 
     def _admit_editor(self, place: Place, user: str) -> None:
-        superuser = self._plan.superuser
-        if user in (self._options.user, superuser):
-            return
-        to = provision.private_info(place.cluster, superuser, admin.MAINTENANCE)
-        with admin.connected(to) as connection:
-            admin.ensure_login(connection, user, self._options.role_attributes)
+        if user not in self._plan.users:
             # Whoever migrates may do so, superuser or not.
-            admin.set_owner(connection, place.dbname, user)
+            attributes = self._options.role_attributes
+            provision.admit(place.cluster, self._plan, user, attributes, place.dbname)
 
     def release(self, place: Place, wish: Wish, *, used: bool) -> None:
         if place in self._editing:
@@ -232,7 +230,7 @@ class Apart:
             editing, self._editing = list(self._editing.values()), {}
         for bench in editing:
             bench.close()
-        for stock in [*self._stocks.values(), *([self._default] if self._default else [])]:
+        for stock in self._all():
             stock.close()
 
 

@@ -51,11 +51,6 @@ class Pool(Generic[T]):
         self._makers = ThreadPoolExecutor(_MAKERS, "pgtemp-make")
         self._enders = ThreadPoolExecutor(1, "pgtemp-end")
 
-    def fill(self) -> None:
-        """Begin to make things ahead."""
-        with self._lock:
-            self._make_enough()
-
     def claim(self) -> Future[T]:
         """One thing, at once where one is ready; the error of the one that could not be made."""
         claimed: Future[T] = Future()
@@ -82,14 +77,13 @@ class Pool(Generic[T]):
         return claimed
 
     def renew(self) -> None:
-        """Look whether what is ready is usable still, and make anew what is not."""
+        """Begin to make what there should be, anew what is no longer usable."""
         with self._lock:
             dead = [thing for thing in self._ready if not self._kind.usable(thing)]
             for thing in dead:
                 self._ready.remove(thing)
                 self._enders.submit(self._end, thing)
-            if not self._closed:
-                self._make_enough()
+            self._make_enough()
 
     def _grow(self) -> None:
         # With the lock held.

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import psycopg
 
 from pgtemp.databases import admin, extensions, transfer
 from pgtemp.databases.secret import Secret
@@ -37,6 +41,11 @@ class Plan:
     superuser: str
     template: str | None = None
     plain: bool = True
+
+    @property
+    def users(self) -> set[str]:
+        """The roles that its servers have from the start."""
+        return {self.options.user, self.superuser}
 
     @property
     def installation(self) -> installation.Installation:
@@ -96,9 +105,7 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
     """
     options = plan.options
     _learn(plan)
-    own = secret if options.user == plan.superuser else None
-    cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
-    cluster.start(meanwhile=lambda started: furnish_role(started, plan, options.user, secret))
+    cluster = start(plan, secret)
     try:
         furnish_database(cluster, plan, options.dbname, options.user)
         to = private_info(cluster, plan.superuser, options.dbname)
@@ -114,13 +121,22 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
     return cluster
 
 
+def start(plan: Plan, secret: Secret | None) -> Cluster:
+    """Start a server that has the options' user. Raises PgTempError; nothing of it is left."""
+    user = plan.options.user
+    own = secret if user == plan.superuser else None
+    cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
+    cluster.start(meanwhile=lambda started: furnish_role(started, plan, user, secret))
+    return cluster
+
+
 def _learn(plan: Plan) -> None:
     """The first time an image is used, connect to a cluster on it and keep its relation cache.
 
     The files spare each first connection four milliseconds (see image.py).
     """
     source = plan.blueprint.source
-    if not isinstance(source, imagecache.Cached) or source.image().relcache:
+    if not isinstance(source, imagecache.Cached) or source.resolve().relcache:
         return
     plain = replace(plan.options, config={}, postgresql_conf=None)
     cluster = Cluster(
@@ -138,7 +154,7 @@ def _learn(plan: Plan) -> None:
         for dbname in ("template1", admin.MAINTENANCE):
             with admin.connected(private_info(cluster, imagebuild.SUPERUSER, dbname)) as connection:
                 connection.execute("SELECT 1")
-        source.image().learn(cluster.data_dir)
+        source.resolve().learn(cluster.data_dir)
     finally:
         cluster.stop()
 
@@ -147,7 +163,7 @@ def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None)
     """Make a user in a server, unless it is there and needs no password."""
     if user == plan.superuser and (secret is None or cluster.has_password):
         return
-    with admin.connected(private_info(cluster, plan.superuser, admin.MAINTENANCE)) as connection:
+    with administered(cluster, plan) as connection:
         admin.ensure_role(connection, user, secret)
 
 
@@ -160,13 +176,34 @@ def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> No
         return  # initdb made it
     # A database cannot be replaced from within itself.
     entrance = "template1" if dbname == admin.MAINTENANCE else admin.MAINTENANCE
-    with admin.connected(private_info(cluster, plan.superuser, entrance)) as connection:
+    with administered(cluster, plan, entrance) as connection:
         if plan.template is None or not admin.exists(connection, plan.template):
             admin.ensure_database(connection, dbname, user)
             return
         if dbname == admin.MAINTENANCE != plan.template:
             admin.drop_empty(connection, dbname)
         admin.take_over(connection, plan.template, dbname, user)
+
+
+@contextmanager
+def administered(
+    cluster: Cluster, plan: Plan, dbname: str = admin.MAINTENANCE
+) -> Iterator[psycopg.Connection[Any]]:
+    """A superuser's connection for a block. Raises ClusterError."""
+    with admin.connected(private_info(cluster, plan.superuser, dbname)) as connection:
+        yield connection
+
+
+def admit(cluster: Cluster, plan: Plan, user: str, attributes: str, owns: str | None) -> None:
+    """Make a role for somebody who connects, unless it is there. Raises ClusterError.
+
+    Args:
+        owns: the database that is to be the user's.
+    """
+    with administered(cluster, plan) as connection:
+        admin.ensure_login(connection, user, attributes)
+        if owns is not None:
+            admin.set_owner(connection, owns, user)
 
 
 def discard(cluster: Cluster) -> None:

@@ -37,7 +37,7 @@ class Place:
         cluster: the server it is in.
         dbname: its name there; "" where it has to be made yet.
         roles: users who have been let in.
-        number: counts leases, for the names of what is kept of them.
+        number: of the lease, for the name of what is kept of it; 0 is nobody's.
         supply: where it came from; None where it did not come from one.
         epoch: that of `tenants` when it was made.
         furnishing: held while it is made fit for somebody.
@@ -68,12 +68,10 @@ class Place:
         return alive(self.cluster)
 
     def lease(self, number: int) -> None:
-        """From now on somebody has it; 0 is nobody any more."""
+        """From now on somebody has it."""
         self.number = number
-        if self.tenants is not None and number:
+        if self.tenants is not None:
             self.tenants.occupied.add(self.dbname)
-        elif self.tenants is not None:
-            self.tenants.occupied.discard(self.dbname)
 
 
 class Supply(Protocol):
@@ -95,14 +93,14 @@ class Clusters:
     ) -> None:
         self._plan = plan
         self._attributes = attributes
+        self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
         self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
 
     def provision(self) -> Place:
         cluster = Cluster(self._plan.blueprint)
         cluster.start()
-        users = {self._plan.options.user, self._plan.superuser}
-        return Place(cluster, "", users, supply=self)
+        return Place(cluster, "", self._plan.users, supply=self)
 
     def dispose(self, place: Place) -> None:
         if place.number and self._plan.options.persist:
@@ -131,22 +129,16 @@ class Clusters:
                 place.dbname = dbname
             if user in place.roles:
                 return
-            to = provision.private_info(place.cluster, plan.superuser, admin.MAINTENANCE)
-            with admin.connected(to) as connection:
-                admin.ensure_login(connection, user, self._attributes)
-                if self._owns(place):
-                    admin.set_owner(connection, place.dbname, user)
+            # The first who is no superuser is to own the database.
+            owned = self._superusers or not place.roles <= plan.users
+            owns = None if owned else place.dbname
+            provision.admit(place.cluster, plan, user, self._attributes, owns)
             place.roles.add(user)
-
-    def _owns(self, place: Place) -> bool:
-        """Whether a user is to own the database: the first who is no superuser."""
-        ours = {self._plan.options.user, self._plan.superuser}
-        return not _is_superuser(self._attributes) and place.roles <= ours
 
     def release(self, place: Place, *, used: bool) -> None:
         """End the server behind everybody's back; one that nobody has touched serves the next."""
         if not used:
-            place.lease(0)
+            place.number = 0
         if place.dbname:
             self._pool.retire(place)
         else:
@@ -164,6 +156,7 @@ class Databases:
     ) -> None:
         self._plan = plan
         self._attributes = attributes
+        self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
         self._keep = plan.options.persist
         self._superuser = plan.options.user
@@ -215,13 +208,13 @@ class Databases:
         return self._pool.claim()
 
     def furnished(self, place: Place, user: str) -> bool:
-        return _is_superuser(self._attributes) and _tenants(place).knows(user)
+        return self._superusers and _tenants(place).knows(user)
 
     def furnish(self, place: Place, user: str, dbname: str) -> None:
         """Make the user; the database has a name of its own."""
         tenants = _tenants(place)
         with place.furnishing:
-            owned = _is_superuser(self._attributes) or place.roles or user == self._superuser
+            owned = self._superusers or place.roles or user == self._superuser
             tenants.admit(user, self._attributes, None if owned else place.dbname)
             if user != self._superuser:
                 place.roles.add(user)
@@ -239,11 +232,11 @@ class Databases:
         finally:
             tenants.occupied.discard(place.dbname)
             if not used:
-                place.lease(0)
+                place.number = 0
             if tenants.stale:
                 self._pool.renew()
             # What belongs to somebody by now cannot serve anybody else.
-            if used or (place.roles and not _is_superuser(self._attributes)):
+            if used or (place.roles and not self._superusers):
                 self._pool.retire(place)
             else:
                 self._pool.give_back(place)
@@ -297,7 +290,3 @@ def _has(tenants: TenantCluster, dbname: str) -> bool:
         return alive(tenants.cluster) and tenants.has(dbname)
     except PgTempError:  # it is just being ended
         return False
-
-
-def _is_superuser(attributes: str) -> bool:
-    return "NOSUPERUSER" not in attributes.upper().split()

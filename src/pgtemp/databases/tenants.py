@@ -65,7 +65,7 @@ class TenantCluster:
         except BaseException:
             provision.discard(self.cluster)
             raise
-        self._roles = {plan.options.user, plan.superuser}
+        self._roles = plan.users
 
     def clone(self, dbname: str) -> None:
         """Make a database. Raises PgTempError; nothing of it is left then."""
@@ -141,7 +141,7 @@ class TenantCluster:
                 found = self._residue.clean(connection, found)
             self.stale = self.stale or bool(found)
             # A role that is gone is made again for the next who comes with its name.
-            self._roles = {self._plan.options.user, self._plan.superuser}
+            self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
 
     def stop(self) -> None:

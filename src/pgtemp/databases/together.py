@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
-from pgtemp.databases import admin, provision, transfer
+from pgtemp.databases import provision, transfer
 from pgtemp.databases.isolation import Wish
 from pgtemp.databases.kept import write_note
 from pgtemp.databases.provision import Plan
@@ -54,10 +54,9 @@ class Together:
 
     def furnish(self, place: Place, wish: Wish) -> str:
         """Make the user."""
-        if wish.user not in (self._plan.options.user, self._plan.superuser):
-            to = provision.private_info(place.cluster, self._plan.superuser, admin.MAINTENANCE)
-            with self._furnishing, admin.connected(to) as connection:
-                admin.ensure_login(connection, wish.user, self._attributes)
+        if wish.user not in self._plan.users:
+            with self._furnishing:
+                provision.admit(place.cluster, self._plan, wish.user, self._attributes, None)
         return wish.dbname
 
     def release(self, place: Place, wish: Wish, *, used: bool) -> None:

@@ -60,11 +60,7 @@ class Workshop:
             plan.blueprint, conf=self._remember, addresses=(_HOST,), port=None,
             keep=False, ttl=None, log_path=None,
         )  # fmt: skip
-        own = secret if user == plan.superuser else None
-        self.cluster = Cluster(blueprint, verifier=own.verifier if own is not None else None)
-        self.cluster.start(
-            meanwhile=lambda started: provision.furnish_role(started, plan, user, secret)
-        )
+        self.cluster = provision.start(replace(plan, blueprint=blueprint), secret)
         try:
             provision.furnish_database(self.cluster, plan, self.dbname, user)
         except BaseException:
@@ -86,8 +82,7 @@ class Workshop:
         """Seal the database and shut the server down; the image lasts until `close`."""
         with admin.connected(self._inside()) as connection:
             connection.execute("SELECT 1")  # so that clones come with a relation cache
-        to = provision.private_info(self.cluster, self._plan.superuser, admin.MAINTENANCE)
-        with admin.connected(to) as connection:
+        with provision.administered(self.cluster, self._plan) as connection:
             connection.execute("SELECT 1")
             admin.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.cluster.halt()
@@ -141,7 +136,7 @@ class Lasting(imagecache.Ensured):
             plan.installation.extensions_stamp(),
         )
 
-    def image(self) -> Image:
+    def resolve(self) -> Image:
         """The image; builds the template where there is none. Raises PgTempError."""
         return imagecache.ensure(
             f"{self.plan.installation.major}-template-{self.identity}",
@@ -207,8 +202,7 @@ def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, Workshop | None]
     """
     planned = lasting(plan, name, recipe)
     if planned is not None:
-        assert isinstance(planned.blueprint.source, Lasting)
-        planned.blueprint.source.image()
+        planned.blueprint.source.resolve()
         return planned, None
     workshop = Workshop(plan, name)
     workshop.open()

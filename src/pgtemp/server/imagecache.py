@@ -39,15 +39,12 @@ class Ensured(ABC):
     """An image that is made when it is needed, and made again when it is damaged."""
 
     @abstractmethod
-    def image(self) -> Image:
-        """The image; made where there is none."""
-
     def resolve(self) -> Image:
-        return self.image()
+        """The image; made where there is none."""
 
     def repair(self, damage: ChangedError) -> None:
         _log.warning("the image is damaged and is built again: %s", damage)
-        self.image().discard()
+        self.resolve().discard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +57,9 @@ class Cached(Ensured):
 
     @property
     def identity(self) -> str:
-        return self.image().path.name
+        return self.resolve().path.name
 
-    def image(self) -> Image:
+    def resolve(self) -> Image:
         """The image; runs initdb when there is none.
 
         Raises:
