@@ -360,6 +360,7 @@ def test_a_build_that_leaves_a_prepared_transaction(cluster: Cluster) -> None:
 
 def test_snapshots_go_with_their_database(cluster: Cluster) -> None:
     db = cluster.database()
+    make_table(db.uri)
     snapshot = db.snapshot("s")
     assert snapshot.dbname in databases(cluster)
     db.close()
@@ -381,6 +382,7 @@ def test_a_restore_that_cannot_be_leaves_the_database(cluster: Cluster) -> None:
 def test_a_suite_that_terminates_everybody_else(cluster: Cluster) -> None:
     """pgtemp's own connections are replaced, and databases are dropped as ever."""
     db = cluster.database()
+    make_table(db.uri)
     with psycopg.connect(cluster.info.uri) as connection:
         connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

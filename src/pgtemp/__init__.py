@@ -6,11 +6,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pgtemp.cluster import Cluster, Template
     from pgtemp.database import Database, Snapshot
+    from pgtemp.databases.recipe import Recipe
     from pgtemp.errors import (
         ClusterError,
         InstallationError,
         OptionError,
         PgTempError,
+        PgTempWarning,
         TransferError,
         WardenError,
     )
@@ -27,6 +29,8 @@ __all__ = [
     "OptionError",
     "PgTempDB",
     "PgTempError",
+    "PgTempWarning",
+    "Recipe",
     "ServerOptions",
     "Snapshot",
     "Template",
@@ -38,6 +42,7 @@ _HOMES = {
     "ConnectionInfo": "pgtemp.uri",
     "Database": "pgtemp.database",
     "PgTempDB": "pgtemp.pgtempdb",
+    "Recipe": "pgtemp.databases.recipe",
     "ServerOptions": "pgtemp.options",
     "Snapshot": "pgtemp.database",
     "Template": "pgtemp.cluster",

@@ -19,7 +19,7 @@ import psycopg
 
 from pgtemp import cluster, database, pgtempdb
 from pgtemp.database import Snapshot
-from pgtemp.databases.recipe import Build
+from pgtemp.databases.recipe import Build, Recipe
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.uri import ConnectionInfo
 
@@ -188,7 +188,7 @@ class Cluster:
     async def template(
         self,
         name: str,
-        build: Build | Callable[[str], Awaitable[object]],
+        build: Build | Recipe | Callable[[str], Awaitable[object]],
         *,
         key: str | None = None,
         watch: Sequence[StrPath] = (),
@@ -229,7 +229,7 @@ class Template:
     async def template(
         self,
         name: str,
-        build: Build | Callable[[str], Awaitable[object]],
+        build: Build | Recipe | Callable[[str], Awaitable[object]],
         *,
         key: str | None = None,
         watch: Sequence[StrPath] = (),
@@ -332,5 +332,5 @@ async def _awaited(result: Awaitable[object]) -> object:
     return await result
 
 
-def _on_loop(build: Build | Callable[[str], Awaitable[object]]) -> Build:
+def _on_loop(build: Build | Recipe | Callable[[str], Awaitable[object]]) -> Build | Recipe:
     return _OnLoop(build, asyncio.get_running_loop()) if callable(build) else build

@@ -18,16 +18,15 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
-from pgtemp.database import Database, Works
+from pgtemp.database import Database
 from pgtemp.databases import provision, template, workshop
-from pgtemp.databases.pool import Pool
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Build, Recipe
 from pgtemp.databases.template import BASE, Clones
@@ -35,6 +34,7 @@ from pgtemp.errors import ClusterError, OptionError
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.uri import ConnectionInfo
+from pgtemp.works import Works
 
 READY = 2  # clones kept ready of each template that is in use
 _NOT_FOR_MANY = ("dump", "load")
@@ -55,13 +55,22 @@ class Cluster:
         self._set_up(options)
 
     @classmethod
-    def with_options(cls, options: ServerOptions) -> Self:
-        """A cluster for options that are there as one value."""
+    def with_options(
+        cls, options: ServerOptions, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Self:
+        """A cluster for options that are there as one value.
+
+        Args:
+            settings: of its servers alone; templates are built without them, so that those that
+                are kept serve for any.
+        """
         self = cls.__new__(cls)
-        self._set_up(options)
+        self._set_up(options, settings)
         return self
 
-    def _set_up(self, options: ServerOptions) -> None:
+    def _set_up(
+        self, options: ServerOptions, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         for name in _NOT_FOR_MANY:
             if getattr(options, name) is not None:
                 raise OptionError(
@@ -71,6 +80,7 @@ class Cluster:
         # Extensions are in the template that all others begin with.
         self._extensions = Recipe(extensions=tuple(options.extensions))
         self._options = replace(options, extensions=())
+        self._serving = replace(self._options, config={**options.config, **settings})
         self._owner = os.getpid()
         self._plan: Plan | None = None
         self._main: Works | None = None
@@ -110,7 +120,7 @@ class Cluster:
     def template(
         self,
         name: str,
-        build: Build,
+        build: Build | Recipe,
         *,
         key: str | None = None,
         watch: Sequence[StrPath] = (),
@@ -122,9 +132,7 @@ class Cluster:
 
         Args:
             name: whatever the suite calls it.
-            build: a callable that gets a URI; "cmd:" and a shell command that gets the URI in
-                DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of a data
-                directory that was kept; or several of these.
+            build: as of `pgtemp.Recipe`, or a whole one of these, which says the rest too.
             key: what the template is kept under; change it when the build changes.
             watch: glob patterns of files; it is built again when their contents change.
 
@@ -229,7 +237,7 @@ class Cluster:
 
     def _start(self, plan: Plan, *, first: bool) -> Works:
         # The port and the log that were asked for are the first server's.
-        options = self._options if first else replace(self._options, port=None, log_path=None)
+        options = self._serving if first else replace(self._serving, port=None, log_path=None)
         return Works(PgTempDB.with_options(options, plan.blueprint.source).start())
 
     def _check_owner(self) -> None:
@@ -271,9 +279,8 @@ class Template:
         self._cluster = cluster
         self._works = works
         self._plan = plan  # for servers with this template, where it is kept
-        clones = Clones(works.admins, dbname, works.server.user, name)
-        self._pool: Pool[str] = Pool(clones, ready=READY)
-        works.pools.append(self._pool)
+        self._clones = Clones(works.admins, dbname, works.server.user, name)
+        self._pool = works.pool_of(self._clones, READY)
 
     def database(self) -> Database:
         """A clone of one's own, claimed from those kept ready.
@@ -281,12 +288,12 @@ class Template:
         Raises:
             PgTempError: it could not be made.
         """
-        return Database(self._works, self._pool.take(), self._pool)
+        return Database(self._works, self._pool.take(), self._pool, self._clones)
 
     def template(
         self,
         name: str,
-        build: Build,
+        build: Build | Recipe,
         *,
         key: str | None = None,
         watch: Sequence[StrPath] = (),
@@ -298,9 +305,8 @@ class Template:
         return f"<Template {self.name!r}>"
 
 
-def _recipe(build: Build, key: str | None, watch: Sequence[StrPath]) -> Recipe:
-    patterns = [watch] if isinstance(watch, str | os.PathLike) else watch
-    return Recipe(build, key, tuple(os.fspath(pattern) for pattern in patterns))
+def _recipe(build: Build | Recipe, key: str | None, watch: Sequence[StrPath]) -> Recipe:
+    return build if isinstance(build, Recipe) else Recipe(build, key, watch)
 
 
 _running: weakref.WeakSet[Cluster] = weakref.WeakSet()

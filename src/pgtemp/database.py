@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import select
+import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,49 +12,12 @@ import psycopg
 from psycopg import errors
 
 from pgtemp.databases import admin, transfer
-from pgtemp.databases.admin import Admins
 from pgtemp.databases.pool import Pool
-from pgtemp.databases.template import in_use, unique_name
+from pgtemp.databases.template import Clones, in_use, unique_name
 from pgtemp.errors import ClusterError
 from pgtemp.options import StrPath
-from pgtemp.pgtempdb import PgTempDB
 from pgtemp.uri import ConnectionInfo, redact
-
-
-@dataclass(slots=True)
-class Works:
-    """A server that runs, for many databases, and pgtemp's own ways into it."""
-
-    server: PgTempDB
-    admins: Admins = field(init=False)
-    pools: list[Pool[str]] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        server = self.server
-        self.admins = Admins(
-            ConnectionInfo(
-                host=str(server.socket_dir),
-                port=server.port,
-                user=server.user,
-                dbname=admin.MAINTENANCE,
-            )
-        )
-
-    def info_of(self, dbname: str) -> ConnectionInfo:
-        """How to reach a database in it, with the password."""
-        return replace(self.server.info, dbname=dbname)
-
-    def stop(self) -> None:
-        """End the server; whoever still makes or drops databases in it finds out at once."""
-        self.admins.closing.set()
-        for pool in self.pools:
-            pool.refuse()
-        try:
-            self.server.stop()
-        finally:
-            for pool in self.pools:
-                pool.close(dispose=False)
-            self.admins.close()
+from pgtemp.works import Works
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +31,30 @@ class Snapshot:
 class Database:
     """One clone, with a URL. Given back with `close()` or at the end of `with`."""
 
-    def __init__(self, works: Works, dbname: str, pool: Pool[str]) -> None:
+    def __init__(
+        self, works: Works, dbname: str, pool: Pool[str], clones: Clones | None = None
+    ) -> None:
+        """Made by templates.
+
+        Args:
+            clones: whose clone it is, where it comes from those kept ready.
+        """
         self._works = works
         self._pool = pool
+        self._clones = clones
+        self._since = time.time_ns()
         self._open = True
         self._snapshots: list[Snapshot] = []
+        self._connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
+        self._ahead = clones.opened(dbname) if clones is not None else None
+        if self._ahead is not None:
+            self._connections.append(self._ahead)
         self.info = works.info_of(dbname)
 
     @property
     def uri(self) -> str:
         """The URL for any driver, with the password."""
+        self._forget_ahead()  # whoever takes the URL may want to be alone
         return self.info.uri
 
     @property
@@ -83,8 +62,39 @@ class Database:
         return self.info.dbname
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        """A psycopg connection to the database; keyword arguments are psycopg's."""
-        return psycopg.connect(self.uri, **kwargs)
+        """A psycopg connection to the database; keyword arguments are psycopg's.
+
+        It is closed with the database at the latest.
+        """
+        ahead, self._ahead = self._ahead, None
+        if not kwargs:
+            if ahead is not None and not _has_news(ahead):
+                return ahead
+            if self._clones is not None:  # those that come after this one get theirs ahead
+                self._clones.ahead = self._works.connect_to
+        connection = psycopg.connect(self.info.uri, **kwargs)
+        self._connections.append(connection)
+        return connection
+
+    async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
+        """As `connect`, for asyncio."""
+        connection = await psycopg.AsyncConnection.connect(self.info.uri, **kwargs)
+        self._connections.append(connection)
+        return connection
+
+    def psql(self, command: str | None = None) -> str:
+        r"""What psql prints for a command, SQL or its own such as `\\d`.
+
+        Without one, psql is run on the terminal until you leave it, and nothing is returned.
+
+        Raises:
+            TransferError: the command failed, or there is no terminal.
+        """
+        programs = self._works.server.installation
+        if command is not None:
+            return transfer.psql(programs, self._private(), command)
+        transfer.psql_on_terminal(programs, self._private())
+        return ""
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
@@ -127,11 +137,36 @@ class Database:
         return Database(self._works, self._copy("fork"), self._pool)
 
     def close(self) -> None:
-        """Drop the database and its snapshots, behind the caller's back."""
-        if self._open:
-            self._open = False
-            for dbname in (self.dbname, *(snapshot.dbname for snapshot in self._snapshots)):
-                self._pool.retire(dbname)
+        """Give the database and its snapshots back, to be dropped behind the caller's back.
+
+        One that is proved to be what it was when it was claimed is handed out again.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._forget_ahead()
+        self._disconnect()
+        self._pool.retire(self.dbname, self._untouched if self._clones is not None else None)
+        for snapshot in self._snapshots:
+            self._pool.retire(snapshot.dbname)
+
+    def _untouched(self, dbname: str) -> bool:
+        assert self._clones is not None
+        return self._clones.untouched(dbname, self._works.server.data_dir, self._since)
+
+    def _forget_ahead(self) -> None:
+        """Close the connection that was opened ahead; where nobody wants any, open no more."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
+            if self._clones is not None:
+                self._clones.ahead = None
+
+    def _disconnect(self) -> None:
+        """Close what `connect` and `aconnect` have opened."""
+        for connection in self._connections:
+            connection.pgconn.finish()  # as `close` does, which of the two needs an event loop
+        self._connections.clear()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -139,6 +174,7 @@ class Database:
 
     def _copy(self, prefix: str) -> str:
         self._check_open()
+        self._forget_ahead()
         name = unique_name(prefix)
         with self._works.admins.connection() as connection:
             try:
@@ -162,4 +198,9 @@ class Database:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Database {redact(self.uri)}>"
+        return f"<Database {redact(self.info.uri)}>"
+
+
+def _has_news(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the server has said something unasked, such as that it has ended the session."""
+    return bool(select.select([connection], [], [], 0)[0])

@@ -59,3 +59,7 @@ class LimitError(PgTempError):
 
 class NoDatabaseError(PgTempError):
     """A database that was asked for is none that a lease can be had of."""
+
+
+class PgTempWarning(UserWarning):
+    """A test left something behind that it should have ended."""

@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,8 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp.databases import provision, transfer
-from pgtemp.databases.kept import write_note
+from pgtemp.databases import kept, provision, transfer
+from pgtemp.databases.kept import Note, write_note
 from pgtemp.databases.secret import Secret, random_secret
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
@@ -144,7 +145,7 @@ class PgTempDB:
                     )
             finally:
                 if self.options.persist:
-                    write_note(cluster.home.path, self.options.user, self.options.dbname)
+                    write_note(cluster.home.path, Note(self.options.user, self.options.dbname))
                     self._kept = cluster.home.path
                 cluster.stop()
 
@@ -165,6 +166,19 @@ class PgTempDB:
         """
         cluster = self._running_cluster()
         transfer.load(cluster.blueprint.installation, self._private(cluster), path)
+
+    def store(self, directory: StrPath, databases: Mapping[str, str]) -> None:
+        """Shut the server down and keep its data in a directory, for `pgtemp open`.
+
+        Args:
+            directory: must not be there yet.
+            databases: those that matter, with what each is of; the first is the one opened.
+
+        Raises:
+            ClusterError: the directory cannot be written; nothing of it is left.
+        """
+        note = Note(self.options.user, next(iter(databases)), databases)
+        kept.store(self._running_cluster(), Path(directory).absolute(), note)
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """A psycopg connection to the database; keyword arguments are psycopg's."""

@@ -169,6 +169,15 @@ def exists(connection: psycopg.Connection[Any], dbname: str) -> bool:
     return found.fetchone() is not None
 
 
+def databases(connection: psycopg.Connection[Any]) -> list[str]:
+    """The names of those that one can connect to, but for the maintenance databases."""
+    rows = connection.execute(
+        "SELECT datname FROM pg_database WHERE datallowconn AND datname NOT IN"
+        " ('postgres', 'template0', 'template1') ORDER BY 1"
+    )
+    return [str(name) for (name,) in rows.fetchall()]
+
+
 def take_over(connection: psycopg.Connection[Any], dbname: str, name: str, owner: str) -> None:
     """Make a sealed database a usual one, with another name and owner; nobody else wants it."""
     unseal(connection, dbname)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pgtemp.databases import admin, provision
 from pgtemp.databases.secret import random_secret
-from pgtemp.errors import OptionError
-from pgtemp.host import identity
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import copying, identity
 from pgtemp.options import StrPath
 from pgtemp.server import conf, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -22,7 +25,22 @@ NOTE = "pgtemp.json"
 _HOST = "127.0.0.1"
 
 
-def write_note(home: Path, user: str, dbname: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What stands beside data that is kept.
+
+    Attributes:
+        user: whose it was.
+        dbname: the database.
+        databases: what each of several databases is of.
+    """
+
+    user: str
+    dbname: str
+    databases: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_note(home: Path, note: Note) -> None:
     """Remember, beside data that is kept, whose it was."""
     # By a descriptor and a rename: the server's user may have put a link there.
     directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -30,10 +48,38 @@ def write_note(home: Path, user: str, dbname: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         fresh = f".{NOTE}.{os.getpid()}"
         with open(os.open(fresh, flags, 0o600, dir_fd=directory), "w") as file:
-            json.dump({"user": user, "dbname": dbname}, file)
+            json.dump(asdict(note), file)
         os.rename(fresh, NOTE, src_dir_fd=directory, dst_dir_fd=directory)
     finally:
         os.close(directory)
+
+
+def store(cluster: Cluster, directory: Path, note: Note) -> None:
+    """Shut a server down and copy its data to a directory, which must not be there yet.
+
+    Raises:
+        ClusterError: it could not be written; nothing of it is left.
+    """
+    cluster.halt()
+    owner = cluster.blueprint.owner
+    fresh = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir(mode=0o700)
+        (fresh / DATA).mkdir(mode=0o700)
+        owner.own(fresh / DATA)
+        listing = copying.list_tree(cluster.data_dir, imagebuild.NEVER_COPIED)
+        copying.make_dirs(fresh / DATA, listing.dirs, owner)
+        copying.copy_files(cluster.data_dir, fresh / DATA, listing.files, owner)
+        write_note(fresh, note)
+        owner.own(fresh)
+        fresh.rename(directory)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise ClusterError(
+            f"databases could not be kept in {directory}: {error.strerror or error}",
+            remedy="make room, or name another directory (data_dir_prefix)",
+        ) from error
 
 
 class KeptDB:
@@ -41,6 +87,7 @@ class KeptDB:
 
     Args:
         directory: what `--persist` printed, or the `data` directory in it.
+        dbname: the database to tell about; None is the one that the data was kept for.
         port: TCP port; None chooses a free one.
         bin_dir: folder of PostgreSQL's programs; None finds those of the data's version.
 
@@ -50,7 +97,12 @@ class KeptDB:
     """
 
     def __init__(
-        self, directory: StrPath, *, port: int | None = None, bin_dir: StrPath | None = None
+        self,
+        directory: StrPath,
+        *,
+        dbname: str | None = None,
+        port: int | None = None,
+        bin_dir: StrPath | None = None,
     ) -> None:
         path = Path(directory).absolute()
         if path.name == DATA and (path / "PG_VERSION").exists():
@@ -62,6 +114,8 @@ class KeptDB:
                 remedy="name a directory that --persist printed",
             )
         self.directory = path
+        self.note = read_note(path)
+        self._dbname = dbname if dbname is not None else self.note.dbname
         owner = identity.of(data)
         version = (data / "PG_VERSION").read_text().strip()
         programs = installation.find(bin_dir, version).within_reach(owner)
@@ -82,18 +136,28 @@ class KeptDB:
         self.info: ConnectionInfo
 
     def __enter__(self) -> Self:
-        note = read_note(self.directory)
+        user, dbname = self.note.user, self._dbname
         self._cluster.start()
         try:
             secret = random_secret()
-            private = provision.private_info(self._cluster, note["user"], "postgres")
+            private = provision.private_info(self._cluster, user, admin.MAINTENANCE)
             with admin.connected(private) as connection:
-                admin.ensure_role(connection, note["user"], secret)
+                if not admin.exists(connection, dbname):
+                    raise OptionError(
+                        f"there is no database {dbname!r} in {self.directory}",
+                        remedy="name one of those below",
+                        details=admin.databases(connection),
+                    )
+                admin.ensure_role(connection, user, secret)
         except BaseException:
             self._cluster.stop()
             raise
         self.info = ConnectionInfo(
-            host=_HOST, port=self._cluster.port, password=secret.password, **note
+            host=_HOST,
+            port=self._cluster.port,
+            user=user,
+            password=secret.password,
+            dbname=dbname,
         )
         return self
 
@@ -106,13 +170,13 @@ class KeptDB:
         self._cluster.stop()
 
 
-def read_note(home: Path) -> dict[str, str]:
-    """Whose data it was: user and dbname."""
+def read_note(home: Path) -> Note:
+    """Whose data it was."""
     try:
         said = json.loads((home / NOTE).read_text())
-        return {"user": str(said["user"]), "dbname": str(said["dbname"])}
+        return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
     except (OSError, ValueError, KeyError, TypeError):
-        return {"user": imagebuild.SUPERUSER, "dbname": "postgres"}
+        return Note(imagebuild.SUPERUSER, admin.MAINTENANCE)
 
 
 def _unchanged(existing: str) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
@@ -129,16 +130,19 @@ class Pool(Generic[T]):
         if not self._kind.usable(thing) or not self._hand_out(thing):
             self.retire(thing)
 
-    def retire(self, thing: T) -> None:
+    def retire(self, thing: T, unless: Callable[[T], bool] | None = None) -> None:
         """Dispose of a thing: in the background, or at once where the pool is closed.
 
         Nothing happens in a forked child.
+
+        Args:
+            unless: whether it is as good as new, and may be handed out again.
         """
         if self._owner != os.getpid():
             return
         with self._lock:
             if not self._closed:
-                self._enders.submit(self._end, thing)
+                self._enders.submit(self._end, thing, unless)
                 return
         self._end(thing)
 
@@ -168,8 +172,10 @@ class Pool(Generic[T]):
         self._makers.shutdown(wait=True, cancel_futures=True)
         self._enders.shutdown(wait=True, cancel_futures=not dispose)
 
-    def _end(self, thing: T) -> None:
+    def _end(self, thing: T, unless: Callable[[T], bool] | None = None) -> None:
         try:
+            if unless is not None and unless(thing) and self._hand_out(thing):
+                return
             self._kind.dispose(thing)
         except PgTempError as error:
             if not self._closed:  # else it went with its server

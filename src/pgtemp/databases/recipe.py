@@ -7,6 +7,7 @@ none until it is told a key, or which files to watch.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +50,25 @@ class Recipe:
     """What turns one database into a template.
 
     Attributes:
-        build: what is applied; nothing by default.
+        build: what is applied: a callable that gets a URI; "cmd:" and a shell command that gets
+            the URI in DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of
+            a data directory that was kept; or several of these. Nothing by default.
         key: says, for a callable or a command, when it would come out otherwise.
         watch: glob patterns of files that decide how it comes out.
         extensions: created first.
+        run: names the run of a program for which alone the template is kept.
     """
 
     build: Build = ()
     key: str | None = None
-    watch: tuple[str, ...] = ()
-    extensions: tuple[str, ...] = ()
+    watch: Sequence[StrPath] = ()
+    extensions: Sequence[str] = ()
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        watch = [self.watch] if isinstance(self.watch, str | os.PathLike) else self.watch
+        object.__setattr__(self, "watch", tuple(os.fspath(pattern) for pattern in watch))
+        object.__setattr__(self, "extensions", tuple(self.extensions))
 
     @property
     def data_dir(self) -> Path | None:
@@ -75,7 +86,7 @@ class Recipe:
             OptionError: a file is missing, or a pattern fits none.
         """
         hashed = hashlib.sha256()
-        told = self.key is not None or bool(self.watch)
+        told = self.key is not None or bool(self.watch) or self.run is not None
         for part in self._parts(told):
             if part is None:
                 return None
@@ -83,9 +94,9 @@ class Recipe:
         return hashed.hexdigest()
 
     def _parts(self, told: bool) -> Iterator[bytes | None]:
-        yield repr((self.key, self.extensions)).encode()
+        yield repr((self.key, self.run, self.extensions)).encode()
         for pattern in self.watch:
-            for path in _watched(pattern):
+            for path in _watched(os.fspath(pattern)):
                 yield os.fsencode(path)
                 yield path.read_bytes()
         for one in _each(self.build):
@@ -115,7 +126,7 @@ class Recipe:
                 extensions.create(connection, self.extensions, programs.major)
         for one in _each(self.build):
             if callable(one):
-                one(info.uri)
+                _call(one, info.uri)
                 continue
             if (command := _command(one)) is not None:
                 _run(command, info)
@@ -135,6 +146,14 @@ def _each(build: Build) -> Sequence[Step]:
             remedy='give a function, a path, "cmd:…", or a list of these',
         )
     return steps
+
+
+def _call(build: Callable[[str], object], uri: str) -> None:
+    """A coroutine function is run to its end, in a thread because a loop may run in this one."""
+    result = build(uri)
+    if inspect.iscoroutine(result):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, result).result()
 
 
 def _command(step: StrPath) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pgtemp.databases import admin, provision
-from pgtemp.databases.kept import write_note
+from pgtemp.databases.kept import Note, write_note
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.template import unique_name
@@ -104,7 +104,7 @@ class Clusters:
 
     def dispose(self, place: Place) -> None:
         if place.number and self._plan.options.persist:
-            write_note(place.cluster.home.path, self._plan.options.user, place.dbname)
+            write_note(place.cluster.home.path, Note(self._plan.options.user, place.dbname))
             place.cluster.stop()
             home = place.cluster.home.path
             self._announce(f"kept {home}; pgtemp open {home} serves it again")
@@ -266,7 +266,7 @@ class Databases:
             self._servers.discard(tenants)
         if tenants.kept:
             home = tenants.cluster.home.path
-            write_note(home, self._superuser, admin.MAINTENANCE)
+            write_note(home, Note(self._superuser, admin.MAINTENANCE))
             self._announce(f"kept {home}; pgtemp open {home} serves it again")
         tenants.stop()
 

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from psycopg import Connection, errors
@@ -19,6 +20,7 @@ from psycopg import Connection, errors
 from pgtemp.databases import admin
 from pgtemp.databases.admin import Admins
 from pgtemp.databases.recipe import Recipe
+from pgtemp.databases.untouched import untouched
 from pgtemp.errors import ClusterError, OptionError, PgTempError
 from pgtemp.host.progress import step
 from pgtemp.server.installation import Installation
@@ -29,17 +31,29 @@ _log = logging.getLogger("pgtemp")
 
 
 class Clones:
-    """What a pool needs to know of the clones of one template."""
+    """What a pool needs to know of the clones of one template.
+
+    Attributes:
+        ahead: opens a connection to a clone before anybody asks; None opens none.
+    """
 
     def __init__(self, admins: Admins, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
         self._attributes: bool | None = None  # of the source, which is sealed, so that they stay
+        self.ahead: Callable[[str], Connection[Any]] | None = None
+        self._opened: dict[str, Connection[Any]] = {}
 
     def provision(self) -> str:
         """A new database; its name."""
         name = unique_name(self._prefix)
         self.make(name)
+        if self.ahead is not None:
+            self._opened[name] = self.ahead(name)
         return name
+
+    def opened(self, name: str) -> Connection[Any] | None:
+        """The connection that was opened ahead to a clone, for whoever asks first."""
+        return self._opened.pop(name, None)
 
     def make(self, name: str) -> None:
         """A new database of that name. Raises ClusterError."""
@@ -57,8 +71,28 @@ class Clones:
 
         self._do(clone)
 
+    def close(self) -> None:
+        """Close the connections that nobody has asked for."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
     def dispose(self, name: str) -> None:
+        if (unused := self.opened(name)) is not None:
+            unused.close()
         self._do(lambda connection: admin.drop(connection, name, self._admins.elsewhere(name)))
+
+    def untouched(self, name: str, data_dir: Path, since: int) -> bool:
+        """Whether a clone is proved to be what it was; see untouched.py."""
+        proved = False
+
+        def look(connection: Connection[Any]) -> None:
+            nonlocal proved
+            proved = untouched(
+                connection, data_dir, name, source=self._source, owner=self._owner, since=since
+            )
+
+        self._do(look)
+        return proved
 
     def _do(self, work: Callable[[Connection[Any]], None]) -> None:
         """Do it once more where a suite has terminated everybody it found, us among them."""

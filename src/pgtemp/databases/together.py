@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from pgtemp.databases import provision, transfer
 from pgtemp.databases.isolation import Wish
-from pgtemp.databases.kept import write_note
+from pgtemp.databases.kept import Note, write_note
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.supply import Place
 from pgtemp.errors import PgTempError
@@ -74,7 +74,7 @@ class Together:
             _log.error("%s", error)
         finally:
             if options.persist:
-                write_note(cluster.home.path, options.user, options.dbname)
+                write_note(cluster.home.path, Note(options.user, options.dbname))
             cluster.stop()
         if options.persist:
             self._announce(f"kept {cluster.home.path}")

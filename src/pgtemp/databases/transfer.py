@@ -91,6 +91,26 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
         raise TransferError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def psql(installation: Installation, to: ConnectionInfo, command: str) -> str:
+    """What psql prints for a command. Raises TransferError."""
+    argv = ["-X", "-v", "ON_ERROR_STOP=1", "-d", to.conninfo, "-c", command]
+    result = processes.run([installation.program("psql"), *argv])
+    if result.returncode != 0:
+        raise _failed(f"psql failed in {to.dbname}", result)
+    return result.stdout
+
+
+def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
+    """Run psql on the terminal until the user leaves it. Raises TransferError without one."""
+    try:
+        with open("/dev/tty", "r+b", buffering=0) as terminal:
+            processes.run_on(terminal, [installation.program("psql"), "-d", to.conninfo])
+    except OSError as error:
+        raise TransferError(
+            "there is no terminal for psql", remedy="give psql() a command"
+        ) from error
+
+
 def _is_archive(path: Path) -> bool:
     if path.is_dir():
         return True

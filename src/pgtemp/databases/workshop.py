@@ -80,12 +80,14 @@ class Workshop:
 
     def seal(self) -> Image:
         """Seal the database and shut the server down; the image lasts until `close`."""
-        with admin.connected(self._inside()) as connection:
-            connection.execute("SELECT 1")  # so that clones come with a relation cache
+        with admin.connected(self._inside()) as connection:  # so clones come with a relation cache
+            # Who only reads a clone then changes nothing in it, not even a hint (untouched.py).
+            connection.execute("VACUUM (FREEZE)")
         with provision.administered(self.cluster, self._plan) as connection:
             connection.execute("SELECT 1")
             admin.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.cluster.halt()
+        imagebuild.drop_maps(self.cluster.data_dir)
         # Whoever starts on the image brings settings of its own.
         (self.cluster.data_dir / "postgresql.conf").write_text(self._conf)
         made = image.of_home(self.cluster.home.path, self._plan.installation)
@@ -139,7 +141,7 @@ class Lasting(imagecache.Ensured):
     def resolve(self) -> Image:
         """The image; builds the template where there is none. Raises PgTempError."""
         return imagecache.ensure(
-            f"{self.plan.installation.major}-template-{self.identity}",
+            imagecache.name_of(self.plan.installation.major, self.identity, self.recipe.run),
             f"building template {self.name}",
             self._build,
         )
@@ -180,7 +182,7 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
         plan = replace(
             plan,
             blueprint=replace(plan.blueprint, source=image.Directory(data_dir)),
-            template=read_note(data_dir.parent)["dbname"],
+            template=read_note(data_dir.parent).dbname,
             plain=False,
         )
         recipe = replace(recipe, build=())

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from pgtemp.errors import PgTempError
 from pgtemp.host.identity import Identity
@@ -119,6 +120,11 @@ def run_command(command: str, env: Mapping[str, str]) -> subprocess.CompletedPro
         output.seek(0)
         said = output.read().decode("utf-8", "replace")
     return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+
+def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
+    """Run a program that talks to the user, to its end, with the caller's environment."""
+    subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)
 
 
 _running: set[subprocess.Popen[str]] = set()

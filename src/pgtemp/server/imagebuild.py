@@ -67,9 +67,7 @@ def build(
         owner.own(building)
         _initdb(installation, arguments, data, owner, lock)
         drop_spare_wal(installation, data)
-        for name in ("*_fsm", "*_vm"):  # made anew as needed; a quarter of the files
-            for file in data.glob(f"**/{name}"):
-                file.unlink()
+        drop_maps(data)
         _shorten(data / "postgresql.conf")
         _take_back(building, owner)
         _write_manifest(installation, building)
@@ -148,6 +146,13 @@ def drop_spare_wal(installation: Installation, data: Path) -> None:
     for segment in (data / "pg_wal").glob("[0-9A-F]" * 24):
         if segment.name != needed:
             segment.unlink()
+
+
+def drop_maps(data: Path) -> None:
+    """Remove free space and visibility maps: made anew as needed, and a quarter of the files."""
+    for name in ("*_fsm", "*_vm"):
+        for file in data.glob(f"**/{name}"):
+            file.unlink()
 
 
 def _controldata(installation: Installation, data: Path, what: str) -> str:

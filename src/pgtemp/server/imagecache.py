@@ -29,9 +29,11 @@ from pgtemp.server.imagebuild import MANIFEST
 from pgtemp.server.installation import Installation
 
 _log = logging.getLogger("pgtemp")
-SCHEMA = 3  # of the image's layout and of what is done to a data directory
+SCHEMA = 4  # of the image's layout and of what is done to a data directory
 UNUSED_DAYS = 30
 MOST_BYTES = 4 << 30
+RUN_SECONDS = 86400  # what a run that was killed has left
+_OF_A_RUN = "-template-run-"
 _TELLS_LIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 
@@ -85,6 +87,26 @@ def key_of(*parts: str) -> str:
     return hashlib.sha256("\0".join([str(SCHEMA), *parts]).encode()).hexdigest()[:24]
 
 
+def name_of(major: int, identity: str, run: str | None) -> str:
+    """The name of a template's image.
+
+    Args:
+        run: of a program for which alone it is kept.
+    """
+    kind = f"{_OF_A_RUN}{run}-" if run is not None else "-template-"
+    return f"{major}{kind}{identity}"
+
+
+def forget(run: str) -> None:
+    """Remove the images that were kept for one run of a program alone, which is at its end."""
+    images = paths.cache_dir() / "images"
+    for image in images.glob(f"*{_OF_A_RUN}{run}-*"):
+        if image.is_dir():
+            _remove(image)
+        else:
+            image.unlink(missing_ok=True)  # its lock
+
+
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
     """The image of that name in the cache; built where there is none, by one process alone.
 
@@ -135,9 +157,14 @@ def _prune(images: Path) -> None:
     found = sorted(_sizes(images), reverse=True)
     for place, (when, size, path) in enumerate(found):
         total += size
-        if when < oldest or (total > MOST_BYTES and place > 0):
-            with locks.locked(path.with_suffix(".lock")):
-                shutil.rmtree(path, ignore_errors=True)
+        stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
+        if stale or (total > MOST_BYTES and place > 0):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with locks.locked(path.with_suffix(".lock")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
