@@ -39,16 +39,16 @@ class Database:
         Args:
             clones: whose clone it is, where it comes from those kept ready.
         """
-        self._works = works
+        self.works = works
         self._pool = pool
         self._clones = clones
         self._since = time.time_ns()
         self._open = True
         self._snapshots: list[Snapshot] = []
-        self._connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
+        self.connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
         self._ahead = clones.opened(dbname) if clones is not None else None
         if self._ahead is not None:
-            self._connections.append(self._ahead)
+            self.connections.append(self._ahead)
         self.info = works.info_of(dbname)
 
     @property
@@ -71,15 +71,15 @@ class Database:
             if ahead is not None and not _has_news(ahead):
                 return ahead
             if self._clones is not None:  # those that come after this one get theirs ahead
-                self._clones.ahead = self._works.connect_to
+                self._clones.ahead = self.works.connect_to
         connection = psycopg.connect(self.info.uri, **kwargs)
-        self._connections.append(connection)
+        self.connections.append(connection)
         return connection
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """As `connect`, for asyncio."""
         connection = await psycopg.AsyncConnection.connect(self.info.uri, **kwargs)
-        self._connections.append(connection)
+        self.connections.append(connection)
         return connection
 
     def psql(self, command: str | None = None) -> str:
@@ -90,7 +90,7 @@ class Database:
         Raises:
             TransferError: the command failed, or there is no terminal.
         """
-        programs = self._works.server.installation
+        programs = self.works.server.installation
         if command is not None:
             return transfer.psql(programs, self._private(), command)
         transfer.psql_on_terminal(programs, self._private())
@@ -98,11 +98,11 @@ class Database:
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
-        transfer.dump(self._works.server.installation, self._private(), path)
+        transfer.dump(self.works.server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump, all of it or nothing. Raises TransferError."""
-        transfer.load(self._works.server.installation, self._private(), path)
+        transfer.load(self.works.server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
         """Keep the database as it is now, until it is closed; nobody else may be connected to it.
@@ -117,7 +117,7 @@ class Database:
     def restore(self, snapshot: Snapshot) -> None:
         """Make the database what it was; whoever is connected to it is disconnected."""
         self._check_open()
-        works, fresh = self._works, unique_name("restored")
+        works, fresh = self.works, unique_name("restored")
         with works.admins.connection() as connection:
             # The old one goes only when the new one is there.
             admin.clone(connection, fresh, snapshot.dbname, works.server.user)
@@ -134,7 +134,7 @@ class Database:
         Raises:
             ClusterError: somebody is; says who.
         """
-        return Database(self._works, self._copy("fork"), self._pool)
+        return Database(self.works, self._copy("fork"), self._pool)
 
     def close(self) -> None:
         """Give the database and its snapshots back, to be dropped behind the caller's back.
@@ -143,16 +143,25 @@ class Database:
         """
         if not self._open:
             return
-        self._open = False
-        self._forget_ahead()
-        self._disconnect()
+        self.leave()
         self._pool.retire(self.dbname, self._untouched if self._clones is not None else None)
         for snapshot in self._snapshots:
             self._pool.retire(snapshot.dbname)
 
+    def leave(self) -> None:
+        """Let go of the database, which stays as it is until its server ends."""
+        self._open = False
+        self._forget_ahead()
+        self._disconnect()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was given back."""
+        return not self._open
+
     def _untouched(self, dbname: str) -> bool:
         assert self._clones is not None
-        return self._clones.untouched(dbname, self._works.server.data_dir, self._since)
+        return self._clones.untouched(dbname, self.works.server.data_dir, self._since)
 
     def _forget_ahead(self) -> None:
         """Close the connection that was opened ahead; where nobody wants any, open no more."""
@@ -164,9 +173,9 @@ class Database:
 
     def _disconnect(self) -> None:
         """Close what `connect` and `aconnect` have opened."""
-        for connection in self._connections:
+        for connection in self.connections:
             connection.pgconn.finish()  # as `close` does, which of the two needs an event loop
-        self._connections.clear()
+        self.connections.clear()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -176,15 +185,15 @@ class Database:
         self._check_open()
         self._forget_ahead()
         name = unique_name(prefix)
-        with self._works.admins.connection() as connection:
+        with self.works.admins.connection() as connection:
             try:
-                admin.clone(connection, name, self.dbname, self._works.server.user)
+                admin.clone(connection, name, self.dbname, self.works.server.user)
             except errors.ObjectInUse as error:
                 raise in_use(connection, self.dbname) from error
         return name
 
     def _private(self) -> ConnectionInfo:
-        return self._works.admins.elsewhere(self.dbname)
+        return self.works.admins.elsewhere(self.dbname)
 
     def __enter__(self) -> Self:
         return self

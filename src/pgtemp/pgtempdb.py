@@ -180,6 +180,10 @@ class PgTempDB:
         note = Note(self.options.user, next(iter(databases)), databases)
         kept.store(self._running_cluster(), Path(directory).absolute(), note)
 
+    def check(self) -> None:
+        """Raise ClusterError, with the end of its log, if the server has died."""
+        self._running_cluster().check()
+
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """A psycopg connection to the database; keyword arguments are psycopg's."""
         return psycopg.connect(self.uri, **kwargs)

@@ -100,11 +100,9 @@ def name_of(major: int, identity: str, run: str | None) -> str:
 def forget(run: str) -> None:
     """Remove the images that were kept for one run of a program alone, which is at its end."""
     images = paths.cache_dir() / "images"
-    for image in images.glob(f"*{_OF_A_RUN}{run}-*"):
-        if image.is_dir():
-            _remove(image)
-        else:
-            image.unlink(missing_ok=True)  # its lock
+    for lock in images.glob(f"*{_OF_A_RUN}{run}-*.lock"):
+        _remove(lock.with_suffix(""))
+        lock.unlink(missing_ok=True)
 
 
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:

@@ -1,0 +1,219 @@
+"""pytest's door: options, fixtures and hooks. What they do is in `suite/`.
+
+Until a test asks for a fixture nothing is imported beyond the options, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pgtemp.suite import pytestoptions
+from pgtemp.suite.run import Run, new_name
+
+if TYPE_CHECKING:
+    from pgtemp.cluster import Cluster
+    from pgtemp.database import Database
+    from pgtemp.databases.recipe import Build, Recipe
+    from pgtemp.suite.case import Case
+    from pgtemp.suite.needs import Needs
+    from pgtemp.suite.suite import Suite
+
+_SUITE = pytest.StashKey["Suite"]()
+_CASE = pytest.StashKey["Case"]()
+_RUN = pytest.StashKey[str]()
+_USED = pytest.StashKey[bool]()
+_OPENS = "pgtemp_open"  # the property of a report that tells how to open what was kept
+
+
+@pytest.fixture(scope="session")
+def pgtemp_cluster(_pgtemp_suite: Suite) -> Cluster:
+    """The server of this process's tests, a `pgtemp.Cluster`."""
+    return _pgtemp_suite.cluster
+
+
+@pytest.fixture(scope="session")
+def pgtemp_template(pytestconfig: pytest.Config) -> Build | Recipe | None:
+    """What databases start with; override it to return a function, a path, "cmd:…", a Recipe.
+
+    None is an empty database. The default is the option `--pgtemp-template`.
+    """
+    return tuple(pytestoptions.chosen(pytestconfig).template) or None
+
+
+@pytest.fixture
+def pgtemp(pgtemp_factory: Callable[..., Database]) -> Database:
+    """A database of the test's own, a clone of the template; gone when the test has ended."""
+    return pgtemp_factory()
+
+
+@pytest.fixture
+def pgtemp_uri(pgtemp: Database) -> str:
+    """The URL of the test's own database."""
+    return pgtemp.uri
+
+
+@pytest.fixture
+def pgtemp_factory(
+    request: pytest.FixtureRequest, _pgtemp_ready: Suite
+) -> Iterator[Callable[..., Database]]:
+    """Makes databases for the test; takes the keyword arguments of the mark."""
+    yield from _claims(request, _pgtemp_ready)
+
+
+@pytest.fixture(scope="module")
+def pgtemp_module(request: pytest.FixtureRequest, _pgtemp_ready: Suite) -> Iterator[Database]:
+    """A database that the tests of a module share."""
+    for claim in _claims(request, _pgtemp_ready):
+        yield claim()
+
+
+@pytest.fixture(scope="session")
+def _pgtemp_suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
+    from pgtemp.suite.suite import Suite
+
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    run = Run(pytestconfig.stash[_RUN], worker)
+    suite = Suite(pytestoptions.chosen(pytestconfig), pytestconfig.rootpath, run)
+    pytestconfig.stash[_SUITE] = suite
+    if worker is not None:
+        pytestconfig.workeroutput["pgtemp_used"] = True  # type: ignore[attr-defined]
+    yield suite
+    suite.close()
+
+
+@pytest.fixture(scope="session")
+def _pgtemp_ready(
+    _pgtemp_suite: Suite, pgtemp_cluster: Cluster, pgtemp_template: Build | Recipe | None
+) -> Suite:
+    """The suite, with what the user's own fixtures say."""
+    _pgtemp_suite.use(pgtemp_cluster, pgtemp_template)
+    return _pgtemp_suite
+
+
+def _claims(request: pytest.FixtureRequest, suite: Suite) -> Iterator[Callable[..., Database]]:
+    """Claims for a test or a module, which get their defaults from its mark."""
+    from pgtemp.suite.case import Case
+    from pgtemp.suite.needs import needs_of
+
+    node = request.node
+    case = node.stash[_CASE] = Case(suite, node.nodeid)
+    mark = node.get_closest_marker("pgtemp")
+    usual = _needs_of_mark(mark)
+
+    def claim(**kwargs: Any) -> Database:
+        return case.claim(needs_of(kwargs, usual))
+
+    yield claim
+    if left := case.left_open():
+        _warn(node, left)
+    if not isinstance(node, pytest.Item):  # a test's report is made after this
+        case.end()
+
+
+def _needs_of_mark(mark: pytest.Mark | None) -> Needs:
+    from pgtemp.suite.needs import needs_of
+
+    if mark is not None and mark.args:
+        raise pytest.UsageError("@pytest.mark.pgtemp takes keyword arguments only")
+    return needs_of(mark.kwargs if mark is not None else {})
+
+
+def _warn(node: Any, left: list[str]) -> None:
+    from pgtemp.errors import PgTempWarning
+
+    line = node.location[1] + 1 if isinstance(node, pytest.Item) and node.location[1] else 1
+    plural = "s" if len(left) > 1 else ""
+    warnings.warn_explicit(
+        f"{node.nodeid} left {len(left)} connection{plural} open to its database; close them, or "
+        "their pool, before the test ends:\n    " + "\n    ".join(left),
+        PgTempWarning,
+        str(node.path),
+        line,
+    )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    pytestoptions.add(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "pgtemp(template=, isolation=, extensions=[], config={}, keep=False, rollback=False): "
+        "what the test's database is like; see pgtemp's documentation",
+    )
+    given = getattr(config, "workerinput", {}).get("pgtemp_run")
+    config.stash[_USED] = False
+    config.stash[_RUN] = given or new_name()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist: all workers belong to one run."""
+    node.workerinput["pgtemp_run"] = node.config.stash[_RUN]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    if error is not None or getattr(node, "workeroutput", {}).get("pgtemp_used"):
+        node.config.stash[_USED] = True
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and terminal.isatty:
+        from pgtemp.suite.terminal import show_steps
+
+        show_steps(terminal)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What workers have kept for their run alone goes with it."""
+    if session.config.stash[_USED]:
+        from pgtemp.server import imagecache
+
+        imagecache.forget(session.config.stash[_RUN])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (case := _case_of_module(item)) is not None:
+        case.begin()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    own = item.stash.get(_CASE, None)
+    for case in (own, _case_of_module(item)):
+        if case is not None and report.failed and not (case is own and case.failed):
+            report.sections.extend(case.explain())
+            report.user_properties.extend((_OPENS, command) for command in case.kept)
+    if own is not None and call.when == "teardown":
+        own.end()
+        report.user_properties.extend((_OPENS, command) for command in own.kept)
+        del item.stash[_CASE]
+    return report
+
+
+def _case_of_module(item: pytest.Item) -> Case | None:
+    module = item.getparent(pytest.Module)
+    if module is None or "pgtemp_module" not in getattr(item, "fixturenames", ()):
+        return None
+    return module.stash.get(_CASE, None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    from pgtemp.suite.terminal import commands_in
+
+    if commands := commands_in(terminalreporter, _OPENS):
+        terminalreporter.section("databases kept by pgtemp")
+        for test, command in commands:
+            terminalreporter.write_line(f"{test}\n    {command}")

@@ -1,0 +1,113 @@
+"""What one test, or one module of tests, holds; and what is said of it when it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from pgtemp.database import Database
+from pgtemp.suite import leaks, serverlog
+from pgtemp.suite.needs import Needs
+from pgtemp.suite.rolledback import RolledBack
+from pgtemp.suite.suite import Suite
+
+
+@dataclass(slots=True)
+class _Held:
+    database: Database
+    needs: Needs
+    logged: int  # bytes of the server's log before the test began
+
+    @classmethod
+    def now(cls, database: Database, needs: Needs) -> Self:
+        return cls(database, needs, _size_of_log(database))
+
+
+@dataclass(slots=True)
+class Case:
+    """The databases of a test.
+
+    Attributes:
+        name: the test's node id.
+        failed: whether it, or one of the tests that share these databases, has failed.
+        kept: the commands that open what is kept.
+    """
+
+    suite: Suite
+    name: str
+    failed: bool = False
+    kept: list[str] = field(default_factory=list)
+    _held: list[_Held] = field(default_factory=list)
+
+    def claim(self, needs: Needs) -> Database:
+        """One more database. Raises PgTempError, and what a build raises."""
+        database = self.suite.claim(needs)
+        self._held.append(_Held.now(database, needs))
+        return database
+
+    def begin(self) -> None:
+        """Another test begins, with the same databases."""
+        for held in self._held:
+            held.logged = _size_of_log(held.database)
+
+    def left_open(self) -> list[str]:
+        """The connections that the test should have closed."""
+        return [
+            who for held in self._held if not held.database.closed
+            for who in leaks.left_open(held.database)
+        ]  # fmt: skip
+
+    def explain(self) -> list[tuple[str, str]]:
+        """What the report of a failed test should have: titles and texts."""
+        self.failed = True
+        sections: list[tuple[str, str]] = []
+        for held in self._held:
+            said = self._opened_with(held)
+            if said:
+                sections.append(("pgtemp: database", said))
+            if self.suite.options.log == "none":
+                continue
+            log = held.database.works.server.log_path
+            logged = serverlog.read(log, held.logged, held.database.dbname)
+            if logged.lines:
+                sections.append(("pgtemp: server log", logged.text()))
+            if logged.statements:
+                sections.append(("pgtemp: statements", logged.table()))
+        return sections
+
+    def end(self) -> None:
+        """Give the databases back, or have them kept."""
+        for held in self._held:
+            keep = self._is_kept(held) and self._keep(held) is not None
+            self.suite.release(held.database, keep=keep)
+        self._held.clear()
+
+    def _opened_with(self, held: _Held) -> str:
+        if isinstance(held.database, RolledBack):
+            return "what the test did was rolled back; without rollback=True it is kept"
+        if not self._is_kept(held):
+            return ""
+        command = self._keep(held)
+        if command is None:
+            most = self.suite.options.keep_most
+            return f"not kept: {most} are kept already (--pgtemp-keep-most)"
+        return f"when pytest has ended, open it with\n    {command}"
+
+    def _is_kept(self, held: _Held) -> bool:
+        keep = self.suite.options.keep
+        if isinstance(held.database, RolledBack):
+            return False
+        return held.needs.keep or keep == "all" or (keep == "failed" and self.failed)
+
+    def _keep(self, held: _Held) -> str | None:
+        command = self.suite.keep(held.database, self.name)
+        if command is not None and command not in self.kept:
+            self.kept.append(command)
+        return command
+
+
+def _size_of_log(database: Database) -> int:
+    try:
+        return database.works.server.log_path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,49 @@
+"""Servers of which a test has one for itself, with one database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgtemp.cluster import Cluster, Template
+from pgtemp.database import Database
+from pgtemp.errors import PgTempError
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """A cluster with a database, for one test."""
+
+    cluster: Cluster
+    database: Database
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What a pool needs to know of them.
+
+    Attributes:
+        cluster: makes a cluster, not started.
+        template: the template in it.
+    """
+
+    cluster: Callable[[], Cluster]
+    template: Callable[[Cluster], Template]
+
+    def provision(self) -> Server:
+        cluster = self.cluster().start()
+        try:
+            return Server(cluster, self.template(cluster).database())
+        except BaseException:
+            cluster.stop()
+            raise
+
+    def dispose(self, server: Server) -> None:
+        server.cluster.stop()
+
+    def usable(self, server: Server) -> bool:
+        try:
+            server.database.works.server.check()
+        except PgTempError:
+            return False
+        return True

@@ -1,0 +1,177 @@
+"""The servers and templates of one run of tests, in one process.
+
+Templates are built when a test first needs them, each once; one that cannot be built is not tried
+again for every test. What can be kept on disk is, and where several processes share a run
+(pytest-xdist), the rest is kept for the time of the run, so that one of them builds it for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from pgtemp.cluster import Cluster, Template
+from pgtemp.database import Database
+from pgtemp.databases.pool import Pool
+from pgtemp.databases.recipe import Build, Recipe
+from pgtemp.server import imagecache
+from pgtemp.suite import keeping, serverlog
+from pgtemp.suite.needs import Needs, Usual, recipe_of
+from pgtemp.suite.rolledback import RolledBack
+from pgtemp.suite.run import Run
+from pgtemp.suite.servers import Server, Servers
+from pgtemp.suiteoptions import SuiteOptions
+from pgtemp.works import Works
+
+_NAME = "test"  # of templates, and so the beginning of databases' names
+
+
+class Suite:
+    """What the tests of one process share."""
+
+    def __init__(self, options: SuiteOptions, root: Path, run: Run) -> None:
+        """Nothing is started yet.
+
+        Args:
+            root: where relative paths start.
+        """
+        self.options = options
+        self._root = root
+        self._run = run
+        self._usual: Build | Recipe | None = tuple(options.template) or None
+        self._clusters: dict[Hashable, Cluster] = {}
+        self._templates: dict[Hashable, Template | BaseException] = {}
+        self._servers: dict[Hashable, Pool[Server]] = {}
+        self._held: dict[Database, tuple[Pool[Server], Server]] = {}
+        self._rolled: dict[Template, Database] = {}
+        self._kept = 0
+        self._for_run_alone = False
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster of tests that need no settings of their own. Raises PgTempError."""
+        return self._cluster({})
+
+    def use(self, cluster: Cluster, template: Build | Recipe | None) -> None:
+        """Take what a suite has said for what it usually needs."""
+        self._clusters[frozenset()] = cluster
+        self._usual = template
+
+    def claim(self, needs: Needs) -> Database:
+        """A database for a test. Raises PgTempError, and what a build raises."""
+        recipe = self._recipe(needs)
+        if (needs.isolation or self.options.isolation) == "cluster" and not needs.rollback:
+            return self._own(needs, recipe)
+        template = self._template(self._cluster(needs.settings), recipe, needs)
+        if not needs.rollback:
+            return template.database()
+        if template not in self._rolled:
+            self._rolled[template] = template.database()
+        return RolledBack(self._rolled[template])
+
+    def release(self, database: Database, *, keep: bool) -> None:
+        """Take a database back; with its server, where it has one for itself."""
+        if keep:
+            database.leave()
+        else:
+            database.close()
+        if isinstance(database, RolledBack) and database.seen:
+            for template, base in list(self._rolled.items()):
+                if base.dbname == database.dbname:
+                    self._rolled.pop(template).close()
+        if database in self._held:
+            pool, server = self._held.pop(database)
+            pool.retire(server)
+
+    def keep(self, database: Database, of: str) -> str | None:
+        """Have a database outlive the suite; the command that opens it, or None: there are enough.
+
+        Args:
+            of: the test, for whoever looks at what was kept.
+        """
+        works = database.works
+        if database.dbname not in works.kept:
+            if self._kept >= self.options.keep_most:
+                return None
+            self._kept += 1
+            works.kept[database.dbname] = of
+        return f"pgtemp open {self._place_of(works)} --dbname {database.dbname}"
+
+    def close(self) -> None:
+        """End all servers; what is to be kept is."""
+        with ExitStack() as all_of_them:
+            if self._run.worker is None and self._for_run_alone:
+                all_of_them.callback(imagecache.forget, self._run.name)
+            for cluster in self._clusters.values():
+                all_of_them.callback(cluster.stop)
+            for pool in self._servers.values():
+                all_of_them.callback(pool.close)
+            for _, server in self._held.values():
+                all_of_them.callback(server.cluster.stop)
+
+    def _place_of(self, works: Works) -> Path:
+        if works.keep_in is None:
+            folder = keeping.directory_for(self.options, self._run.name)
+            works.keep_in = folder / f"{self._run.worker or 'server'}-{self._kept}"
+        return works.keep_in
+
+    def _own(self, needs: Needs, recipe: Recipe) -> Database:
+        recipe = self._for_the_run(recipe)
+        key = recipe, tuple(needs.extensions), frozenset(needs.settings.items())
+        if key not in self._servers:
+            self._servers[key] = Pool(
+                Servers(
+                    lambda: self._new(needs.settings),
+                    lambda cluster: self._with_extensions(cluster, _NAME, recipe, needs),
+                ),
+                ready=1,
+            )
+        pool = self._servers[key]
+        server = pool.take()
+        self._held[server.database] = pool, server
+        return server.database
+
+    def _cluster(self, settings: dict[str, str]) -> Cluster:
+        key = frozenset(settings.items())
+        if key not in self._clusters:
+            self._clusters[key] = self._new(settings).start()
+        return self._clusters[key]
+
+    def _new(self, settings: dict[str, str]) -> Cluster:
+        logging = serverlog.STATEMENTS if self.options.log == "statements" else {}
+        return Cluster.with_options(self.options, {**logging, **settings})
+
+    def _recipe(self, needs: Needs) -> Recipe:
+        build = self._usual if isinstance(needs.template, Usual) else needs.template
+        recipe = recipe_of(build, self._root, self.options.watch)
+        return self._for_the_run(recipe) if self._run.worker is not None else recipe
+
+    def _for_the_run(self, recipe: Recipe) -> Recipe:
+        """A recipe that is kept for the run at least."""
+        if recipe.fingerprint() is not None:
+            return recipe
+        self._for_run_alone = True
+        return replace(recipe, run=self._run.name)
+
+    def _template(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
+        key = id(cluster), recipe, tuple(needs.extensions)
+        if key not in self._templates:
+            name = f"{_NAME}_{len(self._templates)}" if self._templates else _NAME
+            try:
+                self._templates[key] = self._with_extensions(cluster, name, recipe, needs)
+            except Exception as error:
+                self._templates[key] = error
+        template = self._templates[key]
+        if isinstance(template, BaseException):
+            raise template
+        return template
+
+    def _with_extensions(
+        self, cluster: Cluster, name: str, recipe: Recipe, needs: Needs
+    ) -> Template:
+        template = cluster.template(name, recipe)
+        if not needs.extensions:
+            return template
+        return template.template(f"{name}+", Recipe(extensions=needs.extensions))
