@@ -7,6 +7,7 @@ import difflib
 import click
 
 from pgtemp.cli.open import open_kept
+from pgtemp.cli.run import run, shell
 from pgtemp.cli.serve import serve
 
 
@@ -46,9 +47,14 @@ def cli() -> None:
     pgtemp --persist postgresql://localhost:6543/mytestdb
         data directories are kept; `pgtemp open DIR` starts one again
 
+    pgtemp run -- COMMAND, pgtemp shell
+        a server for one command, or for psql, gone when it ends
+
     Give the URL to your tests as DATABASE_URL. Ctrl-C ends everything.
     """
 
 
 cli.add_command(serve)
+cli.add_command(run)
+cli.add_command(shell)
 cli.add_command(open_kept)

@@ -18,9 +18,7 @@ from pgtemp.databases.kept import KeptDB
 @click.option("-d", "--dbname", default=None, help="the database, where several were kept")
 @click.option("--port", type=int, default=None, help="TCP port; a free one by default")
 @click.option("--bin-dir", default=None, help="folder of PostgreSQL's programs [PGTEMP_BIN]")
-def open_kept(
-    directory: Path, dbname: str | None, port: int | None, bin_dir: str | None
-) -> int:
+def open_kept(directory: Path, dbname: str | None, port: int | None, bin_dir: str | None) -> int:
     """Start a server again on a data directory that was kept, until Ctrl-C; it stays kept."""
     show_progress()
     stop = threading.Event()

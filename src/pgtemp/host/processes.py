@@ -22,6 +22,10 @@ from pgtemp.host.identity import Identity
 
 # What may decide whether a program finds its libraries or its user; the rest is not passed on.
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
+_PASSED_TO_COMMANDS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -125,6 +129,50 @@ def run_command(command: str, env: Mapping[str, str]) -> subprocess.CompletedPro
 def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
     """Run a program that talks to the user, to its end, with the caller's environment."""
     subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)
+
+
+def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command in our place: on the terminal, with the signals that we get.
+
+    Args:
+        env: its whole environment.
+
+    Returns:
+        Its exit status; below zero, the signal that ended it.
+
+    Raises:
+        OSError: it cannot be run.
+    """
+    early: list[int] = []
+    pid = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        if not pid:
+            early.append(number)
+        elif number not in _FROM_TERMINAL or not _is_on_terminal():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    # What is ignored (nohup does that) stays ignored, for the command too.
+    heard = [one for one in _PASSED_TO_COMMANDS if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=heard)
+        for number in early:
+            os.kill(pid, number)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_on_terminal() -> bool:
+    """Whether the terminal sends its signals to us and to what we have started alike."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 _running: set[subprocess.Popen[str]] = set()

@@ -1,0 +1,14 @@
+from django.db import migrations, models
+
+
+class Migration(migrations.Migration):
+    operations = [
+        migrations.CreateModel(
+            "Order",
+            [
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                ("number", models.IntegerField(unique=True)),
+                ("paid", models.BooleanField(default=False)),
+            ],
+        ),
+    ]

@@ -1,0 +1,89 @@
+"""`pgtemp run COMMAND` and `pgtemp shell`: a server for as long as one command runs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from pgtemp.cli.flags import flags_of, values_given
+from pgtemp.cli.progress import show_progress
+from pgtemp.host import processes
+from pgtemp.options import ServerOptions
+from pgtemp.pgtempdb import PgTempDB
+
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as of the shell, env and timeout
+_TAKES_A_COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def _server_flags(command: Callable[..., object]) -> Callable[..., object]:
+    for name, kind, text in (
+        ("--dbname", str, "the database (default postgres)"),
+        ("--user", str, "the user, a superuser (default postgres)"),
+        ("--port", int, "TCP port; a free one by default"),
+    ):
+        command = click.option(name, type=kind, default=None, help=text)(command)
+    return flags_of(ServerOptions, leave_out=("tcp",))(command)
+
+
+@click.command(context_settings=_TAKES_A_COMMAND)
+@_server_flags
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: Sequence[str], **given: Any) -> int:
+    """Run a command with a server of its own, gone when the command has ended.
+
+    It finds the server in DATABASE_URL, PGHOST, PGPORT, PGUSER, PGPASSWORD and PGDATABASE. Signals
+    reach it, and its exit status is pgtemp's.
+
+    \b
+        pgtemp run -- npm test
+        pgtemp run --load-from schema.sql -- cargo test
+    """
+    return _run(lambda db: command, given)
+
+
+@click.command(context_settings=_TAKES_A_COMMAND)
+@_server_flags
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def shell(arguments: Sequence[str], **given: Any) -> int:
+    """Run psql in a new database, gone when you leave it.
+
+    \b
+        pgtemp shell
+        pgtemp shell --load-from dump.sql -- -c 'select count(*) from account'
+    """
+    return _run(lambda db: [str(db.installation.program("psql")), *arguments], given)
+
+
+def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) -> int:
+    show_progress()
+    # A random one that PgTempDB chooses has one hash round, which clients in Java refuse.
+    options = ServerOptions(password=secrets.token_hex(16), **values_given(given))
+    with PgTempDB.with_options(options) as db:
+        argv = command(db)
+        try:
+            status = processes.run_in_foreground(argv, {**os.environ, **db.info.environment()})
+        except FileNotFoundError:
+            click.echo(f"pgtemp: there is no command {argv[0]!r}", err=True)
+            status = _NOT_FOUND
+        except OSError as error:
+            click.echo(f"pgtemp: {argv[0]!r} cannot be run: {error.strerror}", err=True)
+            status = _NOT_EXECUTABLE
+    if options.persist:
+        click.echo(f"kept {db.data_dir.parent}", err=True)
+    if status < 0:
+        _die_by(-status)
+    return status
+
+
+def _die_by(number: int) -> None:
+    """End as the command did, so that a shell or make sees the signal."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

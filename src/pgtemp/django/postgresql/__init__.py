@@ -1,0 +1,1 @@
+"""The engine that stands in for django.db.backends.postgresql."""

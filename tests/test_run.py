@@ -1,0 +1,151 @@
+"""`pgtemp run` and `pgtemp shell`: a server for one command, which notices nothing else of us."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from support import eventually, homes, run_pgtemp
+
+PGTEMP = [sys.executable, "-m", "pgtemp"]
+VARIABLES = ("DATABASE_URL", "PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE")
+
+
+def test_a_command_finds_its_server() -> None:
+    """By the URL and by libpq's variables; and the server is gone afterwards."""
+    before = homes()
+    script = (
+        "import os, psycopg\n"
+        "a = psycopg.connect(os.environ['DATABASE_URL']).info.dsn\n"
+        "assert a == psycopg.connect('').info.dsn\n"
+        f"print(*[os.environ[name] for name in {VARIABLES!r}], sep='\\n')"
+    )
+    strays = {"PGSSLMODE": "verify-full", "PGHOSTADDR": "192.0.2.1", "PGSERVICE": "nowhere"}
+    result = run_pgtemp(
+        "run", "--dbname", "shop", "--user", "me", "--", sys.executable, "-W", "ignore", "-c", script,
+        env=strays,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    url, _, port, user, password, dbname = result.stdout.split()
+    assert url == f"postgresql://me:{password}@127.0.0.1:{port}/shop"
+    assert (user, dbname) == ("me", "shop")
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(url)
+    assert eventually(lambda: homes() <= before)
+
+
+def test_its_words_and_its_status_are_its_own() -> None:
+    result = run_pgtemp("run", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (result.returncode, result.stdout, result.stderr) == (7, "out\n", "err\n")
+
+
+def test_a_loaded_dump(tmp_path: Path) -> None:
+    (tmp_path / "schema.sql").write_text("CREATE TABLE account (id int);")
+    dump = str(tmp_path / "schema.sql")
+    result = run_pgtemp("shell", "--load-from", dump, "--", "-Atc", "SELECT count(*) FROM account")
+    assert (result.returncode, result.stdout) == (0, "0\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["no-such-command"], 127, "there is no command 'no-such-command'"),
+        (["/etc/passwd"], 126, "cannot be run: Permission denied"),
+        ([], 2, "Missing argument"),
+    ],
+)
+def test_what_cannot_be_run(words: list[str], status: int, said: str) -> None:
+    result = run_pgtemp("run", "--", *words)
+    assert result.returncode == status
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+_TELLS = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: (print("got", number, flush=True), sys.exit(9)))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_reaches_the_command(number: signal.Signals) -> None:
+    """Without a terminal, which would send it to both."""
+    before = homes()
+    process = subprocess.Popen(
+        [*PGTEMP, "run", "--", sys.executable, "-c", _TELLS],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"got {int(number)}\n"
+        assert process.wait(30) == 9
+    assert eventually(lambda: homes() <= before)
+
+
+def test_ctrl_c_reaches_the_command_once() -> None:
+    """In a terminal, which sends it to the command itself."""
+    counts = (
+        "import signal, time\n"
+        "times = []\n"
+        "signal.signal(signal.SIGINT, lambda *a: times.append(1))\n"
+        "print('ready', flush=True)\n"
+        "while not times: signal.pause()\n"
+        "signal.signal(signal.SIGALRM, lambda *a: None); signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+        "signal.pause(); print('got', len(times), flush=True)\n"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*PGTEMP, "run", "--", sys.executable, "-c", counts])
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    try:
+        while b"got" not in said:
+            said += os.read(terminal, 1000)
+    finally:
+        os.waitpid(pid, 0)
+        os.close(terminal)
+    assert b"got 1" in said
+
+
+def test_a_command_that_was_killed_ends_pgtemp_alike() -> None:
+    """So that a shell, make or tox sees the signal."""
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV):
+        assert run_pgtemp("run", "sh", "-c", f"kill -{int(number)} $$").returncode == -number
+
+
+def test_who_kills_pgtemp_ends_the_server_too() -> None:
+    before = homes()
+    process = subprocess.Popen(
+        [*PGTEMP, "run", "--", "sh", "-c", "echo $$; exec sleep 60"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout:
+        sleeper = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        os.kill(sleeper, signal.SIGKILL)
+    assert eventually(lambda: homes() <= before)
+
+
+def test_a_server_that_cannot_be_made_is_said() -> None:
+    result = run_pgtemp("run", "--pg-version", "99", "--", "true")
+    assert result.returncode == 2
+    assert "99" in result.stderr
