@@ -1,39 +1,63 @@
-"""pytest: one server for the session, or a fresh one for a test that wants it."""
+"""pytest: each test gets a database of its own, a clone of the template."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import psycopg
 import pytest
 
-from pgtemp import PgTempDB
+from pgtemp import Database, Recipe
+
+
+def create_tables(uri: str) -> None:
+    with psycopg.connect(uri) as connection:
+        connection.execute("CREATE TABLE account (id int PRIMARY KEY, balance numeric)")
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[PgTempDB]:
-    with PgTempDB() as db:
-        yield db
+def pgtemp_template() -> Recipe:
+    # Kept on disk until the key, or this file, changes; without both it is built in each run.
+    return Recipe(create_tables, watch=[__file__])
 
 
-@pytest.fixture
-def connection(server: PgTempDB) -> Iterator[psycopg.Connection]:
-    """A transaction that is rolled back."""
-    with server.connect() as connection:
-        yield connection
-        connection.rollback()
+def test_connection(pgtemp: Database) -> None:
+    with pgtemp.connect() as connection:
+        connection.execute("INSERT INTO account VALUES (1, 100)")
+    # That was a commit, and the next test sees nothing of it.
 
 
-@pytest.fixture
-def fresh_url() -> Iterator[str]:
-    with PgTempDB() as db:
-        yield db.uri
+def test_url(pgtemp_uri: str) -> None:
+    with psycopg.connect(pgtemp_uri) as connection:
+        connection.execute("INSERT INTO account VALUES (1, 200)")
 
 
-def test_shared(connection: psycopg.Connection) -> None:
-    connection.execute("CREATE TABLE account (id int PRIMARY KEY, balance numeric)")
-    connection.execute("INSERT INTO account VALUES (1, 100)")
-    assert connection.execute("SELECT balance FROM account").fetchone() == (100,)
-
-
-def test_fresh(fresh_url: str) -> None:
-    with psycopg.connect(fresh_url) as connection:
+def test_two_databases(pgtemp_factory: Callable[..., Database]) -> None:
+    ours, empty = pgtemp_factory(), pgtemp_factory(template=None)
+    with ours.connect() as connection:
+        assert connection.execute("SELECT count(*) FROM account").fetchone() == (0,)
+    with empty.connect() as connection:
         assert connection.execute("SELECT to_regclass('account')").fetchone() == (None,)
+
+
+def test_going_back(pgtemp: Database) -> None:
+    with pgtemp.connect() as connection:
+        connection.execute("INSERT INTO account VALUES (1, 100)")
+    with_one = pgtemp.snapshot("with_one")
+    with pgtemp.connect() as connection:
+        connection.execute("DELETE FROM account")
+    pgtemp.restore(with_one)
+    with pgtemp.connect() as connection:
+        assert connection.execute("SELECT balance FROM account").fetchone() == (100,)
+
+
+@pytest.mark.pgtemp(rollback=True)
+def test_rolled_back(pgtemp: Database) -> None:
+    # One connection only, and no database to make: the cheapest there is.
+    with pgtemp.connect() as connection:
+        connection.execute("INSERT INTO account VALUES (1, 100)")
+
+
+@pytest.mark.pgtemp(extensions=["pg_trgm"], config={"work_mem": "1MB"})
+def test_extension_and_setting(pgtemp: Database) -> None:
+    with pgtemp.connect() as connection:
+        assert connection.execute("SELECT similarity('word', 'words') > 0.5").fetchone() == (True,)
+        assert connection.execute("SHOW work_mem").fetchone() == ("1MB",)

@@ -16,6 +16,7 @@ from pgtemp.host import identity, locks
 from pgtemp.server import installation
 from pgtemp.server.installation import Installation
 from pgtemp.server.remains import LEASE, PREFIX, postgres_in
+from project import MIGRATE, Project
 from support import Daemon, eventually, homes
 
 VERSIONS = (15, 16, 17, 18)
@@ -97,6 +98,14 @@ def open_dir() -> Iterator[Path]:
     eventually(lambda: not [name for name in os.listdir(path) if name.endswith(".gone")])
     shutil.rmtree(path, ignore_errors=True)
     assert not path.exists()
+
+
+@pytest.fixture
+def project(tmp_path: Path, open_dir: Path) -> Project:
+    """A directory with tests of its own, and with a template."""
+    made = Project(tmp_path, open_dir)
+    made.write("conftest.py", MIGRATE)
+    return made
 
 
 @pytest.fixture

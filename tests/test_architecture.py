@@ -11,9 +11,20 @@ import pgtemp
 
 ROOT = Path(pgtemp.__file__).parent
 # From the ground up; a module may import from its own floor and from those before it.
-LOWER = ["errors", "host", "options", "daemonoptions", "suiteoptions", "uri", "server", "databases", "wire"]
-FLOORS = [*LOWER, "pgtempdb", "works", "database", "cluster", "aio", "suite", "django", "pytest_plugin",
-          "daemon", "cli", "__main__"]  # fmt: skip
+LOWER = [
+    "errors",
+    "host",
+    "options",
+    "daemonoptions",
+    "suiteoptions",
+    "uri",
+    "server",
+    "databases",
+    "wire",
+]
+HANDLES = ["pgtempdb", "works", "database", "cluster", "aio"]
+DOORS = ["suite", "django", "pytest_plugin", "daemon", "cli", "__main__"]
+FLOORS = [*LOWER, *HANDLES, *DOORS]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -29,9 +29,10 @@ def test_a_command_finds_its_server() -> None:
     )
     strays = {"PGSSLMODE": "verify-full", "PGHOSTADDR": "192.0.2.1", "PGSERVICE": "nowhere"}
     result = run_pgtemp(
-        "run", "--dbname", "shop", "--user", "me", "--", sys.executable, "-W", "ignore", "-c", script,
+        *("run", "--dbname", "shop", "--user", "me", "--"),
+        *(sys.executable, "-W", "ignore", "-c", script),
         env=strays,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     url, _, port, user, password, dbname = result.stdout.split()
     assert url == f"postgresql://me:{password}@127.0.0.1:{port}/shop"
@@ -100,24 +101,22 @@ def test_a_signal_reaches_the_command(number: signal.Signals) -> None:
 def test_ctrl_c_reaches_the_command_once() -> None:
     """In a terminal, which sends it to the command itself."""
     counts = (
-        "import signal, time\n"
+        "import signal\n"
         "times = []\n"
-        "signal.signal(signal.SIGINT, lambda *a: times.append(1))\n"
+        "signal.signal(signal.SIGINT, lambda *a: (times.append(1), print('caught', flush=True)))\n"
         "print('ready', flush=True)\n"
-        "while not times: signal.pause()\n"
-        "signal.signal(signal.SIGALRM, lambda *a: None); signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
-        "signal.pause(); print('got', len(times), flush=True)\n"
+        "input()\n"
+        "print('got', len(times), flush=True)\n"
     )
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [*PGTEMP, "run", "--", sys.executable, "-c", counts])
     said = b""
-    while b"ready" not in said:
-        said += os.read(terminal, 1000)
-    os.write(terminal, b"\x03")
     try:
-        while b"got" not in said:
-            said += os.read(terminal, 1000)
+        for word, then in ((b"ready", b"\x03"), (b"caught", b"go on\n"), (b"got", b"")):
+            while word not in said:
+                said += os.read(terminal, 1000)
+            os.write(terminal, then)
     finally:
         os.waitpid(pid, 0)
         os.close(terminal)

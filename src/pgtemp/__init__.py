@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pgtemp.cluster import Cluster, Template
     from pgtemp.database import Database, Snapshot
-    from pgtemp.databases.recipe import Recipe
+    from pgtemp.databases.recipe import Build, Recipe
     from pgtemp.errors import (
         ClusterError,
         InstallationError,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pgtemp.uri import ConnectionInfo
 
 __all__ = [
+    "Build",
     "Cluster",
     "ClusterError",
     "ConnectionInfo",
@@ -38,6 +39,7 @@ __all__ = [
     "WardenError",
 ]
 _HOMES = {
+    "Build": "pgtemp.databases.recipe",
     "Cluster": "pgtemp.cluster",
     "ConnectionInfo": "pgtemp.uri",
     "Database": "pgtemp.database",

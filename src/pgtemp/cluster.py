@@ -27,9 +27,10 @@ from typing import Self
 
 from pgtemp.database import Database
 from pgtemp.databases import provision, template, workshop
+from pgtemp.databases.admin import BASE
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Build, Recipe
-from pgtemp.databases.template import BASE, Clones
+from pgtemp.databases.template import Clones
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.options import ServerOptions, StrPath, takes_options
 from pgtemp.pgtempdb import PgTempDB

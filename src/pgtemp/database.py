@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +15,7 @@ from pgtemp.databases.pool import Pool
 from pgtemp.databases.template import Clones, in_use, unique_name
 from pgtemp.errors import ClusterError
 from pgtemp.options import StrPath
+from pgtemp.pgtempdb import PgTempDB
 from pgtemp.uri import ConnectionInfo, redact
 from pgtemp.works import Works
 
@@ -61,6 +61,11 @@ class Database:
     def dbname(self) -> str:
         return self.info.dbname
 
+    @property
+    def server(self) -> PgTempDB:
+        """The server it is in, with its directory, log and pid."""
+        return self.works.server
+
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """A psycopg connection to the database; keyword arguments are psycopg's.
 
@@ -68,7 +73,7 @@ class Database:
         """
         ahead, self._ahead = self._ahead, None
         if not kwargs:
-            if ahead is not None and not _has_news(ahead):
+            if ahead is not None and not admin.has_news(ahead):
                 return ahead
             if self._clones is not None:  # those that come after this one get theirs ahead
                 self._clones.ahead = self.works.connect_to
@@ -90,7 +95,7 @@ class Database:
         Raises:
             TransferError: the command failed, or there is no terminal.
         """
-        programs = self.works.server.installation
+        programs = self.server.installation
         if command is not None:
             return transfer.psql(programs, self._private(), command)
         transfer.psql_on_terminal(programs, self._private())
@@ -98,11 +103,11 @@ class Database:
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
-        transfer.dump(self.works.server.installation, self._private(), path)
+        transfer.dump(self.server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump, all of it or nothing. Raises TransferError."""
-        transfer.load(self.works.server.installation, self._private(), path)
+        transfer.load(self.server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
         """Keep the database as it is now, until it is closed; nobody else may be connected to it.
@@ -161,7 +166,7 @@ class Database:
 
     def _untouched(self, dbname: str) -> bool:
         assert self._clones is not None
-        return self._clones.untouched(dbname, self.works.server.data_dir, self._since)
+        return self._clones.untouched(dbname, self.server.data_dir, self._since)
 
     def _forget_ahead(self) -> None:
         """Close the connection that was opened ahead; where nobody wants any, open no more."""
@@ -208,8 +213,3 @@ class Database:
 
     def __repr__(self) -> str:
         return f"<Database {redact(self.info.uri)}>"
-
-
-def _has_news(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the server has said something unasked, such as that it has ended the session."""
-    return bool(select.select([connection], [], [], 0)[0])

@@ -5,7 +5,6 @@ Until a test asks for a fixture nothing is imported beyond the options, and noth
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 _SUITE = pytest.StashKey["Suite"]()
 _CASE = pytest.StashKey["Case"]()
-_RUN = pytest.StashKey[str]()
-_USED = pytest.StashKey[bool]()
+_RUN = pytest.StashKey[Run]()
+_HAS_WORKERS = pytest.StashKey[bool]()
 _OPENS = "pgtemp_open"  # the property of a report that tells how to open what was kept
 
 
@@ -73,17 +72,15 @@ def pgtemp_module(request: pytest.FixtureRequest, _pgtemp_ready: Suite) -> Itera
 
 
 @pytest.fixture(scope="session")
-def _pgtemp_suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
+def _pgtemp_suite(pytestconfig: pytest.Config) -> Suite:
     from pgtemp.suite.suite import Suite
 
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    run = Run(pytestconfig.stash[_RUN], worker)
-    suite = Suite(pytestoptions.chosen(pytestconfig), pytestconfig.rootpath, run)
+    suite = Suite(
+        pytestoptions.chosen(pytestconfig), pytestconfig.rootpath, pytestconfig.stash[_RUN]
+    )
+    # Closed when the session has ended: the last test is reported after its fixtures' end.
     pytestconfig.stash[_SUITE] = suite
-    if worker is not None:
-        pytestconfig.workeroutput["pgtemp_used"] = True  # type: ignore[attr-defined]
-    yield suite
-    suite.close()
+    return suite
 
 
 @pytest.fixture(scope="session")
@@ -109,10 +106,12 @@ def _claims(request: pytest.FixtureRequest, suite: Suite) -> Iterator[Callable[.
         return case.claim(needs_of(kwargs, usual))
 
     yield claim
-    if left := case.left_open():
-        _warn(node, left)
-    if not isinstance(node, pytest.Item):  # a test's report is made after this
-        case.end()
+    try:
+        if left := case.left_open():
+            _warn(node, left)
+    finally:
+        if not isinstance(node, pytest.Item):  # a test's report is made after this
+            case.end()
 
 
 def _needs_of_mark(mark: pytest.Mark | None) -> Needs:
@@ -147,21 +146,15 @@ def pytest_configure(config: pytest.Config) -> None:
         "pgtemp(template=, isolation=, extensions=[], config={}, keep=False, rollback=False): "
         "what the test's database is like; see pgtemp's documentation",
     )
-    given = getattr(config, "workerinput", {}).get("pgtemp_run")
-    config.stash[_USED] = False
-    config.stash[_RUN] = given or new_name()
+    worker = getattr(config, "workerinput", {})
+    config.stash[_RUN] = Run(worker.get("pgtemp_run") or new_name(), worker.get("workerid"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """pytest-xdist: all workers belong to one run."""
-    node.workerinput["pgtemp_run"] = node.config.stash[_RUN]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    if error is not None or getattr(node, "workeroutput", {}).get("pgtemp_used"):
-        node.config.stash[_USED] = True
+    node.config.stash[_HAS_WORKERS] = True
+    node.workerinput["pgtemp_run"] = node.config.stash[_RUN].name
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -172,12 +165,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         show_steps(terminal)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """What workers have kept for their run alone goes with it."""
-    if session.config.stash[_USED]:
+    """End the servers; what workers have kept for their run alone goes with it."""
+    stash = session.config.stash
+    if (suite := stash.get(_SUITE, None)) is not None:
+        suite.close()
+    if stash.get(_HAS_WORKERS, False):
         from pgtemp.server import imagecache
 
-        imagecache.forget(session.config.stash[_RUN])
+        imagecache.forget(stash[_RUN].name)
 
 
 @pytest.hookimpl(tryfirst=True)

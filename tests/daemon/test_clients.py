@@ -1,4 +1,4 @@
-"""Real clients through the daemon: psql, pgbench, node's pg, the examples."""
+"""Real clients through the daemon: psql, pgbench, node's pg."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,19 +76,3 @@ def test_node(daemon: type[Daemon], tmp_path: Path) -> None:
     served = daemon()
     said = run("node", "--test", example / "test.js", DATABASE_URL=served.uri)
     assert "# pass 3" in said or "pass 3" in said
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(EXAMPLES),
-         "-c", os.devnull, str(EXAMPLES / "fixture_pytest.py")],
-        [str(EXAMPLES / "case_unittest.py")],
-        [str(EXAMPLES / "app_asyncio.py")],
-    ],
-    ids=["pytest", "unittest", "asyncio"],
-)  # fmt: skip
-def test_examples(argv: list[str]) -> None:
-    """The examples run as they stand."""
-    said = run(sys.executable, *argv)
-    assert "2 passed" in said or "OK" in said or "hello" in said

@@ -51,6 +51,11 @@ def goes_back(app: Template, use: Callable[[Database], object]) -> bool:
     return db.dbname in pool._ready
 
 
+def about_it(statement: str) -> str:
+    """A statement about the database that it is executed in, which has %I for its name."""
+    return f"DO $$BEGIN EXECUTE format('{statement}', current_database()); END$$"
+
+
 def does(*statements: str) -> Callable[[Database], object]:
     def use(db: Database) -> None:
         with psycopg.connect(db.uri, autocommit=True) as connection:
@@ -99,19 +104,11 @@ def test_who_only_reads_leaves_it_untouched(app: Template, statements: list[str]
         ["SET track_counts = off", "UPDATE account SET balance = 0", "CHECKPOINT"],
         ["SET track_counts = off", "SELECT nextval('counter')"],
         ["INSERT INTO account (balance) VALUES (1)", "SELECT pg_stat_reset()"],
-        [
-            "DO $$BEGIN EXECUTE format('ALTER DATABASE %I SET work_mem = 1000', current_database()); END$$"
-        ],
-        ["DO $$BEGIN EXECUTE format('COMMENT ON DATABASE %I IS ''x''', current_database()); END$$"],
-        [
-            "DO $$BEGIN EXECUTE format('GRANT CREATE ON DATABASE %I TO pg_monitor', current_database()); END$$"
-        ],
-        [
-            "DO $$BEGIN EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT 3', current_database()); END$$"
-        ],
-        [
-            "DO $$BEGIN EXECUTE format('ALTER DATABASE %I OWNER TO pg_monitor', current_database()); END$$"
-        ],
+        [about_it("ALTER DATABASE %I SET work_mem = 1000")],
+        [about_it("COMMENT ON DATABASE %I IS ''x''")],
+        [about_it("GRANT CREATE ON DATABASE %I TO pg_monitor")],
+        [about_it("ALTER DATABASE %I CONNECTION LIMIT 3")],
+        [about_it("ALTER DATABASE %I OWNER TO pg_monitor")],
         ["ANALYZE account"],
         ["CREATE SUBSCRIPTION s CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)"],
     ],

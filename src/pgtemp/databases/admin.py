@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from pgtemp.errors import ClusterError
 from pgtemp.uri import ConnectionInfo
 
 MAINTENANCE = "postgres"  # the database that administrative connections go to
+BASE = "template1"  # the empty database that others begin with
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
@@ -46,6 +48,11 @@ def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
         application_name="pgtemp",
         **_NOT_FROM_THE_ENVIRONMENT,
     )
+
+
+def has_news(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the server has said something unasked, such as that it has ended the session."""
+    return connection.closed or bool(select.select([connection], [], [], 0)[0])
 
 
 @contextmanager
@@ -94,11 +101,9 @@ class Admins:
         """An idle connection that lives; tests like to terminate all others they find."""
         while self._idle:
             connection = self._idle.pop()
-            try:
-                connection.execute("")
+            if not has_news(connection):
                 return connection
-            except psycopg.Error:
-                connection.close()
+            connection.close()
         return connect(self._to)
 
     def elsewhere(self, dbname: str) -> ConnectionInfo:
@@ -160,7 +165,7 @@ def empty(connection: psycopg.Connection[Any], dbname: str) -> None:
 def ensure_database(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
     """Make a database unless it exists."""
     if not exists(connection, dbname):
-        clone(connection, dbname, "template1", owner)
+        clone(connection, dbname, BASE, owner)
 
 
 def exists(connection: psycopg.Connection[Any], dbname: str) -> bool:
@@ -224,7 +229,7 @@ def clone(
             if time.monotonic() > deadline or (give_up or _NEVER).wait(_IN_USE_POLL):
                 raise
 
-    if attributes:
+    if attributes and source != BASE:  # whose privileges are for those who make databases of it
         _copy_attributes(connection, source, dbname)
 
 

@@ -70,11 +70,12 @@ class Pool(Generic[T]):
                 self._enders.submit(self._end, thing)
             else:
                 self._waiting.append(claimed)
-                self._urgent.notify_all()
                 if self._making >= self._target:
                     self._grow()
             self._busy = True
             self._make_enough()
+            if not self._ready:
+                self._urgent.notify_all()
         return claimed
 
     def renew(self) -> None:
@@ -194,7 +195,7 @@ class Pool(Generic[T]):
     def _make(self) -> None:
         with self._urgent:
             # Whoever has just been served goes first: there are not that many cores.
-            self._urgent.wait_for(lambda: self._waiting or self._closed, _AFTER_SECONDS)
+            self._urgent.wait_for(self._in_a_hurry, _AFTER_SECONDS)
         try:
             thing = self._kind.provision()
         except BaseException as error:
@@ -204,6 +205,9 @@ class Pool(Generic[T]):
             self._making -= 1
         if not self._hand_out(thing):
             self._end(thing)
+
+    def _in_a_hurry(self) -> bool:
+        return not self._ready or bool(self._waiting) or self._closed
 
     def _hand_out(self, thing: T) -> bool:
         """Give it to who waits longest, else keep it ready; False where there is no room."""

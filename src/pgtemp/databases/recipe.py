@@ -56,6 +56,7 @@ class Recipe:
         key: says, for a callable or a command, when it would come out otherwise.
         watch: glob patterns of files that decide how it comes out.
         extensions: created first.
+        cwd: where commands are run; None is the current directory.
         run: names the run of a program for which alone the template is kept.
     """
 
@@ -63,6 +64,7 @@ class Recipe:
     key: str | None = None
     watch: Sequence[StrPath] = ()
     extensions: Sequence[str] = ()
+    cwd: StrPath | None = None
     run: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,12 +106,16 @@ class Recipe:
                 yield _name_of(one).encode() if told else None
                 continue
             if (command := _command(one)) is not None:
-                yield f"{os.getcwd()}\0{command}".encode() if told else None
+                yield f"{self._place}\0{command}".encode() if told else None
                 continue
             for path in _files(Path(one)):
                 for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                     content = file.read_bytes()
                     yield content if told or not _reads_more(content) else None
+
+    @property
+    def _place(self) -> str:
+        return os.path.abspath(self.cwd) if self.cwd is not None else os.getcwd()
 
     def apply(self, programs: Installation, private: ConnectionInfo, info: ConnectionInfo) -> None:
         """Build, in a database that is there.
@@ -129,7 +135,7 @@ class Recipe:
                 _call(one, info.uri)
                 continue
             if (command := _command(one)) is not None:
-                _run(command, info)
+                _run(command, self._place, info)
                 continue
             for dump in _files(Path(one)):
                 transfer.load(programs, private, dump, all_or_nothing=False)
@@ -162,9 +168,9 @@ def _command(step: StrPath) -> str | None:
     return None
 
 
-def _run(command: str, info: ConnectionInfo) -> None:
+def _run(command: str, cwd: str, info: ConnectionInfo) -> None:
     with step(f"running {command}"):
-        result = processes.run_command(command, info.environment())
+        result = processes.run_command(command, info.environment(), cwd)
     if result.returncode != 0:
         lines = [line for line in result.stdout.splitlines() if line.strip()]
         raise TransferError(

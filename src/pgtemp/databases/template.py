@@ -26,7 +26,6 @@ from pgtemp.host.progress import step
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo
 
-BASE = "template1"
 _log = logging.getLogger("pgtemp")
 
 

@@ -30,7 +30,9 @@ WHERE d.datname = %(dbname)s
   AND NOT EXISTS (SELECT FROM pg_tablespace WHERE spcname !~ '^pg_')
   AND d.datdba = (SELECT oid FROM pg_roles WHERE rolname = %(owner)s)
   AND d.datallowconn AND NOT d.datistemplate
-  AND d.datconnlimit = -1 AND d.datacl IS NOT DISTINCT FROM source.datacl
+  AND d.datconnlimit = -1
+  AND d.datacl IS NOT DISTINCT FROM
+      CASE source.datname WHEN 'template1' THEN NULL ELSE source.datacl END
   AND NOT EXISTS (SELECT FROM pg_shdescription
     WHERE classoid = 'pg_database'::regclass AND objoid = d.oid)
   AND (SELECT array_agg((setrole, setconfig) ORDER BY setrole) FROM pg_db_role_setting

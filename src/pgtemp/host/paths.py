@@ -31,15 +31,24 @@ def cache_dir() -> Path:
     Raises:
         OptionError: it cannot be made or written.
     """
-    given = os.environ.get("PGTEMP_CACHE_DIR")
-    if given:
-        return _made(Path(given).absolute(), "PGTEMP_CACHE_DIR")
+    path = usual_cache_dir()
+    if os.environ.get("PGTEMP_CACHE_DIR"):
+        return _made(path, "PGTEMP_CACHE_DIR")
     if os.geteuid() == 0:
-        return _made(Path("/var/cache/pgtemp"), "the cache")
+        return _made(path, "the cache")
     try:
-        return _made(Path(platformdirs.user_cache_dir("pgtemp")), "the cache")
+        return _made(path, "the cache")
     except OptionError:  # no home, or a read-only one
         return _private(Path(tempfile.gettempdir()) / f"pgtemp-cache-{os.getuid()}")
+
+
+def usual_cache_dir() -> Path:
+    """Where images are unless that cannot be; it may be missing."""
+    if given := os.environ.get("PGTEMP_CACHE_DIR"):
+        return Path(given).absolute()
+    if os.geteuid() == 0:
+        return Path("/var/cache/pgtemp")
+    return Path(platformdirs.user_cache_dir("pgtemp"))
 
 
 def _made(path: Path, what: str) -> Path:

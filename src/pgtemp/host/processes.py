@@ -93,20 +93,25 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def run_command(command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a user's shell command to its end, as the caller and in the caller's directory.
+def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.CompletedProcess[str]:
+    """Run a user's shell command to its end, as the caller.
+
+    Programs of our own virtual environment are found too, where it was not activated.
 
     Args:
         env: added to the caller's own environment.
+        cwd: the directory it works in.
 
     Returns:
         Its exit status, and what it printed on both its outputs, in `stdout`.
     """
     _check_going_on()
+    places = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # a pipe would last as long as what runs on behind
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],
-            env={**os.environ, **env},
+            env={**os.environ, "PATH": os.pathsep.join(places), **env},
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -99,8 +99,7 @@ def name_of(major: int, identity: str, run: str | None) -> str:
 
 def forget(run: str) -> None:
     """Remove the images that were kept for one run of a program alone, which is at its end."""
-    images = paths.cache_dir() / "images"
-    for lock in images.glob(f"*{_OF_A_RUN}{run}-*.lock"):
+    for lock in (paths.usual_cache_dir() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
         _remove(lock.with_suffix(""))
         lock.unlink(missing_ok=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from pathlib import Path
 
 from pgtemp.database import Database
 from pgtemp.suite import leaks, serverlog
@@ -16,11 +16,18 @@ from pgtemp.suite.suite import Suite
 class _Held:
     database: Database
     needs: Needs
-    logged: int  # bytes of the server's log before the test began
+    log: Path
+    logged: int = 0  # bytes of the server's log before the test began
 
-    @classmethod
-    def now(cls, database: Database, needs: Needs) -> Self:
-        return cls(database, needs, _size_of_log(database))
+    def __post_init__(self) -> None:
+        self.mark()
+
+    def mark(self) -> None:
+        """A test begins."""
+        try:
+            self.logged = self.log.stat().st_size
+        except OSError:
+            self.logged = 0
 
 
 @dataclass(slots=True)
@@ -42,13 +49,13 @@ class Case:
     def claim(self, needs: Needs) -> Database:
         """One more database. Raises PgTempError, and what a build raises."""
         database = self.suite.claim(needs)
-        self._held.append(_Held.now(database, needs))
+        self._held.append(_Held(database, needs, database.server.log_path))
         return database
 
     def begin(self) -> None:
         """Another test begins, with the same databases."""
         for held in self._held:
-            held.logged = _size_of_log(held.database)
+            held.mark()
 
     def left_open(self) -> list[str]:
         """The connections that the test should have closed."""
@@ -67,8 +74,7 @@ class Case:
                 sections.append(("pgtemp: database", said))
             if self.suite.options.log == "none":
                 continue
-            log = held.database.works.server.log_path
-            logged = serverlog.read(log, held.logged, held.database.dbname)
+            logged = serverlog.read(held.log, held.logged, held.database.dbname)
             if logged.lines:
                 sections.append(("pgtemp: server log", logged.text()))
             if logged.statements:
@@ -104,10 +110,3 @@ class Case:
         if command is not None and command not in self.kept:
             self.kept.append(command)
         return command
-
-
-def _size_of_log(database: Database) -> int:
-    try:
-        return database.works.server.log_path.stat().st_size
-    except OSError:
-        return 0

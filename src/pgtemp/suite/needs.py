@@ -81,7 +81,8 @@ def recipe_of(build: Build | Recipe | None, root: Path, watch: Sequence[str] = (
     else:
         made = _from(root, recipe.build)  # type: ignore[arg-type]
     watched = recipe.watch or (watch if recipe.key is None else ())
-    return replace(recipe, build=made, watch=[root / pattern for pattern in watched])
+    cwd = root / recipe.cwd if recipe.cwd is not None else root
+    return replace(recipe, build=made, watch=[root / pattern for pattern in watched], cwd=cwd)
 
 
 def _from(root: Path, step: Step) -> Step:

@@ -6,7 +6,9 @@ go on, as always, and other connections see nothing of it.
 
 from __future__ import annotations
 
-from typing import Any, LiteralString, Self
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, LiteralString, NoReturn, Self
 
 import psycopg
 from psycopg import pq
@@ -14,24 +16,23 @@ from psycopg import pq
 from pgtemp.database import Database
 from pgtemp.errors import OptionError
 
-_SAVEPOINT = "pgtemp"
-_NEW: LiteralString = f"SAVEPOINT {_SAVEPOINT}"
-_COMMIT: LiteralString = f"RELEASE SAVEPOINT {_SAVEPOINT}; {_NEW}"
-_ROLLBACK: LiteralString = f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}"
+_NEW: LiteralString = "SAVEPOINT pgtemp"
+_COMMIT: LiteralString = f"RELEASE SAVEPOINT pgtemp; {_NEW}"
+_ROLLBACK: LiteralString = "ROLLBACK TO SAVEPOINT pgtemp"
+_SETTABLE = ("autocommit", "row_factory", "cursor_factory", "prepare_threshold")
 
 
 class RolledBack(Database):
     """A database of several tests, one after the other, of which none leaves anything.
 
-    `connect()` gives the one connection of the test, however often it is called; in it `commit()`
-    and `rollback()` do what they should as far as the test can see.
+    `connect()` gives the one connection of the test, however often it is called; in it `commit()`,
+    `rollback()`, `transaction()` and autocommit do what they should as far as the test can see.
     """
 
     def __init__(self, base: Database) -> None:
         base._forget_ahead()
         super().__init__(base.works, base.dbname, base._pool)
-        self._connection: psycopg.Connection[Any] | None = None
-        self._async: psycopg.AsyncConnection[Any] | None = None
+        self._one: _Connection | _AsyncConnection | None = None
         self.seen = False  # whether anybody may have come by another way
 
     @property
@@ -44,52 +45,154 @@ class RolledBack(Database):
         """The test's connection, in a transaction that is rolled back at its end.
 
         Raises:
-            OptionError: with `autocommit`.
+            OptionError: the test has an asynchronous one, or one with other arguments.
         """
-        if self._connection is None:
-            connection = _Connection.connect(self.info.uri, **_checked(kwargs))
-            self.connections.append(connection)
-            connection.execute(_NEW)
-            self._connection = connection
-        return self._connection
+        auto = bool(kwargs.pop("autocommit", False))
+        if self._one is None:
+            self._one = _Connection.connect(self.info.uri, **kwargs)
+            self.connections.append(self._one)
+            self._one._begin(auto)
+        elif not isinstance(self._one, _Connection):
+            raise _of_two_kinds()
+        else:
+            _set(self._one, {**kwargs, **({"autocommit": True} if auto else {})})
+        return self._one
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """As `connect`, for asyncio."""
-        if self._async is None:
-            connection = await _AsyncConnection.connect(self.info.uri, **_checked(kwargs))
-            self.connections.append(connection)
-            await connection.execute(_NEW)
-            self._async = connection
-        return self._async
+        auto = bool(kwargs.pop("autocommit", False))
+        if self._one is None:
+            self._one = await _AsyncConnection.connect(self.info.uri, **kwargs)
+            self.connections.append(self._one)
+            await self._one._begin(auto)
+        elif not isinstance(self._one, _AsyncConnection):
+            raise _of_two_kinds()
+        else:
+            _set(self._one, kwargs)
+        return self._one
 
     def close(self) -> None:
         """Roll back."""
         self.leave()
 
 
-def _checked(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("autocommit"):
+def _of_two_kinds() -> OptionError:
+    return OptionError(
+        "a test with rollback=True has one connection, which is of the other kind already",
+        remedy="use connect() or aconnect(), or leave rollback out for this test",
+    )
+
+
+def _set(connection: object, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name not in _SETTABLE:
+            raise OptionError(
+                f"a test with rollback=True has one connection; it cannot have another {name}",
+                remedy="give it with the first connect(), or leave rollback out for this test",
+            )
+        setattr(connection, name, value)
+
+
+class _Cursor(psycopg.Cursor[Any]):
+    connection: _Connection
+
+    def execute(self, *args: Any, **kwargs: Any) -> Self:
+        with self.connection._statement():
+            return super().execute(*args, **kwargs)
+
+    def executemany(self, *args: Any, **kwargs: Any) -> None:
+        with self.connection._statement():
+            super().executemany(*args, **kwargs)
+
+
+class _AsyncCursor(psycopg.AsyncCursor[Any]):
+    connection: _AsyncConnection
+
+    async def execute(self, *args: Any, **kwargs: Any) -> Self:
+        async with self.connection._statement():
+            return await super().execute(*args, **kwargs)
+
+    async def executemany(self, *args: Any, **kwargs: Any) -> None:
+        async with self.connection._statement():
+            await super().executemany(*args, **kwargs)
+
+
+class _State:
+    """What a connection would be like if its transactions were real."""
+
+    pgconn: pq.abc.PGconn
+    _auto = False
+    _begun = False  # whether the test is in a transaction
+
+    @property
+    def autocommit(self) -> bool:
+        return self._auto
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self._set_auto(value)
+
+    def _set_auto(self, value: bool) -> None:
+        if self._begun:
+            raise psycopg.ProgrammingError(
+                "can't change 'autocommit' now: connection in transaction status INTRANS"
+            )
+        self._auto = bool(value)
+
+    def _set_isolation_level(self, value: object) -> NoReturn:
         raise OptionError(
-            "a test with rollback=True has no autocommit connections",
+            "a test with rollback=True is in one transaction, whose isolation level stays",
             remedy="leave rollback out for this test",
         )
-    return kwargs
+
+    def _end(self) -> LiteralString:
+        """What COMMIT does: where a statement has failed, that is a rollback."""
+        failed = self.pgconn.transaction_status == pq.TransactionStatus.INERROR
+        return _ROLLBACK if failed else _COMMIT
 
 
-def _end_of(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> LiteralString:
-    """What COMMIT does: where a statement has failed, that is a rollback."""
-    failed = connection.pgconn.transaction_status == pq.TransactionStatus.INERROR
-    return _ROLLBACK if failed else _COMMIT
-
-
-class _Connection(psycopg.Connection[Any]):
+class _Connection(_State, psycopg.Connection[Any]):
     """A connection in which a commit is a savepoint's, and which is closed by pgtemp alone."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = _Cursor
+
+    def _begin(self, auto: bool) -> None:
+        self._do(_NEW)
+        self._auto = auto
+
+    def _do(self, statement: LiteralString) -> None:
+        psycopg.Cursor(self).execute(statement)
+        self._begun = False
+
+    @contextmanager
+    def _statement(self) -> Iterator[None]:
+        alone, self._begun = self._auto and not self._begun, True
+        try:
+            yield
+        finally:
+            if alone:
+                self._do(self._end())
+
     def commit(self) -> None:
-        self.execute(_end_of(self))
+        self._do(self._end())
 
     def rollback(self) -> None:
-        self.execute(_ROLLBACK)
+        self._do(_ROLLBACK)
+
+    @contextmanager
+    def transaction(self, *args: Any, **kwargs: Any) -> Iterator[psycopg.Transaction]:
+        whole, self._begun = not self._begun, True
+        try:
+            with super().transaction(*args, **kwargs) as transaction:
+                yield transaction
+        finally:
+            if whole:
+                self._do(self._end())
+
+    def set_autocommit(self, value: bool) -> None:
+        self._set_auto(value)
 
     def close(self) -> None:
         """The test may go on, or look at what it has done."""
@@ -100,16 +203,51 @@ class _Connection(psycopg.Connection[Any]):
         else:
             self.rollback()
 
-    def __enter__(self) -> Self:
-        return self
 
+class _AsyncConnection(_State, psycopg.AsyncConnection[Any]):
+    """As above, for asyncio."""
 
-class _AsyncConnection(psycopg.AsyncConnection[Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = _AsyncCursor
+
+    async def _begin(self, auto: bool) -> None:
+        await self._do(_NEW)
+        self._auto = auto
+
+    async def _do(self, statement: LiteralString) -> None:
+        await psycopg.AsyncCursor(self).execute(statement)
+        self._begun = False
+
+    @asynccontextmanager
+    async def _statement(self) -> AsyncIterator[None]:
+        alone, self._begun = self._auto and not self._begun, True
+        try:
+            yield
+        finally:
+            if alone:
+                await self._do(self._end())
+
     async def commit(self) -> None:
-        await self.execute(_end_of(self))
+        await self._do(self._end())
 
     async def rollback(self) -> None:
-        await self.execute(_ROLLBACK)
+        await self._do(_ROLLBACK)
+
+    @asynccontextmanager
+    async def transaction(
+        self, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[psycopg.AsyncTransaction]:
+        whole, self._begun = not self._begun, True
+        try:
+            async with super().transaction(*args, **kwargs) as transaction:
+                yield transaction
+        finally:
+            if whole:
+                await self._do(self._end())
+
+    async def set_autocommit(self, value: bool) -> None:
+        self._set_auto(value)
 
     async def close(self) -> None:
         """As above."""
@@ -119,6 +257,3 @@ class _AsyncConnection(psycopg.AsyncConnection[Any]):
             await self.commit()
         else:
             await self.rollback()
-
-    async def __aenter__(self) -> Self:
-        return self

@@ -43,7 +43,7 @@ class Servers:
 
     def usable(self, server: Server) -> bool:
         try:
-            server.database.works.server.check()
+            server.database.server.check()
         except PgTempError:
             return False
         return True

@@ -1,0 +1,24 @@
+"""pytest-postgresql: a server for the session, and two kinds of databases in it."""
+
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from pytest_postgresql import factories
+
+HERE = Path(__file__).parent
+
+
+def add_products(**connect: Any) -> None:
+    with psycopg.connect(**connect) as connection:
+        connection.execute("INSERT INTO product VALUES (1, 'tea', 2), (2, 'coffee', 3)")
+
+
+postgresql_proc = factories.postgresql_proc(load=[HERE / "schema.sql", add_products])
+postgresql = factories.postgresql("postgresql_proc")
+
+# The same server again, with a second template that starts from the first.
+postgresql_with_sales = factories.postgresql_noproc(
+    depends_on="postgresql_proc", load=[HERE / "sales.sql"]
+)
+with_sales = factories.postgresql("postgresql_with_sales")

@@ -1,0 +1,370 @@
+"""What the fixtures and the mark give a test."""
+
+from __future__ import annotations
+
+import pytest
+
+from project import Project
+
+
+def test_each_test_has_a_database_of_its_own(project: Project) -> None:
+    """By each fixture, sync and async; committed work of one is not seen by another."""
+    text = """
+        import asyncio
+        import psycopg
+        import pytest
+
+        INSERT = "INSERT INTO account VALUES (1, 100)"
+        COUNT = "SELECT count(*) FROM account"
+
+        def used(connection):
+            connection.execute(INSERT)
+            connection.commit()
+            assert connection.execute(COUNT).fetchone() == (1,)
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_connect(pgtemp, n):
+            with pgtemp.connect() as connection:
+                used(connection)
+
+        def test_uri(pgtemp_uri, pgtemp):
+            assert pgtemp_uri == pgtemp.uri
+            with psycopg.connect(pgtemp_uri) as connection:
+                used(connection)
+
+        def test_async(pgtemp):
+            async def go():
+                connection = await pgtemp.aconnect()
+                await connection.execute(INSERT)
+                cursor = await connection.execute(COUNT)
+                assert await cursor.fetchone() == (1,)
+            asyncio.run(go())
+
+        def test_several(pgtemp, pgtemp_factory):
+            one, empty = pgtemp_factory(), pgtemp_factory(template=None)
+            assert len({pgtemp.dbname, one.dbname, empty.dbname}) == 3
+            used(one.connect())
+            assert pgtemp.connect().execute(COUNT).fetchone() == (0,)
+            assert "account" not in empty.psql(r"\\d")
+            assert "account" in one.psql(r"\\d")
+
+        def test_snapshot(pgtemp):
+            before = pgtemp.snapshot("before")
+            with psycopg.connect(pgtemp.uri) as connection:
+                used(connection)
+            pgtemp.restore(before)
+            assert pgtemp.connect().execute(COUNT).fetchone() == (0,)
+
+        def test_of_a_module(pgtemp_module):
+            used(pgtemp_module.connect())
+
+        def test_of_the_same_module(pgtemp_module):
+            assert pgtemp_module.connect().execute(COUNT).fetchone() == (1,)
+
+        def test_cluster(pgtemp_cluster, pgtemp):
+            assert pgtemp_cluster.info.port == pgtemp.info.port
+    """
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 10), result.output
+
+
+def test_the_mark(project: Project) -> None:
+    """A template, extensions, settings, a server: what the mark says, and the others go on."""
+    project.write("shop.sql", "CREATE TABLE item (id int);")
+    text = r"""
+        import pytest
+
+        def shown(pgtemp, name):
+            return pgtemp.connect().execute(f"SHOW {name}").fetchone()[0]
+
+        @pytest.mark.pgtemp(template="shop.sql")
+        def test_template(pgtemp):
+            assert "item" in pgtemp.psql(r"\d")
+
+        @pytest.mark.pgtemp(template=None)
+        def test_empty(pgtemp):
+            assert "account" not in pgtemp.psql(r"\d")
+
+        @pytest.mark.pgtemp(extensions=["pg_trgm"])
+        def test_extension(pgtemp):
+            pgtemp.connect().execute("SELECT similarity('a', 'a') FROM account")
+
+        @pytest.mark.pgtemp(config={"work_mem": "7MB"})
+        def test_setting(pgtemp):
+            assert shown(pgtemp, "work_mem") == "7MB"
+            assert "account" in pgtemp.psql(r"\d")
+
+        @pytest.mark.pgtemp(isolation="cluster")
+        @pytest.mark.parametrize("n", range(2))
+        def test_server(pgtemp, pgtemp_cluster, n):
+            assert pgtemp.info.port != pgtemp_cluster.info.port
+            pgtemp.connect(autocommit=True).execute("CREATE ROLE somebody")
+            assert "account" in pgtemp.psql(r"\d")
+
+        def test_plain(pgtemp):
+            assert shown(pgtemp, "work_mem") == "4MB"
+
+        @pytest.mark.pgtemp(template=None)
+        class TestAll:
+            def test_of_a_class(self, pgtemp):
+                assert "account" not in pgtemp.psql(r"\d")
+
+            @pytest.mark.pgtemp(template="shop.sql")
+            def test_of_its_own(self, pgtemp):
+                assert "item" in pgtemp.psql(r"\d")
+    """
+    # A version whose wheel has extensions.
+    result = project.run(text=text, PGTEMP_VERSION="18")
+    assert (result.status, result.count("passed")) == (0, 9), result.output
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("tempalte=None", "pgtemp knows no tempalte= for a test; give template, isolation"),
+        ("isolation='server'", "there is no such isolation; give 'database' or 'cluster'"),
+        ("extensions='vector'", "not a list; give a list of names"),
+        ("extensions=['no_such_thing']", "'no_such_thing' is not installed"),
+        ("config={'port': 1}", "the setting port cannot be given"),
+        ("template='nowhere.sql'", "nowhere.sql"),
+    ],
+)
+def test_a_mark_that_cannot_be_used(project: Project, mark: str, said: str) -> None:
+    text = f"""
+        import pytest
+
+        @pytest.mark.pgtemp({mark})
+        def test_it(pgtemp):
+            pass
+    """
+    result = project.run(text=text)
+    assert result.count("error") == 1, result.output
+    assert said in result.output
+
+
+def test_rolled_back(project: Project) -> None:
+    """What a test commits is there for itself, and for nobody else; its errors are its own."""
+    text = """
+        import asyncio
+        import psycopg
+        import pytest
+        import pgtemp as library
+
+        pytestmark = pytest.mark.pgtemp(rollback=True)
+        INSERT = "INSERT INTO account (balance) VALUES (1)"
+
+        def count(connection):
+            return connection.execute("SELECT count(*) FROM account").fetchone()[0]
+
+        def test_commit(pgtemp):
+            with pgtemp.connect() as connection:
+                connection.execute(INSERT)
+            assert count(pgtemp.connect()) == 1
+            pgtemp.connect().rollback()
+            assert count(pgtemp.connect()) == 1
+
+        def test_rollback(pgtemp):
+            connection = pgtemp.connect()
+            assert count(connection) == 0
+            connection.execute(INSERT)
+            connection.rollback()
+            assert count(connection) == 0
+
+        def test_failed_block(pgtemp):
+            with pytest.raises(ZeroDivisionError), pgtemp.connect() as connection:
+                connection.execute(INSERT)
+                1 / 0
+            assert count(connection) == 0
+
+        def test_error(pgtemp):
+            connection = pgtemp.connect()
+            connection.execute(INSERT)
+            connection.commit()
+            with pytest.raises(psycopg.errors.UndefinedTable):
+                connection.execute("SELECT * FROM nothing")
+            connection.commit()  # of a transaction that failed: a rollback
+            assert count(connection) == 1
+
+        def test_transaction(pgtemp):
+            connection = pgtemp.connect()
+            with connection.transaction():
+                connection.execute(INSERT)
+                with pytest.raises(ZeroDivisionError), connection.transaction():
+                    connection.execute(INSERT)
+                    1 / 0
+            connection.rollback()
+            assert count(connection) == 1
+            connection.execute(INSERT)
+            with connection.transaction():
+                connection.execute(INSERT)
+            connection.rollback()
+            assert count(connection) == 1
+
+        def test_autocommit(pgtemp):
+            connection = pgtemp.connect(autocommit=True)
+            connection.execute(INSERT)
+            with pytest.raises(psycopg.errors.UndefinedTable):
+                connection.execute("SELECT * FROM nothing")
+            assert count(connection) == 1
+            connection.autocommit = False
+            connection.execute(INSERT)
+            with pytest.raises(psycopg.ProgrammingError, match="autocommit"):
+                connection.autocommit = True
+            connection.rollback()
+            assert count(connection) == 1
+
+        def test_other_arguments(pgtemp):
+            from psycopg.rows import dict_row
+            pgtemp.connect()
+            connection = pgtemp.connect(row_factory=dict_row)
+            assert connection.execute("SELECT 1 AS n").fetchone() == {"n": 1}
+            with pytest.raises(library.PgTempError, match="cannot have another application_name"):
+                pgtemp.connect(application_name="x")
+            with pytest.raises(library.PgTempError, match="isolation level"):
+                connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+
+        def test_async(pgtemp):
+            async def go():
+                async with await pgtemp.aconnect() as connection:
+                    await connection.execute(INSERT)
+                async with connection.transaction():
+                    await connection.execute(INSERT)
+                await connection.rollback()
+                cursor = await connection.execute("SELECT count(*) FROM account")
+                assert await cursor.fetchone() == (2,)
+            asyncio.run(go())
+            with pytest.raises(library.PgTempError, match="of the other kind"):
+                pgtemp.connect()
+
+        def test_sqlalchemy(pgtemp):
+            sqlalchemy = pytest.importorskip("sqlalchemy")
+            engine = sqlalchemy.create_engine(
+                "postgresql+psycopg://", creator=pgtemp.connect, pool_pre_ping=True)
+            for expected in (1, 2):
+                with engine.begin() as connection:
+                    connection.execute(sqlalchemy.text(INSERT))
+                with engine.connect() as connection:
+                    found = connection.execute(sqlalchemy.text("SELECT count(*) FROM account"))
+                    assert found.scalar() == expected
+
+        def test_one_database(pgtemp, record_property):
+            assert count(pgtemp.connect()) == 0
+
+        def test_seen_by_another_way(pgtemp):
+            with psycopg.connect(pgtemp.uri) as connection:
+                connection.execute(INSERT)
+
+        def test_then_a_new_one(pgtemp):
+            assert count(pgtemp.connect()) == 0
+    """
+    result = project.run("-W", "error", text=text)
+    assert (result.status, result.count("passed")) == (0, 12), result.output
+
+
+def test_options(project: Project) -> None:
+    """On the command line, which beats the ini file, which beats the environment."""
+    project.write(
+        "pytest.ini",
+        """
+        [pytest]
+        pgtemp_config =
+            work_mem=5MB
+            application_name=a b
+        pgtemp_version = 17
+        pgtemp_template = one.sql
+        """,
+    )
+    project.write("one.sql", "CREATE TABLE one ();")
+    project.write("conftest.py", "")
+    text = """
+        def test_it(pgtemp, request):
+            shown = [
+                pgtemp.connect().execute(f"SHOW {name}").fetchone()[0]
+                for name in ("work_mem", "server_version_num")
+            ]
+            print("shown", shown[0], shown[1][:2], "one" in pgtemp.psql(r"\\d"))
+    """
+    result = project.run("-s", text=text, PGTEMP_VERSION="15")
+    assert "shown 5MB 17 True" in result.output
+    result = project.run("-s", "--pgtemp-version=18", "--pgtemp-config=work_mem=6MB")
+    assert "shown 6MB 18 True" in result.output
+    for wrong, said in (
+        ("--pgtemp-version=99", "99"),
+        ("--pgtemp-config=work_mem", "'work_mem' is not NAME=VALUE"),
+    ):
+        result = project.run(wrong)
+        assert result.count("error") == 1, result.output
+        assert said in result.output
+    project.write("pytest.ini", "[pytest]\npgtemp_keep = some")
+    result = project.run()
+    assert "pgtemp_keep = some in the ini file: there is no such choice" in result.output
+
+
+def test_a_template_that_cannot_be_built_is_tried_once(project: Project) -> None:
+    """Every test says why; the build is not run again for each."""
+    project.write(
+        "conftest.py",
+        """
+        import pytest
+
+        def migrate(uri):
+            with open("tries", "a") as file:
+                file.write("x")
+            raise RuntimeError("no such migration")
+
+        @pytest.fixture(scope="session")
+        def pgtemp_template():
+            return migrate
+        """,
+    )
+    text = """
+        def test_one(pgtemp): pass
+        def test_two(pgtemp): pass
+    """
+    result = project.run(text=text)
+    assert result.count("errors") == 2, result.output
+    assert result.output.count("RuntimeError: no such migration") >= 2
+    assert (project.root / "tries").read_text() == "x"
+
+
+def test_templates_of_any_kind(project: Project) -> None:
+    """A command runs where the suite is; a coroutine function, a recipe and lists are builds."""
+    project.write("conftest.py", "")
+    project.write("table.sql", "CREATE TABLE from_sql ();")
+    text = r"""
+        import sys
+        import psycopg
+        import pytest
+        from pgtemp import Recipe
+
+        async def build(uri):
+            async with await psycopg.AsyncConnection.connect(uri) as connection:
+                await connection.execute("CREATE TABLE from_coroutine ()")
+
+        COMMAND = "cmd:psql -X -q $DATABASE_URL -f table.sql"
+        KINDS = [COMMAND, build, Recipe(build, key="1"), ["table.sql", build]]
+
+        @pytest.mark.parametrize("kind", range(4))
+        def test_it(pgtemp_factory, kind):
+            tables = pgtemp_factory(template=KINDS[kind]).psql(r"\d")
+            assert ("from_sql" in tables) == (kind in (0, 3))
+            assert ("from_coroutine" in tables) == (kind in (1, 2, 3))
+    """
+    project.write("test_it.py", text)
+    result = project.run(str(project.root), "--rootdir", str(project.root))
+    assert (result.status, result.count("passed")) == (0, 4), result.output
+
+
+def test_nothing_happens_unless_it_is_used(project: Project) -> None:
+    """Not an import of psycopg, not a line of output."""
+    text = """
+        import sys
+
+        def test_it():
+            heavy = {"psycopg", "asyncio", "pgtemp.cluster", "pgtemp.server", "uvloop", "rich"}
+            assert not heavy & set(sys.modules) - {"asyncio"}
+    """
+    project.write("conftest.py", "")
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 1), result.output
+    assert "pgtemp" not in result.output
