@@ -101,11 +101,18 @@ def open_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, open_dir: Path) -> Project:
-    """A directory with tests of its own, and with a template."""
-    made = Project(tmp_path, open_dir)
+def project(tmp_path: Path) -> Project:
+    """A directory with tests of its own, and with a template; no databases are kept."""
+    made = Project(tmp_path)
     made.write("conftest.py", MIGRATE)
     return made
+
+
+@pytest.fixture
+def keeping(project: Project, open_dir: Path) -> Project:
+    """The same, with a place where databases of failed tests are kept."""
+    project.kept = open_dir
+    return project
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class Project:
     """A directory with a conftest.py that has a template."""
 
     root: Path
-    kept: Path
+    kept: Path | None = None  # where servers live, and databases of failed tests stay
     plugins: list[str] = field(default_factory=lambda: ["pgtemp.pytest_plugin"])
 
     def write(self, name: str, text: str) -> None:
@@ -54,7 +54,8 @@ class Project:
 
     def argv(self, *arguments: str) -> list[str]:
         flags = [part for plugin in self.plugins for part in ("-p", plugin)]
-        flags += ["-p", "no:cacheprovider", f"--pgtemp-data-dir-prefix={self.kept}"]
+        keep = f"--pgtemp-data-dir-prefix={self.kept}" if self.kept else "--pgtemp-keep=none"
+        flags += ["-p", "no:cacheprovider", keep]
         return [sys.executable, "-m", "pytest", *flags, *arguments]
 
     @property
@@ -73,6 +74,7 @@ class Project:
 
     def kept_databases(self) -> dict[str, str]:
         """The databases that were kept, with the tests they are of."""
+        assert self.kept is not None
         return {
             name: of
             for note in self.kept.glob(f"failed/*/*/{NOTE}")

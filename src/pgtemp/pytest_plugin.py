@@ -45,9 +45,10 @@ def pgtemp_template(pytestconfig: pytest.Config) -> Build | Recipe | None:
 
 
 @pytest.fixture
-def pgtemp(pgtemp_factory: Callable[..., Database]) -> Database:
+def pgtemp(request: pytest.FixtureRequest, _pgtemp_ready: Suite) -> Iterator[Database]:
     """A database of the test's own, a clone of the template; gone when the test has ended."""
-    return pgtemp_factory()
+    for claim in _claims(request, _pgtemp_ready):
+        yield claim()
 
 
 @pytest.fixture
@@ -95,19 +96,23 @@ def _pgtemp_ready(
 def _claims(request: pytest.FixtureRequest, suite: Suite) -> Iterator[Callable[..., Database]]:
     """Claims for a test or a module, which get their defaults from its mark."""
     from pgtemp.suite.case import Case
+    from pgtemp.suite.leaks import left_open
     from pgtemp.suite.needs import needs_of
 
     node = request.node
-    case = node.stash[_CASE] = Case(suite, node.nodeid)
+    case = node.stash.setdefault(_CASE, Case(suite, node.nodeid))
     mark = node.get_closest_marker("pgtemp")
     usual = _needs_of_mark(mark)
 
+    claimed: list[Database] = []
+
     def claim(**kwargs: Any) -> Database:
-        return case.claim(needs_of(kwargs, usual))
+        claimed.append(case.claim(needs_of(kwargs, usual)))
+        return claimed[-1]
 
     yield claim
     try:
-        if left := case.left_open():
+        if left := [who for database in claimed for who in left_open(database)]:
             _warn(node, left)
     finally:
         if not isinstance(node, pytest.Item):  # a test's report is made after this

@@ -295,9 +295,9 @@ def test_options(project: Project) -> None:
         result = project.run(wrong)
         assert result.count("error") == 1, result.output
         assert said in result.output
-    project.write("pytest.ini", "[pytest]\npgtemp_keep = some")
+    project.write("pytest.ini", "[pytest]\npgtemp_log = some")
     result = project.run()
-    assert "pgtemp_keep = some in the ini file: there is no such choice" in result.output
+    assert "pgtemp_log = some in the ini file: there is no such choice" in result.output
 
 
 def test_a_template_that_cannot_be_built_is_tried_once(project: Project) -> None:

@@ -58,9 +58,9 @@ def rows_of(argv: list[str], query: str) -> list[tuple[object, ...]]:
             process.stdout.read()
 
 
-def test_a_failing_test_explains_itself(project: Project) -> None:
+def test_a_failing_test_explains_itself(keeping: Project) -> None:
     """The command that opens its database works when pytest has ended; its log is its own."""
-    result = project.run("--pgtemp-log=statements", text=FAILS)
+    result = keeping.run("--pgtemp-log=statements", text=FAILS)
     assert (result.count("failed"), result.count("passed")) == (1, 1)
     assert "pgtemp open" in section(result, "pgtemp: database")
     log = section(result, "pgtemp: server log")
@@ -72,21 +72,21 @@ def test_a_failing_test_explains_itself(project: Project) -> None:
     )
     assert "VALUES (7, 7)" not in result.output
     assert statements.count("CREATE DATABASE") == 0
-    assert list(project.kept_databases().values()) == ["test_it.py::test_fails"]
+    assert list(keeping.kept_databases().values()) == ["test_it.py::test_fails"]
     assert rows_of(command(result), "SELECT * FROM account") == [(1, 100)]
 
 
-def test_what_is_said_without_statements(project: Project) -> None:
-    result = project.run(text=FAILS)
+def test_what_is_said_without_statements(keeping: Project) -> None:
+    result = keeping.run(text=FAILS)
     assert section(result, "pgtemp: server log")
     assert not section(result, "pgtemp: statements")
-    result = project.run("--pgtemp-log=none", "--pgtemp-keep=none")
+    result = keeping.run("--pgtemp-log=none", "--pgtemp-keep=none")
     assert result.count("failed") == 1
     assert "pgtemp:" not in result.output
 
 
 @pytest.mark.parametrize("keep", ["failed", "all", "none"])
-def test_whose_databases_are_kept(project: Project, keep: str) -> None:
+def test_whose_databases_are_kept(keeping: Project, keep: str) -> None:
     text = """
         import pytest
 
@@ -121,8 +121,8 @@ def test_whose_databases_are_kept(project: Project, keep: str) -> None:
 
         def test_fails_after(after): pass
     """
-    result = project.run(f"--pgtemp-keep={keep}", text=text)
-    kept = {of.partition("::test_")[2] for of in project.kept_databases().values()}
+    result = keeping.run(f"--pgtemp-keep={keep}", text=text)
+    kept = {of.partition("::test_")[2] for of in keeping.kept_databases().values()}
     asked = {"asks_for_it", "asks_last"}
     failed = asked | {"fails", "fails_before", "server", "fails_after"}
     expected = {"failed": failed, "all": failed | {"passes", "is_expected_to_fail"}, "none": asked}
@@ -132,22 +132,22 @@ def test_whose_databases_are_kept(project: Project, keep: str) -> None:
         assert f"test_it.py::test_{name}\n    pgtemp open" in result.output
 
 
-def test_no_more_are_kept_than_there_may_be(project: Project) -> None:
+def test_no_more_are_kept_than_there_may_be(keeping: Project) -> None:
     text = """
         import pytest
 
         @pytest.mark.parametrize("n", range(4))
         def test_fails(pgtemp, n): assert 0
     """
-    result = project.run("--pgtemp-keep-most=2", text=text)
+    result = keeping.run("--pgtemp-keep-most=2", text=text)
     assert result.count("failed") == 4
-    assert len(project.kept_databases()) == 2
+    assert len(keeping.kept_databases()) == 2
     assert result.output.count("not kept: 2 are kept already (--pgtemp-keep-most)") == 2
 
 
-def test_only_the_last_runs_stay(project: Project) -> None:
-    project.write("test_it.py", "def test_fails(pgtemp): assert 0")
-    seen = [set(project.kept_databases()) for _ in range(5) if project.run()]
+def test_only_the_last_runs_stay(keeping: Project) -> None:
+    keeping.write("test_it.py", "def test_fails(pgtemp): assert 0")
+    seen = [set(keeping.kept_databases()) for _ in range(5) if keeping.run()]
     assert [len(kept) for kept in seen] == [1, 2, 3, 3, 3]
     assert not seen[0] & seen[4]
 

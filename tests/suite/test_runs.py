@@ -69,17 +69,17 @@ def test_workers_that_stop_early_leave_nothing(project: Project) -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def test_databases_of_failed_tests_of_all_workers_are_kept(project: Project) -> None:
-    project.plugins = XDIST
+def test_databases_of_failed_tests_of_all_workers_are_kept(keeping: Project) -> None:
+    keeping.plugins = XDIST
     text = """
         import pytest
 
         @pytest.mark.parametrize("n", range(4))
         def test_fails(pgtemp, n): assert 0
     """
-    result = project.run("-n", "2", text=text)
+    result = keeping.run("-n", "2", text=text)
     assert result.count("failed") == 4
-    assert len(project.kept_databases()) == 4, result.output
+    assert len(keeping.kept_databases()) == 4, result.output
     assert result.output.count("test_fails[0]\n    pgtemp open") == 1
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgtemp.database import Database
-from pgtemp.suite import leaks, serverlog
+from pgtemp.suite import serverlog
 from pgtemp.suite.needs import Needs
 from pgtemp.suite.rolledback import RolledBack
 from pgtemp.suite.suite import Suite
@@ -56,13 +56,6 @@ class Case:
         """Another test begins, with the same databases."""
         for held in self._held:
             held.mark()
-
-    def left_open(self) -> list[str]:
-        """The connections that the test should have closed."""
-        return [
-            who for held in self._held if not held.database.closed
-            for who in leaks.left_open(held.database)
-        ]  # fmt: skip
 
     def explain(self) -> list[tuple[str, str]]:
         """What the report of a failed test should have: titles and texts."""
