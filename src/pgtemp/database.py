@@ -49,7 +49,14 @@ class Database:
         self._ahead = clones.opened(dbname) if clones is not None else None
         if self._ahead is not None:
             self.connections.append(self._ahead)
-        self.info = works.info_of(dbname)
+        self._info = works.info_of(dbname)
+        self.was_shown = False  # whether anybody can have come but by `connect`
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """Host, port, user, password and database in one value."""
+        self.was_shown = True
+        return self._info
 
     @property
     def uri(self) -> str:
@@ -59,11 +66,12 @@ class Database:
 
     @property
     def dbname(self) -> str:
-        return self.info.dbname
+        return self._info.dbname
 
     @property
     def server(self) -> PgTempDB:
         """The server it is in, with its directory, log and pid."""
+        self.was_shown = True
         return self.works.server
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
@@ -77,13 +85,13 @@ class Database:
                 return ahead
             if self._clones is not None:  # those that come after this one get theirs ahead
                 self._clones.ahead = self.works.connect_to
-        connection = psycopg.connect(self.info.uri, **kwargs)
+        connection = psycopg.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """As `connect`, for asyncio."""
-        connection = await psycopg.AsyncConnection.connect(self.info.uri, **kwargs)
+        connection = await psycopg.AsyncConnection.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
 
@@ -95,7 +103,7 @@ class Database:
         Raises:
             TransferError: the command failed, or there is no terminal.
         """
-        programs = self.server.installation
+        programs = self.works.server.installation
         if command is not None:
             return transfer.psql(programs, self._private(), command)
         transfer.psql_on_terminal(programs, self._private())
@@ -103,11 +111,11 @@ class Database:
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
-        transfer.dump(self.server.installation, self._private(), path)
+        transfer.dump(self.works.server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump, all of it or nothing. Raises TransferError."""
-        transfer.load(self.server.installation, self._private(), path)
+        transfer.load(self.works.server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
         """Keep the database as it is now, until it is closed; nobody else may be connected to it.
@@ -166,7 +174,7 @@ class Database:
 
     def _untouched(self, dbname: str) -> bool:
         assert self._clones is not None
-        return self._clones.untouched(dbname, self.server.data_dir, self._since)
+        return self._clones.untouched(dbname, self.works.server.data_dir, self._since)
 
     def _forget_ahead(self) -> None:
         """Close the connection that was opened ahead; where nobody wants any, open no more."""
@@ -212,4 +220,4 @@ class Database:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Database {redact(self.info.uri)}>"
+        return f"<Database {redact(self._info.uri)}>"

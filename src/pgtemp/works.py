@@ -15,6 +15,9 @@ from pgtemp.databases.template import Clones
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.uri import ConnectionInfo
 
+# In which a test that has got a database connects to it.
+_PAUSE_SECONDS = 0.004
+
 
 @dataclass(slots=True)
 class Works:
@@ -48,13 +51,19 @@ class Works:
 
     def pool_of(self, clones: Clones, ready: int) -> Pool[str]:
         """A pool of databases, which ends with the server."""
-        pool: Pool[str] = Pool(clones, ready=ready)
+        pool: Pool[str] = Pool(clones, ready=ready, pause=_PAUSE_SECONDS)
         self._pools[pool] = clones
         return pool
 
     def connect_to(self, dbname: str) -> psycopg.Connection[Any]:
-        """A connection to a database in it, as its user would open it. Raises psycopg's errors."""
-        return psycopg.connect(self.info_of(dbname).uri)
+        """A connection to a database in it, as its user would open it. Raises psycopg's errors.
+
+        A statement is prepared in it and forgotten, which fills caches that the first would fill.
+        """
+        connection = psycopg.connect(self.info_of(dbname).uri)
+        for statement in (b"SELECT $1::int4, $2::text", b""):
+            connection.pgconn.prepare(b"", statement)
+        return connection
 
     def stop(self) -> None:
         """End the server; whoever still makes or drops databases in it finds out at once.

@@ -22,7 +22,6 @@ _log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 _MAKERS = 2  # on two cores more makers make no more
 _CALM_SECONDS = 10.0
-_AFTER_SECONDS = 0.015
 
 
 class Kind(Protocol[T]):
@@ -36,8 +35,17 @@ class Kind(Protocol[T]):
 class Pool(Generic[T]):
     """Keeps `ready` things ready, up to `most` while many are asked for."""
 
-    def __init__(self, kind: Kind[T], *, ready: int, most: int | None = None) -> None:
+    def __init__(
+        self, kind: Kind[T], *, ready: int, most: int | None = None, pause: float = 0.015
+    ) -> None:
+        """Nothing is made before the first is asked for.
+
+        Args:
+            pause: seconds that whoever has just been served has for himself, since there are not
+                that many cores, before the next is made; and twice that before one is ended.
+        """
         self._kind = kind
+        self._pause = pause
         self._target = self._least = ready
         self._most = max(ready, most if most is not None else ready)
         self._calming: threading.Timer | None = None
@@ -45,6 +53,7 @@ class Pool(Generic[T]):
         self._ready: deque[T] = deque()
         self._waiting: deque[Future[T]] = deque()
         self._making = 0
+        self._retired = 0  # that are still to be ended
         self._closed = False
         self._owner = os.getpid()  # a forked child has neither the threads nor the right
         self._lock = threading.Lock()
@@ -143,7 +152,9 @@ class Pool(Generic[T]):
             return
         with self._lock:
             if not self._closed:
-                self._enders.submit(self._end, thing, unless)
+                self._retired += 1
+                self._enders.submit(self._retire, thing, unless)
+                self._urgent.notify_all()
                 return
         self._end(thing)
 
@@ -173,10 +184,19 @@ class Pool(Generic[T]):
         self._makers.shutdown(wait=True, cancel_futures=True)
         self._enders.shutdown(wait=True, cancel_futures=not dispose)
 
-    def _end(self, thing: T, unless: Callable[[T], bool] | None = None) -> None:
+    def _retire(self, thing: T, unless: Callable[[T], bool] | None) -> None:
+        with self._urgent:
+            self._urgent.wait_for(lambda: self._retired > 1 or self._closed, 2 * self._pause)
+            self._retired -= 1
         try:
-            if unless is not None and unless(thing) and self._hand_out(thing):
+            if unless is not None and not self._closed and unless(thing) and self._hand_out(thing):
                 return
+        except PgTempError as error:
+            _log.info("not handed out again: %s", error)
+        self._end(thing)
+
+    def _end(self, thing: T) -> None:
+        try:
             self._kind.dispose(thing)
         except PgTempError as error:
             if not self._closed:  # else it went with its server
@@ -194,8 +214,7 @@ class Pool(Generic[T]):
 
     def _make(self) -> None:
         with self._urgent:
-            # Whoever has just been served goes first: there are not that many cores.
-            self._urgent.wait_for(self._in_a_hurry, _AFTER_SECONDS)
+            self._urgent.wait_for(self._in_a_hurry, self._pause)
         try:
             thing = self._kind.provision()
         except BaseException as error:

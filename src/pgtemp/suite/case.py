@@ -49,7 +49,7 @@ class Case:
     def claim(self, needs: Needs) -> Database:
         """One more database. Raises PgTempError, and what a build raises."""
         database = self.suite.claim(needs)
-        self._held.append(_Held(database, needs, database.server.log_path))
+        self._held.append(_Held(database, needs, database.works.server.log_path))
         return database
 
     def begin(self) -> None:

@@ -25,7 +25,7 @@ def left_open(database: Database) -> list[str]:
     Those that the database has opened itself do not count, nor those whose client has closed them
     and whose backend is about to end.
     """
-    if database.closed:
+    if database.closed or not database.was_shown:
         return []
     ours = [one.info.backend_pid for one in database.connections if not one.closed]
     port = database.info.port

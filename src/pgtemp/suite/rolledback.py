@@ -25,6 +25,8 @@ _SETTABLE = ("autocommit", "row_factory", "cursor_factory", "prepare_threshold")
 class RolledBack(Database):
     """A database of several tests, one after the other, of which none leaves anything.
 
+    What is changed by its URL is not rolled back; the database is then dropped.
+
     `connect()` gives the one connection of the test, however often it is called; in it `commit()`,
     `rollback()`, `transaction()` and autocommit do what they should as far as the test can see.
     """
@@ -33,13 +35,6 @@ class RolledBack(Database):
         base._forget_ahead()
         super().__init__(base.works, base.dbname, base._pool)
         self._one: _Connection | _AsyncConnection | None = None
-        self.seen = False  # whether anybody may have come by another way
-
-    @property
-    def uri(self) -> str:
-        """The URL. What is changed by it is not rolled back; the database is then dropped."""
-        self.seen = True
-        return super().uri
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """The test's connection, in a transaction that is rolled back at its end.
@@ -49,7 +44,7 @@ class RolledBack(Database):
         """
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
-            self._one = _Connection.connect(self.info.uri, **kwargs)
+            self._one = _Connection.connect(self._info.uri, **kwargs)
             self.connections.append(self._one)
             self._one._begin(auto)
         elif not isinstance(self._one, _Connection):
@@ -62,7 +57,7 @@ class RolledBack(Database):
         """As `connect`, for asyncio."""
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
-            self._one = await _AsyncConnection.connect(self.info.uri, **kwargs)
+            self._one = await _AsyncConnection.connect(self._info.uri, **kwargs)
             self.connections.append(self._one)
             await self._one._begin(auto)
         elif not isinstance(self._one, _AsyncConnection):

@@ -43,7 +43,7 @@ class Servers:
 
     def usable(self, server: Server) -> bool:
         try:
-            server.database.server.check()
+            server.database.works.server.check()
         except PgTempError:
             return False
         return True

@@ -77,7 +77,7 @@ class Suite:
             database.leave()
         else:
             database.close()
-        if isinstance(database, RolledBack) and database.seen:
+        if isinstance(database, RolledBack) and database.was_shown:
             for template, base in list(self._rolled.items()):
                 if base.dbname == database.dbname:
                     self._rolled.pop(template).close()
