@@ -45,6 +45,7 @@ bench: $(READY)
 	@$(BIN)/python -m bench.first_row
 	@$(BIN)/python -m bench.databases
 	@$(BIN)/python -m bench.connections
+	@$(BIN)/python -m bench.suites
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from typing import Any
 
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.options import ServerOptions, default_of
+from pgtemp.suiteoptions import suite_fields
 
 
 def table() -> str:
@@ -15,7 +16,7 @@ def table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `src/pgtemp/options.py` and `daemonoptions.py` by `make docs`. Keyword",
+        "Made from `options.py`, `daemonoptions.py` and `suiteoptions.py` by `make docs`. Keyword",
         "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats",
         "the environment variable, which beats the default.",
         "",
@@ -32,7 +33,26 @@ def table() -> str:
             f"| {keyword} | {shown} | {variable} | {_default(default_of(spec))} "
             f"| {spec.metadata['help']} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_in_a_suite(), ""])
+
+
+def _in_a_suite() -> list[str]:
+    lines = [
+        "",
+        "## In a suite",
+        "",
+        "Of the pytest plugin; in the ini file without the dashes, as in `pgtemp_keep = all`.",
+        "",
+        "| flag | variable | default | what it is |",
+        "|---|---|---|---|",
+    ]
+    for name, spec in suite_fields():
+        variable = f"`{spec.metadata['env']}`" if spec.metadata["env"] else ""
+        lines.append(
+            f"| `--{name.replace('_', '-')}` | {variable} | {_default(default_of(spec))} "
+            f"| {spec.metadata['help']} |"
+        )
+    return lines
 
 
 def _default(value: Any) -> str:

@@ -14,6 +14,7 @@ import pytest
 from pgtemp.host import identity
 from pgtemp.server.installation import Installation
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOVED = EXAMPLES / "moved_from_pytest_postgresql"
 # How many tests pass, and the plugins that they need; the file or folder is the key.

@@ -10,7 +10,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import errors
 
-from pgtemp.databases import admin, transfer
+from pgtemp.databases import admin, connections, transfer
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.template import Clones, in_use, unique_name
 from pgtemp.errors import ClusterError
@@ -81,7 +81,7 @@ class Database:
         """
         ahead, self._ahead = self._ahead, None
         if not kwargs:
-            if ahead is not None and not admin.has_news(ahead):
+            if ahead is not None and not connections.has_news(ahead):
                 return ahead
             if self._clones is not None:  # those that come after this one get theirs ahead
                 self._clones.ahead = self.works.connect_to

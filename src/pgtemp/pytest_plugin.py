@@ -175,7 +175,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the servers; what workers have kept for their run alone goes with it."""
     stash = session.config.stash
     if (suite := stash.get(_SUITE, None)) is not None:
-        suite.close()
+        from pgtemp.suite.terminal import close
+
+        close(suite, session.config)
     if stash.get(_HAS_WORKERS, False):
         from pgtemp.server import imagecache
 

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from pgtemp.databases import admin
-from pgtemp.databases.admin import Admins
+from pgtemp.databases.connections import Admins
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.template import Clones
 from pgtemp.pgtempdb import PgTempDB

@@ -22,7 +22,10 @@ CREATE MATERIALIZED VIEW total AS SELECT sum(balance) FROM account;
 """
 
 
-@pytest.fixture(scope="module", params=(15, 16, 17, 18))
+@pytest.fixture(
+    scope="module",
+    params=(15, *(pytest.param(one, marks=pytest.mark.slow) for one in (16, 17)), 18),
+)
 def app(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Template]:

@@ -85,7 +85,9 @@ def test_what_is_said_without_statements(keeping: Project) -> None:
     assert "pgtemp:" not in result.output
 
 
-@pytest.mark.parametrize("keep", ["failed", "all", "none"])
+@pytest.mark.parametrize(
+    "keep", ["failed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("all", "none"))]
+)
 def test_whose_databases_are_kept(keeping: Project, keep: str) -> None:
     text = """
         import pytest
@@ -145,6 +147,7 @@ def test_no_more_are_kept_than_there_may_be(keeping: Project) -> None:
     assert result.output.count("not kept: 2 are kept already (--pgtemp-keep-most)") == 2
 
 
+@pytest.mark.slow
 def test_only_the_last_runs_stay(keeping: Project) -> None:
     keeping.write("test_it.py", "def test_fails(pgtemp): assert 0")
     seen = [set(keeping.kept_databases()) for _ in range(5) if keeping.run()]

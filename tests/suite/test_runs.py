@@ -59,6 +59,7 @@ def test_workers_share_what_one_has_built(project: Project) -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.slow
 def test_workers_that_stop_early_leave_nothing(project: Project) -> None:
     project.plugins = XDIST
     before, built = homes(), images()
@@ -69,6 +70,7 @@ def test_workers_that_stop_early_leave_nothing(project: Project) -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.slow
 def test_databases_of_failed_tests_of_all_workers_are_kept(keeping: Project) -> None:
     keeping.plugins = XDIST
     text = """
@@ -103,7 +105,7 @@ WAITS = """
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_nothing(project: Project, workers: int) -> None:
     """In a terminal, where it reaches all processes."""
     project.plugins = XDIST
@@ -130,6 +132,7 @@ def test_ctrl_c_leaves_nothing(project: Project, workers: int) -> None:
     assert eventually(lambda: images() == built)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["all", "a worker"])
 def test_killed_processes_leave_nothing(project: Project, whom: str) -> None:
     """The workers' wardens end their servers; the other worker goes on."""
@@ -162,6 +165,7 @@ def test_killed_processes_leave_nothing(project: Project, whom: str) -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.slow
 def test_beside_other_plugins(project: Project) -> None:
     """With pytest-asyncio, pytest-randomly, xdist, pytest-postgresql and pytest-django loaded."""
     project.write(

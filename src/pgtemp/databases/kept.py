@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pgtemp.databases import admin, provision
+from pgtemp.databases import admin, connections, provision
 from pgtemp.databases.secret import random_secret
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import copying, identity
@@ -141,7 +141,7 @@ class KeptDB:
         try:
             secret = random_secret()
             private = provision.private_info(self._cluster, user, admin.MAINTENANCE)
-            with admin.connected(private) as connection:
+            with connections.connected(private) as connection:
                 if not admin.exists(connection, dbname):
                     raise OptionError(
                         f"there is no database {dbname!r} in {self.directory}",

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from pgtemp.databases import admin, extensions, transfer
+from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity
@@ -110,7 +110,7 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
         furnish_database(cluster, plan, options.dbname, options.user)
         to = private_info(cluster, plan.superuser, options.dbname)
         if options.extensions:
-            with admin.connected(to) as connection:
+            with connections.connected(to) as connection:
                 extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
             to = private_info(cluster, options.user, options.dbname)
@@ -152,7 +152,9 @@ def _learn(plan: Plan) -> None:
     cluster.start()
     try:
         for dbname in ("template1", admin.MAINTENANCE):
-            with admin.connected(private_info(cluster, imagebuild.SUPERUSER, dbname)) as connection:
+            with connections.connected(
+                private_info(cluster, imagebuild.SUPERUSER, dbname)
+            ) as connection:
                 connection.execute("SELECT 1")
         source.resolve().learn(cluster.data_dir)
     finally:
@@ -190,7 +192,7 @@ def administered(
     cluster: Cluster, plan: Plan, dbname: str = admin.MAINTENANCE
 ) -> Iterator[psycopg.Connection[Any]]:
     """A superuser's connection for a block. Raises ClusterError."""
-    with admin.connected(private_info(cluster, plan.superuser, dbname)) as connection:
+    with connections.connected(private_info(cluster, plan.superuser, dbname)) as connection:
         yield connection
 
 

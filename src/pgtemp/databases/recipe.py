@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.databases import admin, extensions, transfer
+from pgtemp.databases import connections, extensions, transfer
 from pgtemp.errors import OptionError, TransferError
 from pgtemp.host import processes
 from pgtemp.host.progress import step
@@ -128,7 +128,7 @@ class Recipe:
             PgTempError: it failed. A callable's own error comes as it is.
         """
         if self.extensions:
-            with admin.connected(private) as connection:
+            with connections.connected(private) as connection:
                 extensions.create(connection, self.extensions, programs.major)
         for one in _each(self.build):
             if callable(one):

@@ -17,8 +17,8 @@ from typing import Any
 
 from psycopg import Connection, errors
 
-from pgtemp.databases import admin
-from pgtemp.databases.admin import Admins
+from pgtemp.databases import admin, connections
+from pgtemp.databases.connections import Admins
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.untouched import untouched
 from pgtemp.errors import ClusterError, OptionError, PgTempError
@@ -136,7 +136,7 @@ def build(
             admin.clone(connection, fresh, source, info.user, admins.closing)
         try:
             recipe.apply(programs, there, replace(info, dbname=fresh))
-            with admin.connected(there) as inside:
+            with connections.connected(there) as inside:
                 inside.execute("SELECT 1")
             with admins.connection() as connection:
                 admin.seal(connection, fresh, final, there)

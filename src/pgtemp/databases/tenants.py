@@ -6,7 +6,7 @@ import logging
 import threading
 
 from pgtemp.databases import admin, provision
-from pgtemp.databases.admin import Admins
+from pgtemp.databases.connections import Admins
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.residue import Residue
 from pgtemp.databases.template import Clones

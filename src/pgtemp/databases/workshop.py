@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pgtemp.databases import admin, provision
+from pgtemp.databases import admin, connections, provision
 from pgtemp.databases.kept import read_note
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
@@ -80,8 +80,9 @@ class Workshop:
 
     def seal(self) -> Image:
         """Seal the database and shut the server down; the image lasts until `close`."""
-        with admin.connected(self._inside()) as connection:  # so clones come with a relation cache
-            # Who only reads a clone then changes nothing in it, not even a hint (untouched.py).
+        # Clones come with a relation cache, since somebody was connected; and who only reads one
+        # changes nothing in it, not even a hint (untouched.py).
+        with connections.connected(self._inside()) as connection:
             connection.execute("VACUUM (FREEZE)")
         with provision.administered(self.cluster, self._plan) as connection:
             connection.execute("SELECT 1")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pgtemp.errors import PgTempError
 from pgtemp.host import progress
+
+if TYPE_CHECKING:
+    from pgtemp.suite.suite import Suite
 
 
 def show_steps(terminal: Any) -> None:
@@ -23,6 +28,19 @@ def show_steps(terminal: Any) -> None:
         yield
 
     progress.show_with(show)
+
+
+def close(suite: Suite, config: Any) -> None:
+    """End a suite's servers; what could not be kept is said, and changes nothing else."""
+    try:
+        suite.close()
+    except PgTempError as error:
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            print(f"pgtemp: {error}", file=sys.stderr)  # noqa: T201
+        else:
+            terminal.ensure_newline()
+            terminal.write_line(f"pgtemp: {error}")
 
 
 def commands_in(terminal: Any, name: str) -> list[tuple[str, str]]:

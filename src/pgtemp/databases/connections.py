@@ -1,0 +1,110 @@
+"""pgtemp's own connections: one for a block, or one for each thread at work, kept open.
+
+On the server's private socket, and with nothing of what libpq takes from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+
+from pgtemp.errors import ClusterError
+from pgtemp.uri import ConnectionInfo
+
+# What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
+_NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
+    "hostaddr": "",
+    "options": "",
+    "require_auth": "",
+    "target_session_attrs": "any",
+    "sslmode": "disable",
+    "gssencmode": "disable",
+    "client_encoding": "UTF8",
+}
+
+
+def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
+    """An autocommit connection of pgtemp's own. Raises psycopg's errors."""
+    return psycopg.connect(
+        host=to.host,
+        port=to.port,
+        user=to.user,
+        dbname=to.dbname,
+        autocommit=True,
+        application_name="pgtemp",
+        **_NOT_FROM_THE_ENVIRONMENT,
+    )
+
+
+def has_news(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the server has said something unasked, such as that it has ended the session."""
+    return connection.closed or bool(select.select([connection], [], [], 0)[0])
+
+
+@contextmanager
+def connected(to: ConnectionInfo) -> Iterator[psycopg.Connection[Any]]:
+    """A connection for a block, which turns what goes wrong into a ClusterError."""
+    with _told(to), connect(to) as connection:
+        yield connection
+
+
+@contextmanager
+def _told(to: ConnectionInfo) -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise ClusterError(f"PostgreSQL at {to.host} refused: {str(error).strip()}") from error
+
+
+class Admins:
+    """Administrative connections that stay open, one for each thread at work."""
+
+    def __init__(self, to: ConnectionInfo) -> None:
+        self._to = to
+        self._idle: deque[psycopg.Connection[Any]] = deque()
+        self._owner = os.getpid()
+        self.closing = threading.Event()
+
+    @contextmanager
+    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """One of them; a broken one is not used again. Errors as with `connected`."""
+        if self._owner != os.getpid():
+            raise ClusterError(
+                "the cluster belongs to the process that this one was forked from",
+                remedy="make one in this process",
+            )
+        with _told(self._to):
+            connection = self._get()
+            try:
+                yield connection
+            finally:
+                if connection.broken or self.closing.is_set():
+                    connection.close()
+                else:
+                    self._idle.append(connection)
+
+    def _get(self) -> psycopg.Connection[Any]:
+        """An idle connection that lives; tests like to terminate all others they find."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not has_news(connection):
+                return connection
+            connection.close()
+        return connect(self._to)
+
+    def elsewhere(self, dbname: str) -> ConnectionInfo:
+        """The same way to another database."""
+        to = self._to
+        return ConnectionInfo(host=to.host, port=to.port, user=to.user, dbname=dbname)
+
+    def close(self) -> None:
+        self.closing.set()
+        while self._idle:
+            self._idle.pop().close()

@@ -1,0 +1,99 @@
+"""Django's test databases: migrated once, cloned from then on, by its own runner and pytest's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pgtemp.django
+from pgtemp import OptionError
+from support import eventually, homes
+
+SHOP = Path(__file__).parents[1] / "examples" / "django_shop"
+MIGRATES = "Creating test database"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A copy of the example, whose template nobody has built yet."""
+    copy = tmp_path / "shop"
+    shutil.copytree(SHOP, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def manage(shop: Path, *arguments: str, fails: bool = False) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=shop, capture_output=True, text=True, check=False,
+        timeout=120, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_migrations_run_once(shop: Path) -> None:
+    """Until one of them, or a model, changes; nothing is left."""
+    before = homes()
+    said = manage(shop, "manage.py", "test")
+    assert "Ran 3 tests" in said
+    assert MIGRATES in said
+    said = manage(shop, "manage.py", "test")
+    assert "Ran 3 tests" in said
+    assert MIGRATES not in said
+    models = shop / "shop" / "models.py"
+    models.write_text(models.read_text() + "\n# changed\n")
+    assert MIGRATES in manage(shop, "manage.py", "test")
+    assert eventually(lambda: homes() <= before)
+
+
+def test_in_parallel(shop: Path) -> None:
+    """Django's own processes get clones of the clone."""
+    tests = (shop / "shop" / "tests.py").read_text()
+    (shop / "shop" / "test_more.py").write_text(tests)
+    (shop / "shop" / "tests.py").rename(shop / "shop" / "test_some.py")
+    said = manage(shop, "manage.py", "test", "--parallel", "2")
+    assert "Ran 6 tests" in said
+    assert said.count("Cloning test database") == 2
+
+
+def test_with_pytest(shop: Path) -> None:
+    plugins = ["-p", "pytest_django.plugin", "-p", "xdist", "-p", "no:cacheprovider"]
+    for more in ([], ["-n", "2"]):
+        assert "3 passed" in manage(shop, "-m", "pytest", "-q", *plugins, *more)
+
+
+def test_a_migration_that_fails_says_so(shop: Path) -> None:
+    """In Django's words; and the next run tries again."""
+    migration = shop / "shop" / "migrations" / "0002_wrong.py"
+    migration.write_text(
+        "from django.db import migrations\n"
+        "class Migration(migrations.Migration):\n"
+        "    dependencies = [('shop', '0001_initial')]\n"
+        "    operations = [migrations.RunSQL('CREATE TABEL x ()')]\n"
+    )
+    assert 'syntax error at or near "TABEL"' in manage(shop, "manage.py", "test", fails=True)
+    migration.unlink()
+    assert "Ran 3 tests" in manage(shop, "manage.py", "test")
+
+
+def test_settings() -> None:
+    """Other engines stay; where there is nothing to do, that is said."""
+    given = {
+        "default": {"ENGINE": "django.db.backends.postgresql", "TEST": {"MIGRATE": False}},
+        "maps": {"ENGINE": "django.contrib.gis.db.backends.postgis"},
+        "old": {"ENGINE": "django.db.backends.sqlite3"},
+    }
+    made = pgtemp.django.databases(given, watch=["x"], version="16")
+    assert [one["ENGINE"] for one in made.values()] == [
+        "pgtemp.django.postgresql",
+        "pgtemp.django.postgis",
+        "django.db.backends.sqlite3",
+    ]
+    assert made["default"]["TEST"]["MIGRATE"] is False
+    assert made["default"]["TEST"][pgtemp.django.OPTIONS]["options"] == {"version": "16"}
+    with pytest.raises(OptionError, match="none of the DATABASES"):
+        pgtemp.django.databases({"default": {"ENGINE": "django.db.backends.sqlite3"}})
