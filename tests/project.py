@@ -77,6 +77,6 @@ class Project:
         assert self.kept is not None
         return {
             name: of
-            for note in self.kept.glob(f"failed/*/*/{NOTE}")
+            for note in self.kept.glob(f"pgtemp-failed/*/*/{NOTE}")
             for name, of in json.loads(note.read_text())["databases"].items()
         }

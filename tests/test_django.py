@@ -80,6 +80,33 @@ def test_a_migration_that_fails_says_so(shop: Path) -> None:
     assert "Ran 3 tests" in manage(shop, "manage.py", "test")
 
 
+def test_again_and_by_another_alias(shop: Path) -> None:
+    """Two runs in one process, a mirror; afterwards the settings are what they were."""
+    (shop / "run.py").write_text(
+        "import os, django\n"
+        "os.environ['DJANGO_SETTINGS_MODULE'] = 'settings'\n"
+        "from django.conf import settings\n"
+        "settings.DATABASES['mirror'] = {\n"
+        "    **settings.DATABASES['default'], 'TEST': {\n"
+        "        **settings.DATABASES['default']['TEST'], 'MIRROR': 'default'}}\n"
+        "django.setup()\n"
+        "from django.db import connections\n"
+        "from django.test.utils import setup_databases, teardown_databases\n"
+        "for _ in range(2):\n"
+        "    made = setup_databases(verbosity=1, interactive=False)\n"
+        "    for name in ('default', 'mirror'):\n"
+        "        with connections[name].cursor() as cursor:\n"
+        "            cursor.execute('SELECT count(*) FROM shop_order')\n"
+        "            print(name, cursor.fetchone())\n"
+        "    teardown_databases(made, verbosity=0)\n"
+        "    print(connections['default'].settings_dict['HOST'])\n"
+    )
+    said = manage(shop, "run.py")
+    assert said.count(MIGRATES) == 1
+    assert said.count("default (0,)") == said.count("mirror (0,)") == 2
+    assert said.count("db.example.org") == 2
+
+
 def test_settings() -> None:
     """Other engines stay; where there is nothing to do, that is said."""
     given = {

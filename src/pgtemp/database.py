@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import errors
 
-from pgtemp.databases import admin, connections, transfer
+from pgtemp.databases import admin, transfer
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.template import Clones, in_use, unique_name
 from pgtemp.errors import ClusterError
@@ -42,26 +41,26 @@ class Database:
         self.works = works
         self._pool = pool
         self._clones = clones
-        self._since = time.time_ns()
+        self._since = works.now()
         self._open = True
         self._snapshots: list[Snapshot] = []
         self.connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
         self._ahead = clones.opened(dbname) if clones is not None else None
         if self._ahead is not None:
-            self.connections.append(self._ahead)
+            self.connections.append(self._ahead.connection)
         self._info = works.info_of(dbname)
         self.was_shown = False  # whether anybody can have come but by `connect`
 
     @property
     def info(self) -> ConnectionInfo:
         """Host, port, user, password and database in one value."""
+        self._forget_ahead()  # whoever takes it may want to be alone
         self.was_shown = True
         return self._info
 
     @property
     def uri(self) -> str:
         """The URL for any driver, with the password."""
-        self._forget_ahead()  # whoever takes the URL may want to be alone
         return self.info.uri
 
     @property
@@ -81,16 +80,19 @@ class Database:
         """
         ahead, self._ahead = self._ahead, None
         if not kwargs:
-            if ahead is not None and not connections.has_news(ahead):
-                return ahead
+            if ahead is not None and ahead.serves():
+                return ahead.connection
             if self._clones is not None:  # those that come after this one get theirs ahead
-                self._clones.ahead = self.works.connect_to
+                self._clones.ahead = self.works.open_ahead
+        if ahead is not None:
+            ahead.connection.close()
         connection = psycopg.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """As `connect`, for asyncio."""
+        self._forget_ahead()
         connection = await psycopg.AsyncConnection.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
@@ -130,6 +132,7 @@ class Database:
     def restore(self, snapshot: Snapshot) -> None:
         """Make the database what it was; whoever is connected to it is disconnected."""
         self._check_open()
+        self._forget_ahead()
         works, fresh = self.works, unique_name("restored")
         with works.admins.connection() as connection:
             # The old one goes only when the new one is there.
@@ -157,7 +160,7 @@ class Database:
         if not self._open:
             return
         self.leave()
-        self._pool.retire(self.dbname, self._untouched if self._clones is not None else None)
+        self._pool.retire(self.dbname, self._again if self._clones is not None else None)
         for snapshot in self._snapshots:
             self._pool.retire(snapshot.dbname)
 
@@ -172,15 +175,15 @@ class Database:
         """Whether it was given back."""
         return not self._open
 
-    def _untouched(self, dbname: str) -> bool:
+    def _again(self, dbname: str) -> str | None:
         assert self._clones is not None
-        return self._clones.untouched(dbname, self.works.server.data_dir, self._since)
+        return self._clones.again(dbname, self.works.server.data_dir, self._since)
 
     def _forget_ahead(self) -> None:
         """Close the connection that was opened ahead; where nobody wants any, open no more."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            ahead.close()
+            ahead.connection.close()
             if self._clones is not None:
                 self._clones.ahead = None
 
@@ -206,6 +209,8 @@ class Database:
         return name
 
     def _private(self) -> ConnectionInfo:
+        self._forget_ahead()
+        self.was_shown = True
         return self.works.admins.elsewhere(self.dbname)
 
     def __enter__(self) -> Self:

@@ -45,9 +45,14 @@ def pgtemp_template(pytestconfig: pytest.Config) -> Build | Recipe | None:
 
 
 @pytest.fixture
-def pgtemp(request: pytest.FixtureRequest, _pgtemp_ready: Suite) -> Iterator[Database]:
+def pgtemp(
+    request: pytest.FixtureRequest,
+    _pgtemp_suite: Suite,
+    pgtemp_cluster: Cluster,
+    pgtemp_template: Build | Recipe | None,
+) -> Iterator[Database]:
     """A database of the test's own, a clone of the template; gone when the test has ended."""
-    for claim in _claims(request, _pgtemp_ready):
+    for claim in _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template):
         yield claim()
 
 
@@ -59,16 +64,24 @@ def pgtemp_uri(pgtemp: Database) -> str:
 
 @pytest.fixture
 def pgtemp_factory(
-    request: pytest.FixtureRequest, _pgtemp_ready: Suite
+    request: pytest.FixtureRequest,
+    _pgtemp_suite: Suite,
+    pgtemp_cluster: Cluster,
+    pgtemp_template: Build | Recipe | None,
 ) -> Iterator[Callable[..., Database]]:
     """Makes databases for the test; takes the keyword arguments of the mark."""
-    yield from _claims(request, _pgtemp_ready)
+    yield from _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template)
 
 
 @pytest.fixture(scope="module")
-def pgtemp_module(request: pytest.FixtureRequest, _pgtemp_ready: Suite) -> Iterator[Database]:
+def pgtemp_module(
+    request: pytest.FixtureRequest,
+    _pgtemp_suite: Suite,
+    pgtemp_cluster: Cluster,
+    pgtemp_template: Build | Recipe | None,
+) -> Iterator[Database]:
     """A database that the tests of a module share."""
-    for claim in _claims(request, _pgtemp_ready):
+    for claim in _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template):
         yield claim()
 
 
@@ -84,16 +97,12 @@ def _pgtemp_suite(pytestconfig: pytest.Config) -> Suite:
     return suite
 
 
-@pytest.fixture(scope="session")
-def _pgtemp_ready(
-    _pgtemp_suite: Suite, pgtemp_cluster: Cluster, pgtemp_template: Build | Recipe | None
-) -> Suite:
-    """The suite, with what the user's own fixtures say."""
-    _pgtemp_suite.use(pgtemp_cluster, pgtemp_template)
-    return _pgtemp_suite
-
-
-def _claims(request: pytest.FixtureRequest, suite: Suite) -> Iterator[Callable[..., Database]]:
+def _claims(
+    request: pytest.FixtureRequest,
+    suite: Suite,
+    cluster: Cluster,
+    template: Build | Recipe | None,
+) -> Iterator[Callable[..., Database]]:
     """Claims for a test or a module, which get their defaults from its mark."""
     from pgtemp.suite.case import Case
     from pgtemp.suite.leaks import left_open
@@ -107,7 +116,7 @@ def _claims(request: pytest.FixtureRequest, suite: Suite) -> Iterator[Callable[.
     claimed: list[Database] = []
 
     def claim(**kwargs: Any) -> Database:
-        claimed.append(case.claim(needs_of(kwargs, usual)))
+        claimed.append(case.claim(needs_of(kwargs, usual), cluster, template))
         return claimed[-1]
 
     yield claim

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import psycopg
-
-from pgtemp.databases import admin
-from pgtemp.databases.connections import Admins
+from pgtemp.databases import admin, connections
+from pgtemp.databases.connections import Admins, Ahead
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.template import Clones
 from pgtemp.pgtempdb import PgTempDB
@@ -55,15 +53,18 @@ class Works:
         self._pools[pool] = clones
         return pool
 
-    def connect_to(self, dbname: str) -> psycopg.Connection[Any]:
-        """A connection to a database in it, as its user would open it. Raises psycopg's errors.
+    def open_ahead(self, dbname: str) -> Ahead:
+        """A connection to a database in it, as its user would open it. Raises psycopg's errors."""
+        return connections.open_ahead(self.info_of(dbname).uri)
 
-        A statement is prepared in it and forgotten, which fills caches that the first would fill.
+    def now(self) -> int:
+        """The time of the server's files, in nanoseconds since the epoch.
+
+        From the filesystem, since tests like to set Python's clock.
         """
-        connection = psycopg.connect(self.info_of(dbname).uri)
-        for statement in (b"SELECT $1::int4, $2::text", b""):
-            connection.pgconn.prepare(b"", statement)
-        return connection
+        home = self.server.data_dir.parent
+        os.utime(home)
+        return home.stat().st_mtime_ns
 
     def stop(self) -> None:
         """End the server; whoever still makes or drops databases in it finds out at once.

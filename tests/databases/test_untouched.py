@@ -36,22 +36,22 @@ def app(
 
 
 def goes_back(app: Template, use: Callable[[Database], object]) -> bool:
-    """Whether a database is handed out again after `use`."""
+    """Whether a database is handed out again after `use`, under another name."""
     db = app.database()
+    oid = directory(app, db).name
     # The proof needs its files to be older than the moment somebody got it.
     threading.Event().wait(0.05)
     db._since = time.time_ns()
     use(db)
     db.close()
-    pool = app._pool
     with psycopg.connect(app._works.server.info.uri, autocommit=True) as connection:
         query = "SELECT count(*) FROM pg_database WHERE datname = %s"
-
-        def dropped() -> bool:
-            return connection.execute(query, [db.dbname]).fetchone() == (0,)
-
-        assert eventually(lambda: db.dbname in pool._ready or dropped())
-    return db.dbname in pool._ready
+        assert eventually(lambda: connection.execute(query, [db.dbname]).fetchone() == (0,))
+        found = connection.execute("SELECT datname FROM pg_database WHERE oid = %s", [oid])
+        row = found.fetchone()
+    if row is not None:
+        assert eventually(lambda: row[0] in app._pool._ready)
+    return row is not None
 
 
 def about_it(statement: str) -> str:

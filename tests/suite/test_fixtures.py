@@ -368,3 +368,131 @@ def test_nothing_happens_unless_it_is_used(project: Project) -> None:
     result = project.run(text=text)
     assert (result.status, result.count("passed")) == (0, 1), result.output
     assert "pgtemp" not in result.output
+
+
+def test_overrides_in_folders(project: Project) -> None:
+    """Each folder's template is its own, as with any fixture."""
+    for name in ("a", "b"):
+        (project.root / name).mkdir()
+        project.write(
+            f"{name}/conftest.py",
+            f"""
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def pgtemp_template():
+                return "{name}.sql"
+            """,
+        )
+        project.write(f"{name}.sql", f"CREATE TABLE from_{name} ();")
+        project.write(
+            f"{name}/test_{name}.py",
+            f"""
+            def test_it(pgtemp):
+                assert "from_{name}" in pgtemp.psql(r"\\d")
+            """,
+        )
+    result = project.run()
+    assert (result.status, result.count("passed")) == (0, 2), result.output
+
+
+def test_callables_of_one_name_are_not_taken_for_each_other(project: Project) -> None:
+    """Closures, in servers of their own, where templates are kept for the run."""
+    text = """
+        import psycopg
+        import pytest
+
+        def schema(name):
+            def build(uri):
+                with psycopg.connect(uri) as connection:
+                    connection.execute(f"CREATE TABLE {name} ()")
+            return build
+
+        @pytest.mark.pgtemp(isolation="cluster", template=schema("one"))
+        def test_one(pgtemp):
+            assert "one" in pgtemp.psql(r"\\d")
+
+        @pytest.mark.pgtemp(isolation="cluster", template=schema("two"))
+        def test_two(pgtemp):
+            assert "two" in pgtemp.psql(r"\\d")
+    """
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 2), result.output
+
+
+def test_what_gets_out_of_a_rollback_is_dropped_with_its_database(project: Project) -> None:
+    """A real COMMIT, psql; and two at once do not meet."""
+    text = """
+        import psycopg
+        import pytest
+
+        pytestmark = pytest.mark.pgtemp(rollback=True)
+        INSERT = "INSERT INTO account VALUES (1, 1)"
+
+        def count(pgtemp):
+            return pgtemp.connect().execute("SELECT count(*) FROM account").fetchone()[0]
+
+        def test_commits_for_real(pgtemp):
+            pgtemp.connect().execute(INSERT)
+            pgtemp.connect().execute("COMMIT")
+
+        def test_psql(pgtemp):
+            assert count(pgtemp) == 0
+            pgtemp.psql(INSERT)
+
+        def test_two(pgtemp_factory):
+            one, two = pgtemp_factory(), pgtemp_factory()
+            assert one.dbname != two.dbname
+            for db in (one, two):
+                assert count(db) == 0
+                db.connect().execute(INSERT)
+
+        def test_close_forgets(pgtemp):
+            connection = pgtemp.connect()
+            connection.execute(INSERT)
+            connection.close()
+            assert count(pgtemp) == 0
+            connection.rollback()
+            assert pgtemp.connect(autocommit=True).autocommit
+            pgtemp.connect().execute(INSERT)
+            pgtemp.connect().rollback()
+            assert count(pgtemp) == 0
+
+        def test_after_them(pgtemp):
+            assert count(pgtemp) == 0
+    """
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 5), result.output
+
+
+def test_connections_opened_ahead_are_what_they_would_be_now(project: Project) -> None:
+    """Not of an earlier test's environment, and not from before this test's changes."""
+    text = """
+        import pytest
+
+        def shown(pgtemp, name):
+            return pgtemp.connect().execute(f"SHOW {name}").fetchone()[0]
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_plain(pgtemp, n):
+            assert shown(pgtemp, "statement_timeout") == "0"
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_variable(pgtemp, monkeypatch, n):
+            monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=12345ms")
+            assert shown(pgtemp, "statement_timeout") == "12345ms"
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_setting(pgtemp, n):
+            assert shown(pgtemp, "statement_timeout") == "0"
+            pgtemp.psql(f'ALTER DATABASE "{pgtemp.dbname}" SET work_mem = "7MB"')
+            assert shown(pgtemp, "work_mem") == "7MB"
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_alone(pgtemp, n):
+            with pgtemp.connect():
+                pass
+            pgtemp.snapshot("s")
+    """
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 12), result.output

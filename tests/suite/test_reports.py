@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,3 +235,34 @@ def test_the_set_up_is_shown_as_what_it_is(project: Project) -> None:
         for time, test in re.findall(r"^([\d.]+)s setup +test_it.py::(\w+)", result.output, re.M)
     }
     assert seconds["test_one"] > 0.7 > seconds["test_two"]
+
+
+def test_only_what_pgtemp_has_kept_is_removed(keeping: Project) -> None:
+    """Whatever else is in the place; and a place that cannot be used ends nothing."""
+    assert keeping.kept is not None
+    mine = [keeping.kept / "failed" / name for name in "abcd"]
+    mine += [keeping.kept / "pgtemp-failed" / name for name in "abcd"]
+    for path in mine:
+        path.mkdir(parents=True)
+    result = keeping.run(text="def test_fails(pgtemp): assert 0")
+    assert result.count("failed") == 1
+    assert all(path.is_dir() for path in mine)
+    shutil.rmtree(keeping.kept / "pgtemp-failed")
+    (keeping.kept / "pgtemp-failed").write_text("")
+    result = keeping.run()
+    assert result.count("failed") == 1, result.output
+    assert "not kept: " in section(result, "pgtemp: database")
+
+
+def test_a_test_that_ends_its_server(project: Project) -> None:
+    text = """
+        import os
+        import signal
+        import pytest
+
+        @pytest.mark.pgtemp(isolation="cluster")
+        def test_it(pgtemp):
+            os.kill(pgtemp.server.pid, signal.SIGKILL)
+    """
+    result = project.run(text=text)
+    assert (result.status, result.count("passed")) == (0, 1), result.output

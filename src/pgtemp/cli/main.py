@@ -5,20 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-# What would lead libpq, and the commands that we run, to another server, or ask of ours what it
-# has not.
-_LEADS_ELSEWHERE = (
-    "PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGSSLMODE", "PGREQUIRESSL",
-    "PGSSLNEGOTIATION", "PGGSSENCMODE", "PGREQUIREAUTH", "PGCHANNELBINDING",
-    "PGTARGETSESSIONATTRS", "PGLOADBALANCEHOSTS",
-)  # fmt: skip
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
-    for name in _LEADS_ELSEWHERE:
-        os.environ.pop(name, None)
     try:
         sys.exit(_run())
     except KeyboardInterrupt:
@@ -31,6 +22,10 @@ def _run() -> int:
 
     from pgtemp.cli.group import cli
     from pgtemp.errors import PgTempError
+    from pgtemp.host.processes import LEADS_ELSEWHERE
+
+    for name in LEADS_ELSEWHERE:
+        os.environ.pop(name, None)
 
     try:
         return cli.main(prog_name="pgtemp", standalone_mode=False) or 0

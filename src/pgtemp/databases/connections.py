@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -61,6 +62,37 @@ def _told(to: ConnectionInfo) -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise ClusterError(f"PostgreSQL at {to.host} refused: {str(error).strip()}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A connection that was opened before anybody asked, as its user would have opened it."""
+
+    connection: psycopg.Connection[Any]
+    environment: frozenset[tuple[str, str]]
+
+    def serves(self) -> bool:
+        """Whether it lives, and would be opened in the same way now."""
+        return self.environment == _libpq_environment() and not has_news(self.connection)
+
+
+def open_ahead(uri: str) -> Ahead:
+    """Open a connection ahead. Raises psycopg's errors.
+
+    A statement is prepared in it and forgotten, which fills caches that the first would fill.
+    """
+    environment = _libpq_environment()
+    connection = psycopg.connect(uri)
+    for statement in (b"SELECT $1::int4, $2::text", b""):
+        connection.pgconn.prepare(b"", statement)
+    if environment != _libpq_environment():  # nobody knows which of the two libpq has read
+        environment = frozenset()
+    return Ahead(connection, environment)
+
+
+def _libpq_environment() -> frozenset[tuple[str, str]]:
+    """What libpq reads of the environment, and something that is always there."""
+    return frozenset([("", ""), *(pair for pair in os.environ.items() if pair[0].startswith("PG"))])
 
 
 class Admins:

@@ -140,20 +140,20 @@ class Pool(Generic[T]):
         if not self._kind.usable(thing) or not self._hand_out(thing):
             self.retire(thing)
 
-    def retire(self, thing: T, unless: Callable[[T], bool] | None = None) -> None:
+    def retire(self, thing: T, again: Callable[[T], T | None] | None = None) -> None:
         """Dispose of a thing: in the background, or at once where the pool is closed.
 
         Nothing happens in a forked child.
 
         Args:
-            unless: whether it is as good as new, and may be handed out again.
+            again: gives the thing to hand out again, where it is as good as new.
         """
         if self._owner != os.getpid():
             return
         with self._lock:
             if not self._closed:
                 self._retired += 1
-                self._enders.submit(self._retire, thing, unless)
+                self._enders.submit(self._retire, thing, again)
                 self._urgent.notify_all()
                 return
         self._end(thing)
@@ -184,13 +184,15 @@ class Pool(Generic[T]):
         self._makers.shutdown(wait=True, cancel_futures=True)
         self._enders.shutdown(wait=True, cancel_futures=not dispose)
 
-    def _retire(self, thing: T, unless: Callable[[T], bool] | None) -> None:
+    def _retire(self, thing: T, again: Callable[[T], T | None] | None) -> None:
         with self._urgent:
             self._urgent.wait_for(lambda: self._retired > 1 or self._closed, 2 * self._pause)
             self._retired -= 1
         try:
-            if unless is not None and not self._closed and unless(thing) and self._hand_out(thing):
-                return
+            if again is not None and not self._closed and (as_new := again(thing)) is not None:
+                if self._hand_out(as_new):
+                    return
+                thing = as_new
         except PgTempError as error:
             _log.info("not handed out again: %s", error)
         self._end(thing)
@@ -231,26 +233,31 @@ class Pool(Generic[T]):
     def _hand_out(self, thing: T) -> bool:
         """Give it to who waits longest, else keep it ready; False where there is no room."""
         with self._lock:
-            while self._waiting:
-                claimed = self._waiting.popleft()
-                if claimed.set_running_or_notify_cancel():
-                    claimed.set_result(thing)
-                    return True
+            claimed = self._next_waiting()
             # One too many is not worth its end: the next claim makes one less.
-            if self._closed or len(self._ready) > self._target:
-                return False
-            self._ready.append(thing)
-            return True
+            if claimed is None:
+                if self._closed or len(self._ready) > self._target:
+                    return False
+                self._ready.append(thing)
+                return True
+        claimed.set_result(thing)  # without the lock: what is told may come back at once
+        return True
 
     def _fail(self, error: BaseException) -> None:
         """Tell who waits longest; nobody waiting, the next claim tries again."""
         with self._lock:
             self._making -= 1
-            while self._waiting:
-                claimed = self._waiting.popleft()
-                if claimed.set_running_or_notify_cancel():
-                    claimed.set_exception(error)
-                    return
+            claimed = self._next_waiting()
+        if claimed is not None:
+            claimed.set_exception(error)
+
+    def _next_waiting(self) -> Future[T] | None:
+        # With the lock held.
+        while self._waiting:
+            claimed = self._waiting.popleft()
+            if claimed.set_running_or_notify_cancel():
+                return claimed
+        return None
 
 
 class PoolClosedError(ClusterError):

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Recipe:
                 yield path.read_bytes()
         for one in _each(self.build):
             if callable(one):
-                yield _name_of(one).encode() if told else None
+                alone = self.key is None and not self.watch
+                yield _name_of(one).encode() if told and (not alone or _is_known(one)) else None
                 continue
             if (command := _command(one)) is not None:
                 yield f"{self._place}\0{command}".encode() if told else None
@@ -210,6 +212,12 @@ def _watched(pattern: str) -> list[Path]:
 
 def _reads_more(content: bytes) -> bool:
     return content[:5] != b"PGDMP" and _READS_MORE.search(content) is not None
+
+
+def _is_known(build: object) -> bool:
+    """Whether another process finds the same callable under its name, as it does a function's."""
+    module = sys.modules.get(getattr(build, "__module__", ""))
+    return getattr(module, getattr(build, "__qualname__", ""), None) is build
 
 
 def _name_of(build: object) -> str:

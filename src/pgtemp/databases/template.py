@@ -11,14 +11,16 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from psycopg import Connection, errors
 
 from pgtemp.databases import admin, connections
-from pgtemp.databases.connections import Admins
+from pgtemp.databases.connections import Admins, Ahead
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.untouched import untouched
 from pgtemp.errors import ClusterError, OptionError, PgTempError
@@ -39,18 +41,19 @@ class Clones:
     def __init__(self, admins: Admins, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
         self._attributes: bool | None = None  # of the source, which is sealed, so that they stay
-        self.ahead: Callable[[str], Connection[Any]] | None = None
-        self._opened: dict[str, Connection[Any]] = {}
+        self.ahead: Callable[[str], Ahead] | None = None
+        self._opened: dict[str, Ahead] = {}
 
     def provision(self) -> str:
         """A new database; its name."""
         name = unique_name(self._prefix)
         self.make(name)
-        if self.ahead is not None:
-            self._opened[name] = self.ahead(name)
+        if (ahead := self.ahead) is not None:
+            with suppress(psycopg.Error):  # whoever connects will hear it
+                self._opened[name] = ahead(name)
         return name
 
-    def opened(self, name: str) -> Connection[Any] | None:
+    def opened(self, name: str) -> Ahead | None:
         """The connection that was opened ahead to a clone, for whoever asks first."""
         return self._opened.pop(name, None)
 
@@ -73,25 +76,26 @@ class Clones:
     def close(self) -> None:
         """Close the connections that nobody has asked for."""
         while self._opened:
-            self._opened.popitem()[1].close()
+            self._opened.popitem()[1].connection.close()
 
     def dispose(self, name: str) -> None:
         if (unused := self.opened(name)) is not None:
-            unused.close()
+            unused.connection.close()
         self._do(lambda connection: admin.drop(connection, name, self._admins.elsewhere(name)))
 
-    def untouched(self, name: str, data_dir: Path, since: int) -> bool:
-        """Whether a clone is proved to be what it was; see untouched.py."""
-        proved = False
+    def again(self, name: str, data_dir: Path, since: int) -> str | None:
+        """A clone that is proved to be what it was (see untouched.py), under another name.
 
-        def look(connection: Connection[Any]) -> None:
-            nonlocal proved
-            proved = untouched(
+        Under the old one somebody might still come, late.
+        """
+        with self._admins.connection() as connection:
+            if not untouched(
                 connection, data_dir, name, source=self._source, owner=self._owner, since=since
-            )
-
-        self._do(look)
-        return proved
+            ):
+                return None
+            fresh = unique_name(self._prefix)
+            admin.rename(connection, name, fresh)
+            return fresh
 
     def _do(self, work: Callable[[Connection[Any]], None]) -> None:
         """Do it once more where a suite has terminated everybody it found, us among them."""

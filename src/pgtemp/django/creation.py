@@ -6,7 +6,9 @@ only shown another server for as long as the tests last.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from django.apps import apps
 from django.conf import settings
 from django.db.backends.postgresql.creation import DatabaseCreation
 
-from pgtemp.cluster import Cluster
+from pgtemp.cluster import Cluster, Template
 from pgtemp.database import Database
 from pgtemp.databases.recipe import Recipe
 from pgtemp.django import OPTIONS
@@ -31,13 +33,14 @@ _SETTINGS = (
 )  # fmt: skip
 _WHERE = ("HOST", "PORT", "USER", "PASSWORD", "NAME")
 _clusters: dict[str, Cluster] = {}
+_templates: dict[Hashable, Template] = {}
 
 
 class Creation(DatabaseCreation):
     """Django's, with a template."""
 
     _database: Database | None = None
-    _real: dict[str, Any]
+    _real: tuple[Any, ...] | None = None  # where the settings point; None while they do
 
     def create_test_db(
         self,
@@ -49,7 +52,8 @@ class Creation(DatabaseCreation):
         """A clone of the migrated template; migrates where there is none. Its name."""
         connection = self.connection
         given = connection.settings_dict["TEST"][OPTIONS]
-        self._real = {key: connection.settings_dict[key] for key in _WHERE}
+        if self._real is None:
+            self._real = tuple(connection.settings_dict[key] for key in _WHERE)
 
         def migrate(uri: str) -> None:
             said = parse(uri)
@@ -58,8 +62,11 @@ class Creation(DatabaseCreation):
             self._close()
 
         recipe = Recipe(migrate, key=self._key(), watch=[*_files(), *given["watch"]])
-        template = _cluster(given["options"]).template(f"django_{connection.alias}", recipe)
-        self._database = template.database()
+        try:
+            self._database = _template(connection.alias, given["options"], recipe).database()
+        except BaseException:
+            self._point_back()
+            raise
         info = self._database.info
         self._point_at(info.host, info.port, info.user, info.password, info.dbname)
         settings.DATABASES[connection.alias]["NAME"] = info.dbname
@@ -81,7 +88,22 @@ class Creation(DatabaseCreation):
             return
         self._database = None
         database.close()
-        self._point_at(*(self._real[key] for key in _WHERE))
+
+    def destroy_test_db(self, *args: Any, **kwargs: Any) -> None:
+        """As Django's; afterwards the settings are what they were."""
+        super().destroy_test_db(*args, **kwargs)
+        if self._database is None:
+            self._point_back()
+
+    def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
+        """Go where the primary goes, for as long as the process lives."""
+        self._point_at(*(primary_settings_dict[key] for key in _WHERE))
+
+    def _point_back(self) -> None:
+        if self._real is not None:
+            self._point_at(*self._real)
+            settings.DATABASES[self.connection.alias]["NAME"] = self._real[-1]
+            self._real = None
 
     def _point_at(self, *where: str | int | None) -> None:
         self._close()
@@ -105,7 +127,7 @@ class Creation(DatabaseCreation):
 def _files() -> list[str]:
     """The files of all apps that decide how migrations come out."""
     found = {
-        str(file)
+        glob.escape(str(file))
         for app in apps.get_app_configs()
         for pattern in _DECIDES
         for file in Path(app.path).glob(pattern)
@@ -114,9 +136,14 @@ def _files() -> list[str]:
     return sorted(found)
 
 
-def _cluster(options: dict[str, Any]) -> Cluster:
-    """The server of this process for some options; it ends with the process."""
-    key = repr(sorted(options.items()))
-    if key not in _clusters:
-        _clusters[key] = Cluster.with_options(ServerOptions(**options)).start()
-    return _clusters[key]
+def _template(alias: str, options: dict[str, Any], recipe: Recipe) -> Template:
+    """The template of an alias, in the server of this process; it ends with the process."""
+    where = repr(sorted(options.items()))
+    if where not in _clusters:
+        _clusters[where] = Cluster.with_options(ServerOptions(**options)).start()
+    # The function that migrates is another one each time; what it comes to is not.
+    key = where, alias, recipe.fingerprint()
+    if key not in _templates:
+        name = f"django_{alias}" if not _templates else f"django_{alias}_{len(_templates)}"
+        _templates[key] = _clusters[where].template(name, recipe)
+    return _templates[key]

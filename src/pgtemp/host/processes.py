@@ -22,10 +22,17 @@ from pgtemp.host.identity import Identity
 
 # What may decide whether a program finds its libraries or its user; the rest is not passed on.
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
+# What would lead libpq, and the commands that we run, to another server, or ask of ours what it
+# has not.
+LEADS_ELSEWHERE = (
+    "PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGSSLMODE", "PGREQUIRESSL",
+    "PGSSLNEGOTIATION", "PGGSSENCMODE", "PGREQUIREAUTH", "PGCHANNELBINDING",
+    "PGTARGETSESSIONATTRS", "PGLOADBALANCEHOSTS",
+)  # fmt: skip
 _PASSED_TO_COMMANDS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
 )  # fmt: skip
-_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -106,11 +113,12 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
         Its exit status, and what it printed on both its outputs, in `stdout`.
     """
     _check_going_on()
+    inherited = {name: text for name, text in os.environ.items() if name not in LEADS_ELSEWHERE}
     places = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # a pipe would last as long as what runs on behind
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],
-            env={**os.environ, "PATH": os.pathsep.join(places), **env},
+            env={**inherited, "PATH": os.pathsep.join(places), **env},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -162,13 +170,25 @@ def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
     heard = [one for one in _PASSED_TO_COMMANDS if signal.getsignal(one) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in heard}
     try:
-        pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=heard)
+        # Python ignores the last two, for itself.
+        reset = [*heard, signal.SIGPIPE, signal.SIGXFSZ]
+        pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=reset)
         for number in early:
             os.kill(pid, number)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return _wait(pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait(pid: int) -> int:
+    """Wait for a command to end; where it is stopped, stop too, so that the shell notices."""
+    while True:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            return os.waitstatus_to_exitcode(status)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(pid, signal.SIGCONT)
 
 
 def _is_on_terminal() -> bool:

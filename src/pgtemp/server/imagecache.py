@@ -101,7 +101,6 @@ def forget(run: str) -> None:
     """Remove the images that were kept for one run of a program alone, which is at its end."""
     for lock in (paths.usual_cache_dir() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
         _remove(lock.with_suffix(""))
-        lock.unlink(missing_ok=True)
 
 
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
@@ -160,8 +159,11 @@ def _prune(images: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with locks.locked(path.with_suffix(".lock")):
+    lock = path.with_suffix(".lock")
+    with locks.locked(lock):
         shutil.rmtree(path, ignore_errors=True)
+        if _OF_A_RUN in path.name:  # nobody will ask for it again
+            lock.unlink(missing_ok=True)
 
 
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pgtemp.cluster import Cluster
 from pgtemp.database import Database
+from pgtemp.databases.recipe import Build, Recipe
+from pgtemp.errors import PgTempError
 from pgtemp.suite import serverlog
 from pgtemp.suite.needs import Needs
 from pgtemp.suite.rolledback import RolledBack
@@ -46,9 +50,9 @@ class Case:
     kept: list[str] = field(default_factory=list)
     _held: list[_Held] = field(default_factory=list)
 
-    def claim(self, needs: Needs) -> Database:
-        """One more database. Raises PgTempError, and what a build raises."""
-        database = self.suite.claim(needs)
+    def claim(self, needs: Needs, cluster: Cluster, usual: Build | Recipe | None) -> Database:
+        """One more database; as `Suite.claim`."""
+        database = self.suite.claim(needs, cluster, usual)
         self._held.append(_Held(database, needs, database.works.server.log_path))
         return database
 
@@ -77,7 +81,9 @@ class Case:
     def end(self) -> None:
         """Give the databases back, or have them kept."""
         for held in self._held:
-            keep = self._is_kept(held) and self._keep(held) is not None
+            keep = False
+            with suppress(PgTempError):  # which the report has said
+                keep = self._is_kept(held) and self._keep(held) is not None
             self.suite.release(held.database, keep=keep)
         self._held.clear()
 
@@ -86,7 +92,10 @@ class Case:
             return "what the test did was rolled back; without rollback=True it is kept"
         if not self._is_kept(held):
             return ""
-        command = self._keep(held)
+        try:
+            command = self._keep(held)
+        except PgTempError as error:
+            return f"not kept: {error}"
         if command is None:
             most = self.suite.options.keep_most
             return f"not kept: {most} are kept already (--pgtemp-keep-most)"

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import stat
 from pathlib import Path
 
-from pgtemp.errors import OptionError
+from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import identity, locks
 from pgtemp.server import home
 from pgtemp.server.remains import LEASE
 from pgtemp.suiteoptions import SuiteOptions
 
 RUNS = 3  # whose databases stay, as pytest does with its temporary directories
-_FOLDER = "failed"
+_FOLDER = "pgtemp-failed"
+_RUN = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 def directory_for(options: SuiteOptions, run: str) -> Path:
-    """A directory for what one run keeps; those of the oldest runs go. Raises OptionError."""
+    """A directory for what one run keeps; those of the oldest runs go.
+
+    Raises:
+        PgTempError: it cannot be made, or is somebody else's.
+    """
     owner = identity.choose(options.run_as)
     try:
         base = home.find_base(options.data_dir_prefix, owner, keep=True)
     except OptionError:  # on tmpfs, say, where servers may live but nothing is kept
         base = home.find_base(None, owner, keep=True)
     folder = base / _FOLDER
-    folder.mkdir(mode=0o755, exist_ok=True)
-    _forget(folder, besides=run)
-    (folder / run).mkdir(mode=0o755, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o755, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise OptionError(
+                f"{folder} is not a directory of yours", remedy="name another data_dir_prefix"
+            )
+        _forget(folder, besides=run)
+        (folder / run).mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"{folder} cannot be used: {error.strerror}") from error
     return folder / run
 
 
 def _forget(folder: Path, besides: str) -> None:
-    """Remove all but the last runs; what somebody looks at stays."""
-    runs = sorted((run.name for run in folder.iterdir() if run.name != besides), reverse=True)
-    for name in runs[RUNS - 1 :]:
+    """Remove all but the last runs; what somebody looks at, or still writes, stays."""
+    names = (run.name for run in folder.iterdir() if run.name != besides)
+    for name in sorted(filter(_RUN.fullmatch, names), reverse=True)[RUNS - 1 :]:
         run = folder / name
-        if not any(locks.is_locked(lease) for lease in run.glob(f"*/{LEASE}")):
+        if not _goes_on(name) and not any(
+            locks.is_locked(lease) for lease in run.glob(f"*/{LEASE}")
+        ):
             shutil.rmtree(run, ignore_errors=True)
+
+
+def _goes_on(run: str) -> bool:
+    """Whether the process that a run is named after may still be there."""
+    try:
+        os.kill(int(run.rpartition("-")[2]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -81,8 +82,9 @@ def recipe_of(build: Build | Recipe | None, root: Path, watch: Sequence[str] = (
     else:
         made = _from(root, recipe.build)  # type: ignore[arg-type]
     watched = recipe.watch or (watch if recipe.key is None else ())
+    escaped = Path(glob.escape(str(root)))
     cwd = root / recipe.cwd if recipe.cwd is not None else root
-    return replace(recipe, build=made, watch=[root / pattern for pattern in watched], cwd=cwd)
+    return replace(recipe, build=made, watch=[escaped / pattern for pattern in watched], cwd=cwd)
 
 
 def _from(root: Path, step: Step) -> Step:

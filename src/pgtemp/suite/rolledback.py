@@ -19,7 +19,7 @@ from pgtemp.errors import OptionError
 _NEW: LiteralString = "SAVEPOINT pgtemp"
 _COMMIT: LiteralString = f"RELEASE SAVEPOINT pgtemp; {_NEW}"
 _ROLLBACK: LiteralString = "ROLLBACK TO SAVEPOINT pgtemp"
-_SETTABLE = ("autocommit", "row_factory", "cursor_factory", "prepare_threshold")
+_SETTABLE = ("row_factory", "cursor_factory", "prepare_threshold")
 
 
 class RolledBack(Database):
@@ -31,9 +31,16 @@ class RolledBack(Database):
     `rollback()`, `transaction()` and autocommit do what they should as far as the test can see.
     """
 
-    def __init__(self, base: Database) -> None:
+    def __init__(self, base: Database, bases: list[Database]) -> None:
+        """One test's.
+
+        Args:
+            base: the database itself.
+            bases: where it goes for the next test, unless this one has changed it.
+        """
         base._forget_ahead()
         super().__init__(base.works, base.dbname, base._pool)
+        self._base, self._bases = base, bases
         self._one: _Connection | _AsyncConnection | None = None
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
@@ -50,7 +57,7 @@ class RolledBack(Database):
         elif not isinstance(self._one, _Connection):
             raise _of_two_kinds()
         else:
-            _set(self._one, {**kwargs, **({"autocommit": True} if auto else {})})
+            _set(self._one, auto, kwargs)
         return self._one
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
@@ -63,12 +70,21 @@ class RolledBack(Database):
         elif not isinstance(self._one, _AsyncConnection):
             raise _of_two_kinds()
         else:
-            _set(self._one, kwargs)
+            _set(self._one, auto, kwargs)
         return self._one
 
     def close(self) -> None:
-        """Roll back."""
+        """Roll back; where something may be left, the database is dropped."""
+        if self.closed:
+            return
+        clean = not self.was_shown and (self._one is None or self._one._is_whole())
         self.leave()
+        for snapshot in self._snapshots:
+            self._pool.retire(snapshot.dbname)
+        if clean:
+            self._bases.append(self._base)
+        else:
+            self._base.close()
 
 
 def _of_two_kinds() -> OptionError:
@@ -78,7 +94,9 @@ def _of_two_kinds() -> OptionError:
     )
 
 
-def _set(connection: object, kwargs: dict[str, Any]) -> None:
+def _set(connection: _State, auto: bool, kwargs: dict[str, Any]) -> None:
+    if connection.autocommit != auto:
+        connection.autocommit = auto
     for name, value in kwargs.items():
         if name not in _SETTABLE:
             raise OptionError(
@@ -99,6 +117,11 @@ class _Cursor(psycopg.Cursor[Any]):
         with self.connection._statement():
             super().executemany(*args, **kwargs)
 
+    @contextmanager
+    def copy(self, *args: Any, **kwargs: Any) -> Iterator[psycopg.Copy]:
+        with self.connection._statement(), super().copy(*args, **kwargs) as copy:
+            yield copy
+
 
 class _AsyncCursor(psycopg.AsyncCursor[Any]):
     connection: _AsyncConnection
@@ -110,6 +133,11 @@ class _AsyncCursor(psycopg.AsyncCursor[Any]):
     async def executemany(self, *args: Any, **kwargs: Any) -> None:
         async with self.connection._statement():
             await super().executemany(*args, **kwargs)
+
+    @asynccontextmanager
+    async def copy(self, *args: Any, **kwargs: Any) -> AsyncIterator[psycopg.AsyncCopy]:
+        async with self.connection._statement(), super().copy(*args, **kwargs) as copy:
+            yield copy
 
 
 class _State:
@@ -139,6 +167,11 @@ class _State:
             "a test with rollback=True is in one transaction, whose isolation level stays",
             remedy="leave rollback out for this test",
         )
+
+    def _is_whole(self) -> bool:
+        """Whether it is all in the one transaction still, which a COMMIT as a statement ends."""
+        ended = self.pgconn.exec_(_ROLLBACK.encode())
+        return ended.status == pq.ExecStatus.COMMAND_OK
 
     def _end(self) -> LiteralString:
         """What COMMIT does: where a statement has failed, that is a rollback."""
@@ -190,7 +223,9 @@ class _Connection(_State, psycopg.Connection[Any]):
         self._set_auto(value)
 
     def close(self) -> None:
-        """The test may go on, or look at what it has done."""
+        """What was not committed is gone; the next `connect` goes on with it."""
+        if not self.closed:
+            self.rollback()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if kind is None:
@@ -246,6 +281,8 @@ class _AsyncConnection(_State, psycopg.AsyncConnection[Any]):
 
     async def close(self) -> None:
         """As above."""
+        if not self.closed:
+            await self.rollback()
 
     async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if kind is None:

@@ -40,12 +40,12 @@ class Suite:
         self.options = options
         self._root = root
         self._run = run
-        self._usual: Build | Recipe | None = tuple(options.template) or None
         self._clusters: dict[Hashable, Cluster] = {}
-        self._templates: dict[Hashable, Template | BaseException] = {}
+        self._templates: dict[Hashable, Template | Exception] = {}
+        self._recipes: dict[Recipe, Recipe] = {}
         self._servers: dict[Hashable, Pool[Server]] = {}
         self._held: dict[Database, tuple[Pool[Server], Server]] = {}
-        self._rolled: dict[Template, Database] = {}
+        self._rolled: dict[Template, list[Database]] = {}  # bases that nobody has just now
         self._kept = 0
         self._for_run_alone = False
 
@@ -54,22 +54,25 @@ class Suite:
         """The cluster of tests that need no settings of their own. Raises PgTempError."""
         return self._cluster({})
 
-    def use(self, cluster: Cluster, template: Build | Recipe | None) -> None:
-        """Take what a suite has said for what it usually needs."""
-        self._clusters[frozenset()] = cluster
-        self._usual = template
+    def claim(self, needs: Needs, cluster: Cluster, usual: Build | Recipe | None) -> Database:
+        """A database for a test.
 
-    def claim(self, needs: Needs) -> Database:
-        """A database for a test. Raises PgTempError, and what a build raises."""
-        recipe = self._recipe(needs)
+        Args:
+            cluster: where it is, unless the test needs settings of its own.
+            usual: what it starts with, unless the test needs something else.
+
+        Raises:
+            PgTempError: it cannot be had. What a build raises comes as it is.
+        """
+        recipe = self._recipe(usual if isinstance(needs.template, Usual) else needs.template)
         if (needs.isolation or self.options.isolation) == "cluster" and not needs.rollback:
             return self._own(needs, recipe)
-        template = self._template(self._cluster(needs.settings), recipe, needs)
+        place = self._cluster(needs.settings) if needs.settings else cluster
+        template = self._template(place, recipe, needs)
         if not needs.rollback:
             return template.database()
-        if template not in self._rolled:
-            self._rolled[template] = template.database()
-        return RolledBack(self._rolled[template])
+        bases = self._rolled.setdefault(template, [])
+        return RolledBack(bases.pop() if bases else template.database(), bases)
 
     def release(self, database: Database, *, keep: bool) -> None:
         """Take a database back; with its server, where it has one for itself."""
@@ -77,10 +80,6 @@ class Suite:
             database.leave()
         else:
             database.close()
-        if isinstance(database, RolledBack) and database.was_shown:
-            for template, base in list(self._rolled.items()):
-                if base.dbname == database.dbname:
-                    self._rolled.pop(template).close()
         if database in self._held:
             pool, server = self._held.pop(database)
             pool.retire(server)
@@ -143,17 +142,17 @@ class Suite:
         logging = serverlog.STATEMENTS if self.options.log == "statements" else {}
         return Cluster.with_options(self.options, {**logging, **settings})
 
-    def _recipe(self, needs: Needs) -> Recipe:
-        build = self._usual if isinstance(needs.template, Usual) else needs.template
+    def _recipe(self, build: Build | Recipe | None) -> Recipe:
         recipe = recipe_of(build, self._root, self.options.watch)
         return self._for_the_run(recipe) if self._run.worker is not None else recipe
 
     def _for_the_run(self, recipe: Recipe) -> Recipe:
-        """A recipe that is kept for the run at least."""
-        if recipe.fingerprint() is not None:
-            return recipe
-        self._for_run_alone = True
-        return replace(recipe, run=self._run.name)
+        """A recipe that is kept for the run at least, where that can be."""
+        if recipe not in self._recipes:
+            kept = recipe.fingerprint() is not None
+            self._for_run_alone = self._for_run_alone or not kept
+            self._recipes[recipe] = recipe if kept else replace(recipe, run=self._run.name)
+        return self._recipes[recipe]
 
     def _template(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
         key = id(cluster), recipe, tuple(needs.extensions)
@@ -163,9 +162,10 @@ class Suite:
                 self._templates[key] = self._with_extensions(cluster, name, recipe, needs)
             except Exception as error:
                 self._templates[key] = error
+                raise
         template = self._templates[key]
-        if isinstance(template, BaseException):
-            raise template
+        if isinstance(template, Exception):
+            raise template.with_traceback(None)
         return template
 
     def _with_extensions(
