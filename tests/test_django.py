@@ -50,6 +50,7 @@ def test_migrations_run_once(shop: Path) -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.slow
 def test_in_parallel(shop: Path) -> None:
     """Django's own processes get clones of the clone."""
     tests = (shop / "shop" / "tests.py").read_text()
@@ -60,6 +61,7 @@ def test_in_parallel(shop: Path) -> None:
     assert said.count("Cloning test database") == 2
 
 
+@pytest.mark.slow
 def test_with_pytest(shop: Path) -> None:
     plugins = ["-p", "pytest_django.plugin", "-p", "xdist", "-p", "no:cacheprovider"]
     for more in ([], ["-n", "2"]):

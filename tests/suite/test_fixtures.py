@@ -123,6 +123,7 @@ def test_the_mark(project: Project) -> None:
     [
         ("tempalte=None", "pgtemp knows no tempalte= for a test; give template, isolation"),
         ("isolation='server'", "there is no such isolation; give 'database' or 'cluster'"),
+        ("rollback=True, isolation='cluster'", "rollback=True is for a database that tests share"),
         ("extensions='vector'", "not a list; give a list of names"),
         ("extensions=['no_such_thing']", "'no_such_thing' is not installed"),
         ("config={'port': 1}", "the setting port cannot be given"),
@@ -367,7 +368,7 @@ def test_nothing_happens_unless_it_is_used(project: Project) -> None:
     project.write("conftest.py", "")
     result = project.run(text=text)
     assert (result.status, result.count("passed")) == (0, 1), result.output
-    assert "pgtemp" not in result.output
+    assert "pgtemp:" not in result.output
 
 
 def test_overrides_in_folders(project: Project) -> None:

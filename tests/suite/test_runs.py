@@ -230,6 +230,7 @@ def test_beside_other_plugins(project: Project) -> None:
         assert (result.status, result.count("passed")) == (0, 7), result.output
 
 
+@pytest.mark.slow
 def test_the_second_run_of_a_suite_waits_for_nothing(project: Project) -> None:
     """What is kept by its key or its files is not built again."""
     keyed = SLOW_BUILD.replace("return migrate", "return Recipe(migrate, key='1')")

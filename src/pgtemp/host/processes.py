@@ -6,7 +6,9 @@ nothing, and nothing of what they print reaches the caller's terminal.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +158,9 @@ def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
     Raises:
         OSError: it cannot be run.
     """
+    # posix_spawnp says "permission denied" where a directory of PATH is closed to us.
+    if os.path.dirname(argv[0]) == "" and shutil.which(argv[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
     early: list[int] = []
     pid = 0
 

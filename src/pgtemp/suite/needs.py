@@ -46,6 +46,10 @@ class Needs:
                 f"isolation={self.isolation!r}: there is no such isolation",
                 remedy="give " + " or ".join(repr(one) for one in ISOLATIONS),
             )
+        if self.rollback and self.isolation == "cluster":
+            raise OptionError(
+                "rollback=True is for a database that tests share", remedy="leave isolation out"
+            )
         if isinstance(self.extensions, str):
             raise OptionError(
                 f"extensions={self.extensions!r}: not a list", remedy="give a list of names"

@@ -89,14 +89,18 @@ class Suite:
 
         Args:
             of: the test, for whoever looks at what was kept.
+
+        Raises:
+            PgTempError: there is no place for it.
         """
         works = database.works
+        if database.dbname not in works.kept and self._kept >= self.options.keep_most:
+            return None
+        place = self._place_of(works)
         if database.dbname not in works.kept:
-            if self._kept >= self.options.keep_most:
-                return None
             self._kept += 1
             works.kept[database.dbname] = of
-        return f"pgtemp open {self._place_of(works)} --dbname {database.dbname}"
+        return f"pgtemp open {place} --dbname {database.dbname}"
 
     def close(self) -> None:
         """End all servers; what is to be kept is."""
@@ -123,7 +127,7 @@ class Suite:
             self._servers[key] = Pool(
                 Servers(
                     lambda: self._new(needs.settings),
-                    lambda cluster: self._with_extensions(cluster, _NAME, recipe, needs),
+                    lambda cluster: self._with_extensions(cluster, recipe, needs),
                 ),
                 ready=1,
             )
@@ -157,9 +161,8 @@ class Suite:
     def _template(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
         key = id(cluster), recipe, tuple(needs.extensions)
         if key not in self._templates:
-            name = f"{_NAME}_{len(self._templates)}" if self._templates else _NAME
             try:
-                self._templates[key] = self._with_extensions(cluster, name, recipe, needs)
+                self._templates[key] = self._with_extensions(cluster, recipe, needs)
             except Exception as error:
                 self._templates[key] = error
                 raise
@@ -168,9 +171,10 @@ class Suite:
             raise template.with_traceback(None)
         return template
 
-    def _with_extensions(
-        self, cluster: Cluster, name: str, recipe: Recipe, needs: Needs
-    ) -> Template:
+    def _with_extensions(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
+        # The same name in all processes, whatever they need first: an image is kept under it.
+        fingerprint = recipe.fingerprint()
+        name = f"{_NAME}_{fingerprint[:8] if fingerprint else len(self._templates)}"
         template = cluster.template(name, recipe)
         if not needs.extensions:
             return template
