@@ -15,6 +15,7 @@ from pgtemp.uri import ConnectionInfo
 
 MAINTENANCE = "postgres"  # the database that administrative connections go to
 BASE = "template1"  # the empty database that others begin with
+ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made it
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
@@ -81,8 +82,8 @@ def exists(connection: psycopg.Connection[Any], dbname: str) -> bool:
 def databases(connection: psycopg.Connection[Any]) -> list[str]:
     """The names of those that one can connect to, but for the maintenance databases."""
     rows = connection.execute(
-        "SELECT datname FROM pg_database WHERE datallowconn AND datname NOT IN"
-        " ('postgres', 'template0', 'template1') ORDER BY 1"
+        "SELECT datname FROM pg_database WHERE datallowconn AND datname <> ALL(%s) ORDER BY 1",
+        [list(ALWAYS_THERE)],
     )
     return [str(name) for (name,) in rows.fetchall()]
 

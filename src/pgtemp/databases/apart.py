@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import provision, transfer, workshop
+from pgtemp.databases.admin import ALWAYS_THERE
 from pgtemp.databases.isolation import Wish
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
@@ -21,8 +22,6 @@ from pgtemp.errors import ClusterError, NoDatabaseError, PgTempError
 from pgtemp.server.cluster import Cluster
 
 _log = logging.getLogger("pgtemp")
-# There in every server, so that their names say nothing about who made them.
-_ALWAYS_THERE = ("postgres", "template0", "template1")
 
 
 @dataclass(eq=False, slots=True)
@@ -112,7 +111,7 @@ class Apart:
         return (
             self._servers
             or wish.dbname in self._stocks
-            or wish.dbname in _ALWAYS_THERE
+            or wish.dbname in ALWAYS_THERE
             or wish.dbname == self._options.dbname
         )
 

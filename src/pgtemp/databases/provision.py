@@ -18,7 +18,7 @@ import psycopg
 from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.host import identity
+from pgtemp.host import identity, processes
 from pgtemp.options import ServerOptions
 from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -246,12 +246,9 @@ def check_copied(path: Path, programs: installation.Installation) -> None:
 
 def _runs(pid_file: Path) -> bool:
     try:
-        os.kill(int(pid_file.read_text().split("\n")[0]), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
+        return processes.lives(int(pid_file.read_text().split("\n")[0]))
+    except (OSError, ValueError, OverflowError):
         return False
-    return True
 
 
 def _text(path: str | os.PathLike[str] | None) -> str:

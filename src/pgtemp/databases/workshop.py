@@ -27,7 +27,7 @@ from pgtemp.uri import ConnectionInfo
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
 _HOST = "127.0.0.1"
 _BUILDING = "pgtemp_building"  # where the name that was given is taken
-_TAKEN = (admin.MAINTENANCE, "template0", "template1", TEMPLATE)
+_TAKEN = (*admin.ALWAYS_THERE, TEMPLATE)
 
 
 class Workshop:

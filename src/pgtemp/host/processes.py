@@ -141,6 +141,17 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
     return subprocess.CompletedProcess(process.args, process.returncode, said)
 
 
+def lives(pid: int) -> bool:
+    """Whether there is a process of that id, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
     """Run a program that talks to the user, to its end, with the caller's environment."""
     subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)

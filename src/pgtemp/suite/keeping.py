@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import identity, locks
+from pgtemp.host import identity, locks, processes
 from pgtemp.server import home
 from pgtemp.server.remains import LEASE
 from pgtemp.suiteoptions import SuiteOptions
@@ -50,18 +50,7 @@ def _forget(folder: Path, besides: str) -> None:
     names = (run.name for run in folder.iterdir() if run.name != besides)
     for name in sorted(filter(_RUN.fullmatch, names), reverse=True)[RUNS - 1 :]:
         run = folder / name
-        if not _goes_on(name) and not any(
+        if not processes.lives(int(name.rpartition("-")[2])) and not any(
             locks.is_locked(lease) for lease in run.glob(f"*/{LEASE}")
         ):
             shutil.rmtree(run, ignore_errors=True)
-
-
-def _goes_on(run: str) -> bool:
-    """Whether the process that a run is named after may still be there."""
-    try:
-        os.kill(int(run.rpartition("-")[2]), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -13,7 +13,7 @@ from pgtemp.host.peers import TELLS_PEERS, Peers
 _GRACE_SECONDS = 0.25
 _POLL_SECONDS = 0.002
 _QUERY = """
-SELECT pid, host(client_addr), client_port, coalesce(nullif(application_name, ''), 'pid ' || pid),
+SELECT host(client_addr), client_port, coalesce(nullif(application_name, ''), 'pid ' || pid),
   state, extract(epoch FROM now() - state_change)::float, left(query, 200)
 FROM pg_stat_activity
 WHERE datname = %s AND backend_type = 'client backend' AND pid <> ALL(%s) ORDER BY backend_start
@@ -40,7 +40,7 @@ def left_open(database: Database) -> list[str]:
             except PgTempError:  # the test has ended its server
                 return []
             open_ones, unsure = [], False
-            for _, address, client_port, *told in rows:
+            for address, client_port, *told in rows:
                 if address is None or not TELLS_PEERS:  # by the unix socket
                     unsure = True
                 elif peers.uid((address, client_port), (address, port)) is None:
