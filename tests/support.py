@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import ClassVar, Self
@@ -48,12 +48,16 @@ class Daemon:
     running: ClassVar[set[Self]] = set()
 
     def __init__(
-        self, *arguments: str, dbname: str = "test", env: dict[str, str] | None = None
+        self,
+        *arguments: str,
+        dbname: str = "test",
+        env: dict[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         self.port = ports.free_port("127.0.0.1")
         self.uri = f"postgresql://postgres@localhost:{self.port}/{dbname}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pgtemp", *arguments, self.uri],
+            [*before, sys.executable, "-m", "pgtemp", *arguments, self.uri],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})},

@@ -22,7 +22,7 @@ LOWER = [
     "databases",
     "wire",
 ]
-HANDLES = ["pgtempdb", "works", "database", "cluster", "aio"]
+HANDLES = ["pgtempdb", "works", "database", "cluster", "aio", "doctor"]
 DOORS = ["suite", "django", "pytest_plugin", "daemon", "cli", "__main__"]
 FLOORS = [*LOWER, *HANDLES, *DOORS]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

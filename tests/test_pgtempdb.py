@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psycopg
@@ -14,7 +11,6 @@ import pytest
 from conftest import leftovers
 from pgtemp import ClusterError, OptionError, PgTempDB, TransferError
 from pgtemp.host import ports
-from pgtemp.server import warden
 from pgtemp.server.remains import postgres_in
 from support import eventually, homes
 
@@ -168,119 +164,6 @@ def test_a_handle_that_is_dropped_takes_its_server_along() -> None:
     data_dir = db.data_dir
     del db
     assert eventually(lambda: leftovers(data_dir) == [])
-
-
-OWNER = """
-import sys, pgtemp
-db = pgtemp.PgTempDB().start()
-print(db.data_dir, flush=True)
-{then}
-"""
-
-
-def owner(then: str) -> tuple[subprocess.Popen[str], Path]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER.format(then=then)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
-
-
-@pytest.mark.parametrize(
-    "then",
-    [
-        "pass",
-        "sys.exit(3)",
-        "raise SystemExit",
-        "import os; os._exit(1)",
-        "import os; os.execv('/bin/true', ['true'])",
-        "import os; os.kill(os.getpid(), 9)",
-        "import os; pid = os.fork(); pid or sys.stdin.read(); os.kill(os.getpid(), 9)",
-    ],
-)
-def test_nothing_outlives_its_owner(then: str) -> None:
-    """However a process ends, its server and its directory end with it."""
-    process, data_dir = owner(then)
-    assert data_dir.name == "data"
-    process.wait(timeout=60)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert eventually(lambda: leftovers(data_dir) == [])
-
-
-def test_a_killed_owner_takes_a_busy_server_along() -> None:
-    """SIGKILL of the owner ends a backend in the middle of a loop too."""
-    process, data_dir = owner(
-        "import psycopg\nwith db.connect() as c: c.execute('DO $$ BEGIN LOOP END LOOP; END $$')"
-    )
-    assert eventually(lambda: len(postgres_in(str(data_dir))) > 1)
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
-    assert eventually(lambda: leftovers(data_dir) == [])
-
-
-def test_a_forked_child_that_exits_leaves_the_parents_server() -> None:
-    """`sys.exit` in a child runs destructors and atexit; the parent's server lives."""
-    process, _ = owner(
-        "import os\n"
-        "if os.fork() == 0: sys.exit()\n"
-        "os.wait()\n"
-        "with db.connect() as c: print(c.execute('SELECT 7').fetchone(), flush=True)"
-    )
-    out, _ = process.communicate(timeout=60)
-    assert "(7,)" in out
-    assert process.returncode == 0
-
-
-def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
-    """PostgreSQL goes by its death signal; a new warden serves the next server."""
-    db = PgTempDB().start()
-    data_dir = db.data_dir
-    os.kill(warden.current().pid, signal.SIGKILL)
-    assert eventually(lambda: postgres_in(str(data_dir)) == [])
-    with PgTempDB() as another, another.connect() as connection:
-        assert connection.execute("SELECT 1").fetchone() == (1,)
-    assert data_dir.exists(), "its owner lives, so no sweep may take it"
-    db.stop()
-    assert not data_dir.parent.exists()
-
-
-def test_owner_and_warden_killed_the_next_start_sweeps() -> None:
-    """What nobody could clean up is taken by the next start of anybody."""
-    process, data_dir = owner(
-        "import os, signal\n"
-        "from pgtemp.server import warden\n"
-        "os.kill(warden.current().pid, signal.SIGKILL)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    process.communicate(timeout=60)
-    assert data_dir.exists()
-    with PgTempDB():
-        assert eventually(lambda: leftovers(data_dir) == [])
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("where", ["begin", "first", "rest", "warm"])
-def test_an_owner_killed_while_starting_leaves_nothing(
-    where: str, keep: bool, open_dir: Path
-) -> None:
-    """At whatever step of a start its owner is killed, no half-made home stays, kept or not."""
-    script = (
-        "import os\n"
-        "from pgtemp import PgTempDB\n"
-        "from pgtemp.server import image\n"
-        "with PgTempDB(): pass\n"
-        f"whole = image.Image.{where}\n"
-        "def die(self, target, owner):\n"
-        f"    if {where!r} != 'begin': whole(self, target, owner)\n"
-        "    os.kill(os.getpid(), 9)\n"
-        f"image.Image.{where} = die\n"
-        f"PgTempDB(data_dir_prefix={str(open_dir)!r}, persist={keep}).start()\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    assert eventually(lambda: list(open_dir.iterdir()) == [])
 
 
 def test_a_long_prefix_gets_a_short_way_to_its_socket(open_dir: Path) -> None:

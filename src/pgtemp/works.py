@@ -40,7 +40,8 @@ class Works:
                 port=server.port,
                 user=server.user,
                 dbname=admin.MAINTENANCE,
-            )
+            ),
+            server.check,
         )
 
     def info_of(self, dbname: str) -> ConnectionInfo:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, ProtocolError, frame
-from pgtemp.wire.replies import ClientStart, ServerStart, fatal, greeting
+from pgtemp.wire.replies import ClientStart, ServerStart, broke_off, fatal, greeting
 
 
 def test_a_fatal_error_carries_all_its_fields() -> None:
@@ -64,3 +64,29 @@ def test_any_other_word_is_use(chunks: list[bytes]) -> None:
     for chunk in chunks:
         start.feed(chunk)
     assert start.used
+
+
+NOTICE = frame(b"N", b"SWARNING\0C57P02\0Mterminating connection because of crash\0\0")
+ROW = frame(b"D", b"\0\1\0\0\0\2ab")
+
+
+@pytest.mark.parametrize(
+    ("last", "broke"),
+    [
+        (frame(b"Z", b"I"), True),
+        (ROW + frame(b"Z", b"T"), True),
+        (NOTICE, True),
+        (frame(b"Z", b"I") + NOTICE, True),
+        (ROW + NOTICE, True),
+        (b"", False),
+        (ROW, False),  # more may have been about to come: nothing is to be said in between
+        (ROW[:-1], False),
+        (NOTICE[:-1], False),
+        (NOTICE + ROW[:3], False),
+        (fatal("57P01", "terminating connection due to administrator command"), False),
+        (frame(b"N", b"SNOTICE\0C00000\0Mhello\0\0"), False),
+    ],
+)
+def test_a_server_that_broke_off(last: bytes, broke: bool) -> None:
+    """It ended between two messages and has not said why, so that it can be said for it."""
+    assert broke_off(last) is broke

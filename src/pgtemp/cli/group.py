@@ -6,6 +6,8 @@ import difflib
 
 import click
 
+from pgtemp.cli.doctor import doctor
+from pgtemp.cli.machine import ls, sweep
 from pgtemp.cli.open import open_kept
 from pgtemp.cli.run import run, shell
 from pgtemp.cli.serve import serve
@@ -50,6 +52,10 @@ def cli() -> None:
     pgtemp run -- COMMAND, pgtemp shell
         a server for one command, or for psql, gone when it ends
 
+    \b
+    pgtemp ls, pgtemp sweep, pgtemp doctor
+        who has servers here; what is left of those who are gone; what is in the way
+
     Give the URL to your tests as DATABASE_URL. Ctrl-C ends everything.
     """
 
@@ -58,3 +64,6 @@ cli.add_command(serve)
 cli.add_command(run)
 cli.add_command(shell)
 cli.add_command(open_kept)
+cli.add_command(ls)
+cli.add_command(sweep)
+cli.add_command(doctor)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
+from pgtemp.host import init
+
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
     try:
-        sys.exit(_run())
+        sys.exit(init.run(_run))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

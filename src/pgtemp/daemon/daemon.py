@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pgtemp.aio import whole
+from pgtemp.daemon import control
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
@@ -28,7 +29,7 @@ from pgtemp.host import identity, ports, processes
 from pgtemp.server import home, warden
 from pgtemp.server.cluster import Cluster, port_taken
 from pgtemp.server.installation import Installation
-from pgtemp.uri import ConnectionInfo
+from pgtemp.uri import ConnectionInfo, redact
 
 _BACKLOG = 1024
 _FORCED = 130
@@ -94,13 +95,18 @@ async def run(
                 lambda: Endpoint(gateway.accepted_by_socket), path, backlog=_BACKLOG
             )
         )
+        announcement = _announcement(options, socket_dir, plan.installation)
+        told = {"uri": redact(announcement.info.uri), "version": announcement.version}
+        servers.append(
+            await control.listen(socket_dir, lambda: {**told, "leases": gateway.facts()})
+        )
         for server in servers:
             at_the_end.callback(server.close)
         if isolation.pillar is not None:
             _watch(loop, isolation.pillar, stopping)
         gc.collect()
         gc.freeze()  # what is there now stays, and need not be looked at while clients wait
-        ready(_announcement(options, socket_dir, plan.installation))
+        ready(announcement)
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation
 

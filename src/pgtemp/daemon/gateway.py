@@ -19,7 +19,7 @@ from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
-from pgtemp.daemon.refusals import RefusedError, refusal
+from pgtemp.daemon.refusals import RefusedError, crashed, refusal
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import Isolation, Wish
@@ -71,6 +71,10 @@ class Gateway:
         task = asyncio.ensure_future(self._serve(client, admit))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What there is to tell of each lease."""
+        return self._leases.facts()
 
     async def close(self) -> None:
         """End all clients, and wait until their leases are released."""
@@ -237,6 +241,8 @@ class Gateway:
                 relaying.cancel()
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
+            if not client.has_finished and replies.broke_off(server.last):
+                raise await whole(lambda: crashed(lease.place.cluster))
 
 
 async def _negotiate(client: Endpoint) -> Startup | Cancel | None:

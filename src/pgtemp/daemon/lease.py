@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.refusals import RefusedError
@@ -65,3 +66,17 @@ class Lease:
     def traffic(self) -> int:
         """Bytes so far, either way."""
         return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is to tell of it, by the names of the log's."""
+        return {
+            "lease": self.number,
+            "user": self.wish.user,
+            "database": self.wish.dbname,
+            "session": self.wish.session,
+            "connections": self.connections,
+            "waited_ms": round(self.waited * 1000, 1),
+            "lived_s": round(time.perf_counter() - self.asked, 3),
+            "bytes_in": self.bytes_in + sum(client.received for client in self.clients),
+            "bytes_out": self.bytes_out + sum(client.sent for client in self.clients),
+        }

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Hashable
 from concurrent.futures import Future
+from typing import Any
 
 from pgtemp.aio import whole
 from pgtemp.daemon.lease import LINGER, Lease
@@ -99,6 +100,10 @@ class Leases:
             lease.timers[LINGER] = loop.call_later(seconds, self._end, lease)
         else:
             await self._end(lease)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What there is to tell of each lease that there is, in the order in which they began."""
+        return [lease.facts() for lease in sorted(self._live, key=lambda one: one.number)]
 
     async def close(self) -> None:
         """End all leases; nobody is connected any more."""
@@ -293,19 +298,7 @@ class Leases:
 
     def _tell(self, lease: Lease) -> None:
         """One line a lease."""
-        wish, lived = lease.wish, time.perf_counter() - lease.asked
-        facts = {
-            "lease": lease.number,
-            "user": wish.user,
-            "database": wish.dbname,
-            "session": wish.session,
-            "connections": lease.connections,
-            "waited_ms": round(lease.waited * 1000, 1),
-            "lived_s": round(lived, 3),
-            "bytes_in": lease.bytes_in,
-            "bytes_out": lease.bytes_out,
-            "used": lease.used,
-        }
+        facts = {**lease.facts(), "used": lease.used}
         _log.info(
             "lease %d: %s", lease.number,
             ", ".join(f"{name} {value}" for name, value in list(facts.items())[1:]

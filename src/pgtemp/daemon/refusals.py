@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgtemp.errors import DiskFullError, LimitError, NoDatabaseError, PgTempError
+from pgtemp.server.cluster import Cluster
 from pgtemp.wire import replies
 
 _SQLSTATES: tuple[tuple[type[PgTempError], str], ...] = (
@@ -11,6 +12,7 @@ _SQLSTATES: tuple[tuple[type[PgTempError], str], ...] = (
     (NoDatabaseError, "3D000"),
 )
 _CANNOT_CONNECT_NOW = "57P03"
+_CRASH_SHUTDOWN = "57P02"
 
 
 class RefusedError(Exception):
@@ -19,6 +21,17 @@ class RefusedError(Exception):
     def __init__(self, sqlstate: str, message: str, hint: str = "", detail: str = "") -> None:
         super().__init__(message)
         self.reply = replies.fatal(sqlstate, message, hint=hint, detail=detail)
+
+
+def crashed(cluster: Cluster) -> RefusedError:
+    """What somebody is told whose connection was taken along by a crash."""
+    cause, log = "PostgreSQL has ended all connections after a crash", cluster.log_tail()
+    try:
+        cluster.check()
+    except PgTempError as error:
+        cause, log = error.cause, list(error.details)
+    hint = "connect again; the end of the server's log is the detail"
+    return RefusedError(_CRASH_SHUTDOWN, cause, hint, "\n".join(log))
 
 
 def refusal(error: PgTempError) -> RefusedError:

@@ -11,6 +11,7 @@ from pgtemp.wire.messages import TERMINATE
 # Bytes asyncio may hold for a slow reader before the other side is told to wait.
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
+_LAST = 512  # bytes that are remembered of what came last
 
 
 class Endpoint(asyncio.Protocol):
@@ -22,8 +23,9 @@ class Endpoint(asyncio.Protocol):
         self._news = asyncio.Event()
         self._ended = False
         self._peer: Endpoint | None = None
+        self._passes_end = False
         self.listen: Callable[[bytes], None] | None = None
-        self._last = b""
+        self.last = b""  # what came last
         self.received = 0  # bytes that were passed on
         self.sent = 0
         self.transport: asyncio.Transport
@@ -47,9 +49,15 @@ class Endpoint(asyncio.Protocol):
             self.sent += len(data)
             self.transport.write(data)
 
-    def join(self, peer: Endpoint) -> None:
-        """Pass on everything from now on, beginning with what has arrived already."""
+    def join(self, peer: Endpoint, *, end: bool) -> None:
+        """Pass on everything from now on, beginning with what has arrived already.
+
+        Args:
+            end: also that nothing more comes from here. Where not, something is still to be said
+                to the peer then.
+        """
         self._peer = peer
+        self._passes_end = end
         if self._arrived:
             data = bytes(self._arrived)
             self._arrived.clear()
@@ -66,7 +74,12 @@ class Endpoint(asyncio.Protocol):
     @property
     def left(self) -> bool:
         """Whether a client has said goodbye, so that its backend is about to end."""
-        return self._ended and self._last.endswith(TERMINATE)
+        return self._ended and self.last.endswith(TERMINATE)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether a client has said goodbye, or will say nothing more."""
+        return self._ended or self.last.endswith(TERMINATE)
 
     @property
     def over(self) -> bool:
@@ -108,7 +121,7 @@ class Endpoint(asyncio.Protocol):
             self._opened(self)
 
     def data_received(self, data: bytes) -> None:
-        self._last = data[-len(TERMINATE) :]
+        self.last = data[-_LAST:]
         if self._peer is None:
             self._arrived += data
             self._news.set()
@@ -127,7 +140,7 @@ class Endpoint(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
         self._news.set()
-        if self._peer is not None:
+        if self._peer is not None and self._passes_end:
             self._peer.transport.close()
 
     def pause_writing(self) -> None:
@@ -148,14 +161,14 @@ class Endpoint(asyncio.Protocol):
     def _pass_on_end(self) -> None:
         assert self._peer is not None
         transport = self._peer.transport
-        if not transport.is_closing() and transport.can_write_eof():
+        if self._passes_end and not transport.is_closing() and transport.can_write_eof():
             transport.write_eof()
 
 
 async def relay(client: Endpoint, server: Endpoint) -> None:
     """Pass bytes both ways until the server has said its last, or the client is gone."""
-    client.join(server)
-    server.join(client)
+    client.join(server, end=True)
+    server.join(client, end=False)
     try:
         await server.ended()
     finally:

@@ -9,14 +9,14 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 
-from pgtemp.errors import ClusterError
+from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.uri import ConnectionInfo
 
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
@@ -29,6 +29,8 @@ _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "gssencmode": "disable",
     "client_encoding": "UTF8",
 }
+# In which a warden tells that a server has died whose connections have broken.
+_MOMENTS, _MOMENT = 20, 0.01
 
 
 def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
@@ -96,10 +98,15 @@ def _libpq_environment() -> frozenset[tuple[str, str]]:
 
 
 class Admins:
-    """Administrative connections that stay open, one for each thread at work."""
+    """Administrative connections that stay open, one for each thread at work.
 
-    def __init__(self, to: ConnectionInfo) -> None:
+    Args:
+        check: raises where the server has died, which says more than what a connection hears of it.
+    """
+
+    def __init__(self, to: ConnectionInfo, check: Callable[[], None]) -> None:
         self._to = to
+        self._check = check
         self._idle: deque[psycopg.Connection[Any]] = deque()
         self._owner = os.getpid()
         self.closing = threading.Event()
@@ -112,7 +119,7 @@ class Admins:
                 "the cluster belongs to the process that this one was forked from",
                 remedy="make one in this process",
             )
-        with _told(self._to):
+        with self._told_of_a_crash(), _told(self._to):
             connection = self._get()
             try:
                 yield connection
@@ -121,6 +128,21 @@ class Admins:
                     connection.close()
                 else:
                     self._idle.append(connection)
+
+    @contextmanager
+    def _told_of_a_crash(self) -> Iterator[None]:
+        try:
+            yield
+        except ClusterError as error:
+            of = error.__cause__
+            lost = isinstance(of, psycopg.OperationalError) and of.sqlstate is None
+            for _ in range(_MOMENTS if lost else 0):
+                try:
+                    self._check()
+                except PgTempError as death:
+                    raise death from error
+                self.closing.wait(_MOMENT)
+            raise
 
     def _get(self) -> psycopg.Connection[Any]:
         """An idle connection that lives; tests like to terminate all others they find."""

@@ -55,7 +55,7 @@ class TenantCluster:
         self.cluster.start()
         try:
             to = provision.private_info(self.cluster, plan.superuser, admin.MAINTENANCE)
-            self._admins = Admins(to)
+            self._admins = Admins(to, self.cluster.check)
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
             self._residue = Residue(
                 self.cluster.data_dir, lambda name: name in self.names or name in self.kept

@@ -65,7 +65,7 @@ def choose(run_as: str | None) -> Identity:
     """
     uid = os.geteuid()
     if uid != 0:
-        name = _name_of(uid)
+        name = name_of(uid)
         if run_as not in (None, name, str(uid)):
             raise OptionError(
                 f"run_as={run_as!r}: only root can run PostgreSQL as another user",
@@ -101,10 +101,11 @@ def of(path: Path) -> Identity:
         OptionError: it is somebody else's, and the caller is not root.
     """
     uid = path.stat().st_uid
-    return choose(None if uid == os.geteuid() else _name_of(uid))
+    return choose(None if uid == os.geteuid() else name_of(uid))
 
 
-def _name_of(uid: int) -> str:
+def name_of(uid: int) -> str:
+    """A user's name; the number where there is no such user."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -162,6 +162,25 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def size_of(path: Path) -> int:
+    """Bytes that a directory and all in it take; what vanishes meanwhile does not count."""
+    try:
+        with os.scandir(path) as entries:
+            found = list(entries)
+    except OSError:
+        return 0
+    size = 0
+    for entry in found:
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                size += size_of(Path(entry.path))
+            else:
+                size += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return size
+
+
 def _has_room(base: Path) -> bool:
     return (
         os.access(base, os.W_OK | os.X_OK)

@@ -1,7 +1,8 @@
 """A cluster's home: the directory that holds its data, its socket, its log and its lease.
 
 pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
-    lease            locked while the owner or its warden lives; says keep or discard
+    lease            locked while the owner or its warden lives; says keep or discard, and who
+                     the owner is: its pid and when it started
     data/            the data directory
     server.log
     .s.PGSQL.5432    the socket; where the path is too long, a short link leads to it
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import locks, paths
+from pgtemp.host import locks, paths, processes
 from pgtemp.host.identity import Identity
 from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, removal
 
@@ -123,7 +124,9 @@ def reopen(path: Path, owner: Identity) -> Home:
 
 
 def _lease(path: Path, *, keep: bool) -> int:
-    return locks.create_locked(path / LEASE, KEEP if keep else DISCARD)
+    # For `pgtemp ls` alone: whether the owner lives is told by the lock.
+    owner = f"{os.getpid()} {processes.started(os.getpid())}\n".encode()
+    return locks.create_locked(path / LEASE, (KEEP if keep else DISCARD) + owner)
 
 
 def cannot_write(where: Path, error: OSError) -> ClusterError:

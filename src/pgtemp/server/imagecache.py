@@ -166,6 +166,18 @@ def _remove(path: Path) -> None:
             lock.unlink(missing_ok=True)
 
 
+def sweep() -> list[Path]:
+    """Remove what builders that were killed have left in the cache; what that was."""
+    left = []
+    for building in paths.usual_cache_dir().glob("*/*.building"):
+        lock = building.with_suffix(".lock")
+        if not locks.is_locked(lock):
+            with locks.locked(lock):
+                shutil.rmtree(building, ignore_errors=True)
+            left.append(building)
+    return left
+
+
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
     """When each image was last used, its size in bytes, and where it is."""
     for manifest in images.glob(f"*/{MANIFEST}"):

@@ -43,21 +43,35 @@ def libc(function: str, *arguments: int | None) -> int:
 def postgres_in(data_dir: str) -> list[int]:
     """Ids of the PostgreSQL processes that work in `data_dir`.
 
-    Every server process has its data directory as working directory, which a recycled pid cannot
-    have by chance. Without /proc (macOS) nothing is found.
+    Every server process has its data directory as working directory and is run by the user who
+    owns it, which a recycled pid cannot have by chance. A link in its place leads nowhere: it would
+    lead to somebody else's server. Without /proc (macOS) nothing is found.
     """
-    found = []
-    real = os.path.realpath(data_dir)
+    real = os.path.join(os.path.realpath(os.path.dirname(data_dir)), os.path.basename(data_dir))
+    try:
+        uid = os.lstat(real).st_uid
+    except OSError:
+        return []
+    return [pid for pid, cwd in all_postgres() if cwd == real and _uid_of(pid) == uid]
+
+
+def all_postgres() -> Iterator[tuple[int, str]]:
+    """Every process of PostgreSQL that can be looked at, and the directory it works in."""
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
-                if os.readlink(f"/proc/{name}/cwd") == real and os.path.basename(
-                    os.readlink(f"/proc/{name}/exe")
-                ).startswith("postgres"):
-                    found.append(int(name))
+                cwd = os.readlink(f"/proc/{name}/cwd")
+                if os.path.basename(os.readlink(f"/proc/{name}/exe")).startswith("postgres"):
+                    yield int(name), cwd
             except OSError:
                 continue
-    return found
+
+
+def _uid_of(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return -1
 
 
 def clear_crashed(data_dir: str) -> None:
@@ -140,10 +154,11 @@ def sweep(base: str) -> Iterator[None]:
         return
     for name in names:
         yield
-        yield from _sweep_one(os.path.join(base, name))
+        yield from sweep_home(os.path.join(base, name))
 
 
-def _sweep_one(home: str) -> Iterator[None]:
+def sweep_home(home: str, everyone: bool = False) -> Iterator[None]:
+    """The same for one home. `everyone`: also what other users' owners have left."""
     if os.path.islink(home):  # a short way to a home's socket
         if not os.path.exists(home) and os.lstat(home).st_uid == os.getuid():
             _quietly(lambda: os.unlink(home))
@@ -156,7 +171,7 @@ def _sweep_one(home: str) -> Iterator[None]:
     except OSError:
         return
     try:
-        if os.fstat(lease).st_uid != os.getuid():
+        if os.fstat(lease).st_uid != os.getuid() and not everyone:
             return
         try:
             fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,18 +187,25 @@ def _sweep_one(home: str) -> Iterator[None]:
         os.close(lease)
 
 
+def is_half_made(home: str) -> bool:
+    """Whether a directory without a lease is one that nobody makes or removes any more.
+
+    A kept home has no lease either, but it has data; what was set aside never is kept.
+    """
+    try:
+        made = os.lstat(home).st_mtime
+    except OSError:
+        return False
+    old = time.time() - made > HALF_MADE
+    return home.endswith(ASIDE) or (old and not os.path.lexists(os.path.join(home, DATA)))
+
+
 def _sweep_half_made(home: str) -> Iterator[None]:
     try:
-        status = os.lstat(home)
+        uid = os.lstat(home).st_uid
     except OSError:
         return
-    if status.st_uid != os.getuid() and os.getuid() != 0:
-        return
-    # A kept home has no lease either, but it has data; what was set aside never is kept.
-    half_made = (
-        status.st_uid == os.getuid()
-        and time.time() - status.st_mtime > HALF_MADE
-        and not os.path.lexists(os.path.join(home, DATA))
-    )
-    if half_made or home.endswith(ASIDE):
+    # What was set aside is the server's user's, where root runs it.
+    mine = uid == os.getuid() or (os.getuid() == 0 and home.endswith(ASIDE))
+    if mine and is_half_made(home):
         yield from removal(home)

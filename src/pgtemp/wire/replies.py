@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, frame
 
 _LATEST = PROTOCOL_3 + 2
+_READY = b"Z\x00\x00\x00\x05"  # the status follows
+_TAKEN_ALONG = b"\x00C57P01\x00", b"\x00C57P02\x00"  # admin_shutdown, crash_shutdown
 _PASSWORD = b"p"  # PasswordMessage, SASLInitialResponse, SASLResponse, GSSResponse
 
 
@@ -36,6 +38,19 @@ def greeting(version: int, parameters: dict[str, str], server_version: str) -> b
     for name, value in (("server_version", server_version), ("client_encoding", "UTF8")):
         answer += frame(b"S", name.encode() + b"\x00" + value.encode() + b"\x00")
     return answer + frame(b"K", bytes(8)) + frame(b"Z", b"I")
+
+
+def broke_off(last: bytes) -> bool:
+    """Whether a server that ended after these bytes has crashed, with no message half said.
+
+    Backends that a crash has taken along say so in a notice, if anything, which no program shows.
+    """
+    if last[-6:-1] == _READY:
+        return True
+    _, begin, rest = last.rpartition(b"N\x00\x00")
+    notice = begin + rest
+    whole = bool(begin) and len(notice) == 1 + int.from_bytes(notice[1:5], "big")
+    return whole and any(code in notice for code in _TAKEN_ALONG)
 
 
 @dataclass(slots=True)

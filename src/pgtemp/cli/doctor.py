@@ -1,0 +1,52 @@
+"""`pgtemp doctor`: what there is on this machine, and what is in the way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pgtemp.cli import show
+from pgtemp.cli.flags import flags_of, values_given
+from pgtemp.cli.progress import show_progress
+from pgtemp.doctor import Check, examine
+from pgtemp.options import ServerOptions
+
+_TAKEN = ("bin_dir", "version", "run_as", "data_dir_prefix")
+_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+_INDENT = " " * 22
+
+
+@click.command()
+@flags_of(ServerOptions, leave_out={one.name for one in fields(ServerOptions)} - {*_TAKEN})
+@show.as_json
+def doctor(json_wanted: bool, **given: Any) -> int:
+    """Look at all that servers need here: each with a verdict and, where need be, a cure.
+
+    A server is started, too. The exit status is 1 where something fails.
+    """
+    show_progress()
+    console = Console(highlight=False, soft_wrap=True)
+    checks = []
+    for check in examine(ServerOptions(**values_given(given))):
+        checks.append(check)
+        if not json_wanted:
+            _print(console, check)
+    failed = any(check.verdict == "failed" for check in checks)
+    if json_wanted:
+        show.json_object({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    return 1 if failed else 0
+
+
+def _print(console: Console, check: Check) -> None:
+    first, *more = check.found.split("\n")
+    colour = _COLOURS[check.verdict]
+    console.print(f"[{colour}]{check.verdict:9}[/] [bold]{check.name:11}[/] ", end="")
+    console.print(first, markup=False)
+    for line in more:
+        console.print(_INDENT + line, markup=False)
+    if check.cure:
+        console.print(f"{_INDENT}[bold]cure:[/] ", end="")
+        console.print(check.cure, markup=False)

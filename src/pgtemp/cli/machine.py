@@ -1,0 +1,103 @@
+"""`pgtemp ls` and `pgtemp sweep`: who has servers on this machine, and what others have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgtemp.cli import show
+from pgtemp.daemon import owners
+from pgtemp.host import identity
+from pgtemp.server import imagecache, inventory
+from pgtemp.server.inventory import Found
+
+_directories = click.argument(
+    "directories", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+
+
+@click.command()
+@_directories
+@show.as_json
+def ls(directories: Sequence[Path], json_wanted: bool) -> int:
+    """List all owners of servers on this machine: daemons, test runs, programs.
+
+    DIRECTORIES are looked into too (data_dir_prefix), for what was left there.
+    """
+    homes = inventory.homes(directories)
+    found = owners.of(homes)
+    left = [one for one in homes if not one.lives]
+    closed = [one for one in homes if not one.open]
+    if json_wanted:
+        show.json_object(
+            {
+                "owners": [asdict(one) for one in found],
+                "left": [_described(one) for one in left],
+                "closed": [str(one.path) for one in closed],
+            }
+        )
+        return 0
+    if found:
+        titles = "PID", "USER", "AGE", "SERVERS", "DATABASES", "LEASES", "SIZE", "COMMAND"
+        show.table(titles, [_row(one) for one in found])
+    else:
+        click.echo("nobody has a server here")
+    if closed:
+        users = ", ".join(sorted({identity.name_of(one.uid) for one in closed}))
+        click.echo(f"of other users ({users}): {len(closed)} directories, closed to you")
+    if left:
+        size = show.size(sum(one.size for one in left))
+        click.echo(f"left by owners that are gone: {len(left)} directories, {size}; pgtemp sweep")
+    return 0
+
+
+def _row(one: owners.Owner) -> Sequence[str]:
+    leases = str(len(one.leases)) if one.leases is not None else ""
+    return (
+        str(one.pid or "?"), one.user, show.age(one.age), str(one.servers),
+        str(one.databases), leases, show.size(one.size), one.command,
+    )  # fmt: skip
+
+
+@click.command()
+@_directories
+@click.option("--dry-run", is_flag=True, help="only say what there is")
+@show.as_json
+def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
+    """Take away what owners that are gone have left: processes, directories, shared memory.
+
+    Each start of a server does that too, where it makes its own. DIRECTORIES are looked into as
+    well (data_dir_prefix). What somebody holds, and what was kept on purpose, stays.
+    """
+    left = [one for one in inventory.homes(directories) if not one.lives]
+    described = [_described(one) for one in left]
+    stays = [one for one in left if not dry_run and not one.sweep()]
+    caches = [] if dry_run else imagecache.sweep()
+    if json_wanted:
+        found = {"found": described, "stays": [str(one.path) for one in stays]}
+        show.json_object({**found, "cache": [str(one) for one in caches], "dry_run": dry_run})
+        return 1 if stays else 0
+    word = "found" if dry_run else "removed"
+    for one, facts in zip(left, described, strict=True):
+        what = "stays, it belongs to somebody else:" if one in stays else word
+        processes = f", {len(facts['processes'])} processes" if facts["processes"] else ""
+        click.echo(f"{what} {one.path} ({show.size(facts['bytes'])}{processes})")
+    for path in caches:
+        click.echo(f"removed {path}, which was never finished")
+    if not left and not caches:
+        click.echo("nothing was left")
+    return 1 if stays else 0
+
+
+def _described(one: Found) -> dict[str, Any]:
+    return {
+        "path": str(one.path),
+        "user": identity.name_of(one.uid),
+        "bytes": one.size,
+        "processes": list(one.processes),
+        "keep": one.keep,
+    }

@@ -1,0 +1,51 @@
+"""How commands show what they have found: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+_WIDE = 200  # characters a line, where it is not a terminal's
+
+as_json = click.option("--json", "json_wanted", is_flag=True, help="say it as one JSON object")
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; what is all digits, or empty, goes to the right."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column, title in enumerate(titles):
+        numbers = all(row[column].replace(" ", "")[:1].isdigit() for row in rows)
+        shown.add_column(title, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def json_object(said: dict[str, Any]) -> None:
+    """Print an object."""
+    click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+
+
+def size(count: int) -> str:
+    """Bytes, for people."""
+    if count < 1 << 20:
+        return f"{count >> 10} kB"
+    return f"{count >> 20} MB" if count < 10 << 30 else f"{count >> 30} GB"
+
+
+def age(seconds: float | None) -> str:
+    """Seconds, for people."""
+    if seconds is None:
+        return "?"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

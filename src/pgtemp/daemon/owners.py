@@ -1,0 +1,64 @@
+"""Who has servers on this machine: daemons, test runs, whatever uses the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pgtemp.daemon import control
+from pgtemp.host import identity, processes
+from pgtemp.server.inventory import Found
+from pgtemp.uri import redact
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process and its servers.
+
+    Attributes:
+        pid: None where the owner is gone, and its warden is taking its servers away.
+        user: as whom PostgreSQL runs.
+        command: its command line, passwords left out.
+        age: seconds since it was started.
+        databases: made in its servers, those that are kept ready too.
+        size: bytes that its servers take.
+        uri: where a daemon serves, without its password.
+        leases: of a daemon, as its log tells them; None for others.
+    """
+
+    pid: int | None
+    user: str
+    command: str
+    age: float | None
+    servers: int
+    databases: int
+    size: int
+    uri: str | None
+    leases: Sequence[dict[str, Any]] | None
+
+
+def of(homes: Iterable[Found]) -> list[Owner]:
+    """The owners of homes that live, oldest first."""
+    grouped: dict[int | None, list[Found]] = {}
+    for one in homes:
+        if one.lives and one.open:
+            grouped.setdefault(one.owner, []).append(one)
+    found = [_owner(pid, theirs) for pid, theirs in grouped.items()]
+    return sorted(found, key=lambda owner: -(owner.age or 0))
+
+
+def _owner(pid: int | None, theirs: Sequence[Found]) -> Owner:
+    said = next((answer for one in theirs if (answer := control.ask(one.path))), {})
+    words = processes.command(pid).split(" ") if pid is not None else []
+    return Owner(
+        pid=pid,
+        user=identity.name_of(max(one.uid for one in theirs)),
+        command=" ".join(redact(word) if "://" in word else word for word in words),
+        age=processes.age(pid) if pid is not None else None,
+        servers=sum(bool(one.processes) for one in theirs),
+        databases=sum(one.databases for one in theirs),
+        size=sum(one.size for one in theirs),
+        uri=said.get("uri"),
+        leases=said.get("leases"),
+    )

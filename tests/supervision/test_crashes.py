@@ -1,0 +1,208 @@
+"""What dies on its own: wardens, postmasters, backends, clients; what is told, and what goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from conftest import leftovers
+from owner import is_running
+from pgtemp import Cluster, ClusterError, PgTempDB
+from pgtemp.server import warden
+from pgtemp.server.remains import postgres_in
+from support import Daemon, children, eventually, homes
+
+LOOP = b"DO $$ BEGIN LOOP END LOOP; END $$"
+TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+
+
+def postmaster_of(connection: psycopg.Connection[tuple[object, ...]]) -> int:
+    row = connection.execute(
+        "SELECT (string_to_array(pg_read_file('postmaster.pid'), E'\\n'))[1]"
+    ).fetchone()
+    assert row is not None
+    return int(str(row[0]))
+
+
+def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
+    """PostgreSQL goes by its death signal; a new warden serves the next server."""
+    db = PgTempDB().start()
+    data_dir = db.data_dir
+    busy = db.connect()
+    busy.pgconn.send_query(LOOP)
+    os.kill(warden.current().pid, signal.SIGKILL)
+    assert eventually(lambda: postgres_in(str(data_dir)) == [])
+    busy.close()
+    with PgTempDB() as another, another.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert data_dir.exists(), "its owner lives, so no sweep may take it"
+    db.stop()
+    assert not data_dir.parent.exists()
+
+
+def test_a_killed_postmaster_leaves_no_busy_loop() -> None:
+    """A backend that computes outlives its postmaster; the error names the crash and the log."""
+    db = PgTempDB(config={"log_min_messages": "info"}).start()
+    data_dir = db.data_dir
+    busy = db.connect()
+    with db.connect() as connection:
+        connection.execute("DO $$ BEGIN RAISE LOG 'the last words'; END $$")
+        pid = postmaster_of(connection)
+    segment = (data_dir / "postmaster.pid").read_text().split("\n")[6].split()[1]
+    busy.pgconn.send_query(LOOP)
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: postgres_in(str(data_dir)) == [])
+    assert eventually(lambda: f" {segment} " not in Path("/proc/sysvipc/shm").read_text())
+    with pytest.raises(ClusterError, match=f"pid {pid}.*killed by signal 9") as died:
+        db.check()
+    assert any("the last words" in line for line in died.value.details)
+    busy.close()
+    db.stop()
+    assert leftovers(data_dir) == []
+
+
+def test_a_dead_server_of_a_cluster_is_told() -> None:
+    """Asking for a database names the crash, and the log's tail is there."""
+    with Cluster() as cluster:
+        with cluster.database().connect() as connection:
+            os.kill(postmaster_of(connection), signal.SIGKILL)
+            assert eventually(lambda: _dead(connection))
+        assert eventually(lambda: "killed by signal 9" in _refusal(cluster))
+
+
+def _refusal(cluster: Cluster) -> str:
+    """What is said to who asks for databases, after those that were ready before."""
+    with pytest.raises(ClusterError) as refused:
+        for _ in range(100):
+            cluster.database().close()
+    return str(refused.value)
+
+
+def _dead(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
+    try:
+        connection.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_backend_that_crashes_ends_its_neighbours_clearly(
+    daemon: type[Daemon], number: int
+) -> None:
+    """They hear why; the daemon leases again, new and empty."""
+    served = daemon()
+    with (
+        psycopg.connect(served.uri, autocommit=True) as victim,
+        psycopg.connect(served.uri, autocommit=True) as neighbour,
+    ):
+        neighbour.execute("CREATE TABLE t AS SELECT 1 AS n")
+        row = victim.execute("SELECT pg_backend_pid()").fetchone()
+        assert row is not None
+        os.kill(row[0], number)
+        with pytest.raises(psycopg.errors.CrashShutdown, match="after a crash") as told:
+            assert not eventually(lambda: _answers(neighbour))
+        assert f"terminated by signal {number}" in str(told.value)
+    assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+    status, errors = served.end()
+    assert status == 0
+    assert "Traceback" not in errors
+
+
+def _answers(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
+    """Raises as soon as the connection is gone."""
+    connection.execute("SELECT 1")
+    return False
+
+
+def _fresh(uri: str) -> bool:
+    try:
+        with psycopg.connect(uri, connect_timeout=10) as connection:
+            return connection.execute(TABLES).fetchone() == (0,)
+    except psycopg.OperationalError:
+        return False
+
+
+@pytest.mark.parametrize("isolation", ["database", "cluster"])
+def test_a_postmaster_that_is_killed(daemon: type[Daemon], isolation: str) -> None:
+    """With a busy loop in it: the loop goes, the next lease is there, the log names the crash."""
+    before = homes()
+    served = daemon("--isolation", isolation)
+    with psycopg.connect(served.uri, autocommit=True) as connection:
+        pid = postmaster_of(connection)
+        found = [home for home in homes() - before if pid in postgres_in(f"{home}/data")]
+        connection.pgconn.send_query(LOOP)
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not postgres_in(f"{found[0]}/data"))
+        assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+        connection.close()
+    _, errors = served.end()
+    if isolation == "database":  # else it is the one lease's own affair
+        assert "was killed by signal 9" in errors
+    assert "Traceback" not in errors
+    assert eventually(lambda: homes() <= before)
+
+
+def test_a_daemon_outlives_its_warden_and_sweeps(daemon: type[Daemon]) -> None:
+    """Its servers die with the warden; leases go on in new ones, and what was left goes."""
+    before = homes()
+    served = daemon()
+    psycopg.connect(served.uri).close()
+    (pid,) = (p for p, name in children(served.process.pid).items() if name.startswith("python"))
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+    assert served.end()[0] == 0
+    assert eventually(lambda: homes() <= before)
+
+
+PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.fixture
+def namespace() -> list[str]:
+    """A command that makes what follows process 1 of a pid namespace of its own."""
+    tried = subprocess.run([*PID_1, "true"], check=False, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no pid namespace can be made: {tried.stderr.strip()}")
+    return PID_1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_as_process_1(namespace: list[str], number: int) -> None:
+    """As in a container: signals end it, orphans are reaped, nothing is left."""
+    before = homes()
+    served = Daemon(before=namespace)
+    (first,) = children(served.process.pid)
+    with psycopg.connect(served.uri, autocommit=True) as connection:
+        # A program that a backend starts, and whose parent ends before it does.
+        connection.execute("COPY (SELECT 1) TO PROGRAM '(sleep 0.2; exit 3) & exit 0'")
+    [killed] = [pid for pid, name in _tree(first).items() if name == "python" and pid != first][1:]
+    os.kill(killed, signal.SIGKILL)  # the warden: its postmasters are process 1's now
+    assert eventually(lambda: _fresh(served.uri))
+    assert eventually(lambda: not _zombies(first)), _tree(first)
+    busy = psycopg.connect(served.uri)
+    busy.pgconn.send_query(LOOP)
+    os.kill(first, number)
+    served.process.wait(timeout=30)
+    busy.close()
+    status, errors = served.end()
+    assert status == (130 if number == signal.SIGINT else 0)
+    assert "Traceback" not in errors
+    assert eventually(lambda: homes() <= before)
+
+
+def _tree(pid: int) -> dict[int, str]:
+    """A process and all that come from it, with their names."""
+    found = {pid: Path(f"/proc/{pid}/comm").read_text().strip()}
+    for child in children(pid):
+        found |= _tree(child)
+    return found
+
+
+def _zombies(pid: int) -> list[int]:
+    return [one for one in _tree(pid) if not is_running(one)]

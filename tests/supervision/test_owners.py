@@ -1,0 +1,394 @@
+"""However an owner ends, and whatever its servers do just then, nothing of them is left."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from owner import Owner, is_computing
+from pgtemp.server.remains import LEASE, postgres_in
+from project import Project
+from support import Daemon, eventually, homes
+
+START = """
+db = PgTempDB().start()
+mine(db.data_dir)
+"""
+
+
+@pytest.fixture
+def owners() -> Iterator[Callable[[str], Owner]]:
+    """Starts owners; kills those that the test has not ended."""
+    started = []
+
+    def start(script: str) -> Owner:
+        started.append(Owner(script))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.kill()
+
+
+Owners = Callable[[str], Owner]
+
+
+def gone(owner: Owner) -> bool:
+    return eventually(lambda: owner.left() == [])
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "pass",
+        "sys.exit(3)",
+        "raise SystemExit",
+        "os._exit(1)",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "os.abort()",
+        "import faulthandler; faulthandler._sigsegv()",
+    ],
+)
+def test_nothing_outlives_its_owner(owners: Owners, then: str) -> None:
+    """However a process ends, its server and its directory end with it."""
+    owner = owners(START + then)
+    owner.end()
+    assert gone(owner)
+
+
+FORK = """
+if os.fork() == 0:
+    tell("child")
+    sys.stdin.read()
+    os._exit(0)
+"""
+MULTIPROCESSING = """
+import multiprocessing
+inherited = os.dup(0)
+def work():
+    tell("child")
+    os.read(inherited, 1)
+multiprocessing.get_context("fork").Process(target=work).start()
+"""
+
+
+@pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "os.execv('/bin/true', ['true'])"])
+@pytest.mark.parametrize("fork", [FORK, MULTIPROCESSING], ids=["fork", "multiprocessing"])
+def test_a_forked_child_that_lives_on_holds_nothing(owners: Owners, then: str, fork: str) -> None:
+    """It has copies of its parent's descriptors, and outlives it."""
+    owner = owners(START + fork + then)
+    owner.hear("child")
+    owner.process.wait(timeout=60)
+    assert gone(owner)
+    owner.end()
+
+
+IDLE = "connection = db.connect()\nconnection.execute('SELECT 1')\n"
+BUSY = "db.connect().execute('DO $$ BEGIN LOOP END LOOP; END $$')\n"
+
+
+@pytest.mark.parametrize("work", [IDLE, BUSY], ids=["idle", "busy"])
+def test_a_killed_owner_with_a_client(owners: Owners, work: str) -> None:
+    """SIGKILL, its client idle or in the middle of a loop that listens to nobody."""
+    owner = owners(START + "tell('begins')\n" + work + "tell('idle')\nsys.stdin.read()")
+    owner.hear("begins")
+    (server,) = owner.servers
+    if work is IDLE:
+        owner.hear("idle")
+    else:
+        assert eventually(lambda: any(map(is_computing, postgres_in(str(server.data_dir)))))
+    owner.kill()
+    assert gone(owner)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("where", ["begin", "first", "rest", "warm"])
+def test_an_owner_killed_while_starting_leaves_nothing(
+    where: str, keep: bool, open_dir: Path
+) -> None:
+    """At whatever step of a start its owner is killed, no half-made home stays, kept or not."""
+    script = (
+        "import os\n"
+        "from pgtemp import PgTempDB\n"
+        "from pgtemp.server import image\n"
+        "with PgTempDB(): pass\n"
+        f"whole = image.Image.{where}\n"
+        "def die(self, target, owner):\n"
+        f"    if {where!r} != 'begin': whole(self, target, owner)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        f"image.Image.{where} = die\n"
+        f"PgTempDB(data_dir_prefix={str(open_dir)!r}, persist={keep}).start()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert eventually(lambda: list(open_dir.iterdir()) == [])
+
+
+CLUSTER = """
+import psycopg
+def build(uri):
+    with psycopg.connect(uri, autocommit=True) as connection:
+        rows = "SELECT n, repeat('x', 900) FROM generate_series(1, 30000) n"
+        connection.execute(f"CREATE TABLE big AS {rows}")
+cluster = Cluster().start()
+template = cluster.template("big", build)
+connection = template.database().connect()
+mine(Path(connection.execute("SHOW data_directory").fetchone()[0]))
+"""
+CLONING = (
+    CLUSTER
+    + """
+tell("clones")
+while True:
+    template.database().close()
+"""
+)
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_owner_killed_while_cloning(owners: Owners, moment: int) -> None:
+    """In the middle of a CREATE DATABASE that copies files."""
+    owner = owners(CLONING)
+    owner.hear("clones")
+    (server,) = owner.servers
+    base = server.data_dir / "base"
+    for _ in range(moment + 1):  # another one begins
+        before = set(os.listdir(base))
+        assert eventually(lambda before=before: bool(set(os.listdir(base)) - before))  # type: ignore[misc]
+    owner.kill()
+    assert gone(owner)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_owner_killed_while_stopping(owners: Owners, keep: bool, open_dir: Path) -> None:
+    """After it has asked for the end, before that has come; what is to be kept stays whole."""
+    owner = owners(
+        f"""
+        db = PgTempDB(persist={keep}, data_dir_prefix={str(open_dir)!r}).start()
+        mine(db.data_dir)
+        with db.connect() as connection:
+            connection.execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 100000) n")
+        warden.Process._receive = lambda self, seconds: os.kill(os.getpid(), 9)
+        db.stop()
+        """
+    )
+    assert owner.end() == -signal.SIGKILL
+    (server,) = owner.servers
+    if not keep:
+        assert gone(owner)
+        assert eventually(lambda: list(open_dir.iterdir()) == [])
+        return
+    home = server.data_dir.parent
+    assert eventually(lambda: server.left() == [home])
+    assert eventually(lambda: not (home / LEASE).exists())
+    assert not (server.data_dir / "postmaster.pid").exists(), "it was not shut down cleanly"
+
+
+def test_the_end_of_a_child_is_not_the_end_of_its_parents_server(owners: Owners) -> None:
+    """`sys.exit` in a child runs destructors and atexit; the parent's server lives."""
+    owner = owners(
+        START
+        + """
+for end in (sys.exit, lambda: os._exit(0), lambda: db.stop(), lambda: os.kill(os.getpid(), 9)):
+    if os.fork() == 0:
+        end()
+        sys.exit()
+    os.wait()
+    with db.connect() as connection:
+        tell("alive", connection.execute("SELECT 7").fetchone())
+sys.stdin.readline()
+"""
+    )
+    for _ in range(4):
+        assert "(7,)" in owner.hear("alive")
+    assert owner.end() == 0
+    assert gone(owner)
+
+
+@pytest.mark.parametrize("daemonic", [False, True])
+def test_a_server_outlives_the_thread_that_started_it(owners: Owners, daemonic: bool) -> None:
+    """Its death signal does not hang on that thread; and the process takes it along."""
+    owner = owners(
+        f"""
+        started = []
+        def work():
+            started.append(PgTempDB().start())
+            if {daemonic}:
+                tell("waits")
+                threading.Event().wait()  # until the process ends, which does not ask it
+        thread = threading.Thread(target=work, daemon={daemonic})
+        thread.start()
+        thread.join(None if not {daemonic} else 0)
+        while not started: pass
+        (db,) = started
+        mine(db.data_dir)
+        with db.connect() as connection:
+            tell("alive", connection.execute("SELECT 7").fetchone())
+        sys.stdin.readline()
+        """
+    )
+    assert "(7,)" in owner.hear("alive")
+    assert owner.end() == 0
+    assert gone(owner)
+
+
+def test_a_handle_that_is_dropped_in_another_thread(owners: Owners) -> None:
+    """A daemonic thread in the middle of a start, when the process ends."""
+    owner = owners(
+        START
+        + """
+def work():
+    while True:
+        PgTempDB().start()
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+tell("starts")
+sys.stdin.readline()
+"""
+    )
+    before = homes()
+    owner.hear("starts")
+    assert eventually(lambda: len(homes() - before) > 3)
+    owner.end()
+    assert gone(owner)
+
+
+def test_ctrl_c_on_a_terminal(open_dir: Path) -> None:
+    """It reaches the owner alone: its database is alive in the KeyboardInterrupt, gone after."""
+    script = """
+from pgtemp import PgTempDB
+with PgTempDB(data_dir_prefix=%r) as db:
+    connection = db.connect()
+    try:
+        print("waits", flush=True)
+        connection.execute("SELECT pg_sleep(60)")
+    except KeyboardInterrupt:
+        with db.connect() as another:
+            print("alive", another.execute("SELECT 7").fetchone(), flush=True)
+        raise
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", script % str(open_dir)])
+    said = _hear(terminal, b"waits")
+    os.write(terminal, b"\x03")
+    said += _hear(terminal, b"KeyboardInterrupt")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert b"(7,)" in said
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
+    assert eventually(lambda: list(open_dir.iterdir()) == [])
+
+
+def _hear(terminal: int, word: bytes) -> bytes:
+    said = b""
+    while word not in said:
+        try:
+            said += os.read(terminal, 4096)
+        except OSError:  # its other end is closed
+            raise AssertionError(said.decode()) from None
+    return said
+
+
+def test_a_killed_worker_of_xdist(project: Project) -> None:
+    """Of four, one is killed in a test: its server goes, the others' and their tests go on."""
+    before = homes()
+    project.plugins.append("xdist")
+    result = project.run(
+        "-n", "4", "--max-worker-restart=2",
+        text="""
+            import os, signal
+            import pytest
+
+            @pytest.mark.parametrize("n", range(24))
+            def test_it(pgtemp, n):
+                with pgtemp.connect() as connection:
+                    assert connection.execute("SELECT count(*) FROM account").fetchone() == (0,)
+                    if n == 9:
+                        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )  # fmt: skip
+    assert result.count("passed") == 23, result.output
+    assert result.count("failed") == 1, result.output
+    assert "crashed while running" in result.output
+    assert eventually(lambda: homes() <= before)
+
+
+def _daemon_busy(served: Daemon) -> list[psycopg.Connection[tuple[object, ...]]]:
+    """An idle client, one in a loop that listens to nobody, and many just coming."""
+    idle = psycopg.connect(served.uri)
+    idle.execute("SELECT 1")
+    busy = psycopg.connect(served.uri)
+    busy.pgconn.send_query(b"DO $$ BEGIN LOOP END LOOP; END $$")
+    coming = [psycopg.connect(served.uri) for _ in range(12)]
+    return [idle, busy, *coming]
+
+
+@pytest.mark.parametrize("isolation", ["database", "cluster"])
+@pytest.mark.parametrize("first", [None, signal.SIGTERM])
+def test_a_killed_daemon(daemon: type[Daemon], isolation: str, first: int | None) -> None:
+    """With clients idle, busy and coming; also while it is stopping already."""
+    before = homes()
+    served = daemon("--isolation", isolation)
+    clients = _daemon_busy(served)
+    found = homes() - before
+    if first is not None:
+        served.process.send_signal(first)
+    served.end(signal.SIGKILL)
+    assert eventually(lambda: homes() <= before)
+    assert not [pid for home in found for pid in postgres_in(f"{home}/data")]
+    for client in clients:
+        client.close()
+
+
+def test_a_stop_does_not_wait_for_a_busy_client(daemon: type[Daemon]) -> None:
+    """A loop that listens to nobody does not hold up the daemon's end."""
+    before = homes()
+    served = daemon()
+    clients = _daemon_busy(served)
+    assert served.end(signal.SIGTERM) == (0, "")
+    assert eventually(lambda: homes() <= before)
+    for client in clients:
+        client.close()
+
+
+ALIVE = """
+tell("waits")
+sys.stdin.readline()
+tell("alive", connection.execute("SELECT 7").fetchone())
+"""
+
+
+@pytest.mark.slow
+def test_a_minute_in_a_debugger(owners: Owners, daemon: type[Daemon]) -> None:
+    """Owners that stand still for a minute find their databases as they were."""
+    alone = owners(START + IDLE + ALIVE)
+    shared = owners(CLUSTER + ALIVE)
+    alone.hear("waits")
+    shared.hear("waits")
+    served = daemon()
+    with psycopg.connect(served.uri) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 7 AS n")
+        connection.commit()
+        stopped = [alone.process, shared.process, served.process]
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+        assert not eventually(lambda: bool(alone.left() == [] or shared.left() == []), 60)
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+        assert connection.execute("SELECT n FROM t").fetchone() == (7,)
+    for owner in (alone, shared):
+        owner.say("go")
+        assert "(7,)" in owner.hear("alive")
+        assert owner.end() == 0
+        assert gone(owner)
