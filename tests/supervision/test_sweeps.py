@@ -158,6 +158,20 @@ def test_pid_and_start_time_tell_an_owner(open_dir: Path) -> None:
         assert (found.owner, found.lives) == (None, True)
 
 
+def test_a_sweep_takes_what_is_half_made_and_no_folder_of_another_kind(open_dir: Path) -> None:
+    """A folder of kept databases, or a cache, is no home that was never finished, however old."""
+    half_made, failed = open_dir / "pgtemp-halfmade", open_dir / "pgtemp-failed"
+    half_made.mkdir()
+    (half_made / "lease.new").touch()
+    (failed / "20250101-000000-1").mkdir(parents=True)
+    for old in (half_made, failed):
+        os.utime(old, (1e9, 1e9))
+    with PgTempDB(data_dir_prefix=open_dir):
+        assert eventually(lambda: not half_made.exists())
+    assert eventually(lambda: list(open_dir.iterdir()) == [failed])
+    assert list(failed.iterdir()) != []
+
+
 def test_what_is_just_being_made_is_nobodys_leftover(open_dir: Path) -> None:
     """A directory without a lease may get one; only an old one was left."""
     new, old = open_dir / "pgtemp-new", open_dir / "pgtemp-old"

@@ -53,5 +53,6 @@ def create_locked(path: Path, content: bytes) -> int:
         os.rename(fresh, path)
     except BaseException:
         os.close(descriptor)
+        fresh.unlink(missing_ok=True)
         raise
     return descriptor

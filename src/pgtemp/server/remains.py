@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREFIX = "pgtemp-"
 ASIDE = ".gone"
 LEASE = "lease"
+NEW = ".new"  # of a file that gets its name when it is whole
 DATA = "data"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
@@ -190,14 +191,14 @@ def sweep_home(home: str, everyone: bool = False) -> Iterator[None]:
 def is_half_made(home: str) -> bool:
     """Whether a directory without a lease is one that nobody makes or removes any more.
 
-    A kept home has no lease either, but it has data; what was set aside never is kept.
+    What was set aside never is kept. Other directories may have such a name (a kept home, the
+    folder of failed tests, a cache), but there is something in them.
     """
     try:
-        made = os.lstat(home).st_mtime
+        old = time.time() - os.lstat(home).st_mtime > HALF_MADE
+        return home.endswith(ASIDE) or (old and set(os.listdir(home)) <= {LEASE + NEW})
     except OSError:
         return False
-    old = time.time() - made > HALF_MADE
-    return home.endswith(ASIDE) or (old and not os.path.lexists(os.path.join(home, DATA)))
 
 
 def _sweep_half_made(home: str) -> Iterator[None]:
