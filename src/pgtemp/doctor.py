@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pgtemp.errors import PgTempError
-from pgtemp.host import identity, paths, ports, processes
+from pgtemp.host import identity, paths, ports, processes, room
 from pgtemp.options import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.server import installation, inventory
@@ -87,7 +87,7 @@ def _locale(_: ServerOptions) -> _Finding:
 
 def _scratch(options: ServerOptions) -> _Finding:
     base = paths.scratch_base(options.data_dir_prefix, keep=False)
-    kind, free = paths.filesystem_type(base), paths.free_bytes(base) >> 20
+    kind, free = paths.filesystem_type(base), room.free_bytes(base) >> 20
     found = f"{base} ({kind}, {free} MB free)"
     if kind in ("tmpfs", "ramfs"):
         return "ok", found, ""
@@ -115,9 +115,9 @@ def _loopback(_: ServerOptions) -> _Finding:
 def _cache(_: ServerOptions) -> _Finding:
     place = paths.cache_dir()
     images = sorted((place / "images").glob("*/manifest.json"))
-    size = paths.size_of(place) >> 20
+    size = room.size_of(place) >> 20
     kind = paths.filesystem_type(place)
-    found = f"{place} ({kind}, {paths.free_bytes(place) >> 20} MB free), "
+    found = f"{place} ({kind}, {room.free_bytes(place) >> 20} MB free), "
     found += f"{len(images)} images, {size} MB with the programs"
     if kind in _NETWORK:
         cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"

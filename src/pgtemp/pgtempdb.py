@@ -129,7 +129,8 @@ class PgTempDB:
         Nothing happens where it is not running, or in a forked child: the parent's it is.
 
         Raises:
-            TransferError: the dump failed; the server is ended all the same.
+            PgTempError: the dump failed, or the note beside kept data could not be written; the
+                server is ended all the same.
         """
         if self._owner != os.getpid():
             return
@@ -144,10 +145,12 @@ class PgTempDB:
                         cluster.blueprint.installation, self._private(cluster), self.options.dump
                     )
             finally:
-                if self.options.persist:
-                    write_note(cluster.home.path, Note(self.options.user, self.options.dbname))
-                    self._kept = cluster.home.path
-                cluster.stop()
+                try:
+                    if self.options.persist:
+                        self._kept = cluster.home.path
+                        write_note(self._kept, Note(self.options.user, self.options.dbname))
+                finally:
+                    cluster.stop()
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL, with pg_dump.

@@ -28,4 +28,5 @@ def set_up(level: str, *, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     lines = logging.Formatter("pgtemp: %(levelname)s: %(message)s")
     handler.setFormatter(_Json() if as_json else lines)
+    logging.raiseExceptions = False  # what cannot be logged, on a full disk, is no reason to end
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -68,7 +69,8 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
 
 
 def _print_line(text: str) -> None:
-    click.echo(text, err=True)
+    with suppress(OSError):  # on a full disk; what goes on is worth more
+        click.echo(text, err=True)
 
 
 def _print_ready(served: Announcement) -> None:

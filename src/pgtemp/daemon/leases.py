@@ -24,7 +24,7 @@ from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
 from pgtemp.databases.pool import PoolClosedError
 from pgtemp.databases.supply import Place
-from pgtemp.errors import LimitError, NoDatabaseError, PgTempError
+from pgtemp.errors import ClusterError, LimitError, NoDatabaseError, PgTempError
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
@@ -81,6 +81,8 @@ class Leases:
             lease.opening.result()
         except BaseException as error:
             await self.leave(lease, client)
+            if isinstance(error, OSError):  # of making a place; not the client's connection
+                error = ClusterError(f"no database could be made: {error}")
             if isinstance(error, PgTempError):
                 raise refusal(error) from error
             raise

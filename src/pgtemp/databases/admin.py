@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -11,6 +12,7 @@ from psycopg import errors, sql
 
 from pgtemp.databases import connections
 from pgtemp.databases.secret import Secret
+from pgtemp.host import room
 from pgtemp.uri import ConnectionInfo
 
 MAINTENANCE = "postgres"  # the database that administrative connections go to
@@ -19,6 +21,7 @@ ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
+_EMPTY_BYTES, _EMPTY_FILES = 8 << 20, 300  # of an empty database
 _NEVER = threading.Event()
 
 
@@ -109,16 +112,23 @@ def clone(
     give_up: threading.Event | None = None,
     *,
     attributes: bool = True,
+    size: int | None = None,
 ) -> None:
     """Make a database as a copy of another; waits while that one is in use.
 
     Args:
         attributes: copy settings and privileges of the database itself, too.
         give_up: set when waiting any longer is pointless.
+        size: of the source in bytes; None asks for it.
 
     Raises:
         errors.ObjectInUse: it stayed in use; names nobody, see `users_of`.
+        DiskFullError: there is too little room.
     """
+    # Before PostgreSQL tries: it begins with a checkpoint, and on a full disk that ends the server.
+    if size is None:
+        size = _EMPTY_BYTES if source == BASE else size_of(connection, source)
+    room.check(place_of(connection), "another database", size=size, files=_EMPTY_FILES)
     # The files are copied rather than logged, which takes half the time from a small template and
     # a third from one of fifty tables.
     statement = _about(
@@ -146,6 +156,17 @@ def has_attributes(connection: psycopg.Connection[Any], dbname: str) -> bool:
         [dbname],
     )
     return found.fetchone() is not None
+
+
+def place_of(connection: psycopg.Connection[Any]) -> Path:
+    """The home of the server, to whose socket the connection leads."""
+    return Path(connection.info.host).resolve()
+
+
+def size_of(connection: psycopg.Connection[Any], dbname: str) -> int:
+    """The bytes of a database's files."""
+    row = connection.execute("SELECT pg_database_size(%s::name)", [dbname]).fetchone()
+    return int(row[0]) if row is not None else 0
 
 
 def _copy_attributes(connection: psycopg.Connection[Any], source: str, dbname: str) -> None:
@@ -197,11 +218,13 @@ def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo
         there: the way to the database itself, for what can only be undone from inside.
     """
     statement = _about("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
-    try:
-        connection.execute(statement)
-    except errors.ObjectInUse:
-        _clear(connection, dbname, there)
-        connection.execute(statement)
+    # It begins with a checkpoint, which on a full disk ends the server.
+    with room.spared(place_of(connection)):
+        try:
+            connection.execute(statement)
+        except errors.ObjectInUse:
+            _clear(connection, dbname, there)
+            connection.execute(statement)
 
 
 def clings(connection: psycopg.Connection[Any], dbname: str) -> bool:

@@ -12,11 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import errors
 
-from pgtemp.errors import ClusterError, PgTempError
+from pgtemp.errors import ClusterError, DiskFullError, PgTempError
+from pgtemp.host import room
 from pgtemp.uri import ConnectionInfo
 
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
@@ -63,7 +66,13 @@ def _told(to: ConnectionInfo) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise ClusterError(f"PostgreSQL at {to.host} refused: {str(error).strip()}") from error
+        words = str(error).strip()
+        if isinstance(error, errors.DiskFull) or room.says_full(words):
+            place = Path(to.host).resolve()
+            raise DiskFullError(
+                f"{place} is full ({room.left(place)}): {words.splitlines()[0]}", remedy=room.REMEDY
+            ) from error
+        raise ClusterError(f"PostgreSQL at {to.host} refused: {words}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +16,14 @@ from typing import Self
 from pgtemp.databases import admin, connections, provision
 from pgtemp.databases.secret import random_secret
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import copying, identity
+from pgtemp.host import copying, identity, room
 from pgtemp.options import StrPath
 from pgtemp.server import conf, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
 
+_log = logging.getLogger("pgtemp")
 NOTE = "pgtemp.json"
 _HOST = "127.0.0.1"
 
@@ -41,17 +44,33 @@ class Note:
 
 
 def write_note(home: Path, note: Note) -> None:
-    """Remember, beside data that is kept, whose it was."""
+    """Remember, beside data that is kept, whose it was.
+
+    Raises:
+        ClusterError: it cannot be written; the data can be opened all the same, as anybody's.
+    """
     # By a descriptor and a rename: the server's user may have put a link there.
-    directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
+    with room.writing(home / NOTE), ExitStack() as held:
+        directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        held.callback(os.close, directory)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         fresh = f".{NOTE}.{os.getpid()}"
-        with open(os.open(fresh, flags, 0o600, dir_fd=directory), "w") as file:
-            json.dump(asdict(note), file)
-        os.rename(fresh, NOTE, src_dir_fd=directory, dst_dir_fd=directory)
-    finally:
-        os.close(directory)
+        try:
+            with open(os.open(fresh, flags, 0o600, dir_fd=directory), "w") as file:
+                json.dump(asdict(note), file)
+            os.rename(fresh, NOTE, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(fresh, dir_fd=directory)
+            raise
+
+
+def try_note(home: Path, note: Note) -> None:
+    """As `write_note`, but what goes wrong is only logged: the data itself is kept."""
+    try:
+        write_note(home, note)
+    except ClusterError as error:
+        _log.error("%s", error)
 
 
 def store(cluster: Cluster, directory: Path, note: Note) -> None:
@@ -64,22 +83,20 @@ def store(cluster: Cluster, directory: Path, note: Note) -> None:
     owner = cluster.blueprint.owner
     fresh = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir(mode=0o700)
-        (fresh / DATA).mkdir(mode=0o700)
-        owner.own(fresh / DATA)
-        listing = copying.list_tree(cluster.data_dir, imagebuild.NEVER_COPIED)
-        copying.make_dirs(fresh / DATA, listing.dirs, owner)
-        copying.copy_files(cluster.data_dir, fresh / DATA, listing.files, owner)
-        write_note(fresh, note)
-        owner.own(fresh)
-        fresh.rename(directory)
-    except OSError as error:
+        with room.writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir(mode=0o700)
+            (fresh / DATA).mkdir(mode=0o700)
+            owner.own(fresh / DATA)
+            listing = copying.list_tree(cluster.data_dir, imagebuild.NEVER_COPIED)
+            copying.make_dirs(fresh / DATA, listing.dirs, owner)
+            copying.copy_files(cluster.data_dir, fresh / DATA, listing.files, owner)
+            write_note(fresh, note)
+            owner.own(fresh)
+            fresh.rename(directory)
+    except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise ClusterError(
-            f"databases could not be kept in {directory}: {error.strerror or error}",
-            remedy="make room, or name another directory (data_dir_prefix)",
-        ) from error
+        raise
 
 
 class KeptDB:

@@ -18,7 +18,7 @@ import psycopg
 from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.host import identity, processes
+from pgtemp.host import identity, paths, processes, room
 from pgtemp.options import ServerOptions
 from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -226,6 +226,7 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
         given=_text(options.postgresql_conf),
         settings=options.config,
         existing_first=options.copy_from is None,
+        disk=room.size_bytes(paths.scratch_base(options.data_dir_prefix, keep=options.persist)),
     )
 
 

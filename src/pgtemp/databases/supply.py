@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pgtemp.databases import admin, provision
-from pgtemp.databases.kept import Note, write_note
+from pgtemp.databases.kept import Note, try_note
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.template import unique_name
 from pgtemp.databases.tenants import TenantCluster, alive
 from pgtemp.errors import ClusterError, PgTempError
+from pgtemp.host import room
 from pgtemp.server.cluster import Cluster
+from pgtemp.server.home import find_base
 
 _log = logging.getLogger("pgtemp")
 # How many times as many are kept ready, while many are wanted.
@@ -98,13 +100,17 @@ class Clusters:
         self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
 
     def provision(self) -> Place:
-        cluster = Cluster(self._plan.blueprint)
+        blueprint = self._plan.blueprint
+        size, files = blueprint.source.resolve().extent
+        base = find_base(blueprint.prefix, blueprint.owner, keep=blueprint.keep)
+        room.check(base, "another server", size=size, files=files)
+        cluster = Cluster(blueprint)
         cluster.start()
         return Place(cluster, "", self._plan.users, supply=self)
 
     def dispose(self, place: Place) -> None:
         if place.number and self._plan.options.persist:
-            write_note(place.cluster.home.path, Note(self._plan.options.user, place.dbname))
+            try_note(place.cluster.home.path, Note(self._plan.options.user, place.dbname))
             place.cluster.stop()
             home = place.cluster.home.path
             self._announce(f"kept {home}; pgtemp open {home} serves it again")
@@ -266,7 +272,7 @@ class Databases:
             self._servers.discard(tenants)
         if tenants.kept:
             home = tenants.cluster.home.path
-            write_note(home, Note(self._superuser, admin.MAINTENANCE))
+            try_note(home, Note(self._superuser, admin.MAINTENANCE))
             self._announce(f"kept {home}; pgtemp open {home} serves it again")
         tenants.stop()
 

@@ -24,6 +24,7 @@ from pgtemp.databases.connections import Admins, Ahead
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.untouched import untouched
 from pgtemp.errors import ClusterError, OptionError, PgTempError
+from pgtemp.host import room
 from pgtemp.host.progress import step
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo
@@ -40,7 +41,9 @@ class Clones:
 
     def __init__(self, admins: Admins, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
-        self._attributes: bool | None = None  # of the source, which is sealed, so that they stay
+        # Of the source, which is sealed, so that they stay.
+        self._attributes: bool | None = None
+        self._size = 0
         self.ahead: Callable[[str], Ahead] | None = None
         self._opened: dict[str, Ahead] = {}
 
@@ -58,15 +61,21 @@ class Clones:
         return self._opened.pop(name, None)
 
     def make(self, name: str) -> None:
-        """A new database of that name. Raises ClusterError."""
+        """A new database of that name.
+
+        Raises:
+            ClusterError: it could not be made; a DiskFullError where there is no room.
+        """
 
         def clone(connection: Connection[Any]) -> None:
             if self._attributes is None:
                 self._attributes = admin.has_attributes(connection, self._source)
+                self._size = admin.size_of(connection, self._source)
+                room.put_aside(admin.place_of(connection))
             try:
                 admin.clone(
                     connection, name, self._source, self._owner, self._admins.closing,
-                    attributes=self._attributes,
+                    attributes=self._attributes, size=self._size,
                 )  # fmt: skip
             except errors.ObjectInUse as error:
                 raise in_use(connection, self._source) from error

@@ -10,13 +10,10 @@ from pgtemp.databases.connections import Admins
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.residue import Residue
 from pgtemp.databases.template import Clones
-from pgtemp.errors import DiskFullError, PgTempError
-from pgtemp.host import paths
+from pgtemp.errors import PgTempError
 from pgtemp.server.cluster import Cluster
 
 _log = logging.getLogger("pgtemp")
-# A full disk takes the server down with everybody in it, so no database is made before that.
-ROOM = 64 << 20
 
 
 def alive(cluster: Cluster) -> bool:
@@ -71,7 +68,6 @@ class TenantCluster:
         """Make a database. Raises PgTempError; nothing of it is left then."""
         self.names.add(dbname)
         try:
-            self._check_room()
             self._clones.make(dbname)
         except BaseException:
             self.names.discard(dbname)
@@ -151,11 +147,3 @@ class TenantCluster:
             self.cluster.stop()
         else:
             provision.discard(self.cluster)
-
-    def _check_room(self) -> None:
-        place = self.cluster.home.path
-        if (free := paths.free_bytes(place)) < ROOM:
-            raise DiskFullError(
-                f"{free >> 20} MB are free in {place}, which is too little for another database",
-                remedy="make room, or name another directory (data_dir_prefix)",
-            )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 from pgtemp.databases import provision, transfer
 from pgtemp.databases.isolation import Wish
-from pgtemp.databases.kept import Note, write_note
+from pgtemp.databases.kept import Note, try_note
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.supply import Place
-from pgtemp.errors import PgTempError
 from pgtemp.server.cluster import Cluster
-
-_log = logging.getLogger("pgtemp")
 
 
 class Together:
@@ -63,6 +59,7 @@ class Together:
         """It goes on."""
 
     def close(self) -> None:
+        """End the server. Raises TransferError where the dump of it failed."""
         cluster, options = self.pillar, self._plan.options
         if cluster is None:
             return
@@ -70,11 +67,9 @@ class Together:
             if options.dump is not None:
                 info = provision.private_info(cluster, options.user, options.dbname)
                 transfer.dump(self._plan.installation, info, options.dump)
-        except PgTempError as error:
-            _log.error("%s", error)
         finally:
             if options.persist:
-                write_note(cluster.home.path, Note(options.user, options.dbname))
+                try_note(cluster.home.path, Note(options.user, options.dbname))
             cluster.stop()
-        if options.persist:
-            self._announce(f"kept {cluster.home.path}")
+            if options.persist:
+                self._announce(f"kept {cluster.home.path}")

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from pgtemp.errors import TransferError
-from pgtemp.host import processes
+from pgtemp.host import processes, room
 from pgtemp.host.progress import step
 from pgtemp.options import StrPath
 from pgtemp.server.installation import Installation
@@ -67,7 +67,7 @@ def load(
             argv += ["-d", to.conninfo, "-f", path]
         result = processes.run(argv, cwd=path.parent)
     if result.returncode != 0:
-        raise _failed(f"{path} could not be loaded into {to.dbname}", result)
+        raise _failed(f"{path} could not be loaded into {to.dbname}", result, Path(to.host))
 
 
 def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> None:
@@ -82,8 +82,10 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
         program = installation.program("pg_dump")
         result = processes.run([program, "-d", source.conninfo, "-f", fresh])
     if result.returncode != 0:
+        cause = f"{source.dbname} could not be dumped to {path}"
+        failed = _failed(cause, result, path.parent, "make room, or name another file")
         fresh.unlink(missing_ok=True)
-        raise _failed(f"{source.dbname} could not be dumped to {path}", result)
+        raise failed
     try:
         fresh.replace(path)
     except OSError as error:
@@ -96,7 +98,7 @@ def psql(installation: Installation, to: ConnectionInfo, command: str) -> str:
     argv = ["-X", "-v", "ON_ERROR_STOP=1", "-d", to.conninfo, "-c", command]
     result = processes.run([installation.program("psql"), *argv])
     if result.returncode != 0:
-        raise _failed(f"psql failed in {to.dbname}", result)
+        raise _failed(f"psql failed in {to.dbname}", result, Path(to.host))
     return result.stdout
 
 
@@ -119,8 +121,20 @@ def _is_archive(path: Path) -> bool:
     return head.startswith((_ARCHIVE, _TAR_TOC))
 
 
-def _failed(cause: str, result: subprocess.CompletedProcess[str]) -> TransferError:
+def _failed(
+    cause: str, result: subprocess.CompletedProcess[str], where: Path, remedy: str = room.REMEDY
+) -> TransferError:
+    """The error for a program that failed.
+
+    Args:
+        where: it wrote to.
+        remedy: where that is full.
+    """
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
-    remedy = hints[0] if hints else "see the program's words below"
+    if room.says_full(result.stderr):
+        place = where.resolve()
+        cause = f"{cause}: {place} is full ({room.left(place)})"
+    else:
+        hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
+        remedy = hints[0] if hints else "see the program's words below"
     return TransferError(cause, remedy=remedy, details=lines[-10:])

@@ -18,6 +18,7 @@ from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.secret import STRONG_ROUNDS, random_secret
 from pgtemp.errors import ClusterError
+from pgtemp.host import room
 from pgtemp.host.progress import step
 from pgtemp.server import image, imagebuild, imagecache
 from pgtemp.server.cluster import Cluster
@@ -90,7 +91,8 @@ class Workshop:
         self.cluster.halt()
         imagebuild.drop_maps(self.cluster.data_dir)
         # Whoever starts on the image brings settings of its own.
-        (self.cluster.data_dir / "postgresql.conf").write_text(self._conf)
+        with room.writing(self.cluster.home.path):
+            (self.cluster.data_dir / "postgresql.conf").write_text(self._conf)
         made = image.of_home(self.cluster.home.path, self._plan.installation)
         made.learn(self.cluster.data_dir)
         return made

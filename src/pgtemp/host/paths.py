@@ -13,6 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from pgtemp.errors import OptionError
+from pgtemp.host import room
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
 # The 64 MB /dev/shm of a container is never enough.
@@ -156,34 +157,9 @@ def filesystem_type(path: Path) -> str:
     return kind
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user can still write where `path` is."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
-def size_of(path: Path) -> int:
-    """Bytes that a directory and all in it take; what vanishes meanwhile does not count."""
-    try:
-        with os.scandir(path) as entries:
-            found = list(entries)
-    except OSError:
-        return 0
-    size = 0
-    for entry in found:
-        try:
-            if entry.is_dir(follow_symlinks=False):
-                size += size_of(Path(entry.path))
-            else:
-                size += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError:
-            continue
-    return size
-
-
 def _has_room(base: Path) -> bool:
     return (
         os.access(base, os.W_OK | os.X_OK)
         and filesystem_type(base) == "tmpfs"
-        and free_bytes(base) >= TMPFS_ROOM
+        and room.free_bytes(base) >= TMPFS_ROOM
     )

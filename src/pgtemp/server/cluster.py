@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pgtemp.errors import ClusterError, OptionError, WardenError
-from pgtemp.host import paths, ports, processes
+from pgtemp.errors import ClusterError, DiskFullError, OptionError, WardenError
+from pgtemp.host import paths, ports, processes, room
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.server import home, warden
@@ -226,7 +226,7 @@ class Cluster:
             if self.verifier is not None:
                 self.has_password = source.set_password(data, self.verifier)
         except OSError as error:
-            raise home.cannot_write(self.home.path, error) from error
+            raise room.cannot_write(self.home.path, error) from error
 
     def _write(self, path: Path, text: str) -> None:
         path.write_text(text, errors="surrogateescape")
@@ -237,7 +237,7 @@ class Cluster:
         try:
             part(self.home.data, self.blueprint.owner)
         except OSError as error:
-            raise home.cannot_write(self.home.path, error) from error
+            raise room.cannot_write(self.home.path, error) from error
 
     def _hold(self, guard: warden.Warden) -> None:
         keep = self.existing is not None  # what is new is worth keeping once it is whole
@@ -277,6 +277,8 @@ class Cluster:
         try:
             return os.open(self.log_path, flags, 0o600)
         except OSError as error:
+            if self.blueprint.log_path is None:
+                raise room.cannot_write(self.home.path, error) from error
             raise OptionError(
                 f"{self.log_path} cannot be written: {error.strerror}",
                 remedy="name another file (log_path)",
@@ -311,10 +313,16 @@ class Cluster:
     def _died(self) -> ClusterError:
         status = self._process.exit_status if self._process is not None else None
         how = f"was killed by signal {-status}" if status is not None and status < 0 else "stopped"
+        log, place = self.log_tail(), self.home.path
+        # On a full disk the log may not say it, as it is there itself.
+        if room.is_full(place) or room.says_full("\n".join(log)):
+            return DiskFullError(
+                f"PostgreSQL (pid {self.pid}) {how}: {place} is full ({room.left(place)})",
+                remedy=room.REMEDY,
+                details=log,
+            )
         return ClusterError(
-            f"PostgreSQL (pid {self.pid}) {how}",
-            remedy="the end of its log says why",
-            details=self.log_tail(),
+            f"PostgreSQL (pid {self.pid}) {how}", remedy="the end of its log says why", details=log
         )
 
     def _check_port(self) -> None:

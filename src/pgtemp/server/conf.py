@@ -13,9 +13,7 @@ _DEFAULTS = {
     "synchronous_commit": "off",
     "shared_buffers": "16MB",
     "dynamic_shared_memory_type": "mmap",
-    "max_wal_size": "256MB",
     "min_wal_size": "4MB",
-    "wal_init_zero": "off",
     "checkpoint_timeout": "30min",
     "huge_pages": "off",
     "unix_socket_permissions": "0700",
@@ -23,6 +21,10 @@ _DEFAULTS = {
     "cluster_name": "pgtemp",
 }
 _SINCE_18 = {"io_method": "sync"}
+# On a small disk PostgreSQL's log gets a part of it, lest it fill the disk alone; and room that is
+# there before it is written, because a server that cannot write its log ends with all who are in
+# it. That costs a bulk load one part in fifteen.
+_WAL_MEGABYTES, _WAL_LEAST, _WAL_PART = 256, 8, 8
 
 # Whoever reaches the socket reached a directory of mode 0700.
 HBA = """\
@@ -45,6 +47,7 @@ def postgresql_conf(
     given: str,
     settings: Mapping[str, str],
     existing_first: bool,
+    disk: int,
 ) -> str:
     """Put a postgresql.conf together; what comes later wins.
 
@@ -54,8 +57,13 @@ def postgresql_conf(
         settings: the user's single settings.
         existing_first: `existing` is initdb's, which our defaults improve on; else it is
             somebody's choice, which beats them.
+        disk: bytes that the disk has on which the server is to be.
     """
-    defaults = _DEFAULTS | (_SINCE_18 if major >= 18 else {})
+    wal = max(_WAL_LEAST, min(_WAL_MEGABYTES, (disk >> 20) // _WAL_PART))
+    small = "on" if wal < _WAL_MEGABYTES else "off"
+    defaults = _DEFAULTS | {"max_wal_size": f"{wal}MB", "wal_init_zero": small}
+    if major >= 18:
+        defaults |= _SINCE_18
     ours = "# from pgtemp\n" + _lines(defaults)
     parts = [existing, ours] if existing_first else [ours, existing]
     if given:

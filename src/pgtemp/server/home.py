@@ -5,6 +5,7 @@ pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
                      the owner is: its pid and when it started
     data/            the data directory
     server.log
+    spare            room for when the disk is full (host/room.py); in servers for many databases
     .s.PGSQL.5432    the socket; where the path is too long, a short link leads to it
 """
 
@@ -17,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import locks, paths, processes
+from pgtemp.errors import OptionError
+from pgtemp.host import locks, paths, processes, room
 from pgtemp.host.identity import Identity
 from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, removal
 
@@ -56,7 +57,7 @@ class Home:
         """What is to be removed when the cluster ends."""
         if keep:
             sockets = [] if self.socket_dir == self.path else [str(self.socket_dir)]
-            return [*sockets, str(self.path / LEASE)]
+            return [*sockets, str(self.path / room.ASIDE), str(self.path / LEASE)]
         return [str(path) for path in sorted({self.path, self.socket_dir}, reverse=True)]
 
 
@@ -81,7 +82,7 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
 
     Raises:
         OptionError: the directory asked for cannot be used, or `owner` cannot get there.
-        ClusterError: there is no room.
+        ClusterError: it cannot be written; a DiskFullError where there is no room.
     """
     base = find_base(prefix, owner, keep=keep)
     try:
@@ -100,7 +101,7 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
             discard([str(path)])
             raise
     except OSError as error:
-        raise cannot_write(base, error) from error
+        raise room.cannot_write(base, error) from error
 
 
 def discard(leftovers: Sequence[str]) -> None:
@@ -115,27 +116,28 @@ def reopen(path: Path, owner: Identity) -> Home:
 
     Raises:
         OptionError: somebody has it.
+        ClusterError: it cannot be written.
     """
     if locks.is_locked(path / LEASE):
         raise OptionError(
             f"a server is running on {path}", remedy="end the pgtemp that holds it first"
         )
-    return Home(path, _socket_dir(path), _lease(path, keep=True))
+    try:
+        lease = _lease(path, keep=True)
+        try:
+            return Home(path, _socket_dir(path), lease)
+        except BaseException:
+            os.unlink(path / LEASE)
+            os.close(lease)
+            raise
+    except OSError as error:
+        raise room.cannot_write(path, error) from error
 
 
 def _lease(path: Path, *, keep: bool) -> int:
     # For `pgtemp ls` alone: whether the owner lives is told by the lock.
     owner = f"{os.getpid()} {processes.started(os.getpid())}\n".encode()
     return locks.create_locked(path / LEASE, (KEEP if keep else DISCARD) + owner)
-
-
-def cannot_write(where: Path, error: OSError) -> ClusterError:
-    """The error for a directory that could not be written, with how much room there is."""
-    free = paths.free_bytes(where) // (1024 * 1024) if where.exists() else 0
-    return ClusterError(
-        f"{where} cannot be written: {error.strerror or error} ({free} MB free)",
-        remedy="make room, or name another directory (data_dir_prefix)",
-    )
 
 
 def _socket_dir(path: Path) -> Path:

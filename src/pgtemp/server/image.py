@@ -56,6 +56,10 @@ class Source(Protocol):
 class Copyable(Protocol):
     """The parts of a data directory, each copied at its time."""
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many bytes there are, in how many files."""
+
     def begin(self, target: Path, owner: Identity) -> None: ...
     def first(self, target: Path, owner: Identity) -> None: ...
     def rest(self, target: Path, owner: Identity) -> None: ...
@@ -72,6 +76,11 @@ class Directory:
     @property
     def identity(self) -> str:
         return f"{self.path} {imagebuild.control_hash(self.path)}"
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        listing = copying.list_tree(self.path, NEVER_COPIED)
+        return listing.size, len(listing.files)
 
     def resolve(self) -> Copyable:
         return self
@@ -118,6 +127,11 @@ class Image:
     def identity(self) -> str:
         return self.control
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        files = (*self.early, *self.postgres, *self.templates)
+        return sum(size for _, size in files), len(files)
+
     def resolve(self) -> Copyable:
         return self
 
@@ -162,9 +176,12 @@ class Image:
         with self._locked():
             fresh = self.path / f"{WARM}.building"
             shutil.rmtree(fresh, ignore_errors=True)
-            imagebuild.keep_relcache(data, fresh)
-            if fresh.exists() and not (self.path / WARM).exists():
-                fresh.rename(self.path / WARM)
+            try:
+                imagebuild.keep_relcache(data, fresh)
+                if fresh.exists() and not (self.path / WARM).exists():
+                    fresh.rename(self.path / WARM)
+            except OSError:  # no room: only a shortcut
+                shutil.rmtree(fresh, ignore_errors=True)
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import copying, processes
+from pgtemp.errors import ClusterError, DiskFullError, OptionError
+from pgtemp.host import copying, processes, room
 from pgtemp.host.identity import Identity
 from pgtemp.server.installation import Installation
 
@@ -77,7 +77,7 @@ def copy(installation: Installation, data: Path, path: Path) -> None:
     """Make an image of a data directory whose server was shut down, and publish it at `path`.
 
     Raises:
-        OSError: the cache has no room.
+        ClusterError: the cache cannot be written.
     """
     with _published(path) as building:
         us = Identity(os.geteuid(), os.getegid(), "", switch=False)
@@ -106,9 +106,10 @@ def _published(path: Path) -> Iterator[Path]:
     shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(path, ignore_errors=True)
     try:
-        building.mkdir(mode=0o700)
-        yield building
-        building.rename(path)
+        with room.writing(path.parent, room.CACHE_REMEDY):
+            building.mkdir(mode=0o700)
+            yield building
+            building.rename(path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -133,6 +134,13 @@ def _initdb(
     unknown.unlink()
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
+        if room.says_full(result.stderr):  # initdb has removed by now what filled it
+            where = data.parent.parent
+            raise DiskFullError(
+                f"{where} has too little room for initdb: {room.left(where)}",
+                remedy=room.CACHE_REMEDY,
+                details=lines[-8:],
+            )
         raise ClusterError(
             f"initdb of PostgreSQL {installation.version} failed",
             remedy="see its words below; initdb_args are passed to it as they are",

@@ -15,11 +15,12 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import ClusterError
-from pgtemp.host import locks, paths
+from pgtemp.host import locks, paths, room
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
@@ -118,8 +119,10 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
     path = paths.cache_dir() / "images" / name
     if (image := _load(path)) is not None:
         return image
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    with locks.locked(path.with_suffix(".lock")) as lock:
+    with ExitStack() as held:
+        with room.writing(path.parent, room.CACHE_REMEDY):
+            path.parent.mkdir(mode=0o755, exist_ok=True)
+            lock = held.enter_context(locks.locked(path.with_suffix(".lock")))
         if (image := _load(path)) is None:  # nobody built it while we waited
             with step(what):
                 build(path, lock)
@@ -155,7 +158,8 @@ def _prune(images: Path) -> None:
         total += size
         stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
         if stale or (total > MOST_BYTES and place > 0):
-            _remove(path)
+            with suppress(OSError):  # its lock cannot be made
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

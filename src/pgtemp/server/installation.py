@@ -7,6 +7,7 @@ nothing of data directories.
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import hashlib
@@ -23,7 +24,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from pgtemp.errors import InstallationError, OptionError
-from pgtemp.host import locks, paths, processes
+from pgtemp.host import locks, paths, processes, room
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 
@@ -123,11 +124,13 @@ class Installation:
                 f"the programs, nor the cache {paths.cache_dir()}",
                 remedy="install PostgreSQL elsewhere, or name another cache (PGTEMP_CACHE_DIR)",
             )
-        place.parent.mkdir(mode=0o755, exist_ok=True)
-        with locks.locked(place.with_suffix(".lock")):
-            if not copy.bin_dir.exists():
-                with step(f"copying PostgreSQL {self.version} to where {owner.name} can run it"):
-                    _copy_programs(root, place)
+        with room.writing(place.parent, room.CACHE_REMEDY):
+            place.parent.mkdir(mode=0o755, exist_ok=True)
+            with locks.locked(place.with_suffix(".lock")):
+                if not copy.bin_dir.exists():
+                    what = f"copying PostgreSQL {self.version} to where {owner.name} can run it"
+                    with step(what):
+                        _copy_programs(root, place)
         return copy
 
 
@@ -136,12 +139,25 @@ def _copy_programs(root: Path, place: Path) -> None:
     fresh = place.with_suffix(".building")
     shutil.rmtree(fresh, ignore_errors=True)
     package = fresh / root.parent.name
-    shutil.copytree(root, package / root.name, symlinks=True)
-    libraries = root.parent.with_name(root.parent.name + ".libs")
-    if libraries.is_dir():
-        shutil.copytree(libraries, fresh / libraries.name, symlinks=True)
-    fresh.chmod(0o755)
-    fresh.rename(place)
+    try:
+        _copy_tree(root, package / root.name)
+        libraries = root.parent.with_name(root.parent.name + ".libs")
+        if libraries.is_dir():
+            _copy_tree(libraries, fresh / libraries.name)
+        fresh.chmod(0o755)
+        fresh.rename(place)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    try:
+        shutil.copytree(source, target, symlinks=True)
+    except shutil.Error as failures:  # a whole list, of texts
+        first = str(failures.args[0][0][-1])
+        number = errno.ENOSPC if room.says_full(first) else errno.EIO
+        raise OSError(number, os.strerror(number)) from failures
 
 
 def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
@@ -310,8 +326,11 @@ def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
     if result.returncode != 0 or match is None:
         return None
     version = match[1].strip()
-    note.parent.mkdir(mode=0o755, exist_ok=True)
     fresh = note.with_suffix(f".{os.getpid()}")
-    fresh.write_text(version)
-    fresh.rename(note)
+    try:
+        note.parent.mkdir(mode=0o755, exist_ok=True)
+        fresh.write_text(version)
+        fresh.rename(note)
+    except OSError:  # no room: the next process asks again
+        fresh.unlink(missing_ok=True)
     return version

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.host import locks, paths, processes
+from pgtemp.host import locks, paths, processes, room
 from pgtemp.server.remains import (
     DATA,
     KEEP,
@@ -59,7 +59,7 @@ class Found:
     @property
     def size(self) -> int:
         """Bytes that it takes."""
-        return paths.size_of(self.path)
+        return room.size_of(self.path)
 
     def sweep(self) -> bool:
         """Take away what its owner has left; whether it is gone, or no longer waits for that.

@@ -1,0 +1,153 @@
+"""How much room there is on a disk, and the error where there is too little.
+
+A disk on which no more files can be made (it has no inodes left) is full as well, whatever is free.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pgtemp.errors import ClusterError, DiskFullError
+
+REMEDY = "make room, or name another directory (data_dir_prefix)"
+CACHE_REMEDY = "make room, or name another directory in PGTEMP_CACHE_DIR"
+# PostgreSQL stops with all who are in it when it cannot write its log, so this much stays free; of
+# a disk that is small, a part.
+_SPARE_BYTES, _SPARE_PART = 64 << 20, 8
+_SPARE_FILES = 64
+ASIDE = "spare"  # the file
+_ASIDE_BYTES = 2 << 20  # for a checkpoint, and a segment of PostgreSQL's log
+_NOTHING = 1 << 20  # bytes; with less, no server can do anything
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# In PostgreSQL's words; the second is of a file that grew by a part of a page.
+_FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote only ")
+
+
+def size_bytes(path: Path) -> int:
+    """The size of the disk that `path` is on."""
+    status = _status(path)
+    return status.f_blocks * status.f_frsize
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user can still write where `path` is, or would be."""
+    status = _status(path)
+    return status.f_bavail * status.f_frsize
+
+
+def left(path: Path) -> str:
+    """How much is free where `path` is, for people."""
+    if _free_files(_status(path)) == 0:
+        return "no more files can be made"
+    return f"{free_bytes(path) >> 20} MB free"
+
+
+def is_full(path: Path) -> bool:
+    """Whether nothing can be done any more where `path` is."""
+    return free_bytes(path) < _NOTHING or _free_files(_status(path)) == 0
+
+
+def says_full(words: str) -> bool:
+    """Whether a program complains of a full disk."""
+    return any(one in words for one in _FULL_WORDS)
+
+
+def check(path: Path, what: str, *, size: int, files: int) -> None:
+    """Raise DiskFullError where `what`, of so many bytes and files, would not leave some to spare.
+
+    Args:
+        what: needs room, as "another database".
+    """
+    size += min(_SPARE_BYTES, size_bytes(path) // _SPARE_PART)
+    files += _SPARE_FILES
+    if free_bytes(path) < size:
+        need = f"{size >> 20} MB"
+    elif (_free_files(_status(path)) or files) < files:
+        need = f"{files} files"
+    else:
+        return
+    raise DiskFullError(
+        f"{path} has too little room for {what}: {left(path)}, {need} needed", remedy=REMEDY
+    )
+
+
+def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterError:
+    """The error for a file or directory that could not be written, with how much room there is."""
+    kind = DiskFullError if error.errno in _FULL else ClusterError
+    return kind(
+        f"{where} cannot be written: {error.strerror or error} ({left(where)})", remedy=remedy
+    )
+
+
+def put_aside(directory: Path) -> None:
+    """Put some room aside, in a file, for `spared`; where there is none, that is that."""
+    try:
+        with open(directory / ASIDE, "xb") as file:
+            file.write(bytes(_ASIDE_BYTES))
+    except FileExistsError:
+        pass
+    except OSError:
+        (directory / ASIDE).unlink(missing_ok=True)
+
+
+@contextmanager
+def spared(directory: Path) -> Iterator[None]:
+    """On a full disk, let a block have the room that was put aside."""
+    if not is_full(directory):
+        yield
+        return
+    (directory / ASIDE).unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        put_aside(directory)
+
+
+@contextmanager
+def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn what goes wrong with files into the error that says where, and how much room there is.
+
+    Raises:
+        ClusterError: a DiskFullError where there is no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(where, error, remedy) from error
+
+
+def _status(path: Path) -> os.statvfs_result:
+    for place in (path, *path.parents):
+        try:
+            return os.statvfs(place)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _free_files(status: os.statvfs_result) -> int | None:
+    """None where there is no limit."""
+    return status.f_favail if status.f_files else None
+
+
+def size_of(path: Path) -> int:
+    """Bytes that a directory and all in it take; what vanishes meanwhile does not count."""
+    try:
+        with os.scandir(path) as entries:
+            found = list(entries)
+    except OSError:
+        return 0
+    size = 0
+    for entry in found:
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                size += size_of(Path(entry.path))
+            else:
+                size += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return size
