@@ -349,6 +349,28 @@ def test_a_daemon_outlives_its_warden(daemon: DaemonType) -> None:
     assert served.end()[0] == 0
 
 
+def test_the_socket_outlives_the_warden_too(daemon: DaemonType) -> None:
+    """The sweep of the next warden takes what the killed one left, and not the daemon's own door."""
+    served = daemon("--pool", "1")
+    directory = served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    by_socket = f"host={directory} port={served.port} user=postgres dbname=test"
+    (warden,) = children(served.process.pid)
+    with psycopg.connect(served.uri) as connection:
+        row = connection.execute("SHOW data_directory").fetchone()
+        assert row is not None
+        os.kill(warden, signal.SIGKILL)
+        with pytest.raises(psycopg.OperationalError):
+            while True:
+                connection.execute("SELECT 1")
+    abandoned = Path(row[0]).parent
+    psycopg.connect(served.uri).close()  # begins the sweep
+    assert eventually(lambda: not abandoned.exists())
+    with psycopg.connect(by_socket) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert served.end()[0] == 0
+    assert not Path(directory).exists()
+
+
 def test_a_stop_while_a_dump_is_loaded_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
     """SIGTERM does not wait for psql."""
     before = homes()

@@ -194,19 +194,19 @@ def _socket_dir() -> Iterator[str]:
     """A directory for the daemon's own unix socket, closed to other users."""
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
     place = home.make(None, caller, keep=False)
-    try:
+    try:  # the lease is held to the end: a warden that is killed must not take the door along
         held = warden.current().hold(
             place.leftovers(keep=False), keep=False, lease=place.lease, log=place.lease
         )
-    finally:
-        os.close(place.lease)
-    try:
-        yield str(place.socket_dir)
-    finally:
         try:
-            held.stop(keep=False, remove=place.leftovers(keep=False))
-        except WardenError:
-            home.discard(place.leftovers(keep=False))
+            yield str(place.socket_dir)
+        finally:
+            try:
+                held.stop(keep=False, remove=place.leftovers(keep=False))
+            except WardenError:
+                home.discard(place.leftovers(keep=False))
+    finally:
+        place.release()
 
 
 @contextmanager
