@@ -120,6 +120,28 @@ def _answers(uri: str) -> bool:
         return False
 
 
+def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) -> None:
+    """Nobody who has sent a whole start-up packet is hung up on without a word."""
+    served = daemon()
+    with psycopg.connect(at(served, "test~s")) as connection:
+        row = connection.execute("SHOW unix_socket_directories").fetchone()
+        assert row is not None
+        postmaster = postmaster_of(at(served, "test~s"))
+    connections = Path("/proc/net/unix")
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        os.kill(postmaster, signal.SIGSTOP)
+        before = connections.read_text().count(row[0])
+        client.sendall(startup_message({"user": "postgres", "database": "test"}))
+        assert eventually(lambda: connections.read_text().count(row[0]) > before)
+        os.kill(postmaster, signal.SIGKILL)
+        client.settimeout(30)
+        answer = b""
+        while data := client.recv(1024):
+            answer += data
+    assert answer[:1] == b"E" and b"C57P03\0" in answer, answer
+    assert eventually(lambda: _answers(at(served, "test")), 20)
+
+
 def test_without_a_pool_dead_servers_are_removed_too(daemon: DaemonType) -> None:
     before = homes()
     served = daemon("--pool", "0")

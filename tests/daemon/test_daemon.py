@@ -350,7 +350,7 @@ def test_a_daemon_outlives_its_warden(daemon: DaemonType) -> None:
 
 
 def test_the_socket_outlives_the_warden_too(daemon: DaemonType) -> None:
-    """The sweep of the next warden takes what the killed one left, and not the daemon's own door."""
+    """The sweep of the next warden takes what the killed one left, not the daemon's own door."""
     served = daemon("--pool", "1")
     directory = served.said[-1].partition("socket is in ")[2].partition(";")[0]
     by_socket = f"host={directory} port={served.port} user=postgres dbname=test"

@@ -241,7 +241,13 @@ class Gateway:
                 relaying.cancel()
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
-            if not client.has_finished and replies.broke_off(server.last):
+            if client.has_finished:
+                return
+            if not login.done:
+                raise RefusedError(
+                    "57P03", "the server ended before it had let this client in", "connect again"
+                )
+            if replies.broke_off(server.last):
                 raise await whole(lambda: crashed(lease.place.cluster))
 
 
