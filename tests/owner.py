@@ -15,12 +15,14 @@ from pgtemp.server.remains import ASIDE, postgres_in
 _SECONDS = 60.0
 _BEGINNING = """
 import os, resource, signal, sys, threading
+from pathlib import Path
+import psycopg
 from pgtemp import Cluster, PgTempDB
 from pgtemp.server import warden
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 def tell(*words):
-    print(*words, flush=True)
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 def mine(data_dir):  # what to look for afterwards
     pid = open(data_dir / "postmaster.pid").readline().strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -265,6 +266,17 @@ def test_tools_that_make_their_own_database(daemon: DaemonType, isolation: str) 
         ["SELECT pg_replication_origin_create('left_behind')"],
         ["SELECT pg_create_logical_replication_slot('left_behind', 'test_decoding')"],
         ["CREATE TABLE t (n int)", "BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'left'"],
+        [
+            "CREATE PUBLICATION p",
+            "CREATE SUBSCRIPTION s CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false)",
+            "ALTER SUBSCRIPTION s SET (slot_name = 'not_there')",
+        ],
+        ["SELECT pg_advisory_lock(1), pg_advisory_lock_shared(2)"],
+        [
+            "SET allow_in_place_tablespaces = on",
+            "CREATE TABLESPACE left_behind LOCATION ''",
+            "CREATE TABLE t (n int) TABLESPACE left_behind",
+        ],
     ],
     ids=lambda statements: statements[0],
 )
@@ -282,6 +294,9 @@ def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
         " (SELECT count(*) FROM pg_replication_origin)::text ||"
         " (SELECT count(*) FROM pg_replication_slots)::text ||"
         " (SELECT count(*) FROM pg_prepared_xacts)::text ||"
+        " (SELECT count(*) FROM pg_subscription)::text ||"
+        " (SELECT count(*) FROM pg_tablespace)::text ||"
+        " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')::text ||"
         " (SELECT count(*) FROM pg_database WHERE datname = 'byhand')::text)"
     )
     for _ in range(4):  # so that connections like these are rehearsed
@@ -292,6 +307,25 @@ def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
         do(at(served, "test"), *statements)
         assert one(at(served, "test"), state) == before
         assert neighbour.execute("SELECT 1").fetchone() == (1,)  # who was there stays
+
+
+def test_five_hundred_connections_that_are_left(daemon: DaemonType) -> None:
+    """Clients that vanish without a word, each in a transaction with a lock: the next is alone."""
+    served = daemon("--linger", "0.1")
+    hello = startup_message({"user": "postgres", "database": "test~crowd"})
+    begin = frame(b"Q", b"BEGIN; SELECT pg_advisory_lock_shared(1)\0")
+    crowd = []
+    for _ in range(500):
+        crowd.append(socket.create_connection(("127.0.0.1", served.port)))
+        crowd[-1].sendall(hello + begin)
+    locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    assert eventually(lambda: one(at(served, "test~crowd"), locks) == 500, 60)
+    for connection in crowd:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    assert eventually(lambda: one(at(served, "test~crowd"), locks) == 0, 60)
+    clients = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+    assert one(at(served, "test"), clients) == 0
 
 
 def test_a_role_of_a_template_keeps_its_rights(daemon: DaemonType, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pgtemp.host import identity
 from pgtemp.server import imagecache
 from pgtemp.server.image import Image
 from pgtemp.server.installation import Installation
-from support import eventually
+from support import children, eventually
 
 
 def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +51,11 @@ def test_the_second_start_never_runs_initdb(
     ("damage", "part"),
     [
         ("truncate", "base/5/1259"),
+        ("empty", "base/5/1249"),
+        ("delete", "pg_xact/0000"),
         ("grow", "base/1/1259"),
         ("delete", "global/1260"),
-        ("empty", "global/pg_control"),
+        ("zero", "global/pg_control"),
     ],
 )
 def test_a_damaged_image_is_rebuilt_once_and_said(
@@ -71,6 +73,8 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
     if damage == "delete":
         file.unlink()
     elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "zero":
         file.write_bytes(bytes(8192))
     else:
         os.truncate(file, file.stat().st_size + (8192 if damage == "grow" else -8192))
@@ -86,7 +90,7 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
 def test_processes_that_build_at_once_make_one_image(
     open_dir: Path, programs: Installation
 ) -> None:
-    """Eight start together on an empty cache, one is killed; one image, the others succeed."""
+    """16 start together on an empty cache, the builder is killed; one image, the others succeed."""
     script = (
         "import sys\nfrom pgtemp import PgTempDB\nprint('go', flush=True)\n"
         f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
@@ -94,14 +98,15 @@ def test_processes_that_build_at_once_make_one_image(
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
     builders = [
         subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE)
-        for _ in range(8)
+        for _ in range(16)
     ]
     images = open_dir / "images"
-    assert eventually(lambda: images.exists() and bool(list(images.glob("*.building"))), 30)
-    builders[0].kill()
+    assert eventually(lambda: bool(list(images.glob("*.building/data"))), 60)
+    (at_work,) = (builder for builder in builders if "initdb" in children(builder.pid).values())
+    at_work.kill()
     for builder in builders:
         builder.communicate(timeout=120)
-    assert [builder.returncode for builder in builders[1:]] == [0] * 7
+    assert sorted(builder.returncode for builder in builders) == [-9] + [0] * 15
     assert len(list(images.glob("*/manifest.json"))) == 1
     assert not list(images.glob("*.building"))
 

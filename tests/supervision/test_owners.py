@@ -13,8 +13,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from owner import Owner, is_computing
-from pgtemp.server.remains import LEASE, postgres_in
+from owner import Owner, is_computing, is_running
+from pgtemp.host import locks
+from pgtemp.server.installation import Installation
+from pgtemp.server.remains import LEASE, all_postgres, postgres_in
 from project import Project
 from support import Daemon, eventually, homes
 
@@ -134,8 +136,58 @@ def test_an_owner_killed_while_starting_leaves_nothing(
     assert eventually(lambda: list(open_dir.iterdir()) == [])
 
 
+def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> None:
+    """The first start of all: initdb ends, what it made goes, its lock is free only then."""
+    script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    owner = subprocess.Popen([sys.executable, "-c", script], env=env)
+    images = open_dir / "images"
+    assert eventually(lambda: bool(list(images.glob("*.building/data/global/pg_control"))), 60)
+    found = [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+    owner.kill()
+    owner.wait()
+    (lock,) = images.glob("*.lock")
+    with locks.locked(lock):
+        assert list(images.iterdir()) == [lock]
+    assert not [pid for pid in found if is_running(pid)]
+    assert not [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+
+
+def test_an_owner_killed_while_an_image_is_kept(open_dir: Path) -> None:
+    """A template that was built, and is being copied to the cache."""
+    script = """
+import os
+from pgtemp import Cluster
+from pgtemp.server import imagebuild
+def build(uri): pass
+with Cluster() as cluster:
+    cluster.database()
+    imagebuild._write_manifest = lambda *args: os.kill(os.getpid(), 9)
+    cluster.template("app", build, key="1")
+"""
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == -9
+    images = open_dir / "images"
+    assert eventually(lambda: not list(images.glob("*.building*")))
+    assert len(list(images.glob("*/manifest.json"))) == 1
+
+
+def test_an_owner_killed_while_a_command_builds(owners: Owners, tmp_path: Path) -> None:
+    """What the command has started behind it goes too."""
+    pids = tmp_path / "pids"
+    owner = owners(
+        f"""
+        with Cluster() as cluster:
+            cluster.template("app", "cmd:(sleep 600 & echo $! $$; wait) > {pids}")
+        """
+    )
+    assert eventually(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60)
+    owner.kill()
+    commands = [int(pid) for pid in pids.read_text().split()]
+    assert eventually(lambda: not any(is_running(pid) for pid in commands))
+
+
 CLUSTER = """
-import psycopg
 def build(uri):
     with psycopg.connect(uri, autocommit=True) as connection:
         rows = "SELECT n, repeat('x', 900) FROM generate_series(1, 30000) n"

@@ -25,6 +25,7 @@ from pgtemp.errors import OptionError, TransferError
 from pgtemp.host import processes
 from pgtemp.host.progress import step
 from pgtemp.options import StrPath
+from pgtemp.server import warden
 from pgtemp.server.installation import Installation
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
@@ -171,8 +172,8 @@ def _command(step: StrPath) -> str | None:
 
 
 def _run(command: str, cwd: str, info: ConnectionInfo) -> None:
-    with step(f"running {command}"):
-        result = processes.run_command(command, info.environment(), cwd)
+    with step(f"running {command}"), warden.guarded() as guard:
+        result = processes.run_command(command, info.environment(), cwd, guard)
     if result.returncode != 0:
         lines = [line for line in result.stdout.splitlines() if line.strip()]
         raise TransferError(

@@ -155,7 +155,7 @@ class Lasting(imagecache.Ensured):
             workshop.apply(self.recipe)
             workshop.seal()
             self._check_unchanged()
-            imagebuild.copy(self.plan.installation, workshop.cluster.data_dir, path)
+            imagebuild.copy(self.plan.installation, workshop.cluster.data_dir, path, lock)
 
     def _check_unchanged(self) -> None:
         """Nothing is kept under the hash of what it was not made from."""

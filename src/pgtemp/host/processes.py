@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -59,6 +59,7 @@ def run(
     stdin: str = "",
     pass_fds: Sequence[int] = (),
     cwd: str | Path = "/",
+    on_start: Callable[[int], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return its exit status and what it printed.
 
@@ -69,6 +70,7 @@ def run(
         stdin: what it reads.
         pass_fds: descriptors it keeps open, such as that of a lock it must not outlive.
         cwd: the directory it works in.
+        on_start: called with its id; it leads a process group of its own then.
 
     Raises:
         OSError: the program could not be run.
@@ -76,8 +78,9 @@ def run(
     """
     _check_going_on()
     become = identity if identity is not None and identity.switch else None
+    words = [os.fspath(part) for part in argv]
     with subprocess.Popen(
-        [os.fspath(part) for part in argv],
+        words if on_start is None else _waiting(words),
         env={**clean_environment(), **(env or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -87,12 +90,16 @@ def run(
         pass_fds=pass_fds,
         cwd=cwd,
         umask=0o077,
+        process_group=0 if on_start is not None else None,
         user=become.uid if become else None,
         group=become.gid if become else None,
         extra_groups=[] if become else None,
     ) as process:
         _running.add(process)
         try:
+            if on_start is not None:
+                on_start(process.pid)
+                stdin = _GO + stdin
             stdout, stderr = process.communicate(stdin)
         except BaseException:
             process.kill()
@@ -102,7 +109,9 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    command: str, env: Mapping[str, str], cwd: str, on_start: Callable[[int], None]
+) -> subprocess.CompletedProcess[str]:
     """Run a user's shell command to its end, as the caller.
 
     Programs of our own virtual environment are found too, where it was not activated.
@@ -110,6 +119,7 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
     Args:
         env: added to the caller's own environment.
         cwd: the directory it works in.
+        on_start: called with its id, which is that of its process group too.
 
     Returns:
         Its exit status, and what it printed on both its outputs, in `stdout`.
@@ -119,10 +129,10 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
     places = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # a pipe would last as long as what runs on behind
         process = subprocess.Popen(
-            ["/bin/sh", "-c", command],
+            _waiting(["/bin/sh", "-c", command]),
             env={**inherited, "PATH": os.pathsep.join(places), **env},
             cwd=cwd,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -130,7 +140,8 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
         )
         _running.add(process)
         try:
-            process.wait()
+            on_start(process.pid)
+            process.communicate(_GO)
         finally:
             _running.discard(process)
             with suppress(ProcessLookupError):
@@ -139,6 +150,14 @@ def run_command(command: str, env: Mapping[str, str], cwd: str) -> subprocess.Co
         output.seek(0)
         said = output.read().decode("utf-8", "replace")
     return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+
+_GO = "\n"
+
+
+def _waiting(argv: Sequence[str]) -> list[str]:
+    """A program that begins when it is told to, and never if we are gone before that."""
+    return ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"', *argv]
 
 
 def lives(pid: int) -> bool:

@@ -13,13 +13,14 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError
 from pgtemp.host import copying, processes, room
 from pgtemp.host.identity import Identity
+from pgtemp.server import warden
 from pgtemp.server.installation import Installation
 
 SUPERUSER = "postgres"
@@ -62,10 +63,10 @@ def build(
             "where the cache is",
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
-    with _published(path) as building:
+    with _published(path, lock) as (building, guard):
         data = building / DATA
         owner.own(building)
-        _initdb(installation, arguments, data, owner, lock)
+        _initdb(installation, arguments, data, owner, lock, guard)
         drop_spare_wal(installation, data)
         drop_maps(data)
         _shorten(data / "postgresql.conf")
@@ -73,13 +74,13 @@ def build(
         _write_manifest(installation, building)
 
 
-def copy(installation: Installation, data: Path, path: Path) -> None:
+def copy(installation: Installation, data: Path, path: Path, lock: int) -> None:
     """Make an image of a data directory whose server was shut down, and publish it at `path`.
 
     Raises:
         ClusterError: the cache cannot be written.
     """
-    with _published(path) as building:
+    with _published(path, lock) as (building, _):
         us = Identity(os.geteuid(), os.getegid(), "", switch=False)
         listing = copying.list_tree(data, NEVER_COPIED)
         (building / DATA).mkdir(mode=0o700)
@@ -100,15 +101,21 @@ def keep_relcache(data: Path, target: Path) -> None:
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to build in, which becomes `path` where all goes well."""
+def _published(path: Path, lock: int) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A directory beside `path` to build in, which becomes `path` where all goes well.
+
+    Yields it, and what is to be told of a program that works in it.
+    """
     building = path.with_suffix(".building")
     shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(path, ignore_errors=True)
     try:
-        with room.writing(path.parent, room.CACHE_REMEDY):
+        with (
+            room.writing(path.parent, room.CACHE_REMEDY),
+            warden.guarded([str(building)], lock, gently=True) as guard,
+        ):
             building.mkdir(mode=0o700)
-            yield building
+            yield building, guard
             building.rename(path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -116,7 +123,12 @@ def _published(path: Path) -> Iterator[Path]:
 
 
 def _initdb(
-    installation: Installation, arguments: list[str], data: Path, owner: Identity, lock: int
+    installation: Installation,
+    arguments: list[str],
+    data: Path,
+    owner: Identity,
+    lock: int,
+    guard: Callable[[int], None],
 ) -> None:
     argv: list[str | Path] = [
         installation.program("initdb"),
@@ -130,7 +142,8 @@ def _initdb(
     unknown = data.with_name("password")
     unknown.write_text(secrets.token_hex())
     owner.own(unknown)
-    result = processes.run([*argv, f"--pwfile={unknown}"], identity=owner, pass_fds=[lock])
+    argv.append(f"--pwfile={unknown}")
+    result = processes.run(argv, identity=owner, pass_fds=[lock], on_start=guard)
     unknown.unlink()
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]

@@ -173,8 +173,8 @@ def _remove(path: Path) -> None:
 def sweep() -> list[Path]:
     """Remove what builders that were killed have left in the cache; what that was."""
     left = []
-    for building in paths.usual_cache_dir().glob("*/*.building"):
-        lock = building.with_suffix(".lock")
+    for building in paths.usual_cache_dir().glob("*/*.building*"):
+        lock = building.with_name(building.name.partition(".building")[0] + ".lock")
         if not locks.is_locked(lock):
             with locks.locked(lock):
                 shutil.rmtree(building, ignore_errors=True)

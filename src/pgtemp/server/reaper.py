@@ -19,7 +19,7 @@ import select
 import sys
 import time
 
-from pgtemp.server.remains import ASIDE, clear_crashed, libc, removal, sweep
+from pgtemp.server.remains import ASIDE, clear_crashed, end_group, libc, removal, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -301,11 +301,15 @@ class Reaper:
             server.tell(stopped=True, used=server.used)
             return
         server.removed = True
-        aside = server.set_aside()
+        leader = server.spec.get("guard", 0)
+        # What a program still works in keeps its name.
+        paths = server.spec["remove"] if leader else server.set_aside()
         server.tell(stopped=True, used=server.used)
 
         def chore() -> Iterator[None]:
-            for path in aside:
+            if leader:
+                yield from end_group(leader, server.spec["gently"])
+            for path in paths:
                 yield from removal(path)
             os.close(server.lease)
             os.close(server.log)

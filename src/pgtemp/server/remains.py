@@ -27,9 +27,10 @@ DISCARD = b"discard\n"
 # seconds is it taken for the latter.
 HALF_MADE = 3600.0
 
-SIGKILL = 9
+SIGKILL, SIGTERM = 9, 15
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
 _TRIES, _MOMENT = 200, 0.005
+_PATIENCE = 1000  # moments that a program gets to clean up
 IPC_RMID = 0
 # The C half, since `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
@@ -73,6 +74,25 @@ def _uid_of(pid: int) -> int:
         return os.stat(f"/proc/{pid}").st_uid
     except OSError:
         return -1
+
+
+def end_group(leader: int, gently: bool) -> Iterator[None]:
+    """End a program that is not our child, with all in its process group; a moment a step.
+
+    Args:
+        gently: let it end by itself at first, and clean up.
+    """
+    if gently:
+        _quietly(lambda: os.kill(leader, SIGTERM))
+        for _ in range(_PATIENCE):
+            try:
+                os.killpg(leader, 0)
+            except OSError:
+                return
+            yield
+            time.sleep(_MOMENT)
+    _quietly(lambda: os.killpg(leader, SIGKILL))
+    yield
 
 
 def clear_crashed(data_dir: str) -> None:

@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,18 @@ class Process:
             WardenError: the warden is gone.
         """
         self._send({"remove": list(remove), "keep": keep})
+
+    def guard(self, leader: int, *, gently: bool) -> None:
+        """Have a program ended when this process is gone, with all in its process group.
+
+        Args:
+            leader: its id; 0 is none any more.
+            gently: let it clean up first.
+
+        Raises:
+            WardenError: the warden is gone.
+        """
+        self._send({"guard": leader, "gently": gently})
 
     def await_started(self) -> int:
         """The postmaster's pid, once it was forked.
@@ -247,6 +260,37 @@ def current() -> Warden:
                 _current.end()
             _current = Warden()
         return _current
+
+
+@contextmanager
+def guarded(
+    remove: Sequence[str] = (), lock: int | None = None, *, gently: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Let nothing that a block does outlive this process: neither a program, nor what is half made.
+
+    Args:
+        remove: directories that go where this process is gone before the block has ended.
+        lock: a descriptor; its lock is let go of only after that.
+        gently: let the program clean up first.
+
+    Yields:
+        What is to be called with the id of a program, which leads its process group.
+
+    Raises:
+        WardenError: there is no warden.
+    """
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lease = nothing if lock is None else lock
+        held = current().hold(remove, keep=False, lease=lease, log=nothing)
+    finally:
+        os.close(nothing)
+    try:
+        yield lambda leader: held.guard(leader, gently=gently)
+    finally:
+        with suppress(WardenError):  # what is done is done, whoever guards it
+            held.guard(0, gently=gently)
+            held.stop(keep=False, remove=[])
 
 
 @atexit.register
