@@ -203,6 +203,10 @@ class ServerOptions:
                 raise OptionError(
                     f"{os.fspath(path)} is a directory", remedy=f"name a file ({name})"
                 )
+        if self.dump is not None and Path(self.dump).exists() and not Path(self.dump).is_file():
+            raise OptionError(
+                f"{os.fspath(self.dump)} is no regular file", remedy="name another file (dump)"
+            )
 
     def _check_readable(self, name: str) -> None:
         path = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -138,6 +139,22 @@ def test_a_broken_archive_is_told(tmp_path: Path) -> None:
     (tmp_path / "broken.dump").write_bytes(b"PGDMP" + bytes(40))
     with pytest.raises(TransferError, match=r"broken\.dump"):
         PgTempDB(load=tmp_path / "broken.dump").start()
+
+
+def test_a_dump_replaces_nothing_but_files(tmp_path: Path) -> None:
+    """What is no file, as /dev/null, stays what it is; a link stays a link."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    target.write_text("old")
+    link.symlink_to(target)
+    with pytest.raises(OptionError, match="no regular file"):
+        PgTempDB(dump=pipe)
+    with PgTempDB() as db:
+        with pytest.raises(TransferError, match="no regular file"):
+            db.dump(pipe)
+        db.dump(link)
+    assert pipe.is_fifo()
+    assert link.is_symlink() and "PostgreSQL database dump" in target.read_text()
 
 
 def test_a_dump_at_the_end(tmp_path: Path) -> None:

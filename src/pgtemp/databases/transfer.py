@@ -77,6 +77,9 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
         TransferError: nothing was written; a file of that name stays as it was.
     """
     path = Path(to).absolute()
+    if path.exists() and not path.is_file():  # /dev/null, say, which root would replace
+        raise TransferError(f"{path} is no regular file", remedy="name another file")
+    path = path.resolve()  # a link stays one
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with step(f"dumping {source.dbname} to {path.name}"):
         program = installation.program("pg_dump")
