@@ -70,6 +70,8 @@ def _user(options: ServerOptions) -> _Finding:
     owner = identity.choose(options.run_as)
     if owner.switch:
         return "ok", f"PostgreSQL runs as {owner.name} (uid {owner.uid}), since this is root", ""
+    if not owner.has_name:
+        return "ok", f"PostgreSQL runs as uid {owner.uid}, which has no line in /etc/passwd", ""
     return "ok", f"PostgreSQL runs as {owner.name} (uid {owner.uid})", ""
 
 
@@ -96,8 +98,8 @@ def _scratch(options: ServerOptions) -> _Finding:
     return "warning", f"{found}; no tmpfs with {least} MB free", cure
 
 
-def _socket_path(_: ServerOptions) -> _Finding:
-    base = paths.socket_base()
+def _socket_path(options: ServerOptions) -> _Finding:
+    base = paths.socket_base(identity.choose(options.run_as))
     return "ok", f"{base} is short enough for a unix socket", ""
 
 

@@ -12,10 +12,20 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 
 def main() -> None:
     """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
+    _fill_gaps()
     try:
         sys.exit(init.run(_run))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _fill_gaps() -> None:
+    """Take the numbers of standard streams that are closed; uvloop aborts where it gets one."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def _run() -> int:

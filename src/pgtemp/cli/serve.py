@@ -6,7 +6,6 @@ import asyncio
 import os
 import shlex
 import signal
-import sys
 from contextlib import suppress
 from typing import Any
 
@@ -79,7 +78,6 @@ def _print_ready(served: Announcement) -> None:
     click.echo("try")
     click.echo(f"    {served.psql} {shlex.quote(served.info.uri)} -c 'select version()'")
     click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
-    sys.stdout.flush()
 
 
 def _loop_factory() -> Any:

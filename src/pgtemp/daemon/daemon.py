@@ -218,7 +218,10 @@ def _signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int]) -> 
             os._exit(_FORCED)  # the warden ends all servers
         stopping.set_result(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever started us may have blocked them
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         loop.add_signal_handler(number, stop, number)

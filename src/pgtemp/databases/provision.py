@@ -61,6 +61,7 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
     Raises:
         PgTempError: programs, user or a file cannot be had.
     """
+    paths.check_umask()
     owner = identity.choose(options.run_as)
     copied = Path(options.copy_from).absolute() if options.copy_from is not None else None
     if copied is not None and not (copied / "PG_VERSION").exists():

@@ -28,6 +28,11 @@ class Identity:
     name: str
     switch: bool
 
+    @property
+    def has_name(self) -> bool:
+        """Whether the system knows a name for this user, rather than a number alone."""
+        return name_of(self.uid) != str(self.uid)
+
     def own(self, path: str | Path | int) -> None:
         """Give a file or directory that pgtemp made to this user."""
         if self.switch:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 
 from pgtemp.errors import OptionError
 from pgtemp.host import room
+from pgtemp.host.identity import Identity
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
 # The 64 MB /dev/shm of a container is never enough.
@@ -37,10 +39,12 @@ def cache_dir() -> Path:
         return _made(path, "PGTEMP_CACHE_DIR")
     if os.geteuid() == 0:
         return _made(path, "the cache")
-    try:
-        return _made(path, "the cache")
-    except OptionError:  # no home, or a read-only one
-        return _private(Path(tempfile.gettempdir()) / f"pgtemp-cache-{os.getuid()}")
+    if path != _stand_in():
+        try:
+            return _made(path, "the cache")
+        except OptionError:  # a home that cannot be written
+            pass
+    return _private(_stand_in())
 
 
 def usual_cache_dir() -> Path:
@@ -49,12 +53,25 @@ def usual_cache_dir() -> Path:
         return Path(given).absolute()
     if os.geteuid() == 0:
         return Path("/var/cache/pgtemp")
-    return Path(platformdirs.user_cache_dir("pgtemp"))
+    return _of_user(platformdirs.user_cache_dir) or _stand_in()
+
+
+def _stand_in() -> Path:
+    return temporary_dir() / f"pgtemp-cache-{os.getuid()}"
+
+
+def _of_user(find: Callable[[str], str]) -> Path | None:
+    """A directory below the user's home; None where no home is known."""
+    try:
+        path = Path(find("pgtemp"))
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() else None
 
 
 def _made(path: Path, what: str) -> Path:
     try:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_dirs(path)
         if os.access(path, os.W_OK | os.X_OK):
             return path
         reason = "it cannot be written"
@@ -63,6 +80,18 @@ def _made(path: Path, what: str) -> Path:
     raise OptionError(
         f"{what} {path}: {reason}", remedy="name a directory of yours in PGTEMP_CACHE_DIR"
     )
+
+
+def make_dirs(path: Path) -> None:
+    """Make a directory, and those it is in, unless they are there.
+
+    Root's umask may be 077; the user PostgreSQL is run as has to get there all the same.
+    """
+    for directory in [*reversed(path.parents), path]:
+        if not directory.is_dir():
+            directory.mkdir(mode=0o755, exist_ok=True)
+            if os.geteuid() == 0:
+                directory.chmod(0o755)
 
 
 def _private(path: Path) -> Path:
@@ -74,6 +103,20 @@ def _private(path: Path) -> Path:
             remedy="name a directory of yours in PGTEMP_CACHE_DIR",
         )
     return path
+
+
+def check_umask() -> None:
+    """Raise OptionError where we could not read ourselves what we make."""
+    try:
+        with open("/proc/self/status") as status:  # os.umask would change it, for all threads
+            said = [line.split()[1] for line in status if line.startswith("Umask:")]
+    except OSError:
+        return
+    if said and int(said[0], 8) & 0o700:
+        raise OptionError(
+            f"the umask {said[0]} takes away the owner's own rights",
+            remedy="set one like 022 or 077 before",
+        )
 
 
 def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
@@ -92,7 +135,22 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
         return _kept_base()
     if _has_room(_SHARED_MEMORY):
         return _SHARED_MEMORY
-    return Path(tempfile.gettempdir()).resolve()
+    return temporary_dir()
+
+
+def temporary_dir() -> Path:
+    """The directory for temporary files: TMPDIR where that can be written, else /tmp and the like.
+
+    Raises:
+        OptionError: none can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir()).resolve()
+    except FileNotFoundError:
+        raise OptionError(
+            "no directory for temporary files can be written: not TMPDIR, /tmp, nor /var/tmp",
+            remedy="set TMPDIR to one that can",
+        ) from None
 
 
 def _given_base(prefix: Path, *, keep: bool) -> Path:
@@ -112,9 +170,14 @@ def _given_base(prefix: Path, *, keep: bool) -> Path:
 
 def _kept_base() -> Path:
     root = os.geteuid() == 0
-    base = Path("/var/lib/pgtemp") if root else Path(platformdirs.user_data_dir("pgtemp"))
+    base = Path("/var/lib/pgtemp") if root else _of_user(platformdirs.user_data_dir)
+    if base is None:
+        raise OptionError(
+            "the user has no home directory, where kept data would go",
+            remedy="set HOME, or name a directory (data_dir_prefix)",
+        )
     try:
-        base.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_dirs(base)
     except OSError as error:
         raise OptionError(
             f"{base}, where kept data goes, cannot be made: {error.strerror}",
@@ -125,19 +188,41 @@ def _kept_base() -> Path:
 
 def sweep_bases() -> list[Path]:
     """Where homes may have been left by owners that are gone."""
-    bases = [_SHARED_MEMORY, Path(tempfile.gettempdir()).resolve()]
-    return [base for base in bases if base.is_dir()]
+    return [base for base in [_SHARED_MEMORY, *_temporary()] if base.is_dir()]
 
 
-def socket_base() -> Path:
-    """A directory whose path is short enough for the sockets in its subdirectories."""
-    for base in (Path(tempfile.gettempdir()), Path("/tmp"), _SHARED_MEMORY):
-        if len(os.fsencode(base)) < SOCKET_PATH_BYTES - 40 and os.access(base, os.W_OK | os.X_OK):
+def _temporary() -> list[Path]:
+    try:
+        return [temporary_dir()]
+    except OptionError:  # none is needed where everything else was named
+        return []
+
+
+def socket_base(owner: Identity) -> Path:
+    """A directory whose path is short enough for the sockets in its subdirectories.
+
+    Args:
+        owner: who has to get there too.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for base in (*_temporary(), Path("/tmp"), _SHARED_MEMORY):
+        if (
+            len(os.fsencode(base)) < SOCKET_PATH_BYTES - 40
+            and os.access(base, os.W_OK | os.X_OK)
+            and owner.blocked_at(base) is None
+        ):
             return base
     raise OptionError(
-        "no directory is short enough for a unix socket",
+        "no directory that can be written has a path short enough for a unix socket",
         remedy="set TMPDIR to a directory with a path below 60 bytes",
     )
+
+
+def is_noexec(path: Path) -> bool:
+    """Whether no program can be run from where `path` is."""
+    return bool(os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def filesystem_type(path: Path) -> str:

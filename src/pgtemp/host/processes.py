@@ -294,16 +294,20 @@ def _signal_all(process: subprocess.Popen[str], number: int) -> None:
         pass
 
 
-def start_detached(argv: Sequence[str], *, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, out of reach of the terminal's Ctrl-C."""
+def start_detached(argv: Sequence[str], *, stdin: int) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, out of reach of the terminal's Ctrl-C.
+
+    Args:
+        stdin: the descriptor it gets as its standard input. A number that was passed on instead
+            would not do: where the caller's own are closed, it may be that of one of them.
+    """
     return subprocess.Popen(
         argv,
         env={},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         close_fds=True,
-        pass_fds=pass_fds,
         cwd="/",
     )

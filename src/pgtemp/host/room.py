@@ -77,6 +77,8 @@ def check(path: Path, what: str, *, size: int, files: int) -> None:
 
 def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterError:
     """The error for a file or directory that could not be written, with how much room there is."""
+    if error.errno == errno.EFBIG:
+        remedy = "raise the limit on the size of files (ulimit -f)"
     kind = DiskFullError if error.errno in _FULL else ClusterError
     return kind(
         f"{where} cannot be written: {error.strerror or error} ({left(where)})", remedy=remedy

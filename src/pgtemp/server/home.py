@@ -93,7 +93,7 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
                 os.mkdir(path / DATA, 0o700)
                 owner.own(path / DATA)
                 owner.own(path)
-                return Home(path, _socket_dir(path), lease)
+                return Home(path, _socket_dir(path, owner), lease)
             except BaseException:
                 os.close(lease)
                 raise
@@ -125,7 +125,7 @@ def reopen(path: Path, owner: Identity) -> Home:
     try:
         lease = _lease(path, keep=True)
         try:
-            return Home(path, _socket_dir(path), lease)
+            return Home(path, _socket_dir(path, owner), lease)
         except BaseException:
             os.unlink(path / LEASE)
             os.close(lease)
@@ -140,11 +140,11 @@ def _lease(path: Path, *, keep: bool) -> int:
     return locks.create_locked(path / LEASE, (KEEP if keep else DISCARD) + owner)
 
 
-def _socket_dir(path: Path) -> Path:
+def _socket_dir(path: Path, owner: Identity) -> Path:
     if len(os.fsencode(path / ".s.PGSQL.65535")) <= paths.SOCKET_PATH_BYTES:
         return path
     while True:
-        link = paths.socket_base() / _name()
+        link = paths.socket_base(owner) / _name()
         try:
             link.symlink_to(path)
         except FileExistsError:

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError
-from pgtemp.host import copying, processes, room
+from pgtemp.host import copying, paths, processes, room
 from pgtemp.host.identity import Identity
-from pgtemp.server import warden
+from pgtemp.server import programcopy, warden
 from pgtemp.server.installation import Installation
+from pgtemp.server.remains import clear_crashed
 
 SUPERUSER = "postgres"
 MANIFEST, DATA, WARM = "manifest.json", "data", "warm"
@@ -30,6 +31,15 @@ CONTROL = "global/pg_control"
 # Left out of every copy: what belongs to a running server, and the logs of an earlier one.
 NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
+_GIVE_A_NAME = (
+    "give the user a line in /etc/passwd, or a name by nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
+    "NSS_WRAPPER_PASSWD, NSS_WRAPPER_GROUP)"
+)
+_REMEDIES = (
+    (r"could not look up effective user ID", _GIVE_A_NAME),
+    (r"could not resize shared memory segment", "make /dev/shm larger (docker run --shm-size)"),
+    (r"File too large", "raise the limit on the size of files (ulimit -f)"),
+)
 _OURS = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
 
 
@@ -37,6 +47,8 @@ def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]
     """initdb's arguments: ours, and the user's over them. Raises OptionError."""
     locale = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
     chosen = {"encoding": "UTF8", "locale": locale, "wal-segsize": "1"}
+    if installation.major >= 16:  # a /dev/shm of 1 MB is too small for initdb otherwise
+        chosen["set"] = "dynamic_shared_memory_type=mmap"
     if installation.major >= 18:
         chosen["no-data-checksums"] = ""
     for name, value in given.items():
@@ -130,14 +142,17 @@ def _initdb(
     lock: int,
     guard: Callable[[int], None],
 ) -> None:
-    argv: list[str | Path] = [
-        installation.program("initdb"),
-        "--pgdata",
-        data,
-        "--username",
-        SUPERUSER,
-    ]
-    argv += ["--auth=trust", "--no-sync", "--no-instructions", *arguments]
+    initdb, copies = installation.program("initdb"), data.with_name("programs")
+    if not owner.has_name:
+        if paths.is_noexec(data.parent):
+            raise OptionError(
+                f"user {owner.name} has no name, so initdb has to be run from the cache "
+                f"{data.parents[2]}, which is mounted noexec",
+                remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_GIVE_A_NAME}",
+            )
+        initdb = programcopy.for_nobody(initdb.parent, ("initdb", "postgres"), copies) / "initdb"
+    argv: list[str | Path] = [initdb, "--pgdata", data, "--username", SUPERUSER]
+    argv += ["--auth=trust", "--no-sync", "--no-instructions", "--no-clean", *arguments]
     # A password nobody knows: it makes room for the verifier that each copy gets.
     unknown = data.with_name("password")
     unknown.write_text(secrets.token_hex())
@@ -145,18 +160,21 @@ def _initdb(
     argv.append(f"--pwfile={unknown}")
     result = processes.run(argv, identity=owner, pass_fds=[lock], on_start=guard)
     unknown.unlink()
+    shutil.rmtree(copies, ignore_errors=True)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        if room.says_full(result.stderr):  # initdb has removed by now what filled it
+        clear_crashed(str(data))
+        if room.says_full(result.stderr):
             where = data.parent.parent
             raise DiskFullError(
                 f"{where} has too little room for initdb: {room.left(where)}",
                 remedy=room.CACHE_REMEDY,
                 details=lines[-8:],
             )
+        remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
         raise ClusterError(
             f"initdb of PostgreSQL {installation.version} failed",
-            remedy="see its words below; initdb_args are passed to it as they are",
+            remedy=[*remedies, "see its words below; initdb_args are passed to it as they are"][0],
             details=lines[-8:],
         )
 

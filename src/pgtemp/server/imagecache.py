@@ -121,7 +121,7 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
         return image
     with ExitStack() as held:
         with room.writing(path.parent, room.CACHE_REMEDY):
-            path.parent.mkdir(mode=0o755, exist_ok=True)
+            paths.make_dirs(path.parent)
             lock = held.enter_context(locks.locked(path.with_suffix(".lock")))
         if (image := _load(path)) is None:  # nobody built it while we waited
             with step(what):

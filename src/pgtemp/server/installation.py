@@ -7,7 +7,6 @@ nothing of data directories.
 
 from __future__ import annotations
 
-import errno
 import functools
 import glob
 import hashlib
@@ -27,6 +26,7 @@ from pgtemp.errors import InstallationError, OptionError
 from pgtemp.host import locks, paths, processes, room
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
+from pgtemp.server import programcopy
 
 _LINUX_FOLDERS = (
     "/usr/lib/postgresql/*/bin",  # Debian, Ubuntu
@@ -118,46 +118,26 @@ class Installation:
         key = hashlib.sha256(self.identity.encode()).hexdigest()[:16]
         place = paths.cache_dir() / "programs" / key
         copy = replace(self, bin_dir=place / root.parent.name / root.name / "bin")
-        if owner.blocked_at(copy.bin_dir.parent if copy.bin_dir.exists() else paths.cache_dir()):
+        cache = paths.cache_dir()
+        no_cache = ""
+        if at := owner.blocked_at(copy.bin_dir.parent if copy.bin_dir.exists() else cache):
+            no_cache = f"nor {at}, where the cache is"
+        elif paths.is_noexec(cache):
+            no_cache = f"and from the cache {cache} nothing can be run: it is mounted noexec"
+        if no_cache:
             raise InstallationError(
-                f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, which holds "
-                f"the programs, nor the cache {paths.cache_dir()}",
+                f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, where the "
+                f"programs are, {no_cache}",
                 remedy="install PostgreSQL elsewhere, or name another cache (PGTEMP_CACHE_DIR)",
             )
         with room.writing(place.parent, room.CACHE_REMEDY):
-            place.parent.mkdir(mode=0o755, exist_ok=True)
+            paths.make_dirs(place.parent)
             with locks.locked(place.with_suffix(".lock")):
                 if not copy.bin_dir.exists():
                     what = f"copying PostgreSQL {self.version} to where {owner.name} can run it"
                     with step(what):
-                        _copy_programs(root, place)
+                        programcopy.for_everybody(root, place)
         return copy
-
-
-def _copy_programs(root: Path, place: Path) -> None:
-    """Copy a tree of programs, with the libraries that a wheel keeps beside its package."""
-    fresh = place.with_suffix(".building")
-    shutil.rmtree(fresh, ignore_errors=True)
-    package = fresh / root.parent.name
-    try:
-        _copy_tree(root, package / root.name)
-        libraries = root.parent.with_name(root.parent.name + ".libs")
-        if libraries.is_dir():
-            _copy_tree(libraries, fresh / libraries.name)
-        fresh.chmod(0o755)
-        fresh.rename(place)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    try:
-        shutil.copytree(source, target, symlinks=True)
-    except shutil.Error as failures:  # a whole list, of texts
-        first = str(failures.args[0][0][-1])
-        number = errno.ENOSPC if room.says_full(first) else errno.EIO
-        raise OSError(number, os.strerror(number)) from failures
 
 
 def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
@@ -184,7 +164,7 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
     for source, folder in _candidates(bin_dir):
         installation = _look(folder)
         if installation is None:
-            seen[folder] = f"{source}: {folder}: no postgres and initdb there"
+            seen[folder] = f"{source}: {folder}: {_lacks(folder)}"
         elif installation.major < MINIMUM:
             seen[installation.bin_dir] = f"{folder}: {installation.version}, older than {MINIMUM}"
         elif not wanted.contains(installation.release, prereleases=True):
@@ -310,6 +290,18 @@ def _look(folder: Path) -> Installation | None:
     return _looked_at[key]
 
 
+def _lacks(folder: Path) -> str:
+    """Why what is in a folder is no installation."""
+    try:
+        if not all((folder / name).exists() for name in _NEEDED):
+            return f"no {' and '.join(_NEEDED)} there"
+        if paths.is_noexec(folder):
+            return "nothing can be run from there: it is mounted noexec"
+    except OSError as error:
+        return f"{error.strerror}"
+    return f"{' and '.join(_NEEDED)} there cannot be run"
+
+
 def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
     """From the cache where another process asked before, else from the program itself."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
@@ -328,7 +320,7 @@ def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
     version = match[1].strip()
     fresh = note.with_suffix(f".{os.getpid()}")
     try:
-        note.parent.mkdir(mode=0o755, exist_ok=True)
+        paths.make_dirs(note.parent)
         fresh.write_text(version)
         fresh.rename(note)
     except OSError:  # no room: the next process asks again

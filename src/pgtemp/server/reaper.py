@@ -169,6 +169,8 @@ class Reaper:
         os.set_blocking(self.wake, False)
         self.poll.register(self.wake, select.POLLIN)
         _signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+        # Whoever started the owner may have blocked signals, and a mask outlives exec.
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         # Handlers that do nothing, not SIG_IGN: exec would hand the latter on to PostgreSQL.
         for number in (_signal.SIGCHLD, INT, QUIT, _signal.SIGTERM, _signal.SIGHUP):
             _signal.signal(number, lambda *_: None)
@@ -363,5 +365,5 @@ class Reaper:
 
 
 def main() -> None:
-    """What `warden.py` runs: descriptor of the control socket, pid of the owner."""
-    Reaper(int(sys.argv[1]), int(sys.argv[2])).run()
+    """What `warden.py` runs: the control socket is its standard input; the pid of the owner."""
+    Reaper(0, int(sys.argv[1])).run()

