@@ -6,8 +6,10 @@ On the server's private socket, and with nothing of what libpq takes from the en
 from __future__ import annotations
 
 import os
+import re
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,18 +37,36 @@ _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
 # In which a warden tells that a server has died whose connections have broken.
 _MOMENTS, _MOMENT = 20, 0.01
 
+# psycopg has no SQLSTATE of who is turned away.
+_COMES_BACK = re.compile(
+    "the database system is (in recovery mode|starting up|not yet accepting connections)"
+)
+_RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
+_NEVER = threading.Event()
+
 
 def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
-    """An autocommit connection of pgtemp's own. Raises psycopg's errors."""
-    return psycopg.connect(
-        host=to.host,
-        port=to.port,
-        user=to.user,
-        dbname=to.dbname,
-        autocommit=True,
-        application_name="pgtemp",
-        **_NOT_FROM_THE_ENVIRONMENT,
-    )
+    """An autocommit connection of pgtemp's own; waits for a server that has crashed and comes back.
+
+    Raises psycopg's errors.
+    """
+    deadline = time.monotonic() + _RECOVERY_SECONDS
+    while True:
+        try:
+            return psycopg.connect(
+                host=to.host,
+                port=to.port,
+                user=to.user,
+                dbname=to.dbname,
+                autocommit=True,
+                application_name="pgtemp",
+                **_NOT_FROM_THE_ENVIRONMENT,
+            )
+        except psycopg.OperationalError as error:
+            # One that cannot come back ends, and then the words are others.
+            if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
+                raise
+        _NEVER.wait(_RECOVERY_POLL)
 
 
 def has_news(connection: psycopg.Connection[Any]) -> bool:
