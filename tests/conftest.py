@@ -116,17 +116,6 @@ def keeping(project: Project, open_dir: Path) -> Project:
 
 
 @pytest.fixture
-def small_disk(open_dir: Path) -> Iterator[Path]:
-    """A filesystem of 3 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m,mode=777", "tmpfs", str(open_dir)]
-    subprocess.run(mount, check=True)
-    yield open_dir
-    subprocess.run(["umount", str(open_dir)], check=True)
-
-
-@pytest.fixture
 def other_user() -> Iterator[str]:
     """A second ordinary user, made for the test."""
     if os.geteuid() != 0:

@@ -22,6 +22,7 @@ from pgtemp.host import ports
 from project import Project
 from support import Daemon, eventually, run_pgtemp
 
+pytestmark = pytest.mark.slow
 DaemonType = type[Daemon]
 Mount = Callable[..., Disk]
 KINDS = pytest.mark.parametrize("kind", ["tmpfs", "ext4", "inodes"])
@@ -544,11 +545,14 @@ def test_a_failed_test_that_cannot_be_kept(project: Project, disk: Mount) -> Non
     project.kept = small.path
     result = project.run(
         text=f"""
+        import os
+
         def test_fails(pgtemp):
             with pgtemp.connect() as connection:
                 connection.execute("INSERT INTO account VALUES (1, 1)")
             with open({str(small.ballast)!r}, "wb") as file:
-                file.write(bytes({small.size // 4} << 20))
+                status = os.statvfs(file.fileno())
+                file.write(bytes(status.f_bavail * status.f_frsize - (5 << 20)))
             assert False
 
         def test_passes(pgtemp):
