@@ -306,7 +306,7 @@ def test_kept_data_without_a_note_is_kept(disk: Mount) -> None:
         db.stop()
     assert says_where(caught.value, small)
     (kept,) = small.homes
-    assert not [path for path in kept.iterdir() if path.name not in ("data", "server.log")]
+    assert eventually(lambda: {path.name for path in kept.iterdir()} == {"data", "server.log"})
     # On a full disk it cannot be opened, and stays as it is.
     small.fill()
     refused = run_pgtemp("open", str(kept))

@@ -128,7 +128,7 @@ def clone(
     # Before PostgreSQL tries: it begins with a checkpoint, and on a full disk that ends the server.
     if size is None:
         size = _EMPTY_BYTES if source == BASE else size_of(connection, source)
-    room.check(place_of(connection), "another database", size=size, files=_EMPTY_FILES)
+    room.check_with_spare(place_of(connection), "another database", size=size, files=_EMPTY_FILES)
     # The files are copied rather than logged, which takes half the time from a small template and
     # a third from one of fifty tables.
     statement = _about(

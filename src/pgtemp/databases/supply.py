@@ -103,7 +103,7 @@ class Clusters:
         blueprint = self._plan.blueprint
         size, files = blueprint.source.resolve().extent
         base = find_base(blueprint.prefix, blueprint.owner, keep=blueprint.keep)
-        room.check(base, "another server", size=size, files=files)
+        room.check_with_spare(base, "another server", size=size, files=files)
         cluster = Cluster(blueprint)
         cluster.start()
         return Place(cluster, "", self._plan.users, supply=self)

@@ -56,14 +56,18 @@ def says_full(words: str) -> bool:
     return any(one in words for one in _FULL_WORDS)
 
 
-def check(path: Path, what: str, *, size: int, files: int) -> None:
-    """Raise DiskFullError where `what`, of so many bytes and files, would not leave some to spare.
+def check_with_spare(path: Path, what: str, *, size: int, files: int) -> None:
+    """As `check`, but some room has to be left for a server that runs there."""
+    size += min(_SPARE_BYTES, size_bytes(path) // _SPARE_PART)
+    check(path, what, size=size, files=files + _SPARE_FILES)
+
+
+def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY) -> None:
+    """Raise DiskFullError where there is no room for so many bytes and files.
 
     Args:
-        what: needs room, as "another database".
+        what: needs them, as "another database".
     """
-    size += min(_SPARE_BYTES, size_bytes(path) // _SPARE_PART)
-    files += _SPARE_FILES
     if free_bytes(path) < size:
         need = f"{size >> 20} MB"
     elif (_free_files(_status(path)) or files) < files:
@@ -71,7 +75,7 @@ def check(path: Path, what: str, *, size: int, files: int) -> None:
     else:
         return
     raise DiskFullError(
-        f"{path} has too little room for {what}: {left(path)}, {need} needed", remedy=REMEDY
+        f"{path} has too little room for {what}: {left(path)}, {need} needed", remedy=remedy
     )
 
 

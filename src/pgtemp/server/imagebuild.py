@@ -30,6 +30,7 @@ RELCACHE = "pg_internal.init"
 CONTROL = "global/pg_control"
 # Left out of every copy: what belongs to a running server, and the logs of an earlier one.
 NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
+_INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
 _GIVE_A_NAME = (
     "give the user a line in /etc/passwd, or a name by nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
@@ -75,6 +76,10 @@ def build(
             "where the cache is",
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
+    # Not left to initdb: where its server ends over a full disk, kernel objects stay behind.
+    room.check(
+        path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=room.CACHE_REMEDY
+    )
     with _published(path, lock) as (building, guard):
         data = building / DATA
         owner.own(building)
