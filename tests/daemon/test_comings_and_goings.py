@@ -142,6 +142,23 @@ def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) ->
     assert eventually(lambda: _answers(at(served, "test")), 20)
 
 
+@BOTH
+def test_a_server_that_was_told_to_shut_down_gets_nobody_new(
+    daemon: DaemonType, isolation: str
+) -> None:
+    """It goes on for as long as somebody is in it, pgtemp itself included; others get another."""
+    served = daemon("--isolation", isolation, "--linger", "600")
+    with psycopg.connect(at(served, "test"), autocommit=True) as stays:
+        one(at(served, "test~s"), "SELECT 1")
+        for dbname in ("test", "test~s"):
+            os.kill(postmaster_of(at(served, dbname)), signal.SIGTERM)
+            assert eventually(lambda name=dbname: _answers(at(served, name)))  # type: ignore[misc]
+        for _ in range(5):
+            assert one(at(served, "test"), "SELECT 1") == 1
+            assert one(at(served, "test~s"), "SELECT 1") == 1
+        assert stays.execute("SELECT 1").fetchone() == (1,)
+
+
 def test_without_a_pool_dead_servers_are_removed_too(daemon: DaemonType) -> None:
     before = homes()
     served = daemon("--pool", "0")

@@ -197,14 +197,21 @@ class Cluster:
         return self._process.fileno() if self._process is not None else -1
 
     def check(self) -> None:
-        """Raise if the server has died.
+        """Raise if the server has died, or lets nobody in any more.
 
         Raises:
-            ClusterError: it has; carries the end of its log.
-            WardenError: with its warden.
+            ClusterError: it has, or does; carries the end of its log.
+            WardenError: it has died with its warden.
         """
-        if self._process is not None and self._process.wait(0) is not None:
+        if self._process is None:
+            return
+        if self._process.wait(0) is not None:
             raise self._died()
+        if self._status() == "stopping":  # it may do so for as long as anybody is connected
+            raise ClusterError(
+                f"PostgreSQL (pid {self.pid}) was told to shut down, and lets nobody in",
+                remedy="start a new server",
+            )
 
     def log_tail(self) -> list[str]:
         """The last lines of the server's log."""
@@ -287,20 +294,15 @@ class Cluster:
     def _await_ready(self) -> None:
         """Wait until the server accepts connections.
 
-        PostgreSQL writes its state into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells
-        it from the file of an earlier server. Reading it each millisecond costs a hundredth of
-        what a loop of connection attempts does, and works whatever the log's settings are.
+        Reading its state each millisecond costs a hundredth of what a loop of connection attempts
+        does, and works whatever the log's settings are.
         """
         assert self._process is not None
         self.pid = self._process.await_started()
         seconds = START_SECONDS if self.existing is None else RECOVERY_SECONDS
         deadline = time.monotonic() + seconds
         while self._process.wait(_STARTING_POLL) is None:
-            try:
-                lines = (self.data_dir / "postmaster.pid").read_text().split("\n")
-            except OSError:
-                lines = []
-            if len(lines) > 7 and lines[0] == str(self.pid) and lines[7].strip() == "ready":
+            if self._status() == "ready":
                 return
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -309,6 +311,22 @@ class Cluster:
         if self.blueprint.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
             raise _PortLostError(f"port {self.port} was taken by somebody else")
         raise self._died()
+
+    def _status(self) -> str:
+        """What the server says of itself; "" where it says nothing.
+
+        PostgreSQL writes it into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells it
+        from the file of an earlier server.
+        """
+        try:  # without a file object, since this is asked for each lease
+            file = os.open(f"{self.data_dir}/postmaster.pid", os.O_RDONLY)
+        except OSError:
+            return ""
+        try:
+            lines = os.read(file, 4096).decode(errors="replace").split("\n")
+        finally:
+            os.close(file)
+        return lines[7].strip() if len(lines) > 7 and lines[0] == str(self.pid) else ""
 
     def _died(self) -> ClusterError:
         status = self._process.exit_status if self._process is not None else None
