@@ -1,0 +1,221 @@
+"""A client of the daemon that sees every byte: what it was told, and that it was told at all.
+
+Each wait has a deadline. What no client of PostgreSQL may ever meet is a ViolationError; what may
+happen to one while servers are killed around it is a GoneError, and for what PostgreSQL or the
+daemon say there are two more.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import Self
+
+from pgtemp.wire.messages import TERMINATE, Frames, cancel_request, frame, startup_message
+
+SECONDS = 60.0  # for whatever a client waits for
+CANCELED = "57014"
+Row = tuple[str | None, ...]
+
+
+class ViolationError(AssertionError):
+    """Something that must not happen to any client."""
+
+
+class HangError(ViolationError):
+    """Nothing came for so long that nothing will."""
+
+
+class GoneError(Exception):
+    """The connection has ended after it was served; with the SQLSTATE, where there was one."""
+
+
+class RefusedError(Exception):
+    """An ErrorResponse in place of a login."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__(f"{fields['C']} {fields['M']}")
+        self.sqlstate = fields["C"]
+
+
+class SqlError(Exception):
+    """An ErrorResponse to a statement."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__(f"{fields['C']} {fields['M']}")
+        self.sqlstate = fields["C"]
+
+
+def error_fields(payload: bytes) -> dict[str, str]:
+    """The fields of an ErrorResponse, which has to have those that every client reads."""
+    if not payload.endswith(b"\0\0"):
+        raise ViolationError(f"an ErrorResponse that does not end: {payload!r}")
+    parts = payload[:-2].split(b"\0")
+    fields = {part[:1].decode(): part[1:].decode() for part in parts}
+    if not {"S", "V", "C", "M"} <= fields.keys() or len(fields["C"]) != 5 or not fields["M"]:
+        raise ViolationError(f"an ErrorResponse without what belongs into it: {fields}")
+    return fields
+
+
+def dial(address: tuple[str, int] | str) -> socket.socket:
+    """A connection over TCP, or by a unix socket's path; without a word so far."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    made = socket.socket(family)
+    made.settimeout(SECONDS)
+    try:
+        made.connect(address)
+    except OSError as error:
+        made.close()
+        raise ViolationError(f"cannot connect to {address}: {error}") from error
+    return made
+
+
+def reset(connection: socket.socket) -> None:
+    """Close without a word, so that the other side reads a reset."""
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    said = b""
+    try:
+        while data := connection.recv(65536):
+            said += data
+    except TimeoutError as error:
+        raise HangError(f"left hanging after {said[-80:]!r}") from error
+    except ConnectionError:
+        pass
+    return said
+
+
+def cancel(address: tuple[str, int] | str, key: bytes) -> None:
+    """Send a cancel request, and wait until it was taken."""
+    with dial(address) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(cancel_request(key))
+        if said := read_to_the_end(connection):
+            raise ViolationError(f"a cancel request was answered: {said!r}")
+
+
+class Client:
+    """One connection, logged in.
+
+    Attributes:
+        asked: when it began to connect, by time.monotonic().
+        canceled: whether it may be told that its statement was canceled.
+    """
+
+    def __init__(self, address: tuple[str, int] | str, **parameters: str) -> None:
+        """Raises RefusedError; ViolationError where the daemon hangs up without a word."""
+        self.asked = time.monotonic()
+        self.canceled = False
+        self.key = b""
+        self.socket = dial(address)
+        self._frames = Frames()
+        self._pending: list[tuple[bytes, bytes]] = []
+        try:
+            with suppress(ConnectionError):  # a refusal may be there before all was sent
+                self.socket.sendall(startup_message(parameters))
+            self._log_in()
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _log_in(self) -> None:
+        try:
+            while True:
+                kind, payload = self._next()
+                if kind == b"K":
+                    self.key = payload
+                elif kind == b"Z":
+                    return
+                elif kind == b"E":
+                    raise RefusedError(error_fields(payload))
+        except GoneError as error:
+            raise ViolationError("hung up on without a word before it was served") from error
+
+    def _next(self) -> tuple[bytes, bytes]:
+        while not self._pending:
+            try:
+                data = self.socket.recv(65536)
+            except TimeoutError as error:
+                raise HangError("left hanging") from error
+            except ConnectionError as error:
+                raise GoneError(str(error)) from error
+            if not data:
+                raise GoneError("closed")
+            self._pending = list(self._frames.feed(data))
+        return self._pending.pop(0)
+
+    def send(self, kind: bytes, payload: bytes = b"") -> None:
+        try:
+            self.socket.sendall(frame(kind, payload))
+        except TimeoutError as error:
+            raise HangError("left hanging while it spoke") from error
+        except ConnectionError as error:
+            raise GoneError(str(error)) from error
+
+    def ask(self, statement: str) -> None:
+        """Send a statement, and do not wait for the answer."""
+        self.send(b"Q", statement.encode() + b"\0")
+
+    def query(self, statement: str) -> list[Row]:
+        """Raises SqlError, GoneError."""
+        self.ask(statement)
+        return self.answer()
+
+    def answer(self) -> list[Row]:
+        """The rows of what was asked, until the server is ready again or wants to be copied to."""
+        rows, failed = [], None
+        while True:
+            kind, payload = self._next_or(failed)
+            if kind == b"D":
+                rows.append(_row(payload))
+            elif kind == b"E":
+                failed = SqlError(error_fields(payload))
+                if failed.sqlstate == CANCELED and not self.canceled:
+                    raise ViolationError("canceled by a request that was not meant for it")
+            elif kind in (b"Z", b"G"):
+                if failed is not None:
+                    raise failed
+                return rows
+
+    def _next_or(self, failed: SqlError | None) -> tuple[bytes, bytes]:
+        try:
+            return self._next()
+        except GoneError as error:
+            raise GoneError(str(failed or error)) from error
+
+    def close(self) -> None:
+        """Say goodbye, and wait until it was heard."""
+        with suppress(OSError):
+            self.socket.sendall(TERMINATE)
+            self.socket.shutdown(socket.SHUT_WR)
+        try:
+            read_to_the_end(self.socket)
+        finally:
+            self.socket.close()
+
+    def reset(self) -> None:
+        reset(self.socket)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+def _row(payload: bytes) -> Row:
+    values: list[str | None] = []
+    at = 2
+    for _ in range(int.from_bytes(payload[:2], "big")):
+        size = int.from_bytes(payload[at : at + 4], "big", signed=True)
+        at += 4
+        values.append(None if size < 0 else payload[at : at + size].decode())
+        at += max(0, size)
+    return tuple(values)
