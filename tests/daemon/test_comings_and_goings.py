@@ -142,6 +142,23 @@ def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) ->
     assert eventually(lambda: _answers(at(served, "test")), 20)
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["echo local all all reject > pg_hba.conf", "echo fsync=on >> postgresql.conf",
+     "rm ../.s.PGSQL.5432"],
+)  # fmt: skip
+def test_a_server_whose_files_were_changed_is_replaced(daemon: DaemonType, command: str) -> None:
+    """A superuser may do so from SQL; one may be refused, later ones find what there was before."""
+    served = daemon()
+    for _ in range(5):  # so that pgtemp has its own connections, and needs no more
+        one(at(served, "test"), "SELECT 1")
+    with psycopg.connect(at(served, "test"), autocommit=True) as connection:
+        connection.execute(f"COPY (SELECT 1) TO PROGRAM 'cat; {command}'")  # type: ignore[arg-type]
+        connection.execute("SELECT pg_reload_conf()")
+    assert eventually(lambda: all(_answers(at(served, "test")) for _ in range(8)))
+    assert [one(at(served, "test"), "SHOW fsync") for _ in range(5)] == ["off"] * 5
+
+
 @BOTH
 def test_a_server_that_was_told_to_shut_down_gets_nobody_new(
     daemon: DaemonType, isolation: str

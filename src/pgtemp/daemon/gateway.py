@@ -188,6 +188,7 @@ class Gateway:
         except PgTempError as error:
             raise refusal(error) from error
         except OSError as error:
+            lease.place.forsake()
             raise RefusedError(
                 "57P03", f"the server cannot be reached: {error.strerror}", "connect again"
             ) from error

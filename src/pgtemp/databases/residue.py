@@ -40,6 +40,11 @@ SELECT 'database', datname::text, datname::text, concat_ws(' ', datdba, datistem
   datallowconn, datconnlimit, datacl::text) FROM pg_database
 """
 _ROLE, _SYSTEM = "role", "ALTER SYSTEM"
+# What a superuser may have written there, by a program if need be, is read at the next reload.
+_FILES = (
+    ("postgresql.auto.conf", _SYSTEM),
+    *((name, name) for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf")),
+)
 State = dict[tuple[str, str], str]
 
 
@@ -107,13 +112,12 @@ class Residue:
             for kind, name, database, row in rows
             if database is None or not self.ours(database)
         }
-        state[_SYSTEM, ""] = self._settings()
-        return state
+        return state | {(what, ""): self._stamp(name) for name, what in _FILES}
 
-    def _settings(self) -> str:
-        """What ALTER SYSTEM writes; its time and size tell whether it did."""
+    def _stamp(self, name: str) -> str:
+        """A file's time and size tell whether somebody has written it."""
         try:
-            status = (self.data_dir / "postgresql.auto.conf").stat()
+            status = (self.data_dir / name).stat()
         except OSError:
             return ""
         return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"

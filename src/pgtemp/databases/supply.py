@@ -69,6 +69,11 @@ class Place:
         """Whether its server runs."""
         return alive(self.cluster)
 
+    def forsake(self) -> None:
+        """Its server cannot be reached: nobody else gets a place in it."""
+        if self.tenants is not None:
+            self.tenants.stale = True
+
     def lease(self, number: int) -> None:
         """From now on somebody has it."""
         self.number = number
