@@ -436,16 +436,19 @@ def crash(storm: Storm, it: Step) -> None:
 def end_server(storm: Storm, it: Step) -> None:
     """The server is killed, or told to end while others are in it, as a clean-up script would."""
     number = it.random().choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-    with _private(storm, it) as client:
-        with _postmaster(storm, client) as postmaster, storm.disaster():
-            storm.send_signal(postmaster, number)
-            if number == signal.SIGTERM:  # who is in it may stay
-                _pause(0.3)
-                client.close()
-                return
-            with suppress(GoneError):
-                while True:
-                    client.query("SELECT pg_sleep(0.05)")
+    with (
+        _private(storm, it) as client,
+        _postmaster(storm, client) as postmaster,
+        storm.disaster(),
+    ):
+        storm.send_signal(postmaster, number)
+        if number == signal.SIGTERM:  # who is in it may stay
+            _pause(0.3)
+            client.close()
+            return
+        with suppress(GoneError):
+            while True:
+                client.query("SELECT pg_sleep(0.05)")
 
 
 @step(2)

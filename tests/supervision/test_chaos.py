@@ -92,7 +92,7 @@ def check_the_end(one: Storm, status: int, errors: str) -> None:
 @BOTH
 def test_a_storm(gather: Gather, isolation: str) -> None:
     """Nobody hangs, nobody reads another's rows, everybody is told why, and nothing is left."""
-    weather(gather(isolation, SEED), 30)
+    weather(gather(isolation, SEED), 25)
 
 
 @pytest.mark.slow
@@ -103,8 +103,15 @@ def test_more_storms(gather: Gather, isolation: str, more: int) -> None:
     weather(gather(isolation, SEED + more), 60, MORE_LATER)
 
 
-@BOTH
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("isolation", "number"),
+    [
+        ("database", signal.SIGTERM),
+        ("cluster", signal.SIGKILL),
+        pytest.param("database", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("cluster", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_an_end_in_the_middle_of_a_storm(
     gather: Gather, disk: tuple[Path, bool], isolation: str, number: int
 ) -> None:
@@ -112,7 +119,7 @@ def test_an_end_in_the_middle_of_a_storm(
     one = gather(isolation, SEED + number)
     try:
         with ThreadPoolExecutor(1) as thread:
-            ending = thread.submit(one.end_after, 60, number)
+            ending = thread.submit(one.end_after, 40, number)
             one.run(CLIENTS, 60)
             status, errors = ending.result()
         assert not one.violations
