@@ -92,7 +92,7 @@ def check_the_end(one: Storm, status: int, errors: str) -> None:
 @BOTH
 def test_a_storm(gather: Gather, isolation: str) -> None:
     """Nobody hangs, nobody reads another's rows, everybody is told why, and nothing is left."""
-    weather(gather(isolation, SEED), 25)
+    weather(gather(isolation, SEED), 15)
 
 
 @pytest.mark.slow
