@@ -47,10 +47,10 @@ UNION ALL SELECT 'comment ' || description FROM pg_shdescription
 """
 # A client that hung up without a word, or lost its server, is noticed a moment later; and whoever
 # comes waits two seconds at most for what others have left to be found (daemon/leases.py).
-_NOTICED_SECONDS = 5.0
-# Disasters in which bystanders lose their connections, and those in which a template that was
-# edited may be lost, too.
-CRASH, UPHEAVAL = "crash", "upheaval"
+_NOTICED_SECONDS = 10.0
+# Disasters in which bystanders lose their connections, those in which a template that was edited
+# may be lost, too, and those in which everything takes longer.
+CRASH, UPHEAVAL, HOLD_UP = "crash", "upheaval", "hold-up"
 # What a server says that is about to end, that others have crashed, or that has no room.
 _IN_A_DISASTER = ("08", "53", "57P", "58", "XX")
 _REFUSALS = {"53100", "53300", "57P01", "57P03", "57P02", "57P05", "3D000"}
@@ -119,7 +119,9 @@ class Storm:
         self._ended: Counter[str] = Counter()
         self.edits: set[str] = {"base"}
         self._sealed: dict[str, tuple[float, int]] = {}
-        self._gone: dict[str, float] = {}  # from when on nothing of a lease may be seen
+        # When leases ended; and where from that moment on nothing of them may be seen, how calm
+        # it was.
+        self._gone: dict[str, tuple[float, int]] = {}
         self._segments: set[str] = set()  # shared memory of its servers
         self._log: list[str] = []
         self._lock = threading.Lock()
@@ -213,13 +215,8 @@ class Storm:
                 raise ViolationError(f"a template of unknown origin: {what}")
             if kind == "row of" and name != lease:
                 raise ViolationError(f"lease {lease} reads a {what}")
-            gone = self._gone.get(name.strip())
-            # A session may have begun before that, and be in the server that the other was in.
-            if gone is not None and gone < client.asked and lease not in WORDS:
-                ago = client.asked - gone
-                raise ViolationError(
-                    f"lease {lease} sees {what}, which was gone {ago:.2f} s before"
-                )
+            if lease not in WORDS:  # a session may have begun before, in the same server
+                self._check_gone(name.strip(), what, client.asked)
         calm = self.calm(UPHEAVAL)
         versions = {
             token for token, (when, then) in self._sealed.items()
@@ -229,30 +226,38 @@ class Storm:
         if missing and lease not in WORDS:
             raise ViolationError(f"the template has not what was put into it: {missing}")
 
+    def _check_gone(self, token: str, what: str, asked: float) -> None:
+        gone, calm = self._gone.get(token, (asked, -1))
+        late = 0.0 if self.calm(HOLD_UP) == calm >= 0 else _NOTICED_SECONDS
+        if gone + late < asked:
+            raise ViolationError(f"sees {what}, of a lease that ended {asked - gone:.2f} s before")
+
     def sealed(self, token: str, calm: int) -> None:
         """A template was edited, and its editor has said goodbye."""
         self._sealed[token] = time.monotonic(), calm
 
     def left(self, token: str, *, politely: bool) -> None:
         """A lease's client has gone."""
-        now = time.monotonic() + (0 if politely else _NOTICED_SECONDS)
-        self._gone.setdefault(token, now)
+        calm = self.calm(HOLD_UP) if politely else -1
+        self._gone.setdefault(token, (time.monotonic(), calm))
 
     @contextmanager
     def disaster(self, kind: str = CRASH) -> Iterator[None]:
         """While this block lasts others may lose what they have."""
-        for one in {CRASH, kind}:
-            self._begun[one] += 1
+        kinds = {HOLD_UP} if kind == HOLD_UP else {CRASH, HOLD_UP, kind}
+        with self._lock:
+            self._begun.update(kinds)
         try:
             yield
         finally:
-            for one in {CRASH, kind}:
-                self._ended[one] += 1
+            with self._lock:
+                self._ended.update(kinds)
 
     def calm(self, kind: str = CRASH) -> int:
         """A number that stays the same while there is no disaster; negative while there is one."""
-        begun = self._begun[kind]
-        return begun if begun == self._ended[kind] else -1
+        with self._lock:
+            begun = self._begun[kind]
+            return begun if begun == self._ended[kind] else -1
 
     @contextmanager
     def process(self, pid: int) -> Iterator[tuple[int, Path]]:

@@ -402,7 +402,8 @@ def end_oneself(storm: Storm, it: Step) -> None:
 def stand_still(storm: Storm, it: Step) -> None:
     """A backend stops for a moment while its client waits, or leaves."""
     with _private(storm, it) as client:
-        with storm.process(_pid_of(client)) as (backend, _):
+        pid = _pid_of(client)
+        with storm.process(pid) as (backend, _), storm.disaster("hold-up"):
             storm.send_signal(backend, signal.SIGSTOP)
             try:
                 client.ask("SELECT 1")
@@ -454,7 +455,7 @@ def end_server(storm: Storm, it: Step) -> None:
 @step(2)
 def freeze(storm: Storm, it: Step) -> None:
     """A server, or the process that supervises all of them, stops for a moment."""
-    with _private(storm, it) as client, ExitStack() as until_then:
+    with _private(storm, it) as client, storm.disaster("hold-up"), ExitStack() as until_then:
         if it.dice % 2:
             frozen = [until_then.enter_context(_postmaster(storm, client))]
         else:
@@ -483,7 +484,7 @@ def end_all(storm: Storm, it: Step) -> None:
 @step(3)
 def lock_out(storm: Storm, it: Step) -> None:
     """Nobody can log in, or make a database, for a moment."""
-    with _private(storm, it) as client:
+    with _private(storm, it) as client, storm.disaster("hold-up"):
         table = ["pg_database", "pg_authid", "pg_db_role_setting"][it.dice % 3]
         client.query(f"BEGIN; LOCK {table}; SELECT pg_sleep({it.dice % 10 / 10})")
         if it.dice % 2:
