@@ -16,7 +16,7 @@ import pytest
 
 from owner import Owner, is_computing
 from pgtemp import PgTempDB
-from pgtemp.host import locks, processes
+from pgtemp.host import locks, proc
 from pgtemp.server import home, inventory
 from pgtemp.server.remains import DATA, LEASE, postgres_in
 from support import Daemon, eventually, run_pgtemp
@@ -123,7 +123,7 @@ def test_a_recycled_pid_is_a_stranger(open_dir: Path) -> None:
     """A lease, and a postmaster.pid, that name somebody else's process: it is left alone."""
     left = abandon(open_dir)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        started = processes.started(stranger.pid)
+        started = proc.started(stranger.pid)
         (left / LEASE).write_text(f"discard\n{stranger.pid} {started}\n")
         (left / DATA / "postmaster.pid").write_text(f"{stranger.pid}\n{left / DATA}\n{started}\n")
         assert run_pgtemp("sweep", str(open_dir)).returncode == 0

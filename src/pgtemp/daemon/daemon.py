@@ -27,7 +27,7 @@ from pgtemp.databases.together import Together
 from pgtemp.errors import OptionError, PgTempError, WardenError
 from pgtemp.host import identity, ports, processes
 from pgtemp.server import home, warden
-from pgtemp.server.cluster import Cluster, port_taken
+from pgtemp.server.cluster import Cluster
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, redact
 
@@ -179,7 +179,7 @@ def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
             except OSError as error:
                 if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
                     continue  # a machine without IPv6
-                raise port_taken(
+                raise ports.taken(
                     address, options.listen_port, os.strerror(error.errno or 0)
                 ) from error
     except BaseException:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgtemp.daemon import control
-from pgtemp.host import identity, processes
+from pgtemp.host import identity, proc
 from pgtemp.server.inventory import Found
 from pgtemp.uri import redact
 
@@ -50,12 +50,12 @@ def of(homes: Iterable[Found]) -> list[Owner]:
 
 def _owner(pid: int | None, theirs: Sequence[Found]) -> Owner:
     said = next((answer for one in theirs if (answer := control.ask(one.path))), {})
-    words = processes.command(pid).split(" ") if pid is not None else []
+    words = proc.command(pid).split(" ") if pid is not None else []
     return Owner(
         pid=pid,
         user=identity.name_of(max(one.uid for one in theirs)),
         command=" ".join(redact(word) if "://" in word else word for word in words),
-        age=processes.age(pid) if pid is not None else None,
+        age=proc.age(pid) if pid is not None else None,
         servers=sum(bool(one.processes) for one in theirs),
         databases=sum(one.databases for one in theirs),
         size=sum(one.size for one in theirs),

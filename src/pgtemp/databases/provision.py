@@ -18,7 +18,7 @@ import psycopg
 from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.host import identity, paths, processes, room
+from pgtemp.host import identity, paths, proc, room
 from pgtemp.options import ServerOptions
 from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -248,7 +248,7 @@ def check_copied(path: Path, programs: installation.Installation) -> None:
 
 def _runs(pid_file: Path) -> bool:
     try:
-        return processes.lives(int(pid_file.read_text().split("\n")[0]))
+        return proc.lives(int(pid_file.read_text().split("\n")[0]))
     except (OSError, ValueError, OverflowError):
         return False
 

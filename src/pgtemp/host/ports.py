@@ -7,6 +7,8 @@ import os
 import socket
 from contextlib import suppress
 
+from pgtemp.errors import OptionError
+
 _LISTEN = "0A"
 
 
@@ -70,3 +72,12 @@ def tcp_rows(family: str = "46") -> list[list[str]]:
 
 def _port(endpoint: str) -> int:
     return int(endpoint.rpartition(":")[2], 16)
+
+
+def taken(address: str, port: int, reason: str) -> OptionError:
+    """The error for a port that cannot be listened on."""
+    by = holder(port)
+    return OptionError(
+        f"port {port} on {address} cannot be used: {reason}{f', by {by}' if by else ''}",
+        remedy="choose another port, or end what uses it" if by else "choose another port",
+    )

@@ -160,49 +160,6 @@ def _waiting(argv: Sequence[str]) -> list[str]:
     return ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"', *argv]
 
 
-def lives(pid: int) -> bool:
-    """Whether there is a process of that id, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def started(pid: int) -> int:
-    """When a process was started, in ticks since boot, which with its pid tells it from all others.
-
-    0 where that cannot be told: it is gone, or there is no /proc (macOS).
-    """
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            # Behind the name, which may hold anything.
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def age(pid: int) -> float | None:
-    """Seconds since a process was started; None where that cannot be told."""
-    ticks = started(pid)
-    if not ticks:
-        return None
-    with open("/proc/uptime") as file:
-        return float(file.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def command(pid: int) -> str:
-    """The command line of a process, in one line; "" where that cannot be told."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            said = file.read().replace(b"\0", b" ").decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return " ".join(said.split())
-
-
 def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
     """Run a program that talks to the user, to its end, with the caller's environment."""
     subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pgtemp.errors import ClusterError, DiskFullError, OptionError, WardenError
+from pgtemp.errors import ClusterError, OptionError, WardenError
 from pgtemp.host import paths, ports, processes, room
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
-from pgtemp.server import home, warden
+from pgtemp.server import condition, home, warden
 from pgtemp.server.image import Copyable, Source
 from pgtemp.server.installation import Installation
 from pgtemp.server.remains import clear_crashed
@@ -30,7 +30,6 @@ RECOVERY_SECONDS = 600.0
 _STARTING_POLL = 0.001
 _NO_SOCKETS = "could not create any TCP/IP sockets"
 _TRIES = 10
-_LOG_TAIL = 12
 SOCKET_PORT = 5432  # names the socket's file where there is no TCP
 
 
@@ -215,11 +214,7 @@ class Cluster:
 
     def log_tail(self) -> list[str]:
         """The last lines of the server's log."""
-        try:
-            with open(self.log_path, errors="replace") as log:
-                return [line.rstrip() for line in log.readlines()[-_LOG_TAIL:]]
-        except OSError:
-            return []
+        return condition.log_tail(self.log_path)
 
     def _begin(self, source: Copyable) -> None:
         plan, data = self.blueprint, self.home.data
@@ -313,41 +308,17 @@ class Cluster:
         raise self._died()
 
     def _status(self) -> str:
-        """What the server says of itself; "" where it says nothing.
-
-        PostgreSQL writes it into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells it
-        from the file of an earlier server.
-        """
-        try:  # without a file object, since this is asked for each lease
-            file = os.open(f"{self.data_dir}/postmaster.pid", os.O_RDONLY)
-        except OSError:
-            return ""
-        try:
-            lines = os.read(file, 4096).decode(errors="replace").split("\n")
-        finally:
-            os.close(file)
-        return lines[7].strip() if len(lines) > 7 and lines[0] == str(self.pid) else ""
+        return condition.status(self.data_dir, self.pid)
 
     def _died(self) -> ClusterError:
-        status = self._process.exit_status if self._process is not None else None
-        how = f"was killed by signal {-status}" if status is not None and status < 0 else "stopped"
-        log, place = self.log_tail(), self.home.path
-        # On a full disk the log may not say it, as it is there itself.
-        if room.is_full(place) or room.says_full("\n".join(log)):
-            return DiskFullError(
-                f"PostgreSQL (pid {self.pid}) {how}: {place} is full ({room.left(place)})",
-                remedy=room.REMEDY,
-                details=log,
-            )
-        return ClusterError(
-            f"PostgreSQL (pid {self.pid}) {how}", remedy="the end of its log says why", details=log
-        )
+        exit_status = self._process.exit_status if self._process is not None else None
+        return condition.death(self.pid, exit_status, self.home.path, self.log_tail())
 
     def _check_port(self) -> None:
         port = self.blueprint.port
         for address in self.blueprint.addresses if port is not None else ():
             if reason := ports.bind_error(address, port or 0):
-                raise port_taken(address, port or 0, reason)
+                raise ports.taken(address, port or 0, reason)
 
     def _choose_port(self) -> None:
         plan = self.blueprint
@@ -390,12 +361,3 @@ def in_background(work: Callable[[], None]) -> Iterator[None]:
 
 class _PortLostError(ClusterError):
     """Between our choice of a free port and the server's bind, somebody else took it."""
-
-
-def port_taken(address: str, port: int, reason: str) -> OptionError:
-    """The error for a port that cannot be listened on."""
-    by = ports.holder(port)
-    return OptionError(
-        f"port {port} on {address} cannot be used: {reason}{f', by {by}' if by else ''}",
-        remedy="choose another port, or end what uses it" if by else "choose another port",
-    )

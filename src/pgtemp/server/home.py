@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import locks, paths, processes, room
+from pgtemp.host import locks, paths, proc, room
 from pgtemp.host.identity import Identity
 from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, removal
 
@@ -136,7 +136,7 @@ def reopen(path: Path, owner: Identity) -> Home:
 
 def _lease(path: Path, *, keep: bool) -> int:
     # For `pgtemp ls` alone: whether the owner lives is told by the lock.
-    owner = f"{os.getpid()} {processes.started(os.getpid())}\n".encode()
+    owner = f"{os.getpid()} {proc.started(os.getpid())}\n".encode()
     return locks.create_locked(path / LEASE, (KEEP if keep else DISCARD) + owner)
 
 

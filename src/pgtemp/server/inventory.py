@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.host import locks, paths, processes, room
+from pgtemp.host import locks, paths, proc, room
 from pgtemp.server.remains import (
     DATA,
     KEEP,
@@ -113,4 +113,4 @@ def _owner(lease: bytes) -> int | None:
         pid, started = (int(word) for word in lease.split(b"\n")[1].split())
     except (IndexError, ValueError):
         return None
-    return pid if processes.started(pid) == started and processes.lives(pid) else None
+    return pid if proc.started(pid) == started and proc.lives(pid) else None

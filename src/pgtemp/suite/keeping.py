@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import identity, locks, processes
+from pgtemp.host import identity, locks, proc
 from pgtemp.server import home
 from pgtemp.server.remains import LEASE
 from pgtemp.suiteoptions import SuiteOptions
@@ -50,7 +50,7 @@ def _forget(folder: Path, besides: str) -> None:
     names = (run.name for run in folder.iterdir() if run.name != besides)
     for name in sorted(filter(_RUN.fullmatch, names), reverse=True)[RUNS - 1 :]:
         run = folder / name
-        if not processes.lives(int(name.rpartition("-")[2])) and not any(
+        if not proc.lives(int(name.rpartition("-")[2])) and not any(
             locks.is_locked(lease) for lease in run.glob(f"*/{LEASE}")
         ):
             shutil.rmtree(run, ignore_errors=True)
