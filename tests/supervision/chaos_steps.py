@@ -378,8 +378,7 @@ def litter(storm: Storm, it: Step) -> None:
     dice = it.random()
     with _private(storm, it) as client:
         if dice.random() < 0.15:
-            # The name stands in the way of no later line of the log; it is seen by SHOW.
-            client.query(f"ALTER SYSTEM SET log_line_prefix = '{it.token} '")
+            client.query(f"ALTER SYSTEM SET log_line_prefix = 'x {it.token}'")
             client.query("SELECT pg_reload_conf()")
         for statement in dice.choice(LITTER).format(it.token).split(";; "):
             client.query(statement)
