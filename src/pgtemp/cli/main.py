@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from pgtemp.host import init
@@ -13,6 +14,10 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 def main() -> None:
     """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
     _fill_gaps()
+    # While nothing has to be undone, Ctrl-C just ends this: a KeyboardInterrupt amid imports may
+    # fall into a callback that swallows it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.exit(init.run(_run))
     except KeyboardInterrupt:
@@ -38,6 +43,8 @@ def _run() -> int:
 
     for name in LEADS_ELSEWHERE:
         os.environ.pop(name, None)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
         return cli.main(prog_name="pgtemp", standalone_mode=False) or 0

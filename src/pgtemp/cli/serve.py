@@ -38,6 +38,9 @@ def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) 
     Without URI, PGTEMP_URI is taken, else DATABASE_URL, else postgresql://localhost:6543/postgres.
     User and database in it are those the servers are made with.
     """
+    # Nothing is there yet; the daemon listens to signals before anything is.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     logs.set_up(log_level or ("info" if log_json else "warning"), as_json=log_json)
     options = _options(uri, given)
     show_progress()
