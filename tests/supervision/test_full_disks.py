@@ -231,6 +231,14 @@ def test_copies_of_a_database_without_room(kind: str, disk: Mount) -> None:
             with pytest.raises(DiskFullError) as caught:
                 copy()
             assert says_where(caught.value, small)
+        with cluster.database() as other, other.connect(autocommit=True) as witness:
+            small.fill()
+            for copy in (lambda: db.snapshot("after"), db.fork, lambda: db.restore(snapshot)):
+                with pytest.raises(DiskFullError):
+                    copy()
+            assert witness.execute("SELECT 1").fetchone() == (1,), "the server went on"
+            small.clear()
+            small.fill(leave_little=True)
         taken = []
         with pytest.raises(DiskFullError) as caught:
             for _ in range(10):

@@ -68,9 +68,10 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
     Args:
         what: needs them, as "another database".
     """
+    free_files = _free_files(_status(path))
     if free_bytes(path) < size:
         need = f"{size >> 20} MB"
-    elif (_free_files(_status(path)) or files) < files:
+    elif free_files is not None and free_files < files:
         need = f"{files} files"
     else:
         return
