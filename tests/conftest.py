@@ -60,7 +60,14 @@ def _kernel_objects() -> set[str]:
 
 
 def _abandoned(before: set[Path]) -> set[Path]:
-    return {home for home in homes() - before if not locks.is_locked(home / LEASE)}
+    return {home for home in homes() - before if not _is_held(home)}
+
+
+def _is_held(home: Path) -> bool:
+    try:
+        return locks.is_locked(home / LEASE)
+    except PermissionError:  # another user's
+        return True
 
 
 def _orphans() -> list[int]:

@@ -146,6 +146,7 @@ def test_a_name_stands_for_one_build(cluster: Cluster) -> None:
         cluster.template("name", build=lambda uri: None)
 
 
+@pytest.mark.slow
 def test_templates_from_files(cluster: Cluster, tmp_path: Path) -> None:
     """SQL, a directory of three hundred files in order, a dump, several in turn."""
     (tmp_path / "one.sql").write_text("CREATE TABLE steps (n int);")
@@ -214,6 +215,7 @@ def test_snapshot_restore_and_fork_carry_everything(cluster: Cluster, tmp_path: 
             assert dumped(fork, tmp_path / "forked.sql") == expected
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_a_database_in_use_says_who(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

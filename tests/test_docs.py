@@ -37,6 +37,7 @@ def test_the_snippets_of_the_readme_run(snippet: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_every_command_of_the_cheat_sheet_is_understood(
     daemon: type[Daemon], tmp_path: Path
 ) -> None:

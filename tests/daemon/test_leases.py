@@ -44,7 +44,7 @@ def do(uri: str, *statements: str) -> None:
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
 
 
-@BOTH
+@pytest.mark.parametrize("isolation", ["database", pytest.param("cluster", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dbname", ["postgres", "pgtemp_template"])
 def test_names_that_every_server_has(
     daemon: DaemonType, isolation: str, dbname: str, tmp_path: Path
@@ -249,35 +249,39 @@ def test_tools_that_make_their_own_database(daemon: DaemonType, isolation: str) 
             psycopg.connect(at(served, "test_app") + session)
 
 
+RESIDUE = [
+    ["CREATE ROLE left_behind LOGIN"],
+    ["CREATE ROLE left_behind", "CREATE TABLE t (n int)", "ALTER TABLE t OWNER TO left_behind"],
+    ["CREATE ROLE a", "CREATE ROLE b", "GRANT a TO b"],
+    ["ALTER ROLE postgres SET search_path = nowhere"],
+    ["COMMENT ON ROLE postgres IS 'left behind'"],
+    ["ALTER ROLE postgres CONNECTION LIMIT 0", "CREATE ROLE x"],
+    ["ALTER SYSTEM SET work_mem = '77MB'", "SELECT pg_reload_conf()"],
+    ["GRANT SET ON PARAMETER work_mem TO PUBLIC"],
+    ["CREATE DATABASE byhand"],
+    ["ALTER DATABASE postgres SET work_mem = '77MB'"],
+    ["SELECT pg_create_physical_replication_slot('left_behind')"],
+    ["SELECT pg_replication_origin_create('left_behind')"],
+    ["SELECT pg_create_logical_replication_slot('left_behind', 'test_decoding')"],
+    ["CREATE TABLE t (n int)", "BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'left'"],
+    [
+        "CREATE PUBLICATION p",
+        "CREATE SUBSCRIPTION s CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false)",
+        "ALTER SUBSCRIPTION s SET (slot_name = 'not_there')",
+    ],
+    ["SELECT pg_advisory_lock(1), pg_advisory_lock_shared(2)"],
+    [
+        "SET allow_in_place_tablespaces = on",
+        "CREATE TABLESPACE left_behind LOCATION ''",
+        "CREATE TABLE t (n int) TABLESPACE left_behind",
+    ],
+]
+FEW = 8  # that an ordinary run has
+
+
 @pytest.mark.parametrize(
     "statements",
-    [
-        ["CREATE ROLE left_behind LOGIN"],
-        ["CREATE ROLE left_behind", "CREATE TABLE t (n int)", "ALTER TABLE t OWNER TO left_behind"],
-        ["CREATE ROLE a", "CREATE ROLE b", "GRANT a TO b"],
-        ["ALTER ROLE postgres SET search_path = nowhere"],
-        ["COMMENT ON ROLE postgres IS 'left behind'"],
-        ["ALTER ROLE postgres CONNECTION LIMIT 0", "CREATE ROLE x"],
-        ["ALTER SYSTEM SET work_mem = '77MB'", "SELECT pg_reload_conf()"],
-        ["GRANT SET ON PARAMETER work_mem TO PUBLIC"],
-        ["CREATE DATABASE byhand"],
-        ["ALTER DATABASE postgres SET work_mem = '77MB'"],
-        ["SELECT pg_create_physical_replication_slot('left_behind')"],
-        ["SELECT pg_replication_origin_create('left_behind')"],
-        ["SELECT pg_create_logical_replication_slot('left_behind', 'test_decoding')"],
-        ["CREATE TABLE t (n int)", "BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'left'"],
-        [
-            "CREATE PUBLICATION p",
-            "CREATE SUBSCRIPTION s CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false)",
-            "ALTER SUBSCRIPTION s SET (slot_name = 'not_there')",
-        ],
-        ["SELECT pg_advisory_lock(1), pg_advisory_lock_shared(2)"],
-        [
-            "SET allow_in_place_tablespaces = on",
-            "CREATE TABLESPACE left_behind LOCATION ''",
-            "CREATE TABLE t (n int) TABLESPACE left_behind",
-        ],
-    ],
+    [*RESIDUE[:FEW], *(pytest.param(one, marks=pytest.mark.slow) for one in RESIDUE[FEW:])],
     ids=lambda statements: statements[0],
 )
 def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
@@ -309,6 +313,7 @@ def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
         assert neighbour.execute("SELECT 1").fetchone() == (1,)  # who was there stays
 
 
+@pytest.mark.slow
 def test_five_hundred_connections_that_are_left(daemon: DaemonType) -> None:
     """Clients that vanish without a word, each in a transaction with a lock: the next is alone."""
     served = daemon("--linger", "0.1")
@@ -445,6 +450,7 @@ def test_the_log_has_a_line_a_lease(daemon: DaemonType) -> None:
     assert all(line["lived_s"] >= 0 and line["waited_ms"] >= 0 for line in leases.values())
 
 
+@pytest.mark.slow
 def test_two_hundred_leases_at_once(daemon: DaemonType) -> None:
     """Each sees its own row alone, and nothing is left of them."""
     before = homes()

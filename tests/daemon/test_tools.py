@@ -15,6 +15,7 @@ import pytest
 from pgtemp import Cluster
 from support import Daemon
 
+pytestmark = pytest.mark.slow
 TABLES = "SELECT string_agg(tablename, ' ' ORDER BY 1) FROM pg_tables WHERE schemaname = 'public'"
 
 

@@ -51,9 +51,9 @@ def test_the_second_start_never_runs_initdb(
     ("damage", "part"),
     [
         ("truncate", "base/5/1259"),
-        ("empty", "base/5/1249"),
-        ("delete", "pg_xact/0000"),
-        ("grow", "base/1/1259"),
+        pytest.param("empty", "base/5/1249", marks=pytest.mark.slow),
+        pytest.param("delete", "pg_xact/0000", marks=pytest.mark.slow),
+        pytest.param("grow", "base/1/1259", marks=pytest.mark.slow),
         ("delete", "global/1260"),
         ("zero", "global/pg_control"),
     ],
@@ -87,6 +87,7 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
     assert caplog.text.count("is built again") == 1
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_make_one_image(
     open_dir: Path, programs: Installation
 ) -> None:

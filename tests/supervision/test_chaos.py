@@ -92,7 +92,7 @@ def check_the_end(one: Storm, status: int, errors: str) -> None:
     assert eventually(lambda: not one.remains(), 30), one.remains()
 
 
-@BOTH
+@pytest.mark.parametrize("isolation", ["database", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_a_storm(gather: Gather, isolation: str) -> None:
     """Nobody hangs, nobody reads another's rows, everybody is told why, and nothing is left."""
     weather(gather(isolation, SEED), 15)
@@ -110,7 +110,7 @@ def test_more_storms(gather: Gather, isolation: str, more: int, held: tuple[int,
     ("isolation", "number"),
     [
         ("database", signal.SIGTERM),
-        ("cluster", signal.SIGKILL),
+        pytest.param("cluster", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("database", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("cluster", signal.SIGTERM, marks=pytest.mark.slow),
     ],

@@ -207,7 +207,9 @@ while True:
 )
 
 
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize(
+    "moment", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
+)
 def test_an_owner_killed_while_cloning(owners: Owners, moment: int) -> None:
     """In the middle of a CREATE DATABASE that copies files."""
     owner = owners(CLONING)
@@ -272,16 +274,17 @@ def test_a_server_outlives_the_thread_that_started_it(owners: Owners, daemonic: 
     """Its death signal does not hang on that thread; and the process takes it along."""
     owner = owners(
         f"""
-        started = []
+        started, begun = [], threading.Event()
         def work():
             started.append(PgTempDB().start())
+            begun.set()
             if {daemonic}:
                 tell("waits")
                 threading.Event().wait()  # until the process ends, which does not ask it
         thread = threading.Thread(target=work, daemon={daemonic})
         thread.start()
         thread.join(None if not {daemonic} else 0)
-        while not started: pass
+        begun.wait()
         (db,) = started
         mine(db.data_dir)
         with db.connect() as connection:
@@ -352,6 +355,7 @@ def _hear(terminal: int, word: bytes) -> bytes:
     return said
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_xdist(project: Project) -> None:
     """Of four, one is killed in a test: its server goes, the others' and their tests go on."""
     before = homes()
