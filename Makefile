@@ -46,6 +46,7 @@ bench: $(READY)
 	@$(BIN)/python -m bench.databases
 	@$(BIN)/python -m bench.connections
 	@$(BIN)/python -m bench.suites
+	@$(BIN)/python -m bench.supervision
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

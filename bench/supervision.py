@@ -4,7 +4,9 @@
 
 The first start of a process with its warden still to be started, against one whose warden runs
 already, alternating, each in a process of its own; the warden's memory; the time from SIGKILL of an
-owner, its server idle or busy, until no process and no directory is left. Milliseconds, megabytes.
+owner, its server idle or busy, until no process and no directory is left; what a daemon needs until
+it leases again when a backend, or the postmaster, was killed; and to end, as process 1 too.
+Milliseconds, megabytes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psycopg
+
 from bench.report import Table
+from pgtemp.host import ports
+from pgtemp.server.remains import postgres_in
 
 _START = """
 import time
@@ -41,6 +48,12 @@ connection = db.connect()
 {then}
 signal.pause()
 """
+PROCESS_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+CRASHES = (
+    ("a backend, SIGSEGV", signal.SIGSEGV, "pg_backend_pid()"),
+    ("the postmaster, SIGKILL", signal.SIGKILL,
+     "(string_to_array(pg_read_file('postmaster.pid'), E'\\n'))[1]"),
+)  # fmt: skip
 _BUSY = "print(flush=True); connection.execute('DO $$ BEGIN LOOP END LOOP; END $$')"
 
 
@@ -64,12 +77,69 @@ def after_kill(then: str) -> tuple[float, float]:
         owner.stdout.readline()
     start = time.perf_counter()
     owner.send_signal(signal.SIGKILL)
-    while Path(data_dir).parent.exists() or _lives(pid) or _any_in(data_dir):
+    while Path(data_dir).parent.exists() or _lives(pid) or postgres_in(data_dir):
         time.sleep(0.001)
     elapsed = (time.perf_counter() - start) * 1000
     owner.wait()
     owner.stdout.close()
     return elapsed, memory
+
+
+class Served:
+    """A daemon, for a block."""
+
+    def __init__(self, before: Sequence[str] = ()) -> None:
+        self.uri = f"postgresql://me@localhost:{ports.free_port('127.0.0.1')}/app"
+        argv = [*before, sys.executable, "-m", "pgtemp", self.uri]
+        self.process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.process.stdout is not None
+        while "Ctrl-C" not in self.process.stdout.readline():
+            pass
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(self.process.pid)
+
+    def end(self, pid: int) -> float:
+        start = time.perf_counter()
+        os.kill(pid, signal.SIGTERM)
+        self.process.wait()
+        elapsed = (time.perf_counter() - start) * 1000
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return elapsed
+
+
+def after_crash(number: int, whom: str) -> float:
+    """Milliseconds from a kill within one lease until the next has its first row."""
+    with Served() as served, psycopg.connect(served.uri, autocommit=True) as victim:
+        row = victim.execute(f"SELECT {whom}").fetchone()  # type: ignore[arg-type]
+        assert row is not None
+        start = time.perf_counter()
+        os.kill(int(row[0]), number)
+        while True:
+            try:
+                with psycopg.connect(served.uri) as connection:
+                    connection.execute("SELECT 1")
+                    return (time.perf_counter() - start) * 1000
+            except psycopg.OperationalError:
+                time.sleep(0.001)
+
+
+def end_of_daemon(before: Sequence[str]) -> float:
+    served = Served(before)
+    busy = psycopg.connect(served.uri)
+    busy.pgconn.send_query(b"DO $$ BEGIN LOOP END LOOP; END $$")
+    pid = served.process.pid
+    if before:
+        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    elapsed = served.end(pid)
+    busy.close()
+    return elapsed
 
 
 def _resident(pid: int) -> float:
@@ -84,12 +154,6 @@ def _lives(pid: str) -> bool:
         return False
 
 
-def _any_in(data_dir: str) -> bool:
-    from pgtemp.server.remains import postgres_in
-
-    return bool(postgres_in(data_dir))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=20)
@@ -97,6 +161,8 @@ def main() -> None:
     first_start("")  # may run initdb
     starts = Table("first start of a process, ms")
     gone = Table("from SIGKILL of the owner until nothing is left, ms")
+    crashes = Table("from a kill within a lease until the next lease's first row, ms")
+    ends = Table("from SIGTERM until the daemon has ended, ms")
     memory = 0.0
     for _ in range(rounds):
         starts.add("its warden runs already", first_start(_WARDEN_FIRST))
@@ -105,8 +171,15 @@ def main() -> None:
             elapsed, used = after_kill(then)
             memory = max(memory, used)
             gone.add(name, elapsed)
+        for name, number, whom in CRASHES:
+            crashes.add(name, after_crash(number, whom))
+        ends.add("a daemon with a busy client", end_of_daemon([]))
+        if os.geteuid() == 0:
+            ends.add("the same as process 1", end_of_daemon(PROCESS_1))
     starts.show(base="its warden runs already")
     gone.show(base="an idle client")
+    crashes.show(base=CRASHES[0][0])
+    ends.show(base="a daemon with a busy client")
     print(f"\nthe warden's resident memory: {memory:.1f} MB at the most")
 
 
