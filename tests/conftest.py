@@ -15,8 +15,9 @@ import pytest
 
 from pgtemp.host import identity, locks
 from pgtemp.server import installation
+from pgtemp.server.crash import postgres_in
 from pgtemp.server.installation import Installation
-from pgtemp.server.remains import LEASE, PREFIX, postgres_in
+from pgtemp.server.remains import LEASE, PREFIX
 from project import MIGRATE, Project
 from support import Daemon, eventually, homes
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
-from pgtemp.server.remains import ASIDE, postgres_in
+from pgtemp.server.crash import all_postgres
+from pgtemp.server.remains import ASIDE
 
 _SECONDS = 60.0
 _BEGINNING = """
@@ -44,16 +45,10 @@ class Server:
         places = [home, home.with_name(home.name + ASIDE)]
         return [
             *(place for place in places if os.path.lexists(place)),
-            *postgres_in(str(self.data_dir)),
+            *(pid for pid, cwd in all_postgres() if cwd.startswith(str(self.data_dir))),
             *(pid for pid in (self.postmaster, self.warden) if is_running(pid)),
-            *self._segments(),
+            *segments_of(self.postmaster),
         ]
-
-    def _segments(self) -> list[str]:
-        """System V shared memory that the postmaster made."""
-        with open("/proc/sysvipc/shm") as table:
-            rows = [line.split() for line in table][1:]
-        return [f"segment {row[1]}" for row in rows if int(row[4]) == self.postmaster]
 
 
 @dataclass
@@ -118,6 +113,13 @@ class Owner:
             _, data_dir, postmaster, warden = line.decode().split()
             self.servers.append(Server(Path(data_dir), int(postmaster), int(warden)))
         return line.decode()
+
+
+def segments_of(pid: int) -> list[str]:
+    """System V shared memory that a process has made."""
+    with open("/proc/sysvipc/shm") as table:
+        rows = [line.split() for line in table][1:]
+    return [f"segment {row[1]}" for row in rows if int(row[4]) == pid]
 
 
 def is_running(pid: int) -> bool:

@@ -89,8 +89,8 @@ def _locale(_: ServerOptions) -> _Finding:
 
 def _scratch(options: ServerOptions) -> _Finding:
     base = paths.scratch_base(options.data_dir_prefix, keep=False)
-    kind, free = paths.filesystem_type(base), room.free_bytes(base) >> 20
-    found = f"{base} ({kind}, {free} MB free)"
+    kind = paths.filesystem_type(base)
+    found = f"{base} ({kind}, {room.left(base)})"
     if kind in ("tmpfs", "ramfs"):
         return "ok", found, ""
     least = paths.TMPFS_ROOM >> 20
@@ -119,7 +119,7 @@ def _cache(_: ServerOptions) -> _Finding:
     images = sorted((place / "images").glob("*/manifest.json"))
     size = room.size_of(place) >> 20
     kind = paths.filesystem_type(place)
-    found = f"{place} ({kind}, {room.free_bytes(place) >> 20} MB free), "
+    found = f"{place} ({kind}, {room.left(place)}), "
     found += f"{len(images)} images, {size} MB with the programs"
     if kind in _NETWORK:
         cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from owner import Owner, is_computing, is_running
+from owner import Owner, is_computing, is_running, segments_of
 from pgtemp.host import locks
+from pgtemp.server.crash import all_postgres, postgres_in
 from pgtemp.server.installation import Installation
-from pgtemp.server.remains import LEASE, all_postgres, postgres_in
+from pgtemp.server.remains import LEASE
 from project import Project
 from support import Daemon, eventually, homes
 
@@ -142,15 +144,43 @@ def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> No
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
     owner = subprocess.Popen([sys.executable, "-c", script], env=env)
     images = open_dir / "images"
-    assert eventually(lambda: bool(list(images.glob("*.building/data/global/pg_control"))), 60)
-    found = [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+
+    def at_work() -> list[int]:
+        return [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+
+    assert eventually(lambda: bool(at_work()), 60)
+    found = at_work()
+    for pid in found:  # so that initdb does not end before its owner
+        os.kill(pid, signal.SIGSTOP)
     owner.kill()
     owner.wait()
+    for pid in found:
+        os.kill(pid, signal.SIGCONT)
     (lock,) = images.glob("*.lock")
     with locks.locked(lock):
         assert list(images.iterdir()) == [lock]
     assert not [pid for pid in found if is_running(pid)]
-    assert not [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+    assert not at_work()
+
+
+def test_ctrl_c_in_initdb(open_dir: Path, programs: Installation) -> None:
+    """initdb cleans up, in the kernel too; the next start makes the image."""
+    script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    owner = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.DEVNULL)
+    images = open_dir / "images"
+    found: list[int] = []
+
+    def at_work() -> bool:
+        found[:] = [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
+        return bool(found)
+
+    assert eventually(at_work, 60)
+    owner.send_signal(signal.SIGINT)
+    assert owner.wait(60) == -signal.SIGINT
+    assert eventually(lambda: not any(map(is_running, found)))
+    assert eventually(lambda: not any(segments_of(pid) for pid in found))
+    assert [path.suffix for path in images.iterdir()] == [".lock"]
 
 
 def test_an_owner_killed_while_an_image_is_kept(open_dir: Path) -> None:
@@ -348,6 +378,7 @@ with PgTempDB(data_dir_prefix=%r) as db:
 def _hear(terminal: int, word: bytes) -> bytes:
     said = b""
     while word not in said:
+        assert select.select([terminal], [], [], 60)[0], said.decode()
         try:
             said += os.read(terminal, 4096)
         except OSError:  # its other end is closed
@@ -402,7 +433,7 @@ def test_a_killed_daemon(daemon: type[Daemon], isolation: str, first: int | None
         served.process.send_signal(first)
     served.end(signal.SIGKILL)
     assert eventually(lambda: homes() <= before)
-    assert not [pid for home in found for pid in postgres_in(f"{home}/data")]
+    assert not [cwd for _, cwd in all_postgres() if any(cwd.startswith(str(one)) for one in found)]
     for client in clients:
         client.close()
 

@@ -18,7 +18,8 @@ from owner import Owner, is_computing
 from pgtemp import PgTempDB
 from pgtemp.host import locks, proc
 from pgtemp.server import home, inventory
-from pgtemp.server.remains import DATA, LEASE, postgres_in
+from pgtemp.server.crash import postgres_in
+from pgtemp.server.remains import DATA, LEASE
 from support import Daemon, eventually, run_pgtemp
 
 ABANDONED = """
@@ -68,8 +69,9 @@ def test_busy_leftovers_of_all_three_killed_at_once(open_dir: Path) -> None:
     owner.kill()
     assert eventually(lambda: len(postgres_in(str(server.data_dir))) == 1)
     said = run_pgtemp("sweep", "--json", str(open_dir))
-    (found,) = json.loads(said.stdout)["found"]
-    assert (found["path"], len(found["processes"])) == (str(server.data_dir.parent), 1)
+    home = str(server.data_dir.parent)
+    (found,) = (one for one in json.loads(said.stdout)["found"] if one["path"] == home)
+    assert len(found["processes"]) == 1
     assert owner.left() == []
 
 
@@ -82,6 +84,7 @@ def test_the_command(open_dir: Path, keep: bool) -> None:
     assert (left / LEASE).exists()
     said = run_pgtemp("sweep", str(open_dir))
     assert said.returncode == 0
+    assert f"{'kept the data of' if keep else 'removed'} {left}" in said.stdout
     assert (left / DATA).exists() is keep
     assert not (left / LEASE).exists()
     said = run_pgtemp("sweep", "--json", str(open_dir))
@@ -143,6 +146,53 @@ def test_somebody_elses_server_behind_a_link(open_dir: Path) -> None:
         assert not left.exists()
         assert connection.execute("SELECT 7").fetchone() == (7,)
         assert living.data_dir.exists()
+
+
+@pytest.mark.parametrize("note", [b"x y", b"\xff\xfe", b"1 2 3", None])
+def test_a_postmaster_pid_that_says_nothing(open_dir: Path, note: bytes | None) -> None:
+    """What a server, or somebody in its place, has written there upsets no sweep."""
+    left = abandon(open_dir)
+    pid_file = left / DATA / "postmaster.pid"
+    if note is None:
+        os.mkfifo(pid_file)
+    else:
+        pid_file.write_bytes(b"1\n" * 6 + note + b"\nready\n")
+    assert run_pgtemp("sweep", str(open_dir)).returncode == 0
+    assert not left.exists()
+
+
+def test_a_lease_that_is_no_file(open_dir: Path) -> None:
+    """A pipe, a link or a directory in its place hangs nobody."""
+    for name, make in (
+        ("pipe", os.mkfifo),
+        ("link", lambda path: os.symlink("/dev/zero", path)),
+        ("directory", os.mkdir),
+    ):
+        home = open_dir / f"pgtemp-{name}"
+        home.mkdir()
+        make(home / LEASE)
+    assert run_pgtemp("ls", str(open_dir)).returncode == 0
+    assert run_pgtemp("sweep", str(open_dir)).returncode == 0
+    with PgTempDB(data_dir_prefix=open_dir) as db, db.connect() as connection:
+        assert connection.execute("SELECT 7").fetchone() == (7,)
+    assert len(list(open_dir.glob("pgtemp-*/lease"))) == 3
+
+
+def test_a_tree_of_any_depth_is_removed(open_dir: Path) -> None:
+    """Deeper than Python recurses, and than a path may be long; the warden lives on."""
+    left = abandon(open_dir)
+    here = os.open(left / DATA, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("deep-deep", dir_fd=here)
+        below = os.open("deep-deep", os.O_RDONLY, dir_fd=here)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=below))
+        os.close(here)
+        here = below
+    os.close(here)
+    assert run_pgtemp("ls", str(open_dir)).returncode == 0
+    with PgTempDB(data_dir_prefix=open_dir) as db, db.connect() as connection:
+        assert eventually(lambda: not left.exists())
+        assert connection.execute("SELECT 7").fetchone() == (7,)
 
 
 def test_pid_and_start_time_tell_an_owner(open_dir: Path) -> None:
@@ -234,10 +284,14 @@ def test_a_password_on_a_command_line_is_not_shown() -> None:
         db = PgTempDB().start()
         mine(db.data_dir)
         uri = 'postgresql://me:geheim@localhost/x'  # -c SCRIPT is on the command line
+        # [red], [/tmp/nothing], \033[31m
         sys.stdin.readline()
         """
     )
     other.hear("server")
+    table = run_pgtemp("ls").stdout
+    assert "[red], [/tmp/nothing]" in " ".join(table.split())
+    assert "\033" not in table
     shown = run_pgtemp("ls", "--json").stdout
     assert f'"pid": {other.process.pid}' in shown
     assert "postgresql://me:***@localhost/x" in shown

@@ -73,24 +73,34 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
     Each start of a server does that too, where it makes its own. DIRECTORIES are looked into as
     well (data_dir_prefix). What somebody holds, and what was kept on purpose, stays.
     """
-    left = [one for one in inventory.homes(directories) if not one.lives]
-    described = [_described(one) for one in left]
-    stays = [one for one in left if not dry_run and not one.sweep()]
-    caches = [] if dry_run else imagecache.sweep()
+    found, stays = [], []
+    for one in inventory.homes(directories):
+        if one.lives:
+            continue
+        facts = _described(one)
+        facts["removed"] = not dry_run and one.sweep()
+        found.append(facts)
+        if not dry_run and not facts["removed"] and one.is_ours:
+            stays.append(one)
+        if not json_wanted:
+            _print_swept(facts, dry_run=dry_run)
+    caches = [] if dry_run else [str(path) for path in imagecache.sweep()]
     if json_wanted:
-        found = {"found": described, "stays": [str(one.path) for one in stays]}
-        show.json_object({**found, "cache": [str(one) for one in caches], "dry_run": dry_run})
-        return 1 if stays else 0
-    word = "found" if dry_run else "removed"
-    for one, facts in zip(left, described, strict=True):
-        what = "stays, it belongs to somebody else:" if one in stays else word
-        processes = f", {len(facts['processes'])} processes" if facts["processes"] else ""
-        click.echo(f"{what} {one.path} ({show.size(facts['bytes'])}{processes})")
-    for path in caches:
-        click.echo(f"removed {path}, which was never finished")
-    if not left and not caches:
-        click.echo("nothing was left")
+        show.json_object({"found": found, "cache": caches, "dry_run": dry_run})
+    else:
+        for path in caches:
+            click.echo(f"removed {path}, which was never finished")
+        if not found and not caches:
+            click.echo("nothing was left")
     return 1 if stays else 0
+
+
+def _print_swept(facts: dict[str, Any], *, dry_run: bool) -> None:
+    done = "kept the data of" if facts["keep"] else "removed"
+    word = done if facts["removed"] else "found" if dry_run else "could not remove"
+    processes = f", {len(facts['processes'])} processes" if facts["processes"] else ""
+    of = f", of {facts['user']}" if word == "could not remove" else ""
+    click.echo(f"{word} {facts['path']} ({show.size(facts['bytes'])}{processes}{of})")
 
 
 def _described(one: Found) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _WIDE = 200  # characters a line, where it is not a terminal's
 
@@ -25,8 +26,13 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         numbers = all(row[column].replace(" ", "")[:1].isdigit() for row in rows)
         shown.add_column(title, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(_plain(cell) for cell in row))
     console.print(shown)
+
+
+def _plain(text: str) -> Text:
+    """What others have written is neither markup nor an order to the terminal."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def json_object(said: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ costs no server; and a server whose client left without a word serves the next.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from pgtemp.wire.startup import Cancel, NeedMore, Negotiation, Reply, Startup
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
 MAX_STARTING = 1000  # clients that have not said yet who they are
+_NOBODY_THERE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE)
 _PROBE = "pg_isready"
 _NO_WALSENDER = ("", "database", "false", "off", "no", "0")
 
@@ -90,9 +92,8 @@ class Gateway:
             startup = await self._start_up(client, admit)
             if startup is not None:
                 await self._lease(client, startup)
-        except RefusedError as refusal:
-            _log.info("refused: %s", refusal)
-            client.write(refusal.reply)
+        except RefusedError as why:
+            _refuse(client, why)
         except ProtocolError as error:
             _log.info("refused: %s", error)
             if error.sqlstate is not None:
@@ -169,8 +170,11 @@ class Gateway:
             backend = await self._backend(lease, wish, startup)
             try:
                 await self._relay(client, startup, lease, backend, first_words)
+            except RefusedError as why:
+                _refuse(client, why)
             finally:
                 backend.server.close()
+            client.finish()  # now: giving back what it had may take seconds
         finally:
             lease.used = lease.used or first_words.used
             await self._leases.leave(lease, client)
@@ -188,7 +192,8 @@ class Gateway:
         except PgTempError as error:
             raise refusal(error) from error
         except OSError as error:
-            lease.place.forsake()
+            if error.errno in _NOBODY_THERE:  # rather than a lack of ours, of descriptors say
+                lease.place.forsake()
             raise RefusedError(
                 "57P03", f"the server cannot be reached: {error.strerror}", "connect again"
             ) from error
@@ -250,6 +255,11 @@ class Gateway:
                 )
             if replies.broke_off(server.last):
                 raise await whole(lambda: crashed(lease.place.cluster))
+
+
+def _refuse(client: Endpoint, why: RefusedError) -> None:
+    _log.info("refused: %s", why)
+    client.write(why.reply)
 
 
 async def _negotiate(client: Endpoint) -> Startup | Cancel | None:

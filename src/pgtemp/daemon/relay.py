@@ -11,7 +11,7 @@ from pgtemp.wire.messages import TERMINATE
 # Bytes asyncio may hold for a slow reader before the other side is told to wait.
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
-_LAST = 512  # bytes that are remembered of what came last
+_LAST = 1024  # bytes that are remembered of what came last
 
 
 class Endpoint(asyncio.Protocol):
@@ -24,6 +24,7 @@ class Endpoint(asyncio.Protocol):
         self._ended = False
         self._peer: Endpoint | None = None
         self._passes_end = False
+        self._finished = False
         self.listen: Callable[[bytes], None] | None = None
         self.last = b""  # what came last
         self.received = 0  # bytes that were passed on
@@ -45,7 +46,7 @@ class Endpoint(asyncio.Protocol):
             self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._finished and not self.transport.is_closing():
             self.sent += len(data)
             self.transport.write(data)
 
@@ -92,6 +93,13 @@ class Endpoint(asyncio.Protocol):
             self._news.clear()
             await self._news.wait()
 
+    def finish(self) -> None:
+        """Flush, and say that nothing more comes."""
+        if not self._finished and not self.transport.is_closing():
+            self._finished = True
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+
     def close(self) -> None:
         self.transport.close()
 
@@ -102,8 +110,7 @@ class Endpoint(asyncio.Protocol):
         message.
         """
         if not self.transport.is_closing():
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
+            self.finish()
             try:
                 async with asyncio.timeout(_DRAIN_SECONDS):
                     while await self.read():
@@ -121,7 +128,7 @@ class Endpoint(asyncio.Protocol):
             self._opened(self)
 
     def data_received(self, data: bytes) -> None:
-        self.last = data[-_LAST:]
+        self.last = data[-_LAST:] if len(data) >= _LAST else (self.last + data)[-_LAST:]
         if self._peer is None:
             self._arrived += data
             self._news.set()
@@ -160,9 +167,8 @@ class Endpoint(asyncio.Protocol):
 
     def _pass_on_end(self) -> None:
         assert self._peer is not None
-        transport = self._peer.transport
-        if self._passes_end and not transport.is_closing() and transport.can_write_eof():
-            transport.write_eof()
+        if self._passes_end:
+            self._peer.finish()
 
 
 async def relay(client: Endpoint, server: Endpoint) -> None:

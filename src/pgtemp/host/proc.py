@@ -34,8 +34,12 @@ def age(pid: int) -> float | None:
     ticks = started(pid)
     if not ticks:
         return None
-    with open("/proc/uptime") as file:
-        return float(file.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    try:
+        with open("/proc/uptime") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError):
+        return None
+    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))  # a container may have its own
 
 
 def command(pid: int) -> str:

@@ -35,6 +35,7 @@ _PASSED_TO_COMMANDS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
 )  # fmt: skip
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_END_SECONDS = 5.0
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -59,7 +60,7 @@ def run(
     stdin: str = "",
     pass_fds: Sequence[int] = (),
     cwd: str | Path = "/",
-    on_start: Callable[[int], None] | None = None,
+    guard: Callable[[int], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return its exit status and what it printed.
 
@@ -70,7 +71,7 @@ def run(
         stdin: what it reads.
         pass_fds: descriptors it keeps open, such as that of a lock it must not outlive.
         cwd: the directory it works in.
-        on_start: called with its id; it leads a process group of its own then.
+        guard: called with its id, and with 0 when it has ended; it leads a process group then.
 
     Raises:
         OSError: the program could not be run.
@@ -80,7 +81,7 @@ def run(
     become = identity if identity is not None and identity.switch else None
     words = [os.fspath(part) for part in argv]
     with subprocess.Popen(
-        words if on_start is None else _waiting(words),
+        words if guard is None else _waiting(words),
         env={**clean_environment(), **(env or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -90,27 +91,31 @@ def run(
         pass_fds=pass_fds,
         cwd=cwd,
         umask=0o077,
-        process_group=0 if on_start is not None else None,
+        process_group=0 if guard is not None else None,
         user=become.uid if become else None,
         group=become.gid if become else None,
         extra_groups=[] if become else None,
     ) as process:
         _running.add(process)
         try:
-            if on_start is not None:
-                on_start(process.pid)
+            if guard is not None:
+                guard(process.pid)
                 stdin = _GO + stdin
             stdout, stderr = process.communicate(stdin)
         except BaseException:
+            if guard is not None:
+                _end_gently(process)
             process.kill()
             raise
         finally:
             _running.discard(process)
+            if guard is not None:
+                guard(0)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def run_command(
-    command: str, env: Mapping[str, str], cwd: str, on_start: Callable[[int], None]
+    command: str, env: Mapping[str, str], cwd: str, guard: Callable[[int], None]
 ) -> subprocess.CompletedProcess[str]:
     """Run a user's shell command to its end, as the caller.
 
@@ -119,7 +124,7 @@ def run_command(
     Args:
         env: added to the caller's own environment.
         cwd: the directory it works in.
-        on_start: called with its id, which is that of its process group too.
+        guard: called with its id, which is that of its process group too, and with 0 at its end.
 
     Returns:
         Its exit status, and what it printed on both its outputs, in `stdout`.
@@ -140,16 +145,26 @@ def run_command(
         )
         _running.add(process)
         try:
-            on_start(process.pid)
+            guard(process.pid)
             process.communicate(_GO)
         finally:
             _running.discard(process)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            guard(0)
         output.seek(0)
         said = output.read().decode("utf-8", "replace")
     return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+
+def _end_gently(process: subprocess.Popen[str]) -> None:
+    """Let a program that leads its group clean up, then end what is left of the group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 _GO = "\n"

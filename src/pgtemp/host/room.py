@@ -22,6 +22,7 @@ _SPARE_FILES = 64
 ASIDE = "spare"  # the file
 _ASIDE_BYTES = 2 << 20  # for a checkpoint, and a segment of PostgreSQL's log
 _NOTHING = 1 << 20  # bytes; with less, no server can do anything
+_NO_LIMIT = 1 << 62  # bytes; a ramfs, or a tmpfs of size=0, reports no blocks at all
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # In PostgreSQL's words; the second is of a file that grew by a part of a page.
 _FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote only ")
@@ -30,19 +31,21 @@ _FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote on
 def size_bytes(path: Path) -> int:
     """The size of the disk that `path` is on."""
     status = _status(path)
-    return status.f_blocks * status.f_frsize
+    return status.f_blocks * status.f_frsize or _NO_LIMIT
 
 
 def free_bytes(path: Path) -> int:
     """Bytes an ordinary user can still write where `path` is, or would be."""
     status = _status(path)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else _NO_LIMIT
 
 
 def left(path: Path) -> str:
     """How much is free where `path` is, for people."""
     if _free_files(_status(path)) == 0:
         return "no more files can be made"
+    if free_bytes(path) == _NO_LIMIT:
+        return "free without limit"
     return f"{free_bytes(path) >> 20} MB free"
 
 
@@ -94,10 +97,10 @@ def put_aside(directory: Path) -> None:
     """Put some room aside, in a file, for `spared`; where there is none, that is that."""
     try:
         with open(directory / ASIDE, "xb") as file:
-            file.write(bytes(_ASIDE_BYTES))
+            os.posix_fallocate(file.fileno(), 0, _ASIDE_BYTES)  # zeros may be compressed to nothing
     except FileExistsError:
         pass
-    except OSError:
+    except (OSError, AttributeError):  # macOS has no such call
         (directory / ASIDE).unlink(missing_ok=True)
 
 
@@ -143,18 +146,19 @@ def _free_files(status: os.statvfs_result) -> int | None:
 
 def size_of(path: Path) -> int:
     """Bytes that a directory and all in it take; what vanishes meanwhile does not count."""
-    try:
-        with os.scandir(path) as entries:
-            found = list(entries)
-    except OSError:
-        return 0
-    size = 0
-    for entry in found:
+    size, waiting = 0, [os.fspath(path)]
+    while waiting:
         try:
-            if entry.is_dir(follow_symlinks=False):
-                size += size_of(Path(entry.path))
-            else:
-                size += entry.stat(follow_symlinks=False).st_blocks * 512
+            with os.scandir(waiting.pop()) as entries:
+                found = list(entries)
         except OSError:
             continue
+        for entry in found:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+            except OSError:
+                continue
     return size

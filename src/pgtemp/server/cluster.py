@@ -20,9 +20,9 @@ from pgtemp.host import paths, ports, processes, room
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.server import condition, home, warden
+from pgtemp.server.crash import clear_crashed
 from pgtemp.server.image import Copyable, Source
 from pgtemp.server.installation import Installation
-from pgtemp.server.remains import clear_crashed
 
 START_SECONDS = 60.0
 # Crash recovery and a shutdown checkpoint of large kept data may take minutes.

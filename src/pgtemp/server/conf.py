@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 # What a server that is thrown away need not do, and what makes it start fast and stay small.
-# Each CREATE and DROP DATABASE makes checkpoints, whose lines would be all there is in the log's end.
+# CREATE and DROP DATABASE make checkpoints, whose lines would be all there is in the log's end.
 # Measured on PostgreSQL 18: small shared buffers save 2 ms of start-up, io_method=sync 2 ms and
 # three processes; mmap leaves nothing in /dev/shm and works where that is 1 MB.
 _DEFAULTS = {

@@ -21,8 +21,8 @@ from pgtemp.errors import ClusterError, DiskFullError, OptionError
 from pgtemp.host import copying, paths, processes, room
 from pgtemp.host.identity import Identity
 from pgtemp.server import programcopy, warden
+from pgtemp.server.crash import clear_crashed
 from pgtemp.server.installation import Installation
-from pgtemp.server.remains import clear_crashed
 
 SUPERUSER = "postgres"
 MANIFEST, DATA, WARM = "manifest.json", "data", "warm"
@@ -163,7 +163,11 @@ def _initdb(
     unknown.write_text(secrets.token_hex())
     owner.own(unknown)
     argv.append(f"--pwfile={unknown}")
-    result = processes.run(argv, identity=owner, pass_fds=[lock], on_start=guard)
+    try:
+        result = processes.run(argv, identity=owner, pass_fds=[lock], guard=guard)
+    except BaseException:
+        clear_crashed(str(data))
+        raise
     unknown.unlink()
     shutil.rmtree(copies, ignore_errors=True)
     if result.returncode != 0:

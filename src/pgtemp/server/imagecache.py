@@ -175,10 +175,10 @@ def sweep() -> list[Path]:
     left = []
     for building in paths.usual_cache_dir().glob("*/*.building*"):
         lock = building.with_name(building.name.partition(".building")[0] + ".lock")
-        if not locks.is_locked(lock):
-            with locks.locked(lock):
+        with suppress(OSError), locks.locked_at_once(lock) as free:  # or it is another user's
+            if free:
                 shutil.rmtree(building, ignore_errors=True)
-            left.append(building)
+                left.append(building)
     return left
 
 

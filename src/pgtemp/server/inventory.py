@@ -7,21 +7,21 @@ a running server is found wherever its home is.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.host import locks, paths, proc, room
+from pgtemp.host import paths, proc, room
+from pgtemp.server.crash import DIRECTORY, all_postgres, open_file
 from pgtemp.server.remains import (
     DATA,
-    KEEP,
     LEASE,
     PREFIX,
-    all_postgres,
     is_half_made,
+    is_held,
+    says_keep,
     sweep_home,
-)  # fmt: skip
+)
 
 _FIRST_OF_USERS = 16384  # oids below are of the databases that initdb makes
 
@@ -46,6 +46,11 @@ class Found:
     keep: bool
     owner: int | None
     processes: tuple[int, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is for us to take away what is left of it."""
+        return os.geteuid() in (0, self.uid)
 
     @property
     def databases(self) -> int:
@@ -89,28 +94,35 @@ def homes(also: Iterable[Path] = ()) -> list[Found]:
 
 def _look(home: Path, running: tuple[int, ...]) -> Found | None:
     try:
-        status = home.lstat()
-    except OSError:  # gone by now
-        return None
-    if not stat.S_ISDIR(status.st_mode):  # a short way to the socket of one
+        uid = home.lstat().st_uid
+        here = os.open(home, DIRECTORY)
+    except PermissionError:
+        return Found(home, uid, False, True, False, None, running)
+    except OSError:  # gone by now, or a short way to the socket of one
         return None
     try:
-        said = (home / LEASE).read_bytes()
-        lives = locks.is_locked(home / LEASE)
+        lease = open_file(LEASE, here)
     except PermissionError:
-        return Found(home, status.st_uid, False, True, False, None, running)
+        return Found(home, uid, False, True, False, None, running)
     except OSError:
         # What is being made or removed right now, or was kept, has none.
         left = is_half_made(str(home))
-        return Found(home, status.st_uid, True, False, False, None, running) if left else None
-    owner = _owner(said) if lives else None
-    return Found(home, status.st_uid, True, lives, said.startswith(KEEP), owner, running)
-
-
-def _owner(lease: bytes) -> int | None:
-    """The process that a lease names, if it is still that one."""
+        return Found(home, uid, True, False, False, None, running) if left else None
+    finally:
+        os.close(here)
     try:
-        pid, started = (int(word) for word in lease.split(b"\n")[1].split())
-    except (IndexError, ValueError):
+        lives = is_held(lease)
+        owner = _owner(lease) if lives else None
+        return Found(home, uid, True, lives, says_keep(lease), owner, running)
+    finally:
+        os.close(lease)
+
+
+def _owner(lease: int) -> int | None:
+    """The process that a lease names, if it is still that one, and its user's."""
+    try:
+        pid, started = (int(word) for word in os.pread(lease, 64, 0).split(b"\n")[1].split())
+        same_user = os.stat(f"/proc/{pid}").st_uid == os.fstat(lease).st_uid
+    except (IndexError, ValueError, OSError):
         return None
-    return pid if proc.started(pid) == started and proc.lives(pid) else None
+    return pid if same_user and proc.started(pid) == started else None

@@ -19,7 +19,8 @@ import select
 import sys
 import time
 
-from pgtemp.server.remains import ASIDE, clear_crashed, end_group, libc, removal, sweep
+from pgtemp.server.crash import clear_crashed, end_group, libc
+from pgtemp.server.remains import ASIDE, DATA, removal, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,6 +138,11 @@ class Server:
     def end(self) -> None:
         """End as the request said this server's end should be."""
         self.stop("keep" if self.spec["keep"] else "discard")
+
+    def let_go(self) -> None:
+        """Close what was held as long as there was something to remove."""
+        os.close(self.lease)
+        os.close(self.log)
 
     def set_aside(self) -> list[str]:
         """Rename what is to be removed, so that it is gone for everyone at once."""
@@ -295,8 +301,7 @@ class Reaper:
         elif server.spec:
             self._remove(server)
         else:  # it never came to a request
-            os.close(server.lease)
-            os.close(server.log)
+            server.let_go()
 
     def _remove(self, server: Server) -> None:
         if server.removed:
@@ -306,17 +311,23 @@ class Reaper:
         leader = server.spec.get("guard", 0)
         # What a program still works in keeps its name.
         paths = server.spec["remove"] if leader else server.set_aside()
+        if not leader and not paths:
+            server.let_go()  # before whoever waits for it is told
         server.tell(stopped=True, used=server.used)
 
         def chore() -> Iterator[None]:
-            if leader:
-                yield from end_group(leader, server.spec["gently"])
-            for path in paths:
-                yield from removal(path)
-            os.close(server.lease)
-            os.close(server.log)
+            try:
+                if leader:
+                    yield from end_group(leader, server.spec["gently"])
+                    for path in paths:
+                        clear_crashed(os.path.join(path, DATA))
+                for path in paths:
+                    yield from removal(path)
+            finally:
+                server.let_go()
 
-        self.chores.append(chore())
+        if leader or paths:
+            self.chores.append(chore())
 
     def _reap(self) -> None:
         try:
@@ -360,7 +371,7 @@ class Reaper:
             if self.chores:
                 try:
                     next(self.chores[0])
-                except (StopIteration, OSError):
+                except Exception:  # its end, or whatever it met: all servers depend on us
                     del self.chores[0]
 
 

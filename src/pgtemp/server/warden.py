@@ -274,7 +274,8 @@ def guarded(
         gently: let the program clean up first.
 
     Yields:
-        What is to be called with the id of a program, which leads its process group.
+        What is to be called with the id of a program, which leads its process group, and with 0
+        when that has ended.
 
     Raises:
         WardenError: there is no warden.
