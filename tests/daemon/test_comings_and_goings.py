@@ -84,7 +84,11 @@ def test_settings_that_were_undone_do_not_live_on(daemon: DaemonType) -> None:
         other.execute("ALTER ROLE postgres SET default_transaction_read_only = on")
         with psycopg.connect(at(served, "test")) as connection:
             connection.execute("SELECT 1")
-            assert eventually(lambda: _ahead(other) == 2)
+            # One that could not be opened is made up for when the next client has come.
+            assert any(
+                eventually(lambda: _ahead(other) == 2, 5) or one(at(served, "test"), "SELECT 0")
+                for _ in range(4)
+            )
             other.execute("ALTER ROLE postgres RESET default_transaction_read_only")
     assert [one(at(served, "test"), read_only) for _ in range(6)] == ["off"] * 6
 

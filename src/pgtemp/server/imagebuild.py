@@ -173,14 +173,14 @@ def _initdb(
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         clear_crashed(str(data))
-        if room.says_full(result.stderr):
+        remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
+        if room.says_full(result.stderr) and not remedies:  # /dev/shm may be what is full
             where = data.parent.parent
             raise DiskFullError(
                 f"{where} has too little room for initdb: {room.left(where)}",
                 remedy=room.CACHE_REMEDY,
                 details=lines[-8:],
             )
-        remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
         raise ClusterError(
             f"initdb of PostgreSQL {installation.version} failed",
             remedy=[*remedies, "see its words below; initdb_args are passed to it as they are"][0],

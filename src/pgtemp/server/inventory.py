@@ -95,10 +95,13 @@ def homes(also: Iterable[Path] = ()) -> list[Found]:
 def _look(home: Path, running: tuple[int, ...]) -> Found | None:
     try:
         uid = home.lstat().st_uid
+    except OSError:  # gone by now, or out of our sight
+        return None
+    try:
         here = os.open(home, DIRECTORY)
     except PermissionError:
         return Found(home, uid, False, True, False, None, running)
-    except OSError:  # gone by now, or a short way to the socket of one
+    except OSError:  # a short way to the socket of one
         return None
     try:
         lease = open_file(LEASE, here)
