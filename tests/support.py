@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -37,8 +37,9 @@ def children(pid: int) -> dict[int, str]:
     """The child processes of a process, with their names."""
     found = {}
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread, or a child, that is over
+            for child in task.read_text().split():
+                found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
     return found
 
 
