@@ -211,7 +211,10 @@ def test_as_process_1(namespace: list[str], number: int) -> None:
 
 def _tree(pid: int) -> dict[int, str]:
     """A process and all that come from it, with their names."""
-    found = {pid: Path(f"/proc/{pid}/comm").read_text().strip()}
+    try:
+        found = {pid: Path(f"/proc/{pid}/comm").read_text().strip()}
+    except OSError:  # over by now
+        return {}
     for child in children(pid):
         found |= _tree(child)
     return found
