@@ -42,7 +42,6 @@ _COMES_BACK = re.compile(
     "the database system is (in recovery mode|starting up|not yet accepting connections)"
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
-_NEVER = threading.Event()
 
 
 def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
@@ -66,7 +65,7 @@ def connect(to: ConnectionInfo) -> psycopg.Connection[Any]:
             # One that cannot come back ends, and then the words are others.
             if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
                 raise
-        _NEVER.wait(_RECOVERY_POLL)
+        time.sleep(_RECOVERY_POLL)
 
 
 def has_news(connection: psycopg.Connection[Any]) -> bool:

@@ -73,6 +73,7 @@ class Place:
         """Its server cannot be reached: nobody else gets a place in it."""
         if self.tenants is not None:
             self.tenants.stale = True
+            alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
 
     def lease(self, number: int) -> None:
         """From now on somebody has it."""

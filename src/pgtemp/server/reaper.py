@@ -347,9 +347,9 @@ class Reaper:
 
     def _died(self, server: Server, code: int) -> None:
         server.pid, server.deadline = 0, None
+        server.tell(exit=code)  # first: whoever has lost a connection wants to know why
         if code < 0:
             clear_crashed(server.spec["data_dir"])
-        server.tell(exit=code)
         if server in self.ending:
             self.ending.remove(server)
             self._remove(server)
