@@ -19,7 +19,7 @@ from owner import is_running
 from pgtemp import Cluster, ClusterError, PgTempDB
 from pgtemp.host import ports
 from pgtemp.server import warden
-from pgtemp.server.crash import all_postgres, postgres_in
+from pgtemp.server.crash import all_postgres, clear_crashed, postgres_in
 from support import Daemon, children, eventually, homes
 
 LOOP = b"DO $$ BEGIN LOOP END LOOP; END $$"
@@ -69,6 +69,19 @@ def test_a_killed_postmaster_leaves_no_busy_loop() -> None:
     busy.close()
     db.stop()
     assert leftovers(data_dir) == []
+
+
+def test_a_server_that_had_not_noted_its_memory_yet_leaves_none() -> None:
+    """It makes the segment first, and writes down which a moment later."""
+    db = PgTempDB().start()
+    notes = db.data_dir / "postmaster.pid"
+    lines = notes.read_text().splitlines()
+    segment = lines[6].split()[1]
+    assert f" {segment} " in Path("/proc/sysvipc/shm").read_text()
+    notes.write_text("\n".join(lines[:6]))
+    clear_crashed(str(db.data_dir))
+    assert f" {segment} " not in Path("/proc/sysvipc/shm").read_text()
+    db.stop()
 
 
 def test_a_dead_server_of_a_cluster_is_told() -> None:

@@ -113,17 +113,20 @@ def clear_crashed(data_dir: str) -> None:
 
 def clear(data: int) -> None:
     """The same, for the descriptor of a data directory."""
-    segment = _segment_of(data)
+    killed: set[int] = set()
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
             quietly(lambda: os.kill(pid, SIGKILL))  # noqa: B023 - called at once
         if not orphans:
             break
+        killed.update(orphans)
         time.sleep(_MOMENT)
-    uid = os.fstat(data).st_uid
-    for _ in range(_TRIES if segment is not None else 0):
-        if segment is None or _segment_removed(*segment, uid):
+    # Only now: a server that was killed while it started may have noted it a moment ago, and one
+    # that ended by itself has let go of its memory before its notes.
+    noted, uid = _segment_of(data), os.fstat(data).st_uid
+    for _ in range(_TRIES if noted or killed else 0):
+        if _segments_removed(noted, killed, uid):
             break
         time.sleep(_MOMENT)
 
@@ -141,18 +144,22 @@ def _segment_of(data: int) -> tuple[int, int] | None:
         return None
 
 
-def _segment_removed(key: int, shmid: int, uid: int) -> bool:
-    """Remove a shared memory segment, if it is still that user's; False while somebody has it."""
+def _segments_removed(noted: tuple[int, int] | None, makers: set[int], uid: int) -> bool:
+    """Remove the shared memory that a server had noted, or had made and not noted yet, if it is
+    still that user's; False while somebody has it."""
     try:
         with open("/proc/sysvipc/shm") as table:
-            rows = [line.split() for line in table][1:]
+            rows = [[int(field) for field in line.split()] for line in list(table)[1:]]
     except OSError:
         return True
-    same = [row for row in rows if (int(row[0]), int(row[1]), int(row[7])) == (key, shmid, uid)]
-    attached = [row[6] for row in same]
-    if attached == ["0"]:
-        libc("shmctl", shmid, IPC_RMID, None)
-    return attached in ([], ["0"])
+    gone = True
+    for key, shmid, _, _, maker, _, attached, owner, *_ in rows:
+        if owner == uid and ((key, shmid) == noted or maker in makers):
+            if attached:
+                gone = False
+            else:
+                libc("shmctl", shmid, IPC_RMID, None)
+    return gone
 
 
 def end_group(leader: int, gently: bool) -> Iterator[None]:
