@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pgtemp.errors import OptionError
-from pgtemp.options import ServerOptions, option
+from pgtemp.options import ServerOptions, StrPath, option
 
 DEFAULT_HOST, DEFAULT_PORT = "localhost", 6543
 ISOLATIONS = ("database", "cluster")
@@ -17,6 +17,31 @@ class DaemonOptions(ServerOptions):
     """What a daemon is started with. User, password and database are those of its servers."""
 
     host: str = option(DEFAULT_HOST, "the host to listen on: this machine")
+    listen: str | None = option(
+        None,
+        "address to listen on instead of the URI's host, * for all; beyond this machine only with "
+        "a password file",
+        flag="--listen",
+    )
+    password_file: StrPath | None = option(
+        None,
+        "file with the password that everybody needs who comes by TCP; else it is the user who "
+        "runs pgtemp, and root",
+        flag="--password-file",
+        env="PGTEMP_PASSWORD_FILE",
+    )
+    tls: str | None = option(
+        None,
+        "auto makes a certificate for the run, and says which file vouches for it",
+        flag="--tls",
+        choices=("auto",),
+    )
+    tls_cert: StrPath | None = option(
+        None, "certificate, with its chain, to speak TLS with (PEM)", flag="--tls-cert"
+    )
+    tls_key: StrPath | None = option(
+        None, "its key, where that is not in the same file", flag="--tls-key"
+    )
     isolation: str = option(
         "database",
         "what each lease gets of its own: a database, or a cluster (a whole server)",
@@ -92,7 +117,35 @@ class DaemonOptions(ServerOptions):
                 f"role_attributes={self.role_attributes!r}: not attributes of a role",
                 remedy=f"give some of {', '.join(sorted(_ROLE_ATTRIBUTES))}",
             )
+        self._check_doors()
         self._check_templates()
+
+    def _check_doors(self) -> None:
+        for name in ("password_file", "tls_cert", "tls_key"):
+            self._check_readable(name)
+        if self.tls not in (None, "auto"):
+            raise OptionError(f"tls={self.tls!r}: there is only auto", remedy="give a certificate")
+        if self.tls is not None and (self.tls_cert is not None or self.tls_key is not None):
+            raise OptionError(
+                "with --tls auto a certificate is made", remedy="leave out one or the other"
+            )
+        if self.tls_key is not None and self.tls_cert is None:
+            raise OptionError("a key alone is no certificate", remedy="give --tls-cert, too")
+        if self.password_file is not None and self.pg_hba_conf is not None:
+            raise OptionError(
+                "a pg_hba.conf says itself who needs a password",
+                remedy="leave out --password-file or --pg-hba-conf",
+            )
+        if not self.tcp and (
+            given := [
+                name
+                for name in ("listen", "password_file", "tls", "tls_cert")
+                if getattr(self, name) is not None
+            ]
+        ):
+            raise OptionError(
+                f"without TCP there is nothing that {given[0]} says", remedy="leave out --no-tcp"
+            )
 
     def _check_templates(self) -> None:
         parents = {}

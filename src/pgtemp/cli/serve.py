@@ -60,7 +60,7 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
     if host.startswith("/") or not ports.loopback_addresses(host):
         raise OptionError(
             f"{redact(uri)!r}: {host} is not this machine",
-            remedy="use localhost; pgtemp serves this machine only",
+            remedy="use localhost, and --listen to serve others",
         )
     named = {
         name: value
@@ -80,6 +80,8 @@ def _print_ready(served: Announcement) -> None:
     click.echo(f"    {served.info.uri}")
     click.echo("try")
     click.echo(f"    {served.psql} {shlex.quote(served.info.uri)} -c 'select version()'")
+    if served.root is not None:
+        click.echo(f"its TLS is vouched for by sslrootcert={served.root}")
     click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
 
 

@@ -37,13 +37,22 @@ class Backend:
         self.server.close()
 
 
-async def connect(place: Place, startup: Startup, dbname: str) -> Backend:
+async def connect(place: Place, startup: Startup, dbname: str, *, by_password: bool) -> Backend:
     """Connect and send the client's parameters, rebuilt with the database's real name.
+
+    Args:
+        by_password: come by TCP, where servers ask for a password, which is the client's to say.
 
     Raises:
         OSError: the server cannot be reached.
     """
     packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
+    loop = asyncio.get_running_loop()
+    if by_password:
+        server = Endpoint()
+        await loop.create_connection(lambda: server, *place.address)
+        server.write(packet)
+        return Backend(server, ServerStart())
     raw = socket.socket(socket.AF_UNIX)
     try:
         raw.setblocking(False)
@@ -53,7 +62,7 @@ async def connect(place: Place, startup: Startup, dbname: str) -> Backend:
         if code:
             raise OSError(code, os.strerror(code))
         raw.sendall(packet)
-        _, server = await asyncio.get_running_loop().create_unix_connection(Endpoint, sock=raw)
+        _, server = await loop.create_unix_connection(Endpoint, sock=raw)
     except BaseException:
         raw.close()
         raise

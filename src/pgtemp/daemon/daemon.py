@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import os
 import shutil
 import signal
-import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pgtemp.aio import whole
-from pgtemp.daemon import control
+from pgtemp.daemon import control, credentials, doors
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
@@ -24,17 +23,17 @@ from pgtemp.databases import provision
 from pgtemp.databases.apart import Apart
 from pgtemp.databases.isolation import Isolation
 from pgtemp.databases.together import Together
-from pgtemp.errors import OptionError, PgTempError, WardenError
+from pgtemp.errors import PgTempError, WardenError
 from pgtemp.host import identity, ports, processes
 from pgtemp.server import home, warden
 from pgtemp.server.cluster import Cluster
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, redact
 
-_BACKLOG = 1024
 _FORCED = 130
 _THREADS = 32  # for what blocks: mostly waiting for PostgreSQL
 _CONNECTIONS = 1000
+_LOGIN_SECONDS = "10s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,7 @@ class Announcement:
 
     info: ConnectionInfo
     socket_dir: str
+    root: Path | None
     version: str
     psql: str
     each: str
@@ -69,12 +69,13 @@ async def run(
         at_the_end.enter_context(_signals(loop, stopping))
 
         # start up: listening comes first, so that a port that is taken costs nothing
-        listening = _listen(options) if options.tcp else []
+        secret, certificate = credentials.password(options), credentials.certificate(options)
+        listening = doors.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
         loop.set_default_executor(ThreadPoolExecutor(_THREADS, "pgtemp-work"))
         # A lease's time is not that of its server.
-        plan = await whole(lambda: provision.plan(_for_servers(options), ()))
+        plan = await whole(lambda: provision.plan(_for_servers(options), (), secret))
         isolation = _isolation(options, plan, announce)
         at_the_end.push_async_callback(whole, isolation.close)
         await _unless_stopped(whole(isolation.open), stopping)
@@ -83,19 +84,22 @@ async def run(
         gateway = Gateway(isolation, options, server_version=plan.installation.version)
         at_the_end.push_async_callback(gateway.close)
         socket_dir = at_the_end.enter_context(_socket_dir())
+        root = credentials.write_root(certificate, socket_dir)
 
         # serve
+        tls = certificate.context if certificate is not None else None
+        tcp = doors.of_tcp(options, gateway.peers, tls)
         servers = [
-            await loop.create_server(lambda: Endpoint(gateway.accepted_by_tcp), sock=bound)
+            await loop.create_server(lambda: Endpoint(gateway.door(tcp)), sock=bound)
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
         servers.append(
             await loop.create_unix_server(
-                lambda: Endpoint(gateway.accepted_by_socket), path, backlog=_BACKLOG
+                lambda: Endpoint(gateway.door(doors.of_socket())), path, backlog=doors.BACKLOG
             )
         )
-        announcement = _announcement(options, socket_dir, plan.installation)
+        announcement = _announcement(options, socket_dir, plan.installation, root)
         told = {"uri": redact(announcement.info.uri), "version": announcement.version}
         servers.append(
             await control.listen(socket_dir, lambda: {**told, "leases": gateway.facts()})
@@ -112,8 +116,11 @@ async def run(
 
 
 def _for_servers(options: DaemonOptions) -> DaemonOptions:
-    """What the servers are made with: a shared one has room for the connections of many leases."""
+    """What the servers are made with: a shared one has room for the connections of many leases,
+    and who has not shown a password yet does not keep one for long."""
     config = dict(options.config)
+    if options.password_file is not None:
+        config.setdefault("authentication_timeout", _LOGIN_SECONDS)
     if options.shares_servers and options.postgresql_conf is None:
         config.setdefault("max_connections", str(_CONNECTIONS))
     return replace(options, ttl=None, config=config)
@@ -155,38 +162,6 @@ def _isolation(
     if options.single:
         return Together(plan, announce, options.role_attributes)
     return Apart(plan, options, announce)
-
-
-def _listen(options: DaemonOptions) -> Sequence[socket.socket]:
-    addresses = ports.loopback_addresses(options.host)
-    if not addresses:
-        raise OptionError(
-            f"{options.host} is not this machine",
-            remedy="pgtemp listens on localhost only",
-        )
-    bound: list[socket.socket] = []
-    try:
-        for address in addresses:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            try:
-                bound.append(
-                    socket.create_server(
-                        (address, options.listen_port), family=family, backlog=_BACKLOG
-                    )
-                )
-                # Accepted connections inherit it; asyncio's own loop would not set it.
-                bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError as error:
-                if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
-                    continue  # a machine without IPv6
-                raise ports.taken(
-                    address, options.listen_port, os.strerror(error.errno or 0)
-                ) from error
-    except BaseException:
-        for one in bound:
-            one.close()
-        raise
-    return bound
 
 
 @contextmanager
@@ -233,15 +208,19 @@ def _signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int]) -> 
             signal.signal(number, handler)
 
 
-def _announcement(options: DaemonOptions, socket_dir: str, programs: Installation) -> Announcement:
+def _announcement(
+    options: DaemonOptions, socket_dir: str, programs: Installation, root: Path | None
+) -> Announcement:
+    named = options.listen is not None and not ports.is_any(options.listen)
+    host = str(options.listen) if named else options.host
     info = ConnectionInfo(
-        host=options.host if options.tcp else socket_dir,
+        host=host if options.tcp else socket_dir,
         port=options.listen_port,
         user=options.user,
-        password=options.password,
+        password=options.password if options.password_file is None else None,
         dbname=options.dbname,
     )
     psql = "psql" if shutil.which("psql") else str(programs.bin_dir / "psql")
     each = {"database": "a fresh database", "cluster": "a fresh server"}[options.isolation]
     shown = "one server for all connections" if options.single else f"{each} for every connection"
-    return Announcement(info, socket_dir, programs.version, psql, shown)
+    return Announcement(info, socket_dir, root, programs.version, psql, shown)

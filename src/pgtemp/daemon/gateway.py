@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import wishes
 from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
+from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
 from pgtemp.daemon.refusals import RefusedError, crashed, refusal
@@ -25,10 +25,11 @@ from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
-from pgtemp.host.peers import TELLS_PEERS, Peers
+from pgtemp.host.peers import Peers
 from pgtemp.wire import replies
 from pgtemp.wire.messages import ProtocolError
-from pgtemp.wire.startup import Cancel, NeedMore, Negotiation, Reply, Startup
+from pgtemp.wire.startup import Cancel, Negotiation, NoTlsError, Reply, Secure, Startup
+from pgtemp.wire.tls import NO_TLS, Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
@@ -49,20 +50,16 @@ class Gateway:
         self._server_version = server_version
         self._leases = Leases(isolation, options)
         self._cancels = Cancels()
-        self._peers = Peers()
+        self.peers = Peers()
         self._clients: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._closing = False
 
-    def accepted_by_tcp(self, client: Endpoint) -> None:
-        """A client has connected, from anywhere on this machine."""
-        self._accept(client, self._admit)
+    def door(self, door: Door) -> Callable[[Endpoint], None]:
+        """What is to be done with each client that comes in there."""
+        return lambda client: self._accept(client, door)
 
-    def accepted_by_socket(self, client: Endpoint) -> None:
-        """A client has connected who may enter the socket's directory."""
-        self._accept(client, lambda _: None)
-
-    def _accept(self, client: Endpoint, admit: Callable[[Endpoint], None]) -> None:
+    def _accept(self, client: Endpoint, door: Door) -> None:
         if self._starting >= MAX_STARTING or self._closing:
             reason = "57P03", "pgtemp is shutting down"
             if not self._closing:
@@ -70,7 +67,7 @@ class Gateway:
             client.write(replies.fatal(*reason))
             client.close()
             return
-        task = asyncio.ensure_future(self._serve(client, admit))
+        task = asyncio.ensure_future(self._serve(client, door))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
 
@@ -85,13 +82,13 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._leases.close()
-        self._peers.close()
+        self.peers.close()
 
-    async def _serve(self, client: Endpoint, admit: Callable[[Endpoint], None]) -> None:
+    async def _serve(self, client: Endpoint, door: Door) -> None:
         try:
-            startup = await self._start_up(client, admit)
+            startup = await self._start_up(client, door)
             if startup is not None:
-                await self._lease(client, startup)
+                await self._lease(client, startup, door)
         except RefusedError as why:
             _refuse(client, why)
         except ProtocolError as error:
@@ -109,21 +106,19 @@ class Gateway:
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
-    async def _start_up(
-        self, client: Endpoint, admit: Callable[[Endpoint], None]
-    ) -> Startup | None:
+    async def _start_up(self, client: Endpoint, door: Door) -> Startup | None:
         """Who wants what; None where that was all."""
         self._starting += 1
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                opening = await _negotiate(client)
+                opening = await _negotiate(client, door)
                 if isinstance(opening, Cancel):
                     if not await self._cancels.route(opening.key):
                         _log.info("a cancel request with a key that nobody has")
                     return None
                 if opening is None:
                     return None
-                admit(client)
+                door.admit(client)
                 if opening.parameters.get("application_name") == _PROBE:
                     client.write(
                         replies.greeting(opening.version, opening.parameters, self._server_version)
@@ -137,28 +132,7 @@ class Gateway:
         finally:
             self._starting -= 1
 
-    def _admit(self, client: Endpoint) -> None:
-        """On loopback TCP only the user who runs the daemon comes in, and root.
-
-        Over trusted loopback any local user could run shell commands as the server's user, with
-        COPY FROM PROGRAM. Through the unix socket the directory's mode says who.
-        """
-        if not TELLS_PEERS:
-            return
-        peer = client.transport.get_extra_info("peername")
-        ours = client.transport.get_extra_info("sockname")
-        uid = None  # who has hung up already cannot be told
-        if isinstance(peer, tuple) and isinstance(ours, tuple):
-            uid = self._peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
-        if uid in (0, os.getuid()):
-            return
-        raise RefusedError(
-            "28000",
-            f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
-            "start a pgtemp of your own, on another port",
-        )
-
-    async def _lease(self, client: Endpoint, startup: Startup) -> None:
+    async def _lease(self, client: Endpoint, startup: Startup, door: Door) -> None:
         try:
             wish = wishes.read(startup)
         except PgTempError as error:
@@ -167,7 +141,7 @@ class Gateway:
         lease = await self._leases.enter(wish, startup, client)
         first_words = replies.ClientStart()
         try:
-            backend = await self._backend(lease, wish, startup)
+            backend = await self._backend(lease, wish, startup, door)
             try:
                 await self._relay(client, startup, lease, backend, first_words)
             except RefusedError as why:
@@ -179,7 +153,7 @@ class Gateway:
             lease.used = lease.used or first_words.used
             await self._leases.leave(lease, client)
 
-    async def _backend(self, lease: Lease, wish: Wish, startup: Startup) -> Backend:
+    async def _backend(self, lease: Lease, wish: Wish, startup: Startup, door: Door) -> Backend:
         """The connection that was opened ahead, else a new one."""
         ahead, lease.backend = lease.backend, None
         if ahead is not None:
@@ -188,7 +162,7 @@ class Gateway:
             dbname = self._isolation.furnished(lease.place, wish)
             if dbname is None:
                 dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
-            return await connect(lease.place, startup, dbname)
+            return await connect(lease.place, startup, dbname, by_password=door.by_password)
         except PgTempError as error:
             raise refusal(error) from error
         except OSError as error:
@@ -262,12 +236,21 @@ def _refuse(client: Endpoint, why: RefusedError) -> None:
     client.write(why.reply)
 
 
-async def _negotiate(client: Endpoint) -> Startup | Cancel | None:
-    negotiation = Negotiation()
+async def _negotiate(client: Endpoint, door: Door) -> Startup | Cancel | None:
+    negotiation = Negotiation(tls=door.tls is not None)
     while data := await client.read():
         negotiation.receive(data)
-        while not isinstance(event := negotiation.next_event(), NeedMore):
-            if not isinstance(event, Reply):
-                return event
+        try:
+            event = negotiation.next_event()
+        except NoTlsError:
+            client.write(NO_TLS)
+            raise
+        if isinstance(event, Startup | Cancel):
+            return event
+        if isinstance(event, Reply):
             client.write(event.data)
+        if isinstance(event, Secure):
+            assert door.tls is not None
+            client.write(event.reply)
+            client.encrypt(Tls(door.tls, direct=not event.reply), event.arrived)
     return None

@@ -42,7 +42,9 @@ class Leases:
         # Connections that nobody has yet must not take the places of those that somebody wants.
         said = str(options.config.get("max_connections", _ENOUGH))
         few = said.isdecimal() and int(said) < _ENOUGH
-        self._rehearsals = Rehearsals(isolation, ready=0 if few else options.pool)
+        # And a connection that is logged in is not for somebody who has yet to say a password.
+        ahead = not few and options.password_file is None
+        self._rehearsals = Rehearsals(isolation, ready=options.pool if ahead else 0)
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)

@@ -151,7 +151,7 @@ class Rehearsals:
         backend: Backend | None = None
         try:
             dbname = await whole(lambda: self._isolation.furnish(place, stage.wish))
-            backend = await connect(place, stage.startup, dbname)
+            backend = await connect(place, stage.startup, dbname, by_password=False)
             if await log_in(backend):
                 return Rehearsed(place, backend)
         except BaseException:

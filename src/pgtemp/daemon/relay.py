@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import cast
 
-from pgtemp.wire.messages import TERMINATE
+from pgtemp.wire.messages import TERMINATE, ProtocolError
+from pgtemp.wire.tls import Tls
+
+_log = logging.getLogger("pgtemp.daemon")
 
 # Bytes asyncio may hold for a slow reader before the other side is told to wait.
 HIGH_WATER = 256 * 1024
@@ -25,6 +29,7 @@ class Endpoint(asyncio.Protocol):
         self._peer: Endpoint | None = None
         self._passes_end = False
         self._finished = False
+        self._tls: Tls | None = None
         self.listen: Callable[[bytes], None] | None = None
         self.last = b""  # what came last
         self.received = 0  # bytes that were passed on
@@ -48,7 +53,13 @@ class Endpoint(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         if not self._finished and not self.transport.is_closing():
             self.sent += len(data)
-            self.transport.write(data)
+            self.transport.write(data if self._tls is None else self._tls.encrypt(data))
+
+    def encrypt(self, tls: Tls, arrived: bytes) -> None:
+        """Speak TLS from now on, of which some has arrived already."""
+        self._tls = tls
+        if arrived:
+            self.data_received(arrived)
 
     def join(self, peer: Endpoint, *, end: bool) -> None:
         """Pass on everything from now on, beginning with what has arrived already.
@@ -97,10 +108,13 @@ class Endpoint(asyncio.Protocol):
         """Flush, and say that nothing more comes."""
         if not self._finished and not self.transport.is_closing():
             self._finished = True
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
+            if self._tls is not None:
+                self.transport.write(self._tls.finish())
+            self.transport.write_eof()
 
     def close(self) -> None:
+        if self._tls is not None:
+            self.finish()
         self.transport.close()
 
     async def close_politely(self) -> None:
@@ -117,7 +131,7 @@ class Endpoint(asyncio.Protocol):
                         pass
             except TimeoutError:
                 pass
-        self.transport.close()
+        self.close()
 
     # asyncio's side
 
@@ -128,6 +142,10 @@ class Endpoint(asyncio.Protocol):
             self._opened(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._tls is not None:
+            data = self._decrypt(self._tls, data)
+            if not data:
+                return
         self.last = data[-_LAST:] if len(data) >= _LAST else (self.last + data)[-_LAST:]
         if self._peer is None:
             self._arrived += data
@@ -157,6 +175,19 @@ class Endpoint(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self._peer is not None:
             self._peer.transport.resume_reading()
+
+    def _decrypt(self, tls: Tls, data: bytes) -> bytes:
+        try:
+            data = tls.receive(data)
+        except ProtocolError as error:
+            _log.info("lost a client: %s", error)
+            data, tls.ended = b"", True
+        if answer := tls.take():
+            self.transport.write(answer)
+        if tls.ended:
+            # What is in `data` came before it.
+            asyncio.get_running_loop().call_soon(self.eof_received)
+        return data
 
     def _pass_on(self, data: bytes) -> None:
         assert self._peer is not None

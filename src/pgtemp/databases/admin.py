@@ -28,34 +28,53 @@ _NEVER = threading.Event()
 def ensure_role(connection: psycopg.Connection[Any], user: str, secret: Secret | None) -> None:
     """Make `user` a superuser that can log in, with this password; it may exist already."""
     clauses = sql.SQL("{} SUPERUSER LOGIN").format(sql.Identifier(user))
-    if secret is not None:
-        # A verifier, not the password: statements may be logged.
-        verifier = (
-            secret.verifier
-            or connection.pgconn.encrypt_password(
-                secret.password.encode(), user.encode(), b"scram-sha-256"
-            ).decode()
-        )
-        clauses += sql.SQL(" PASSWORD {}").format(sql.Literal(verifier))
+    clauses += _password(connection, user, secret)
     try:
         connection.execute(sql.SQL("ALTER ROLE {}").format(clauses))
     except errors.UndefinedObject:
         connection.execute(sql.SQL("CREATE ROLE {}").format(clauses))
 
 
-def ensure_login(connection: psycopg.Connection[Any], user: str, attributes: str) -> None:
+def ensure_login(
+    connection: psycopg.Connection[Any], user: str, attributes: str, secret: Secret | None
+) -> None:
     """Make a role for somebody who connects; one that is there stays as it is.
 
     Args:
         attributes: of the role, as options.py has checked them.
+        secret: the password of a role that has none.
     """
-    if connection.execute("SELECT 1 FROM pg_authid WHERE rolname = %s", [user]).fetchone():
+    found = connection.execute(
+        "SELECT rolpassword IS NULL FROM pg_authid WHERE rolname = %s", [user]
+    ).fetchone()
+    if found == (False,) or (found and secret is None):
         return
-    words = sql.SQL(" ").join(sql.SQL(word) for word in attributes.split())
+    words = sql.SQL("{}").format(sql.Identifier(user)) + _password(connection, user, secret)
+    if found:
+        connection.execute(sql.SQL("ALTER ROLE {}").format(words))
+        return
+    words += sql.SQL(" LOGIN") + sql.SQL("").join(
+        sql.SQL(f" {word}") for word in attributes.split()
+    )
     try:
-        connection.execute(sql.SQL("CREATE ROLE {} LOGIN {}").format(sql.Identifier(user), words))
+        connection.execute(sql.SQL("CREATE ROLE {}").format(words))
     except (errors.DuplicateObject, errors.UniqueViolation):
         pass  # somebody else was quicker
+
+
+def _password(
+    connection: psycopg.Connection[Any], user: str, secret: Secret | None
+) -> sql.Composed:
+    """The clause that gives a role its password; a verifier, since statements may be logged."""
+    if secret is None:
+        return sql.Composed([])
+    verifier = (
+        secret.verifier
+        or connection.pgconn.encrypt_password(
+            secret.password.encode(), user.encode(), b"scram-sha-256"
+        ).decode()
+    )
+    return sql.SQL(" PASSWORD {}").format(sql.Literal(verifier))
 
 
 def set_owner(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:

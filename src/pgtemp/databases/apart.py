@@ -151,6 +151,7 @@ class Apart:
         try:
             bench = Workshop(self._of(wish).plan, wish.dbname)
             bench.open()
+            provision.give_password(bench.cluster, self._plan)
         except BaseException as error:
             claimed.set_exception(error)
             return

@@ -16,7 +16,7 @@ from typing import Self
 from pgtemp.databases import admin, connections, provision
 from pgtemp.databases.secret import random_secret
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import copying, identity, room
+from pgtemp.host import copying, identity, ports, room
 from pgtemp.options import StrPath
 from pgtemp.server import conf, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -25,7 +25,6 @@ from pgtemp.uri import ConnectionInfo
 
 _log = logging.getLogger("pgtemp")
 NOTE = "pgtemp.json"
-_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ class KeptDB:
                 source=image.Directory(data),
                 conf=_unchanged,
                 hba=conf.HBA,
-                addresses=(_HOST,),
+                addresses=(ports.LOOPBACK,),
                 port=port,
                 keep=True,
             ),
@@ -170,7 +169,7 @@ class KeptDB:
             self._cluster.stop()
             raise
         self.info = ConnectionInfo(
-            host=_HOST,
+            host=ports.LOOPBACK,
             port=self._cluster.port,
             user=user,
             password=secret.password,

@@ -18,7 +18,7 @@ import psycopg
 from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.host import identity, paths, proc, room
+from pgtemp.host import identity, paths, ports, proc, room
 from pgtemp.options import ServerOptions
 from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -34,6 +34,7 @@ class Plan:
         superuser: of the servers, as whom pgtemp itself comes.
         template: the database in the source that databases are made from; None is an empty one.
         plain: whether databases are made with nothing in them.
+        secret: what everybody needs who comes by TCP; None where nobody does.
     """
 
     options: ServerOptions
@@ -41,6 +42,7 @@ class Plan:
     superuser: str
     template: str | None = None
     plain: bool = True
+    secret: Secret | None = None
 
     @property
     def users(self) -> set[str]:
@@ -52,11 +54,13 @@ class Plan:
         return self.blueprint.installation
 
 
-def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
+def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None = None) -> Plan:
     """Work out what servers are made from.
 
     Args:
-        addresses: loopback addresses to listen on; none is the unix socket only.
+        addresses: loopback addresses to listen on; none is the unix socket only, but where there
+            is a secret.
+        secret: the password that all users have.
 
     Raises:
         PgTempError: programs, user or a file cannot be had.
@@ -66,6 +70,8 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
     copied = Path(options.copy_from).absolute() if options.copy_from is not None else None
     if copied is not None and not (copied / "PG_VERSION").exists():
         copied = copied / DATA  # a home that was kept
+    if secret is not None and not addresses:
+        addresses = [ports.LOOPBACK]
     version = options.version
     if copied is not None and version is None:
         version = (copied / "PG_VERSION").read_text().strip()
@@ -86,13 +92,13 @@ def plan(options: ServerOptions, addresses: Sequence[str]) -> Plan:
         conf=_conf(options, programs.major),
         hba=conf.pg_hba_conf(_text(options.pg_hba_conf) or None, superuser),
         addresses=addresses,
-        port=options.port if addresses else None,
+        port=options.port if addresses and secret is None else None,
         prefix=options.data_dir_prefix,
         keep=options.persist,
         ttl=options.ttl,
         log_path=Path(options.log_path).absolute() if options.log_path is not None else None,
     )
-    return Plan(options, blueprint, superuser)
+    return Plan(options, blueprint, superuser, secret=secret)
 
 
 def provision(plan: Plan, secret: Secret | None) -> Cluster:
@@ -127,7 +133,12 @@ def start(plan: Plan, secret: Secret | None) -> Cluster:
     user = plan.options.user
     own = secret if user == plan.superuser else None
     cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
-    cluster.start(meanwhile=lambda started: furnish_role(started, plan, user, secret))
+
+    def furnish(started: Cluster) -> None:
+        furnish_role(started, plan, user, secret)
+        give_password(started, plan)
+
+    cluster.start(meanwhile=furnish)
     return cluster
 
 
@@ -170,6 +181,14 @@ def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None)
         admin.ensure_role(connection, user, secret)
 
 
+def give_password(cluster: Cluster, plan: Plan) -> None:
+    """Give the plan's password, where it has one, to those who are there from the start."""
+    if plan.secret is not None:
+        with administered(cluster, plan) as connection:
+            for user in sorted(plan.users):
+                admin.ensure_role(connection, user, plan.secret)
+
+
 def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
     """Make a database in a server, unless it is there: the plan's template becomes it.
 
@@ -204,7 +223,7 @@ def admit(cluster: Cluster, plan: Plan, user: str, attributes: str, owns: str | 
         owns: the database that is to be the user's.
     """
     with administered(cluster, plan) as connection:
-        admin.ensure_login(connection, user, attributes)
+        admin.ensure_login(connection, user, attributes, plan.secret)
         if owns is not None:
             admin.set_owner(connection, owns, user)
 

@@ -60,6 +60,11 @@ class Place:
         return f"{self.cluster.socket_dir}/.s.PGSQL.{self.cluster.port}"
 
     @property
+    def address(self) -> tuple[str, int]:
+        """Where the server asks for a password; only with a plan that has one."""
+        return self.cluster.blueprint.addresses[0], self.cluster.port
+
+    @property
     def usable(self) -> bool:
         """Whether whoever comes next can still have it."""
         return self.supply is None or self.supply.usable(self)
@@ -111,7 +116,7 @@ class Clusters:
         base = find_base(blueprint.prefix, blueprint.owner, keep=blueprint.keep)
         room.check_with_spare(base, "another server", size=size, files=files)
         cluster = Cluster(blueprint)
-        cluster.start()
+        cluster.start(meanwhile=lambda started: provision.give_password(started, self._plan))
         return Place(cluster, "", self._plan.users, supply=self)
 
     def dispose(self, place: Place) -> None:

@@ -49,7 +49,7 @@ class TenantCluster:
         self.stale = False
         self._looking = threading.Lock()
         self.cluster = Cluster(plan.blueprint)
-        self.cluster.start()
+        self.cluster.start(meanwhile=lambda started: provision.give_password(started, plan))
         try:
             to = provision.private_info(self.cluster, plan.superuser, admin.MAINTENANCE)
             self._admins = Admins(to, self.cluster.check)
@@ -104,7 +104,7 @@ class TenantCluster:
         """
         if user not in self._roles:
             with self._looking, self._admins.connection() as connection:
-                admin.ensure_login(connection, user, attributes)
+                admin.ensure_login(connection, user, attributes, self._plan.secret)
                 self._residue.accept_role(connection, user)
             self._roles.add(user)
         if owns is not None:

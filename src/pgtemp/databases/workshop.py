@@ -18,7 +18,7 @@ from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.secret import STRONG_ROUNDS, random_secret
 from pgtemp.errors import ClusterError
-from pgtemp.host import room
+from pgtemp.host import ports, room
 from pgtemp.host.progress import step
 from pgtemp.server import image, imagebuild, imagecache
 from pgtemp.server.cluster import Cluster
@@ -26,7 +26,6 @@ from pgtemp.server.image import Image
 from pgtemp.uri import ConnectionInfo
 
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
-_HOST = "127.0.0.1"
 _BUILDING = "pgtemp_building"  # where the name that was given is taken
 _TAKEN = (*admin.ALWAYS_THERE, TEMPLATE)
 
@@ -58,7 +57,7 @@ class Workshop:
         # A build's client may be any; some refuse verifiers of few rounds.
         secret = random_secret(STRONG_ROUNDS)
         blueprint = replace(
-            plan.blueprint, conf=self._remember, addresses=(_HOST,), port=None,
+            plan.blueprint, conf=self._remember, addresses=(ports.LOOPBACK,), port=None,
             keep=False, ttl=None, log_path=None,
         )  # fmt: skip
         self.cluster = provision.start(replace(plan, blueprint=blueprint), secret)
@@ -68,7 +67,7 @@ class Workshop:
             self.close()
             raise
         self.info = ConnectionInfo(
-            host=_HOST,
+            host=ports.LOOPBACK,
             port=self.cluster.port,
             user=user,
             password=secret.password,

@@ -9,18 +9,38 @@ from contextlib import suppress
 
 from pgtemp.errors import OptionError
 
+LOOPBACK = "127.0.0.1"
 _LISTEN = "0A"
 
 
-def loopback_addresses(host: str) -> list[str]:
-    """The loopback addresses that `host` stands for; empty when it is not (only) this machine."""
+def addresses(host: str) -> list[str]:
+    """The addresses that `host` stands for, IPv4 first; none where nobody knows it.
+
+    `*` is every address of this machine.
+    """
+    if host == "*":
+        return ["0.0.0.0", "::"]  # noqa: S104
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         return []
-    if not all(ipaddress.ip_address(a.partition("%")[0]).is_loopback for a in found):
-        return []
     return sorted(found, key=lambda address: ":" in address)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def is_any(host: str) -> bool:
+    """Whether this stands for all addresses of this machine."""
+    return host in ("*", "0.0.0.0", "::")  # noqa: S104
+
+
+def loopback_addresses(host: str) -> list[str]:
+    """The loopback addresses that `host` stands for; empty when it is not (only) this machine."""
+    found = addresses(host)
+    return found if all(map(is_loopback, found)) else []
 
 
 def bind_error(address: str, port: int) -> str | None:

@@ -1,7 +1,7 @@
 """What a client says before anything else: one state machine over bytes. Sans-IO.
 
-SSLRequest and GSSENCRequest are answered, a CancelRequest or a StartupMessage ends it. Nothing is
-decided here about databases. PostgreSQL docs, 54.2.1 "Start-up".
+SSLRequest and GSSENCRequest are answered, TLS is begun where it is spoken, a CancelRequest or a
+StartupMessage ends it. Nothing is decided here about databases. PostgreSQL docs, 54.2.1 "Start-up".
 """
 
 from __future__ import annotations
@@ -53,19 +53,39 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Secure:
+    """From here on the client speaks TLS. `reply` is what it waits for, `arrived` its first words.
+
+    Begun directly, without a request, there is no reply.
+    """
+
+    reply: bytes
+    arrived: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NeedMore:
     """Nothing whole has arrived yet."""
 
 
-Event = Startup | Cancel | Reply | NeedMore
+Event = Startup | Cancel | Reply | Secure | NeedMore
+
+
+class NoTlsError(ProtocolError):
+    """Somebody begins with TLS, and it is not spoken here."""
 
 
 @dataclass(slots=True)
 class Negotiation:
-    """Feed it what arrives; ask it what to do. It ends with a Startup or a Cancel."""
+    """Feed it what arrives; ask it what to do. It ends with a Startup or a Cancel.
 
+    Args:
+        tls: whether TLS can be spoken.
+    """
+
+    tls: bool = False
     _buffer: bytearray = field(default_factory=bytearray)
-    _refused: set[int] = field(default_factory=set)
+    _asked: set[int] = field(default_factory=set)
 
     def receive(self, data: bytes) -> None:
         self._buffer += data
@@ -77,7 +97,9 @@ class Negotiation:
             ProtocolError: they are no start of a PostgreSQL connection.
         """
         if self._buffer and self._buffer[0] == _TLS_HANDSHAKE:
-            raise ProtocolError("direct TLS, and no certificate is configured")
+            if not self.tls:
+                raise NoTlsError("direct TLS, and no certificate is configured")
+            return self._secure(b"")
         if len(self._buffer) < 4:
             return NeedMore()
         length = int.from_bytes(self._buffer[:4], "big")
@@ -92,7 +114,8 @@ class Negotiation:
         body, rest = bytes(self._buffer[8:length]), bytes(self._buffer[length:])
         self._buffer.clear()
         if code in (SSL_CODE, GSSENC_CODE):
-            return self._refuse(code, body, rest)
+            self._check_request(code, body, rest)
+            return self._secure(b"S") if self.tls and code == SSL_CODE else Reply(b"N")
         if code == CANCEL_CODE:
             if not _MIN_KEY <= len(body) <= _MAX_KEY:
                 raise ProtocolError(f"a cancel request with a key of {len(body)} bytes")
@@ -105,15 +128,22 @@ class Negotiation:
             )
         return Startup(code, _parameters(body), rest)
 
-    def _refuse(self, code: int, body: bytes, rest: bytes) -> Reply:
+    def _secure(self, reply: bytes) -> Secure:
+        """Whatever follows is plaintext again to us, and neither form of TLS comes twice."""
+        self.tls = False
+        self._asked |= {SSL_CODE, GSSENC_CODE}
+        arrived = bytes(self._buffer)
+        self._buffer.clear()
+        return Secure(reply, arrived)
+
+    def _check_request(self, code: int, body: bytes, rest: bytes) -> None:
         if body:
             raise ProtocolError("an encryption request with a body")
         if rest:
             raise ProtocolError("received unencrypted data after encryption request", "08P01")
-        if code in self._refused:
+        if code in self._asked:
             raise ProtocolError("an encryption request for the second time", "08P01")
-        self._refused.add(code)
-        return Reply(b"N")
+        self._asked.add(code)
 
 
 def _parameters(body: bytes) -> dict[str, str]:

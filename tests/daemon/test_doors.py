@@ -1,0 +1,386 @@
+"""The ways in: TLS, passwords, addresses; and who stays outside."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import ssl
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import asyncpg
+import psycopg
+import pytest
+import trustme
+
+from pgtemp.wire.messages import SSL_CODE, startup_message, untyped
+from pgtemp.wire.tls import ALPN
+from support import Daemon, eventually, run_pgtemp
+
+PASSWORD = "open sesame, ğ"
+HELLO = startup_message({"user": "postgres", "database": "test"})
+FORMS = ["sslnegotiation=postgres", "sslnegotiation=direct"]
+
+
+@pytest.fixture
+def password_file(tmp_path: Path) -> Path:
+    path = tmp_path / "password"
+    path.write_text(f"{PASSWORD}\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> list[str]:
+    """A certificate for localhost, as options; `root.crt` beside it vouches for it."""
+    authority = trustme.CA()
+    made = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(tmp_path / "root.crt")
+    made.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    made.private_key_pem.write_to_path(tmp_path / "key.pem")
+    return ["--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+
+
+def connect(served: Daemon, **more: str) -> psycopg.Connection[tuple[object, ...]]:
+    return psycopg.connect(served.uri, **more)  # type: ignore[arg-type]
+
+
+def socket_of(served: Daemon) -> str:
+    return served.said[-1].partition("socket is in ")[2].partition(";")[0]
+
+
+# TLS
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tls_with_a_certificate(
+    daemon: type[Daemon], certified: list[str], tmp_path: Path, form: str
+) -> None:
+    """Checked by libpq in full; plain clients come in beside, the unix socket has none."""
+    served = daemon(*certified)
+    checked = f"{served.uri}?sslmode=verify-full&sslrootcert={tmp_path}/root.crt&{form}"
+    with psycopg.connect(checked) as connection:
+        assert connection.pgconn.ssl_in_use
+        data = os.urandom(1 << 20) * 8
+        digest = connection.execute("SELECT sha256(%b), %b", [data, data]).fetchone()
+        assert digest == (hashlib.sha256(data).digest(), data)
+    with connect(served, sslmode="disable") as connection:
+        assert not connection.pgconn.ssl_in_use
+    with connect(served, host=socket_of(served), sslmode="prefer") as connection:
+        assert not connection.pgconn.ssl_in_use
+
+
+def test_tls_for_the_run(daemon: type[Daemon]) -> None:
+    """A certificate of its own, and a file that vouches for it; a stranger's does not."""
+    served = daemon("--tls", "auto")
+    root = served.said[-2].partition("sslrootcert=")[2].strip()
+    with connect(served, sslmode="verify-full", sslrootcert=root) as connection:
+        assert connection.pgconn.ssl_in_use
+    with pytest.raises(psycopg.OperationalError, match="certificate"):
+        connect(served, sslmode="verify-full", sslrootcert="system")
+    assert served.end() == (0, "")
+    assert not Path(root).exists()
+
+
+def test_tls_by_a_driver_that_is_not_libpq(
+    daemon: type[Daemon], certified: list[str], tmp_path: Path
+) -> None:
+    """asyncpg, with a cancel under way, which has to be over when it says so."""
+    served = daemon(*certified)
+    context = ssl.create_default_context(cafile=tmp_path / "root.crt")
+
+    async def use() -> None:
+        connection = await asyncpg.connect(served.uri, ssl=context)
+        with pytest.raises(asyncio.TimeoutError):
+            await connection.fetchval("SELECT pg_sleep(60)", timeout=0.3)
+        assert await connection.fetchval("SELECT ssl FROM pg_stat_ssl LIMIT 1") is False
+        await connection.close()
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cancel_under_tls(daemon: type[Daemon], form: str) -> None:
+    """libpq sends it encrypted, too, and takes a connection that just closes for an error."""
+    served = daemon("--tls", "auto")
+    with psycopg.connect(f"{served.uri}?sslmode=require&{form}") as one:
+        pid = one.info.backend_pid
+        with ThreadPoolExecutor(1) as thread:
+            asleep = thread.submit(one.execute, "SELECT pg_sleep(60)")
+            assert eventually(lambda: b"SELECT" in Path(f"/proc/{pid}/cmdline").read_bytes())
+            one.cancel_safe()
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                asleep.result(30)
+
+
+def test_copy_through_tls_with_a_slow_reader(daemon: type[Daemon]) -> None:
+    served = daemon("--tls", "auto")
+    with connect(served, sslmode="require") as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE t (n int)")
+        with cursor.copy("COPY t FROM STDIN") as copy:
+            for n in range(0, 200_000, 1000):
+                copy.write("".join(f"{i}\n" for i in range(n, n + 1000)))
+        with cursor.copy("COPY t TO STDOUT") as copy:
+            assert b"".join(bytes(part) for part in copy) == b"".join(
+                b"%d\n" % n for n in range(200_000)
+            )
+
+
+def test_half_close_under_tls(daemon: type[Daemon], certified: list[str], tmp_path: Path) -> None:
+    """A client that says that nothing more comes still gets its answer."""
+    served = daemon(*certified)
+    context = ssl.create_default_context(cafile=tmp_path / "root.crt")
+    context.set_alpn_protocols([ALPN])
+    query = b"SELECT 'the answer'\0"
+    arrived, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(arrived, to_send, server_hostname="localhost")
+    heard = b""
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(30)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                client.sendall(to_send.read())
+                arrived.write(client.recv(65536))
+        tls.write(HELLO + b"Q" + (len(query) + 4).to_bytes(4, "big") + query)
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()  # close_notify
+        client.sendall(to_send.read())
+        while data := client.recv(65536):
+            arrived.write(data)
+        try:
+            while part := tls.read(65536):
+                heard += part
+        except (ssl.SSLZeroReturnError, ssl.SSLWantReadError):
+            pass
+    assert b"the answer" in heard
+
+
+def test_direct_tls_needs_the_protocols_name(
+    daemon: type[Daemon], certified: list[str], tmp_path: Path
+) -> None:
+    """PostgreSQL refuses it without ALPN as well; it costs no lease, and others are served."""
+    served = daemon(*certified, "--log-level", "info")
+    context = ssl.create_default_context(cafile=tmp_path / "root.crt")
+    with (
+        socket.create_connection(("127.0.0.1", served.port)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as client,
+    ):
+        client.settimeout(30)
+        assert client.recv(1) == b""
+    with connect(served, sslmode="require"):
+        pass
+    _, errors = served.end()
+    assert "without the application protocol" in errors and "lease 2:" not in errors
+
+
+def test_direct_tls_without_a_certificate(daemon: type[Daemon]) -> None:
+    """The client is told by an alert rather than by an end of file."""
+    served = daemon("--pool", "0")
+    with pytest.raises(psycopg.OperationalError, match="handshake failure"):
+        connect(served, sslmode="require", sslnegotiation="direct")
+    with pytest.raises(psycopg.OperationalError, match="server does not support SSL"):
+        connect(served, sslmode="require")
+
+
+def test_garbage_after_the_request(daemon: type[Daemon], certified: list[str]) -> None:
+    served = daemon(*certified, "--pool", "0", "--log-level", "info")
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(30)
+        client.sendall(untyped(SSL_CODE))
+        assert client.recv(1) == b"S"
+        client.sendall(HELLO)  # in the clear
+        while client.recv(1024):
+            pass
+    status, errors = served.end()
+    assert status == 0 and "TLS: " in errors and "Traceback" not in errors
+
+
+# passwords
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--isolation", "cluster"], ["--single"]],
+    ids=["database", "cluster", "single"],
+)
+def test_everybody_needs_the_password(
+    daemon: type[Daemon], password_file: Path, arguments: list[str]
+) -> None:
+    """Whatever the user is called; PostgreSQL itself asks, by SCRAM, each time anew."""
+    served = daemon("--password-file", str(password_file), *arguments)
+    for user in ("postgres", "somebody"):
+        for _ in range(3):  # also once such clients are known
+            with connect(served, user=user, password=PASSWORD, require_auth="scram-sha-256") as one:
+                assert one.execute("SELECT current_user").fetchone() == (user,)
+            with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+                connect(served, user=user, password="guess")
+            with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+                connect(served, user=user)
+    with pytest.raises(psycopg.OperationalError, match="channel binding"):
+        connect(served, password=PASSWORD, channel_binding="require")
+
+
+def test_the_password_for_sessions_and_templates(
+    daemon: type[Daemon], password_file: Path, tmp_path: Path
+) -> None:
+    """A role that a template makes with a password of its own keeps that one."""
+    schema = tmp_path / "schema.sql"
+    schema.write_text(
+        "CREATE ROLE clerk LOGIN PASSWORD 'own'; CREATE ROLE guest LOGIN; CREATE TABLE t (n int);"
+    )
+    served = daemon("--password-file", str(password_file), "--template", f"app={schema}")
+    with connect(served, password=PASSWORD, dbname="app~template") as connection:
+        connection.execute("INSERT INTO t VALUES (1)")
+    for user, password in (("clerk", "own"), ("guest", PASSWORD), ("postgres", PASSWORD)):
+        with connect(served, user=user, password=password, dbname="app~one") as connection:
+            assert connection.execute("SELECT current_user").fetchone() == (user,)
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        connect(served, user="clerk", password=PASSWORD, dbname="app~one")
+    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+        connect(served, dbname="app~template")
+
+
+def test_the_password_over_tls(daemon: type[Daemon], password_file: Path) -> None:
+    """The two go together; and the directory of the socket is as good as a password."""
+    served = daemon("--password-file", str(password_file), "--tls", "auto")
+    with connect(served, password=PASSWORD, sslmode="require") as connection:
+        assert connection.pgconn.ssl_in_use
+    with connect(served, host=socket_of(served)) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_another_local_user_without_the_password(
+    daemon: type[Daemon], password_file: Path, other_user: str
+) -> None:
+    """A stranger comes in by no door, finds no password, and is let in by whoever tells it."""
+    served = daemon("--password-file", str(password_file), "--log-level", "debug", "--tls", "auto")
+    with connect(served, password=PASSWORD) as connection:
+        row = connection.execute("SHOW port").fetchone()
+        assert row is not None
+        own_port = str(row[0])
+        home = Path(str(connection.execute("SHOW data_directory").fetchone()[0])).parent  # type: ignore[index]
+
+        def psql(host: str, port: str, **env: str) -> subprocess.CompletedProcess[str]:
+            return as_user(
+                other_user, "psql", "-wXAt", "-h", host, "-p", port, "-U", "postgres",
+                "-c", "SELECT 'inside'", "test", **env,
+            )  # fmt: skip
+
+        for host, port in (
+            ("127.0.0.1", str(served.port)),
+            ("127.0.0.1", own_port),  # of the server itself
+            (socket_of(served), str(served.port)),
+            (str(home), own_port),
+        ):
+            for env in ({}, {"PGPASSWORD": "guess"}):
+                refused = psql(host, port, **env)
+                assert refused.returncode == 2 and "inside" not in refused.stdout, refused
+        assert psql("127.0.0.1", str(served.port), PGPASSWORD=PASSWORD).stdout == "inside\n"
+        seen = as_user(
+            other_user, "sh", "-c",
+            'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ "$@" 2>/dev/null; true',
+            "sh", str(password_file), f"{home}/log", f"{socket_of(served)}/root.crt",
+        )  # fmt: skip
+        assert "pgtemp" in seen.stdout and "sesame" not in seen.stdout
+        log = "".join(path.read_text() for path in home.glob("*log*"))
+        assert "sesame" not in log
+    _, errors = served.end()
+    assert "sesame" not in errors and "sesame" not in "".join(served.said)
+
+
+def as_user(user: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a program says that another user runs."""
+    return subprocess.run(
+        argv, user=user, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False, env={"PATH": os.environ["PATH"], **env}, errors="replace",
+    )  # fmt: skip
+
+
+# addresses
+
+
+def test_beyond_this_machine_there_is_a_password(daemon: type[Daemon], password_file: Path) -> None:
+    """On every address, of which this one is not what localhost stands for."""
+    served = daemon("--listen", "*", "--password-file", str(password_file))
+    with connect(served, host="127.0.0.9", password=PASSWORD) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+        connect(served, host="127.0.0.9")
+    assert "localhost" in served.said[1]
+
+
+def test_another_loopback_address_needs_none(daemon: type[Daemon]) -> None:
+    served = daemon("--listen", "127.0.0.9")
+    assert "127.0.0.9" in served.said[1]
+    with psycopg.connect(served.said[1].strip()) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    with pytest.raises(psycopg.OperationalError):
+        connect(served, host="127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--listen", "*"], "without a password"),
+        (["--listen", "0.0.0.0"], "without a password"),
+        (["--listen", "192.0.2.1"], "without a password"),
+        (["--listen", "no.such.name.invalid"], "no address"),
+        (["--listen", "192.0.2.1", "--password-file", "{good}"], "192.0.2.1"),
+        (["--password-file", "/nowhere"], "/nowhere"),
+        (["--password-file", "{empty}"], "is no password"),
+        (["--password-file", "{binary}"], "not UTF-8"),
+        (["--password-file", "{good}", "--pg-hba-conf", "{empty}"], "pg_hba.conf"),
+        (["--password-file", "{good}", "--no-tcp"], "without TCP"),
+        (["--tls", "yes"], "yes"),
+        (["--tls", "auto", "--tls-cert", "{good}"], "--tls auto"),
+        (["--tls-key", "{good}"], "a key alone"),
+        (["--tls-cert", "{good}"], "cannot be used for TLS"),
+        (["--tls-cert", "{cert}"], "cannot be used for TLS"),
+        (["--tls-cert", "{cert}", "--tls-key", "{other}"], "cannot be used for TLS"),
+        (["--tls-cert", "{cert}", "--tls-key", "{locked}"], "passphrase"),
+    ],
+)
+def test_what_cannot_be_served(tmp_path: Path, arguments: list[str], word: str) -> None:
+    """One line, with a remedy; nothing has been started."""
+    authority = trustme.CA()
+    made, other = authority.issue_cert("localhost"), authority.issue_cert("localhost")
+    files = {
+        name: tmp_path / name for name in ("good", "empty", "binary", "cert", "other", "locked")
+    }
+    files["good"].write_text("geheim\n")
+    files["empty"].write_text("\n")
+    files["binary"].write_bytes(b"\xff\n")
+    made.cert_chain_pems[0].write_to_path(files["cert"])
+    other.private_key_pem.write_to_path(files["other"])
+    subprocess.run(
+        ["openssl", "pkey", "-in", files["other"], "-aes128", "-passout", "pass:x",
+         "-out", files["locked"]], check=True,
+    )  # fmt: skip
+    for path in files.values():
+        path.chmod(0o600)
+    result = run_pgtemp(*(word.format(**files) for word in arguments))
+    assert result.returncode == 2, result
+    assert word in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("pgtemp: ") and result.stderr.count("\n") == 1
+    assert ";" in result.stderr
+
+
+def test_a_password_in_the_uri_that_is_another(password_file: Path) -> None:
+    result = run_pgtemp(
+        "--password-file", str(password_file), "postgresql://me:other@localhost:6599/x"
+    )
+    assert result.returncode == 2 and "another password" in result.stderr
+    assert "other@" not in result.stderr and "sesame" not in result.stderr
+
+
+def test_a_password_file_that_is_open_to_others(daemon: type[Daemon], password_file: Path) -> None:
+    password_file.chmod(0o644)
+    served = daemon("--password-file", str(password_file))
+    _, errors = served.end()
+    assert "chmod 600" in errors
