@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,11 @@ def test_every_command_of_the_cheat_sheet_is_understood(
 ) -> None:
     """Each line `pgtemp … URI` of the table starts a daemon."""
     (tmp_path / "dump.sql").write_text("CREATE TABLE t ();")
+    (tmp_path / "password").write_text("geheim\n")
     lines = [line for line in re.findall(r"^\| `pgtemp (.*?)`", README, re.M) if "URI" in line]
     assert len(lines) >= 5
     for line in lines:
-        words = line.replace('"', "").replace("dump.sql", str(tmp_path / "dump.sql")).split()
+        line = line.replace("dump.sql", str(tmp_path / "dump.sql"))
+        words = shlex.split(line.replace("FILE", str(tmp_path / "password")))
         assert daemon(*[word for word in words if word != "URI"]).end()[0] == 0
     assert run_pgtemp("serve", "--help").returncode == 0
