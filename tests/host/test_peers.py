@@ -44,6 +44,21 @@ def test_the_peer_of_a_connection_is_its_user(ask: Ask, address: str) -> None:
 
 
 @WAYS
+def test_an_ipv4_address_may_be_reached_through_an_ipv6_socket(ask: Ask) -> None:
+    """As Java does."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_INET6) as client,
+    ):
+        client.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
+        accepted, peer = server.accept()
+        with accepted:
+            assert ask(peer, accepted.getsockname()) == os.getuid()
+            client.close()
+            assert ask(peer, accepted.getsockname()) is None
+
+
+@WAYS
 def test_the_same_port_on_two_addresses_is_told_apart(ask: Ask) -> None:
     """Somebody else's connection from the same port number is another row."""
     with socket.create_server(("127.0.0.1", 0)) as server:

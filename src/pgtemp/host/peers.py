@@ -5,7 +5,8 @@ millisecond; where it does not answer, its table of all connections is read, whi
 
 Both whole endpoints have to match, since a port may be in use on several loopback addresses at
 once; and the socket must have an inode, since the kernel gives those that nobody holds any more to
-root.
+root. A client may reach an IPv4 address through an IPv6 socket, as Java does; the kernel then tells
+both ends in their IPv6 form.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 before its id: family, pr
 _ANY = 0xFFFFFFFF
 _UID_AND_INODE = struct.Struct("=II")
 _ID_AT, _ID_LENGTH, _UID_AT = 4, 36, 64  # in inet_diag_msg; the id's interface and cookie follow
+_MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address, in its IPv6 form
 
 
 class Peers:
@@ -72,8 +74,14 @@ def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
     message = answer[_HEADER.size :]
     uid, inode = _UID_AND_INODE.unpack_from(message, _UID_AT)
     # Where there is no such connection, the kernel may answer with somebody who listens.
-    found = message[_ID_AT : _ID_AT + _ID_LENGTH] == connection
+    found = _plain(message[_ID_AT : _ID_AT + _ID_LENGTH]) == connection
     return uid if found and inode else None
+
+
+def _plain(connection: bytes) -> bytes:
+    """Ports and addresses of both ends, with IPv4 addresses in their own form."""
+    ends = [connection[at : at + 16].removeprefix(_MAPPED).ljust(16, b"\0") for at in (4, 20)]
+    return connection[:4] + b"".join(ends)
 
 
 def _padded(address: str) -> bytes:
@@ -87,11 +95,10 @@ def _packed(address: str) -> bytes:
 
 def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
     """By the table of all connections."""
-    theirs = [
-        row
-        for row in tcp_rows("6" if ":" in peer[0] else "4")
-        if row[1] == _written(*peer) and row[2] == _written(*ours) and row[9] != "0"
-    ]
+    forms = ("",) if ":" in peer[0] else ("", "::ffff:")
+    pairs = [[_written(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
+    rows = tcp_rows("6" if ":" in peer[0] else "46")
+    theirs = [row for row in rows if row[1:3] in pairs and row[9] != "0"]
     return int(theirs[0][7]) if len(theirs) == 1 else None
 
 
