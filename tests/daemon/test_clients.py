@@ -1,19 +1,14 @@
-"""Real clients through the daemon: psql, pgbench, node's pg."""
+"""Real clients through the daemon: psql, pgbench. Those of examples/ are in tests/clients."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from pgtemp.server.installation import Installation
 from support import Daemon
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*argv: str | Path, **env: str) -> str:
@@ -64,15 +59,3 @@ def test_large_values_both_ways(daemon: type[Daemon]) -> None:
     with psycopg.connect(served.uri) as connection:
         row = connection.execute("SELECT %b::bytea || ''", [data]).fetchone()
         assert row == (data,)
-
-
-def test_node(daemon: type[Daemon], tmp_path: Path) -> None:
-    """The example for node, with the `pg` driver and node's own test runner."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    example = tmp_path / "node"
-    shutil.copytree(EXAMPLES / "node", example)
-    run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", example)
-    served = daemon()
-    said = run("node", "--test", example / "test.js", DATABASE_URL=served.uri)
-    assert "# pass 3" in said or "pass 3" in said

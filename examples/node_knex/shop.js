@@ -1,0 +1,21 @@
+// The application: customers and what they order.
+
+// One order for a customer, who is made on the first one; all of it, or nothing.
+async function order(knex, email, amount) {
+  return knex.transaction(async (trx) => {
+    const [{ id }] = await trx("customer").insert({ email }).onConflict("email").merge().returning("id");
+    await trx("order").insert({ customer_id: id, amount });
+    return id;
+  });
+}
+
+async function ordered(knex, email) {
+  const { sum } = await knex("order")
+    .join("customer", "customer.id", "order.customer_id")
+    .where({ email })
+    .sum("amount")
+    .first();
+  return Number(sum);
+}
+
+module.exports = { order, ordered };
