@@ -1,0 +1,4 @@
+CREATE TABLE book (
+    id    int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    title text NOT NULL UNIQUE
+);
