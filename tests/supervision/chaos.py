@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 from chaos_steps import STEPS, WORDS, Step
-from rawclient import SECONDS, Client, GoneError, HangError, RefusedError, SqlError, ViolationError
 
 from pgtemp.server.remains import PREFIX
+from rawclient import SECONDS, Client, GoneError, HangError, RefusedError, SqlError, ViolationError
 from support import Daemon, children, eventually
 
 TEMPLATE = """

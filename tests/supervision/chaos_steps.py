@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pgtemp.wire.messages import SSL_CODE, TERMINATE, frame, startup_message, untyped
 from rawclient import (
     CANCELED,
     SECONDS,
@@ -30,8 +31,6 @@ from rawclient import (
     read_to_the_end,
     reset,
 )  # fmt: skip
-
-from pgtemp.wire.messages import SSL_CODE, TERMINATE, frame, startup_message, untyped
 
 if TYPE_CHECKING:
     from chaos import Storm

@@ -15,6 +15,7 @@ from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup
 
 _QUEUE_SECONDS = 0.01
+_MOST_GREETING = 64 * 1024  # bytes that are kept for a client who is not there yet
 
 
 @dataclass(slots=True)
@@ -70,9 +71,9 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
 
 
 async def log_in(backend: Backend) -> bool:
-    """Hear the server out until the client could speak; False where it refused."""
+    """Hear the server out until the client could speak; False if it refused or said too much."""
     await _hear(backend, backend.login)
-    if backend.login.key is None:
+    if not backend.login.done or backend.login.failed:
         return False
     # A first statement fills the backend's caches of types, which takes a third of a millisecond.
     # Nothing is executed, and nothing stays but the caches.
@@ -84,7 +85,7 @@ async def log_in(backend: Backend) -> bool:
 
 
 async def _hear(backend: Backend, heard: ServerStart) -> None:
-    while not heard.done:
+    while not heard.done and len(backend.greeting) <= _MOST_GREETING:
         data = await backend.server.read()
         if not data:
             return

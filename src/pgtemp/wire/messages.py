@@ -13,6 +13,11 @@ CANCEL_CODE = 80877102
 SSL_CODE = 80877103
 GSSENC_CODE = 80877104
 
+MIN_KEY, MAX_KEY = (
+    4 + 4,
+    4 + 256,
+)  # what cancels: a backend's pid and its secret, from 3.2 on longer
+
 TERMINATE = b"X\x00\x00\x00\x04"
 
 
@@ -66,9 +71,20 @@ def _zero(text: str) -> bytes:
 
 @dataclass(slots=True)
 class Frames:
-    """Cuts a stream of typed messages into (type, payload); keeps what is not whole yet."""
+    """Cuts a stream of typed messages into (type, payload); keeps what is not whole yet.
 
-    _buffer: bytearray = field(default_factory=bytearray)
+    Attributes:
+        wanted: types of which the payload is wanted; others are passed over, and come without.
+            None is all.
+        most: bytes that the payload of a wanted one may have.
+    """
+
+    wanted: bytes | None = None
+    most: int | None = None
+    _head: bytearray = field(default_factory=bytearray)
+    _payload: bytearray = field(default_factory=bytearray)
+    _missing: int = 0
+    _keeps: bool = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The messages that `data` completes.
@@ -76,12 +92,30 @@ class Frames:
         Raises:
             ProtocolError: a length that cannot be.
         """
-        self._buffer += data
-        while len(self._buffer) >= 5:
-            length = int.from_bytes(self._buffer[1:5], "big")
-            if length < 4:
-                raise ProtocolError(f"a message of length {length}")
-            if len(self._buffer) < length + 1:
-                return
-            yield bytes(self._buffer[:1]), bytes(self._buffer[5 : length + 1])
-            del self._buffer[: length + 1]
+        at = 0
+        while at < len(data):
+            if len(self._head) < 5:
+                begin = data[at : at + 5 - len(self._head)]
+                self._head += begin
+                at += len(begin)
+                if len(self._head) < 5:
+                    return
+                self._begin()
+            piece = min(self._missing, len(data) - at)
+            if self._keeps:
+                self._payload += data[at : at + piece]
+            at += piece
+            self._missing -= piece
+            if not self._missing:
+                whole = bytes(self._head[:1]), bytes(self._payload)
+                self._head.clear()
+                self._payload.clear()
+                yield whole
+
+    def _begin(self) -> None:
+        length = int.from_bytes(self._head[1:], "big")
+        self._missing = length - 4
+        self._keeps = self.wanted is None or self._head[:1] in self.wanted
+        too_long = self._keeps and self.most is not None and self._missing > self.most
+        if length < 4 or too_long:
+            raise ProtocolError(f"a message of length {length}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, frame
+from pgtemp.wire.messages import MAX_KEY, PROTOCOL_3, TERMINATE, Frames, frame
 
 _LATEST = PROTOCOL_3 + 2
 _READY = b"Z\x00\x00\x00\x05"  # the status follows
@@ -60,10 +60,13 @@ class ServerStart:
     key: bytes | None = None
     done: bool = False
     failed: bool = False
-    _frames: Frames = field(default_factory=Frames)
+    # Anything else, and however much of it, is not kept: a login trigger may say what it likes.
+    _frames: Frames = field(default_factory=lambda: Frames(wanted=b"K", most=MAX_KEY))
 
     def feed(self, data: bytes) -> None:
         """Raises ProtocolError for what no server says."""
+        if self.done:
+            return
         for kind, payload in self._frames.feed(data):
             if kind == b"K":
                 self.key = payload
@@ -81,14 +84,15 @@ class ClientStart:
     _skip: int = 0
 
     def feed(self, data: bytes) -> None:
-        while data and not self.used:
+        at = 0
+        while at < len(data) and not self.used:
             if self._skip:  # the rest of an answer to the server's question for a password
-                skipped = min(self._skip, len(data))
+                skipped = min(self._skip, len(data) - at)
                 self._skip -= skipped
-                data = data[skipped:]
+                at += skipped
                 continue
-            self._begin += data[:1]
-            data = data[1:]
+            self._begin += data[at : at + 1]
+            at += 1
             if self._begin[:1] == _PASSWORD:
                 if len(self._begin) == 5:
                     self._skip = max(0, int.from_bytes(self._begin[1:], "big") - 4)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import (
     CANCEL_CODE,
     GSSENC_CODE,
+    MAX_KEY,
+    MIN_KEY,
     SSL_CODE,
     ProtocolError,
 )
 
 MAX_STARTUP = 10_000  # bytes; PostgreSQL's MAX_STARTUP_PACKET_LENGTH
-_MIN_KEY, _MAX_KEY = 4 + 4, 4 + 256
 _TLS_HANDSHAKE = 0x16
 
 
@@ -117,7 +118,7 @@ class Negotiation:
             self._check_request(code, body, rest)
             return self._secure(b"S") if self.tls and code == SSL_CODE else Reply(b"N")
         if code == CANCEL_CODE:
-            if not _MIN_KEY <= len(body) <= _MAX_KEY:
+            if not MIN_KEY <= len(body) <= MAX_KEY:
                 raise ProtocolError(f"a cancel request with a key of {len(body)} bytes")
             return Cancel(body)
         if code >> 16 != 3:

@@ -1,0 +1,203 @@
+"""Every reader of the wire, however the bytes are cut, and however much is announced."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgtemp.wire.messages import (
+    GSSENC_CODE,
+    MAX_KEY,
+    PROTOCOL_3,
+    SSL_CODE,
+    TERMINATE,
+    Frames,
+    ProtocolError,
+    cancel_request,
+    frame,
+    startup_message,
+    untyped,
+)
+from pgtemp.wire.replies import ClientStart, ServerStart, broke_off, fatal
+from pgtemp.wire.startup import Cancel, Negotiation, Reply, Startup
+
+HUGE = (1 << 30).to_bytes(4, "big")
+FAILED = "refused"
+Pieces = Sequence[bytes]
+Outcome = tuple[object, ...]
+
+
+@st.composite
+def cuts(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> tuple[bytes, list[bytes]]:
+    """Bytes, and the same in pieces, of which some may be empty."""
+    data = draw(whole)
+    places = sorted(draw(st.lists(st.integers(0, len(data)), max_size=10)))
+    return data, [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+def one_by_one(data: bytes) -> list[bytes]:
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def held(value: object) -> int:
+    """Bytes that a reader keeps."""
+    if isinstance(value, bytes | bytearray):
+        return len(value)
+    if is_dataclass(value):
+        return sum(held(getattr(value, one.name)) for one in fields(value))
+    return 0
+
+
+def read(reader: Frames | ServerStart | ClientStart, pieces: Iterable[bytes]) -> Outcome:
+    """What a reader makes of the pieces; it never holds more than has arrived."""
+    found: list[object] = []
+    arrived, before = 0, held(reader)
+    try:
+        for piece in pieces:
+            arrived += len(piece)
+            found += reader.feed(piece) or ()
+            assert held(reader) <= arrived + before
+    except ProtocolError:
+        found.append(FAILED)
+    if isinstance(reader, ServerStart):
+        return found, reader.key, reader.done, reader.failed
+    return found, isinstance(reader, ClientStart) and reader.used
+
+
+def negotiate(pieces: Iterable[bytes]) -> Outcome:
+    """What a client that sends these pieces amounts to, with what came behind it."""
+    negotiation, found, pieces = Negotiation(), list[object](), iter(pieces)
+    arrived = 0
+    for piece in pieces:
+        negotiation.receive(piece)
+        arrived += len(piece)
+        try:
+            event = negotiation.next_event()
+        except ProtocolError as error:
+            return *found, FAILED, error.sqlstate
+        assert held(negotiation) <= arrived
+        if isinstance(event, Reply):
+            found.append(event)
+        elif isinstance(event, Startup):
+            assert held(negotiation) == 0
+            rest = event.rest + b"".join(pieces)
+            return *found, event.version, event.parameters, rest
+        elif isinstance(event, Cancel):
+            return *found, event.key
+    return *found, None
+
+
+# The sizes of messages are mostly right, sometimes absurd; or it is no message at all.
+kinds = st.sampled_from([bytes([letter]) for letter in b"RSKZENTDCpXQ"])
+messages = st.builds(frame, kinds, st.binary(max_size=40))
+absurd = st.builds(lambda kind, size: kind + size, kinds, st.binary(min_size=4, max_size=4))
+streams = st.lists(st.one_of(messages, absurd, st.binary(max_size=20)), max_size=8).map(b"".join)
+
+READERS: list[Callable[[], Frames | ServerStart | ClientStart]] = [
+    Frames,
+    lambda: Frames(wanted=b"KE"),
+    lambda: Frames(wanted=b"KE", most=20),
+    ServerStart,
+    ClientStart,
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@given(cut=cuts(streams))
+def test_pieces_do_not_matter(
+    reader: Callable[[], Frames | ServerStart | ClientStart], cut: tuple[bytes, Pieces]
+) -> None:
+    """A stream in one piece, in some, and byte by byte is the same, and nothing else is raised."""
+    data, pieces = cut
+    whole = read(reader(), [data])
+    assert read(reader(), pieces) == whole
+    assert read(reader(), one_by_one(data)) == whole
+
+
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+starts = st.one_of(
+    st.builds(
+        startup_message,
+        st.dictionaries(text, text, max_size=4).map(lambda more: {**more, "user": "me"}),
+        st.integers((2 << 16) + 0xFFFF, PROTOCOL_3 + 0x10001),
+    ),
+    st.builds(cancel_request, st.binary(max_size=MAX_KEY + 2)),
+    st.builds(untyped, st.just(PROTOCOL_3), st.binary(max_size=40)),
+    st.builds(untyped, st.integers(0, 2**32 - 1), st.binary(max_size=10)),
+    # 0x16 is TLS
+    st.binary(max_size=40).filter(lambda data: data[:1] != b"\x16"),
+)
+requests = st.lists(st.sampled_from([SSL_CODE, GSSENC_CODE]).map(untyped), max_size=3)
+
+
+@given(requests, cuts(st.builds(lambda start, rest: start + rest, starts, st.binary(max_size=20))))
+def test_a_start_in_pieces(asked: list[bytes], cut: tuple[bytes, Pieces]) -> None:
+    """A start is the same in one piece and in many, behind requests that wait for their answer."""
+    data, pieces = cut
+    whole = negotiate([*asked, data])
+    assert negotiate([*asked, *pieces]) == whole
+    assert negotiate([*one_by_one(b"".join(asked)), *one_by_one(data)]) == whole
+
+
+@given(st.binary(max_size=100), st.sampled_from([b"", fatal("57P01", "x"), frame(b"Z", b"I")]))
+def test_any_last_words_are_looked_at(noise: bytes, end: bytes) -> None:
+    assert broke_off(noise + end) in (True, False)
+    assert broke_off(noise + frame(b"Z", b"I"))
+
+
+def test_what_is_announced_is_not_made_room_for() -> None:
+    """A message of 1 GB that has just begun takes no memory, whoever reads it."""
+    tracemalloc.start()
+    try:
+        for make in READERS:
+            for kind in (b"K", b"N", b"p", b"D"):
+                read(make(), [kind + HUGE, b"x" * 100])
+        negotiate([HUGE + bytes(100)])
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_nobody_wants_is_not_kept() -> None:
+    """Megabytes of notices before a server is ready are passed over, in whatever pieces."""
+    start = ServerStart()
+    notice = frame(b"N", bytes(10 << 20)) + frame(b"K", b"12345678")
+    for at in range(0, len(notice), 100_001):
+        start.feed(notice[at : at + 100_001])
+        assert held(start) <= 5 + MAX_KEY
+    assert start.key == b"12345678" and not start.done
+
+
+def test_a_reader_that_has_finished_keeps_nothing() -> None:
+    """What follows the end of a login, or a client's first word, is not looked at."""
+    start = ServerStart()
+    start.feed(frame(b"K", b"12345678") + frame(b"Z", b"I") + b"D" + HUGE + bytes(1000))
+    start.feed(bytes(1000))
+    assert (start.key, start.done) == (b"12345678", True)
+    assert held(start) - held(ServerStart()) == len(b"12345678")
+    client = ClientStart()
+    for data in (b"Q" + HUGE + bytes(1000), bytes(1000)):
+        client.feed(data)
+    assert client.used and held(client) <= len(TERMINATE)
+
+
+@pytest.mark.parametrize("size", [MAX_KEY + 1, 1 << 30])
+def test_a_key_that_no_server_has_is_an_error(size: int) -> None:
+    """The largest there are have 256 bytes behind the process id (protocol 3.2)."""
+    with pytest.raises(ProtocolError):
+        ServerStart().feed(b"K" + (size + 4).to_bytes(4, "big"))
+    start = ServerStart()
+    start.feed(frame(b"K", bytes(MAX_KEY)))
+    assert start.key == bytes(MAX_KEY)
+
+
+def test_many_small_answers_are_read_in_one_go() -> None:
+    """A piece is not copied for every byte of it, which would take hours here."""
+    client = ClientStart()
+    client.feed(frame(b"p") * (1 << 18))
+    assert not client.used
