@@ -38,7 +38,7 @@ _DAEMON = """
 from dataclasses import replace
 from pgtemp.databases import provision
 plan = provision.plan
-provision.plan = lambda options, _: plan(replace(options, port=None), ("127.0.0.1",))
+provision.plan = lambda options, *_: plan(replace(options, port=None), ("127.0.0.1",))
 from pgtemp.cli.main import main
 main()
 """

@@ -13,10 +13,8 @@ CANCEL_CODE = 80877102
 SSL_CODE = 80877103
 GSSENC_CODE = 80877104
 
-MIN_KEY, MAX_KEY = (
-    4 + 4,
-    4 + 256,
-)  # what cancels: a backend's pid and its secret, from 3.2 on longer
+# Bytes of what cancels: a backend's pid and its secret, which is longer from 3.2 on.
+MIN_KEY, MAX_KEY = 4 + 4, 4 + 256
 
 TERMINATE = b"X\x00\x00\x00\x04"
 
