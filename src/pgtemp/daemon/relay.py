@@ -1,9 +1,14 @@
-"""Bytes between two sockets: both directions, half-close, back pressure, bounded memory."""
+"""Bytes between two sockets: both directions, half-close, back pressure, bounded memory.
+
+What the loop's transports hold for a slow reader is bounded; a reader that is fast enough gets its
+bytes straight from the kernel, which is a third of the relay's own time.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import cast
 
@@ -16,6 +21,7 @@ _log = logging.getLogger("pgtemp.daemon")
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
 _LAST = 1024  # bytes that are remembered of what came last
+_PIECES = 64
 
 
 class Endpoint(asyncio.Protocol):
@@ -30,8 +36,9 @@ class Endpoint(asyncio.Protocol):
         self._passes_end = False
         self._finished = False
         self._tls: Tls | None = None
+        self._socket = -1  # where bytes may go past the transport
         self.listen: Callable[[bytes], None] | None = None
-        self.last = b""  # what came last
+        self._pieces: list[bytes] = []  # what came last, put together when somebody asks
         self.received = 0  # bytes that were passed on
         self.sent = 0
         self.transport: asyncio.Transport
@@ -51,9 +58,21 @@ class Endpoint(asyncio.Protocol):
             self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
-        if not self._finished and not self.transport.is_closing():
-            self.sent += len(data)
-            self.transport.write(data if self._tls is None else self._tls.encrypt(data))
+        transport = self.transport
+        if self._finished or transport.is_closing():
+            return
+        self.sent += len(data)
+        if self._tls is not None:
+            data = self._tls.encrypt(data)
+        if self._socket >= 0 and not transport.get_write_buffer_size():
+            try:
+                written = os.write(self._socket, data)
+            except OSError:  # it is full, or gone: the transport knows what to do then
+                written = 0
+            if written == len(data):
+                return
+            data = data[written:]
+        transport.write(data)
 
     def encrypt(self, tls: Tls, arrived: bytes) -> None:
         """Speak TLS from now on, of which some has arrived already."""
@@ -70,6 +89,8 @@ class Endpoint(asyncio.Protocol):
         """
         self._peer = peer
         self._passes_end = end
+        if not peer.transport.is_closing():
+            peer._socket = peer.transport.get_extra_info("socket").fileno()
         if self._arrived:
             data = bytes(self._arrived)
             self._arrived.clear()
@@ -82,6 +103,11 @@ class Endpoint(asyncio.Protocol):
         """Pass on nothing more; what happens here no longer concerns the peer."""
         self._peer = None
         self._go_on()
+
+    @property
+    def last(self) -> bytes:
+        """What came last."""
+        return b"".join(self._pieces)[-_LAST:]
 
     @property
     def left(self) -> bool:
@@ -146,14 +172,22 @@ class Endpoint(asyncio.Protocol):
             data = self._decrypt(self._tls, data)
             if not data:
                 return
-        self.last = data[-_LAST:] if len(data) >= _LAST else (self.last + data)[-_LAST:]
+        if len(data) >= _LAST:
+            self._pieces = [data[-_LAST:]]
+        else:
+            self._pieces.append(data)
+            if len(self._pieces) > _PIECES:
+                self._pieces = [self.last]
         if self._peer is None:
             self._arrived += data
             self._news.set()
             if len(self._arrived) > HIGH_WATER:  # until somebody is there to take it
                 self.transport.pause_reading()
-        else:
-            self._pass_on(data)
+            return
+        self.received += len(data)
+        if self.listen is not None:
+            self.listen(data)
+        self._peer.write(data)
 
     def eof_received(self) -> bool:
         self._ended = True
