@@ -277,16 +277,6 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("value", ["true", "t", "on", "1", "yes", "y"])
-def test_every_way_to_ask_for_physical_replication_is_refused(
-    daemon: DaemonType, value: str
-) -> None:
-    served = daemon("--pool", "0")
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.sendall(startup_message({"user": "postgres", "replication": value}))
-        assert b"C0A000\0" in client.recv(1024)
-
-
 def test_a_command_that_leaves_something_running_is_over_when_it_is(daemon: DaemonType) -> None:
     """And what it left is ended with it."""
     command = f"sleep 60{os.getpid()}"

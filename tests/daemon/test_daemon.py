@@ -18,13 +18,7 @@ import pytest
 from pgtemp.host import ports
 from pgtemp.server.remains import PREFIX
 from pgtemp.wire.messages import (
-    GSSENC_CODE,
-    PROTOCOL_3,
-    SSL_CODE,
-    TERMINATE,
-    cancel_request,
     startup_message,
-    untyped,
 )
 from support import Daemon, children, eventually, homes, run_pgtemp
 
@@ -114,74 +108,6 @@ def test_psycopg_cancels_its_own_query(daemon: DaemonType) -> None:
             with pytest.raises(psycopg.errors.QueryCanceled):
                 asleep.result(30)
         assert other.execute("SELECT 1").fetchone() == (1,)
-
-
-def test_probes_cost_nothing(daemon: DaemonType) -> None:
-    """pg_isready, empty connects, garbage and unknown cancels are answered without a lease."""
-    served = daemon("--log-level", "info")
-    isready = ["pg_isready", "-h", "localhost", "-p", str(served.port)]
-    if subprocess.run(["which", "pg_isready"], capture_output=True, check=False).returncode == 0:
-        assert subprocess.run(isready, capture_output=True, check=False).returncode == 0
-    for data in (
-        b"",
-        b"GET / HTTP/1.1\r\n\r\n",
-        untyped(SSL_CODE),
-        cancel_request(bytes(8)),
-        startup_message({"user": "me", "application_name": "pg_isready"}) + TERMINATE,
-    ):
-        with socket.create_connection(("127.0.0.1", served.port)) as probe:
-            probe.sendall(data)
-            probe.shutdown(socket.SHUT_WR)
-            while probe.recv(1024):
-                pass
-    status, errors = served.end()
-    assert status == 0
-    assert "lease 1:" not in errors
-    assert "Traceback" not in errors
-
-
-def test_a_byte_at_a_time(daemon: DaemonType) -> None:
-    """A slow client that asks for encryption twice over gets in all the same."""
-    served = daemon()
-    hello = startup_message({"user": "postgres", "database": "test"})
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        for request in (SSL_CODE, GSSENC_CODE):
-            for byte in untyped(request):
-                client.sendall(bytes([byte]))
-            assert client.recv(1) == b"N"
-        for byte in hello:
-            client.sendall(bytes([byte]))
-        assert client.recv(1) == b"R"
-
-
-@pytest.mark.parametrize(
-    ("data", "sqlstate"),
-    [
-        (startup_message({"user": "me"}, 2 << 16), b"C0A000\0"),
-        (untyped(PROTOCOL_3, b"database\0x\0\0"), b"C28000\0"),
-        (untyped(PROTOCOL_3, b"user\0x"), b"C08P01\0"),
-    ],
-)
-def test_a_bad_start_gets_an_error_response(
-    daemon: DaemonType, data: bytes, sqlstate: bytes
-) -> None:
-    served = daemon("--pool", "0")
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
-        answer = b""
-        while chunk := client.recv(1024):
-            answer += chunk
-    assert answer[:1] == b"E" and sqlstate in answer
-
-
-def test_a_server_nobody_used_serves_the_next(daemon: DaemonType) -> None:
-    """A client that logs in and leaves without a word costs no server."""
-    served = daemon("--pool", "1", "--log-level", "info")
-    for _ in range(3):
-        psycopg.connect(served.uri).close()
-    _, errors = served.end()
-    assert errors.count("used False") == 3
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -315,15 +241,6 @@ def test_passwords_asked_by_the_servers_own_rules(daemon: DaemonType, tmp_path: 
         own.execute("ALTER ROLE joe PASSWORD 'geheim'")
     with psycopg.connect(uri) as connection:
         assert connection.execute("SELECT current_user").fetchone() == ("joe",)
-
-
-def test_a_name_that_is_not_text_is_refused(daemon: DaemonType) -> None:
-    served = daemon("--pool", "0")
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.sendall(untyped(PROTOCOL_3, b"user\0a\xff\0\0"))
-        answer = client.recv(1024)
-    assert answer[:1] == b"E" and b"C22021" in answer
-    assert served.end() == (0, "")
 
 
 def test_a_dead_single_server_ends_the_daemon(daemon: DaemonType) -> None:

@@ -427,16 +427,6 @@ def test_a_name_that_says_nothing(daemon: DaemonType, dbname: str) -> None:
         psycopg.connect(at(served, dbname))
 
 
-def test_physical_replication_is_not_for_a_shared_server(daemon: DaemonType) -> None:
-    """A base backup would have everybody's databases in it; in a server of one's own it may."""
-    uri = "host=127.0.0.1 port={} user=postgres dbname=test replication=true"
-    with pytest.raises(psycopg.OperationalError, match="--isolation cluster"):
-        psycopg.connect(uri.format(daemon().port))
-    served = daemon("--isolation", "cluster")
-    with psycopg.connect(uri.format(served.port), autocommit=True) as connection:
-        assert connection.execute("IDENTIFY_SYSTEM").fetchone() is not None
-
-
 def test_the_log_has_a_line_a_lease(daemon: DaemonType) -> None:
     served = daemon("--log-level", "info", "--log-json")
     do(at(served, "test~s", "me"), "SELECT 1")

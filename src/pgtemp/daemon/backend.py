@@ -12,7 +12,7 @@ from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.supply import Place
 from pgtemp.wire.messages import TERMINATE, WARM_UP, startup_message
 from pgtemp.wire.replies import ServerStart
-from pgtemp.wire.startup import Startup
+from pgtemp.wire.startup import Startup, check_length
 
 _QUEUE_SECONDS = 0.01
 _MOST_GREETING = 64 * 1024  # bytes that are kept for a client who is not there yet
@@ -46,8 +46,10 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
 
     Raises:
         OSError: the server cannot be reached.
+        ProtocolError: with that name the packet is longer than a server takes.
     """
     packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
+    check_length(len(packet))
     loop = asyncio.get_running_loop()
     if by_password:
         server = Endpoint()

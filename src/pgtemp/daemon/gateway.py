@@ -221,12 +221,12 @@ class Gateway:
                 relaying.cancel()
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
-            if client.has_finished:
-                return
-            if not login.done:
+            if not login.done and not client.transport.is_closing():
                 raise RefusedError(
                     "57P03", "the server ended before it had let this client in", "connect again"
                 )
+            if client.has_finished:
+                return
             if replies.broke_off(server.last):
                 raise await whole(lambda: crashed(lease.place.cluster))
 

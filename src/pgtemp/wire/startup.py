@@ -104,11 +104,10 @@ class Negotiation:
         if len(self._buffer) < 4:
             return NeedMore()
         length = int.from_bytes(self._buffer[:4], "big")
-        if not 8 <= length <= MAX_STARTUP:
+        if not 8 <= length < 1 << 20:
             # An HTTP request or another protocol has a huge "length": nobody to answer.
-            if MAX_STARTUP < length < 1 << 20:
-                raise ProtocolError("invalid length of startup packet", "08P01")
             raise ProtocolError(f"not PostgreSQL's protocol: {bytes(self._buffer[:16])!r}")
+        check_length(length)
         if len(self._buffer) < length:
             return NeedMore()
         code = int.from_bytes(self._buffer[4:8], "big")
@@ -145,6 +144,12 @@ class Negotiation:
         if code in self._asked:
             raise ProtocolError("an encryption request for the second time", "08P01")
         self._asked.add(code)
+
+
+def check_length(length: int) -> None:
+    """Raise ProtocolError for a StartupMessage that no server reads."""
+    if length > MAX_STARTUP:
+        raise ProtocolError("invalid length of startup packet", "08P01")
 
 
 def _parameters(body: bytes) -> dict[str, str]:
