@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -72,6 +73,36 @@ def test_who_comes_does_not_wait_for_a_query_that_runs_on(daemon: DaemonType) ->
         assert [one(at(served, "x"), "SELECT 1") for _ in range(20)] == [1] * 20
         assert time.monotonic() - start < 20
         assert one(at(served, "test~look"), busy) == 1
+
+
+def _socket_dir(served: Daemon) -> str:
+    return served.said[-1].partition("socket is in ")[2].partition(";")[0]
+
+
+@BOTH
+@pytest.mark.parametrize("door", ["tcp", "unix"])
+def test_a_statement_ends_with_its_client(daemon: DaemonType, door: str, isolation: str) -> None:
+    """It holds no database for somebody who has hung up in the middle of it."""
+    served = daemon("--isolation", isolation)
+    host = "127.0.0.1" if door == "tcp" else _socket_dir(served)
+    with closing(psycopg.connect(at(served, "test"), host=host)) as connection:
+        backend = Path(f"/proc/{connection.info.backend_pid}")
+        connection.pgconn.send_query(b"SELECT pg_sleep(600)")
+        assert eventually(lambda: b"SELECT" in (backend / "cmdline").read_bytes())
+    assert eventually(lambda: not backend.exists(), 30)
+
+
+@pytest.mark.parametrize("door", ["tcp", "unix"])
+def test_who_says_nothing_more_hears_the_answer(daemon: DaemonType, door: str) -> None:
+    """However long the statement takes: a half-closed connection is not a closed one."""
+    served = daemon()
+    with socket.socket(socket.AF_INET if door == "tcp" else socket.AF_UNIX) as client:
+        path = f"{_socket_dir(served)}/.s.PGSQL.{served.port}"
+        client.connect(("127.0.0.1", served.port) if door == "tcp" else path)
+        client.sendall(startup_message({"user": "postgres", "database": "test"}))
+        client.sendall(frame(b"Q", b"SELECT pg_sleep(1), 'the answer'\0"))
+        client.shutdown(socket.SHUT_WR)
+        assert b"the answer" in b"".join(iter(lambda: client.recv(4096), b""))
 
 
 def test_settings_that_were_undone_do_not_live_on(daemon: DaemonType) -> None:

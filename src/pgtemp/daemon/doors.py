@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pgtemp.daemon import abandoned
 from pgtemp.daemon.refusals import RefusedError
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
@@ -63,11 +64,7 @@ def _check_user(client: Endpoint, peers: Peers) -> None:
     """
     if not TELLS_PEERS:
         return
-    peer = client.transport.get_extra_info("peername")
-    ours = client.transport.get_extra_info("sockname")
-    uid = None  # who has hung up already cannot be told
-    if isinstance(peer, tuple) and isinstance(ours, tuple):
-        uid = peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
+    uid = abandoned.user(client, peers)  # who has hung up already cannot be told
     if uid in (0, os.getuid()):
         return
     raise RefusedError(

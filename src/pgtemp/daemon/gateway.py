@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from pgtemp.aio import whole
-from pgtemp.daemon import wishes
+from pgtemp.daemon import abandoned, wishes
 from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
 from pgtemp.daemon.doors import Door
@@ -213,6 +213,7 @@ class Gateway:
                 register()
             else:
                 server.listen = learn
+            abandoned.end_with(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
                 both: set[asyncio.Future[Any]] = {relaying, lease.over}

@@ -38,6 +38,7 @@ class Endpoint(asyncio.Protocol):
         self._tls: Tls | None = None
         self._socket = -1  # where bytes may go past the transport
         self.listen: Callable[[bytes], None] | None = None
+        self.at_end: Callable[[], object] | None = None  # when its end was passed on
         self._pieces: list[bytes] = []  # what came last, put together when somebody asks
         self.received = 0  # bytes that were passed on
         self.sent = 0
@@ -143,6 +144,10 @@ class Endpoint(asyncio.Protocol):
             self.finish()
         self.transport.close()
 
+    def abort(self) -> None:
+        """Close, whatever is still to be written."""
+        self.transport.abort()
+
     async def close_politely(self) -> None:
         """Flush, say that nothing more comes, let the peer read it, then close.
 
@@ -234,6 +239,8 @@ class Endpoint(asyncio.Protocol):
         assert self._peer is not None
         if self._passes_end:
             self._peer.finish()
+            if self.at_end is not None:
+                self.at_end()
 
 
 async def relay(client: Endpoint, server: Endpoint) -> None:

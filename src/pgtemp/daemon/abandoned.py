@@ -1,0 +1,55 @@
+"""Clients that are gone while their statement runs on.
+
+Who says nothing more may still wait for an answer, so the end of a client's bytes ends nothing. But
+a statement may run for hours, or wait for a lock, and hold a database for nobody. So as long as it
+runs the kernel is asked whether somebody holds the other end. It has to be asked: a connection that
+is closed looks like one that is half-closed, until something is written to it. Of a client on
+another machine the kernel knows nothing: it is taken to be there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.host import ports
+from pgtemp.host.peers import TELLS_PEERS, Peers
+
+_PAUSE = 0.5  # seconds; most backends end sooner than that after their client
+
+
+def end_with(client: Endpoint, server: Endpoint, peers: Peers) -> None:
+    """From now on the connection to the server is closed when nobody is there for its answer."""
+    loop = asyncio.get_running_loop()
+
+    def look() -> None:
+        if server.over:
+            return
+        if _is_held(client, peers):
+            loop.call_later(_PAUSE, look)
+        else:
+            server.abort()
+
+    client.at_end = lambda: loop.call_later(_PAUSE, look)
+
+
+def user(client: Endpoint, peers: Peers) -> int | None:
+    """The user at the other end of a TCP connection; None where it is closed."""
+    peer = client.transport.get_extra_info("peername")
+    ours = client.transport.get_extra_info("sockname")
+    if not isinstance(peer, tuple) or not isinstance(ours, tuple):
+        return None
+    return peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
+
+
+def _is_held(client: Endpoint, peers: Peers) -> bool:
+    ours = client.transport.get_extra_info("socket")
+    if ours.family != socket.AF_UNIX:
+        peer = client.transport.get_extra_info("peername")
+        told = TELLS_PEERS and peer is not None and ports.is_loopback(peer[0])
+        return not told or user(client, peers) is not None
+    poll = select.poll()
+    poll.register(ours.fileno(), 0)  # that both directions are shut is told unasked
+    return not poll.poll(0)
