@@ -41,13 +41,11 @@ test("the connections of a pool share the database of their session", async (t) 
   const knex = open(t);
   await order(knex, "ann@example.org", 3);
   const transactions = await Promise.all([1, 2, 3, 4].map(() => knex.transaction()));
-  const pids = new Set();
-  for (const trx of transactions) {
-    assert.equal(await ordered(trx, "ann@example.org"), 3);
-    pids.add(await pid(trx));
-    await trx.rollback();
-  }
-  assert.equal(pids.size, 4);
+  const pids = new Set(await Promise.all(transactions.map(pid)));
+  const seen = await Promise.all(transactions.map((trx) => ordered(trx, "ann@example.org")));
+  await Promise.all(transactions.map((trx) => trx.rollback()));
+  assert.equal(pids.size, 4); // four connections
+  assert.deepEqual(seen, [3, 3, 3, 3]);
 });
 
 test("orders at once are all there", async (t) => {

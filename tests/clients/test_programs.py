@@ -50,11 +50,11 @@ def test_ctrl_c_at_the_prompt(daemon: type[Daemon], programs: Installation) -> N
     uri = f"{daemon().uri}~typed"
     ours, theirs = pty.openpty()
     with (
-        open(ours, "r+b", buffering=0) as terminal,
         subprocess.Popen(
             ["setsid", "--ctty", programs.program("psql"), "-X", "-At", "--no-readline", uri],
             stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "PAGER": ""},
         ) as psql,
+        open(ours, "r+b", buffering=0) as terminal,  # closed before psql is waited for: it hangs up
         psycopg.connect(uri, autocommit=True) as other,
     ):  # fmt: skip
         os.close(theirs)
