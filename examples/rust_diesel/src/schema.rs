@@ -1,0 +1,7 @@
+diesel::table! {
+    account (id) {
+        id -> BigInt,
+        owner -> Text,
+        balance -> BigInt,
+    }
+}
