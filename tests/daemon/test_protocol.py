@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -401,7 +402,20 @@ def _hung_up(client: socket.socket) -> bool:
         return True
 
 
-@pytest.mark.slow
+def test_a_crowd_that_comes_at_once_is_not_kept_out(daemon: DaemonType) -> None:
+    """Hundreds connect while the daemon is busy; else some would try again a second later."""
+    served = daemon("--pool", "0")
+    served.process.send_signal(signal.SIGSTOP)
+    with ExitStack() as held:
+        try:
+            crowd = [held.enter_context(door(served)) for _ in range(500)]
+        finally:
+            served.process.send_signal(signal.SIGCONT)
+        for client in crowd:
+            client.sendall(SSL)
+        assert [client.recv(2) for client in crowd] == [b"N"] * 500
+
+
 def test_as_many_are_starting_as_may_be(daemon: DaemonType) -> None:
     """Further ones are told so, and read it; with one that leaves there is room again."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 3 * STARTING:

@@ -90,7 +90,9 @@ async def run(
         tls = certificate.context if certificate is not None else None
         tcp = doors.of_tcp(options, gateway.peers, tls)
         servers = [
-            await loop.create_server(lambda: Endpoint(gateway.door(tcp)), sock=bound)
+            await loop.create_server(
+                lambda: Endpoint(gateway.door(tcp)), sock=bound, backlog=doors.BACKLOG
+            )
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"

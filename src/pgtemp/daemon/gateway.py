@@ -67,6 +67,7 @@ class Gateway:
             client.write(replies.fatal(*reason))
             client.close()
             return
+        self._starting += 1
         task = asyncio.ensure_future(self._serve(client, door))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
@@ -108,7 +109,6 @@ class Gateway:
 
     async def _start_up(self, client: Endpoint, door: Door) -> Startup | None:
         """Who wants what; None where that was all."""
-        self._starting += 1
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
                 opening = await _negotiate(client, door)
