@@ -45,6 +45,8 @@ def user(client: Endpoint, peers: Peers) -> int | None:
 
 
 def _is_held(client: Endpoint, peers: Peers) -> bool:
+    if client.transport.is_closing():
+        return False
     ours = client.transport.get_extra_info("socket")
     if ours.family != socket.AF_UNIX:
         peer = client.transport.get_extra_info("peername")

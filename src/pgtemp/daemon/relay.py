@@ -103,6 +103,7 @@ class Endpoint(asyncio.Protocol):
     def part(self) -> None:
         """Pass on nothing more; what happens here no longer concerns the peer."""
         self._peer = None
+        self.at_end = None
         self._go_on()
 
     @property
