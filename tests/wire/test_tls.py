@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import tracemalloc
 
 import pytest
 import trustme
@@ -103,6 +104,25 @@ def test_who_was_said_goodbye_to_may_go_on(authority: trustme.CA, context: ssl.S
     goodbye = near.finish()
     near.receive(far.says(b"still here"))
     assert far.hears(goodbye) == b""
+
+
+def test_what_follows_a_goodbye_is_not_kept(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    """Nor what follows garbage: the memory of the daemon is not the client's."""
+    for last in ("goodbye", "garbage"):
+        near, far = Tls(context, direct=False), Far(authority)
+        far.shake(near, at_once=1000)
+        if last == "goodbye":
+            near.receive(far.leaves())
+        else:
+            with pytest.raises(ProtocolError):
+                near.receive(b"\x17\x03\x03\x00\x30" + bytes(48))
+        tracemalloc.start()
+        try:
+            for _ in range(64):
+                assert near.receive(bytes(1 << 16)) == b"" and near.ended
+            assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("direct", "alpn", "fits"), [

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 from pgtemp.wire.messages import TERMINATE, ProtocolError
@@ -138,7 +139,8 @@ class Endpoint(asyncio.Protocol):
             self._finished = True
             if self._tls is not None:
                 self.transport.write(self._tls.finish())
-            self.transport.write_eof()
+            with suppress(OSError):  # of asyncio's own loop, which has not seen a reset yet
+                self.transport.write_eof()
 
     def close(self) -> None:
         if self._tls is not None:
@@ -217,14 +219,17 @@ class Endpoint(asyncio.Protocol):
             self._peer.transport.resume_reading()
 
     def _decrypt(self, tls: Tls, data: bytes) -> bytes:
+        broken = False
         try:
             data = tls.receive(data)
         except ProtocolError as error:
             _log.info("lost a client: %s", error)
-            data, tls.ended = b"", True
-        if answer := tls.take():
+            data, broken = b"", True
+        if not self._finished and not self.transport.is_closing() and (answer := tls.take()):
             self.transport.write(answer)
-        if tls.ended:
+        if broken:
+            self.finish()  # it can be told nothing more
+        if tls.ended and not self._ended:
             # What is in `data` came before it.
             asyncio.get_running_loop().call_soon(self.eof_received)
         return data

@@ -21,7 +21,7 @@ class Tls:
     """One connection, from its handshake on.
 
     Attributes:
-        ended: whether the client has said that nothing more comes.
+        ended: whether the client has said that nothing more comes, or can say nothing more.
     """
 
     def __init__(self, context: ssl.SSLContext, *, direct: bool) -> None:
@@ -42,6 +42,8 @@ class Tls:
         Raises:
             ProtocolError: it is no TLS, or not what is spoken here.
         """
+        if self.ended:  # nobody would ever take it out again
+            return b""
         self._arrived.write(data)
         parts = []
         try:
@@ -49,6 +51,7 @@ class Tls:
                 self._tls.do_handshake()
                 self._agreed = True
                 if self._direct and self._tls.selected_alpn_protocol() != ALPN:
+                    self.ended = True
                     raise ProtocolError(f"direct TLS without the application protocol {ALPN}")
             while part := self._tls.read(_MOST):
                 parts.append(part)
@@ -56,14 +59,14 @@ class Tls:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
+            self.ended = True
             if not self._finished:  # who has been said goodbye to may say what it likes
                 raise ProtocolError(f"TLS: {error.reason or error}") from error
-            self.ended = True
         return b"".join(parts)
 
     def encrypt(self, data: bytes) -> bytes:
-        """What is to be sent for `data`."""
-        if data:
+        """What is to be sent for `data`: nothing where the client cannot read it yet."""
+        if data and self._agreed:
             self._tls.write(data)
         return self.take()
 

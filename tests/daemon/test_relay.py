@@ -1,0 +1,66 @@
+"""One end of a connection, on asyncio's own loop and on uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+
+import pytest
+import trustme
+import uvloop
+
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.wire.tls import Tls
+
+LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+async def accepted() -> tuple[Endpoint, socket.socket]:
+    """An end, and a client that is connected to it."""
+    arrived: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Endpoint(arrived.set_result), "127.0.0.1", 0
+    )
+    client = socket.create_connection(server.sockets[0].getsockname())
+    end = await arrived
+    server.close()
+    return end, client
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_reset_that_was_not_seen_yet(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Saying goodbye to who is gone is no error."""
+
+    async def part() -> None:
+        end, client = await accepted()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        await end.close_politely()
+        assert end.transport.is_closing()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(part())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_word_before_the_handshake_is_over(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Who cannot read it yet is not told, and hears the end."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("localhost").configure_cert(context)
+
+    async def part() -> None:
+        end, client = await accepted()
+        end.encrypt(Tls(context, direct=False), b"\x16\x03\x01")
+        end.write(b"the daemon ends")
+        end.close()
+        client.setblocking(False)
+        with client:
+            assert await asyncio.get_running_loop().sock_recv(client, 1000) == b""
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(part())
