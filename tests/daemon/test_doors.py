@@ -384,3 +384,54 @@ def test_a_password_file_that_is_open_to_others(daemon: type[Daemon], password_f
     served = daemon("--password-file", str(password_file))
     _, errors = served.end()
     assert "chmod 600" in errors
+
+
+# who has not said the password yet
+
+
+@pytest.mark.parametrize("hurry", [False, True], ids=["waits", "leaves at once"])
+def test_who_has_no_password_uses_nothing(
+    daemon: type[Daemon], password_file: Path, tmp_path: Path, hurry: bool
+) -> None:
+    """What it says instead of the password leaves no dump, and no changed template."""
+    served = daemon(
+        "--password-file", str(password_file), "--dump", str(tmp_path / "out.sql"),
+        "--log-level", "info",
+    )  # fmt: skip
+    for dbname in ("test", "test~template"):
+        hello = startup_message({"user": "postgres", "database": dbname})
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.settimeout(30)
+            client.sendall(hello + b"Q\0\0\0\x0dSELECT 1\0")
+            while not hurry and client.recv(1024):
+                pass
+    with connect(served, password=PASSWORD) as connection:
+        connection.execute("SELECT 1")
+    status, errors = served.end()
+    assert status == 0 and errors.count("used True") == 1, errors
+    assert len(list(tmp_path.glob("out*"))) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_lease_that_wants_no_password(
+    daemon: type[Daemon], password_file: Path, shared: bool
+) -> None:
+    """A pg_hba.conf that somebody wrote in a lease lets nobody in by the daemon's door."""
+    isolation = [] if shared else ["--isolation", "cluster"]
+    served = daemon("--password-file", str(password_file), *isolation)
+    dbname = "test" if shared else "test~one"
+    with connect(served, password=PASSWORD, dbname=dbname, autocommit=True) as connection:
+        connection.execute("COPY (SELECT 'host all all all trust') TO PROGRAM 'cat > pg_hba.conf'")
+        connection.execute("SELECT pg_reload_conf()")
+
+        def is_refused() -> bool:
+            """The server may not have read the file yet."""
+            with pytest.raises(psycopg.OperationalError) as caught:
+                connect(served, dbname=dbname)
+            return "does not ask for the password" in str(caught.value)
+
+        assert eventually(is_refused)
+        assert is_refused() is not shared  # a new server, where there is one for the next
+    for _ in range(2):
+        with connect(served, password=PASSWORD, dbname="test") as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)

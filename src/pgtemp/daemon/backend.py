@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.supply import Place
-from pgtemp.wire.messages import TERMINATE, WARM_UP, startup_message
+from pgtemp.errors import ClusterError
+from pgtemp.wire.messages import TERMINATE, WARM_UP, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length
 
 _QUEUE_SECONDS = 0.01
+_SASL = (10).to_bytes(4, "big")
+_BEFORE_QUESTION = (b"N", b"v")  # NoticeResponse, NegotiateProtocolVersion
 _MOST_GREETING = 64 * 1024  # bytes that are kept for a client who is not there yet
 # What the relay reads at once must fit in while the server is at the last of it; else COPY into a
 # database takes the relay half as long again. A unix socket's buffer does not grow by itself.
@@ -34,6 +37,11 @@ class Backend:
     login: ServerStart
     greeting: bytes = b""
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server has not let the client in, and will not."""
+        return self.login.failed or (self.server.over and not self.login.done)
+
     def close(self) -> None:
         """Say goodbye, where the login is over, and close."""
         if self.login.done:
@@ -50,6 +58,7 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     Raises:
         OSError: the server cannot be reached.
         ProtocolError: with that name the packet is longer than a server takes.
+        ClusterError: it asks for no password; nobody else gets a place in it.
     """
     packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
     check_length(len(packet))
@@ -57,8 +66,16 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     if by_password:
         server = Endpoint()
         await loop.create_connection(lambda: server, *place.address)
-        server.write(packet)
-        return Backend(server, ServerStart())
+        backend = Backend(server, ServerStart())
+        try:
+            if not place.alive:  # its port may be somebody else's by now
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+            server.write(packet)
+            await _await_question(backend, place)
+        except BaseException:
+            server.close()
+            raise
+        return backend
     raw = socket.socket(socket.AF_UNIX)
     try:
         raw.setblocking(False)
@@ -74,6 +91,26 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
         raw.close()
         raise
     return Backend(server, ServerStart())
+
+
+async def _await_question(backend: Backend, place: Place) -> None:
+    """Hear the server out until it asks for the password, refuses or ends.
+
+    Whoever has a superuser's connection can have pg_hba.conf say that no password is needed.
+    """
+    frames = Frames(wanted=b"R", most=_MOST_GREETING)
+    while data := await backend.server.read():
+        backend.greeting += data
+        backend.login.feed(data)
+        for kind, payload in frames.feed(data):
+            if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
+                return
+            if kind not in _BEFORE_QUESTION:
+                place.forsake()
+                raise ClusterError(
+                    "the server does not ask for the password, since its pg_hba.conf was changed",
+                    remedy="connect again; not to a session whose pg_hba.conf it is",
+                )
 
 
 async def log_in(backend: Backend) -> bool:

@@ -147,10 +147,10 @@ class Gateway:
             except RefusedError as why:
                 _refuse(client, why)
             finally:
+                lease.used |= first_words.used and not (door.by_password and backend.refused)
                 backend.server.close()
             client.finish()  # now: giving back what it had may take seconds
         finally:
-            lease.used = lease.used or first_words.used
             await self._leases.leave(lease, client)
 
     async def _backend(self, lease: Lease, wish: Wish, startup: Startup, door: Door) -> Backend:
@@ -207,6 +207,8 @@ class Gateway:
                 if login.done:
                     server.listen = None
                     register()
+                    if client.transport.is_closing():
+                        server.transport.close()
 
             client.listen = first_words.feed
             if login.done:

@@ -208,7 +208,10 @@ class Endpoint(asyncio.Protocol):
         self._ended = True
         self._news.set()
         if self._peer is not None and self._passes_end:
-            self._peer.transport.close()
+            if self._peer.listen is None:
+                self._peer.transport.close()
+            else:
+                self._peer.finish()  # it is still to say whether it lets the client in
 
     def pause_writing(self) -> None:
         if self._peer is not None:

@@ -55,7 +55,12 @@ def broke_off(last: bytes) -> bool:
 
 @dataclass(slots=True)
 class ServerStart:
-    """Listens to a server until it is ready for a query, for the key that cancels."""
+    """Listens to a server until it is ready for a query, for the key that cancels.
+
+    Attributes:
+        done: whether it is ready, or has refused.
+        failed: whether it has refused.
+    """
 
     key: bytes | None = None
     done: bool = False
