@@ -213,8 +213,8 @@ class ServerOptions:
         if path is None:
             return
         try:
-            # A dump may be a directory; a file of settings may not.
-            if not (name == "load" and Path(path).is_dir()):
+            # A dump may be a directory; a file of settings may not. A pipe is read only once.
+            if not (name == "load" and Path(path).is_dir()) and not Path(path).is_fifo():
                 with open(path, "rb"):
                     pass
         except OSError as error:

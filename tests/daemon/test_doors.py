@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -435,3 +437,23 @@ def test_a_lease_that_wants_no_password(
     for _ in range(2):
         with connect(served, password=PASSWORD, dbname="test") as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_password_through_a_named_pipe(daemon: type[Daemon], tmp_path: Path) -> None:
+    """It is opened once, and read by nobody else; who waits for it can be ended."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(pipe.write_text, f"{PASSWORD}\n")
+        served = daemon("--password-file", str(pipe))
+    with connect(served, password=PASSWORD) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    command = [sys.executable, "-m", "pgtemp", "--password-file", str(pipe)]
+    waiting = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with open(pipe, "w"):  # from here on it reads
+            waiting.terminate()
+            assert waiting.wait(30) == -signal.SIGTERM
+    finally:
+        waiting.kill()
+        waiting.wait()

@@ -65,11 +65,12 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as at_the_end:
+        # A pipe may have to be waited for, and a signal is to end that.
+        secret, certificate = credentials.password(options), credentials.certificate(options)
         stopping: asyncio.Future[int] = loop.create_future()
         at_the_end.enter_context(_signals(loop, stopping))
 
         # start up: listening comes first, so that a port that is taken costs nothing
-        secret, certificate = credentials.password(options), credentials.certificate(options)
         listening = doors.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
