@@ -81,15 +81,15 @@ def reset(connection: socket.socket) -> None:
 
 def read_to_the_end(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
-    said = b""
+    said = bytearray()
     try:
         while data := connection.recv(65536):
             said += data
     except TimeoutError as error:
-        raise HangError(f"left hanging after {said[-80:]!r}") from error
+        raise HangError(f"left hanging after {bytes(said[-80:])!r}") from error
     except ConnectionError:
         pass
-    return said
+    return bytes(said)
 
 
 def cancel(address: tuple[str, int] | str, key: bytes) -> None:
@@ -128,7 +128,7 @@ class Client:
     def _log_in(self) -> None:
         try:
             while True:
-                kind, payload = self._next()
+                kind, payload = self.next()
                 if kind == b"K":
                     self.key = payload
                 elif kind == b"Z":
@@ -138,7 +138,8 @@ class Client:
         except GoneError as error:
             raise ViolationError("hung up on without a word before it was served") from error
 
-    def _next(self) -> tuple[bytes, bytes]:
+    def next(self) -> tuple[bytes, bytes]:
+        """The next message."""
         while not self._pending:
             try:
                 data = self.socket.recv(65536)
@@ -186,7 +187,7 @@ class Client:
 
     def _next_or(self, failed: SqlError | None) -> tuple[bytes, bytes]:
         try:
-            return self._next()
+            return self.next()
         except GoneError as error:
             raise GoneError(str(failed or error)) from error
 
