@@ -202,6 +202,11 @@ class Gateway:
                 if login.key is not None:
                     until_the_end.enter_context(self._cancels.registered(login.key, socket))
 
+            def hear(data: bytes) -> None:
+                first_words.feed(data)
+                if first_words.used:
+                    client.listen = None
+
             def learn(data: bytes) -> None:
                 login.feed(data)
                 if login.done:
@@ -210,7 +215,7 @@ class Gateway:
                     if client.transport.is_closing():
                         server.transport.close()
 
-            client.listen = first_words.feed
+            client.listen = hear
             if login.done:
                 register()
             else:
