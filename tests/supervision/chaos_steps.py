@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pgtemp.wire.messages import SSL_CODE, TERMINATE, frame, startup_message, untyped
+from pgtemp.wire.tls import NO_TLS
 from rawclient import (
     CANCELED,
     SECONDS,
@@ -279,7 +280,7 @@ def bad_start(storm: Storm, it: Step) -> None:
         (untyped(SSL_CODE), b"N"),
         (b"", b""),
         (b"GET / HTTP/1.1\r\n\r\n", b""),
-        (b"\x16\x03\x01" + dice.randbytes(200), b""),
+        (b"\x16\x03\x01" + dice.randbytes(200), NO_TLS),
         (b"\x7f\xff\xff\xff" + whole, b""),
         (b"\x00\x01\x00\x00" + whole, b"08P01"),
         (startup_message({"user": "postgres"}, 9 << 16), b"0A000"),
