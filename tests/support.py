@@ -43,6 +43,13 @@ def children(pid: int) -> dict[int, str]:
     return found
 
 
+def own_memory(pid: int) -> int:
+    """Bytes of memory that a process shares with nobody."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    lines = [line for line in rollup.splitlines() if line.startswith("Private")]
+    return sum(int(line.split()[1]) << 10 for line in lines)
+
+
 class Daemon:
     """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` as a process of its own."""
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from pgtemp.wire.messages import TERMINATE, frame, startup_message
-from support import Daemon, eventually, homes
+from support import Daemon, eventually, homes, own_memory
 
 DaemonType = type[Daemon]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
@@ -512,20 +512,12 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
     for _ in range(5):
         for _ in range(1000):
             lease()
-        sizes.append(_own_memory(served.process.pid))
+        sizes.append(own_memory(served.process.pid))
     assert max(sizes[1:]) - sizes[0] < 2 << 20, sizes
     count = "SELECT count(*) FROM pg_database"
     assert int(str(one(at(served, "test"), count))) < 50
     assert served.end() == (0, "")
     assert eventually(lambda: homes() <= before)
-
-
-def _own_memory(pid: int) -> int:
-    """Bytes of memory that a process shares with nobody."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(
-        int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Private")
-    )
 
 
 def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:

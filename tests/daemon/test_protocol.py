@@ -38,7 +38,7 @@ from pgtemp.wire.messages import (
     untyped,
 )
 from rawclient import Client, RefusedError, SqlError, dial, error_fields, read_to_the_end
-from support import Daemon, eventually
+from support import Daemon, eventually, own_memory
 
 DaemonType = type[Daemon]
 HELLO = startup_message({"user": "postgres", "database": "test"})
@@ -311,21 +311,15 @@ def test_a_packet_over_10000_bytes(daemon: DaemonType) -> None:
 def test_memory_is_taken_for_what_has_arrived_alone(daemon: DaemonType) -> None:
     """Hundreds of clients that announce the longest packet there is, and send a part of it."""
     served = daemon("--pool", "0")
-    before = _own_memory(served)
+    before = own_memory(served.process.pid)
     with ExitStack() as held:
         for _ in range(500):
             held.enter_context(client := door(served)).sendall((10_000).to_bytes(4, "big"))
         with door(served) as last:
             last.sendall(cancel_request(bytes(8)))
             assert read_to_the_end(last) == b""  # all before it have been read, too
-        assert (_own_memory(served) - before) / 500 < 8_000
+        assert (own_memory(served.process.pid) - before) / 500 < 8_000
         assert client.fileno() > 0
-
-
-def _own_memory(served: Daemon) -> int:
-    rollup = Path(f"/proc/{served.process.pid}/smaps_rollup").read_text()
-    lines = [line for line in rollup.splitlines() if line.startswith("Private")]
-    return sum(int(line.split()[1]) << 10 for line in lines)
 
 
 # what is no start

@@ -18,7 +18,7 @@ from conftest import need_version
 from pgtemp.server.installation import Installation
 from pgtemp.wire.messages import TERMINATE, frame, startup_message
 from rawclient import Client, SqlError, dial, error_fields, read_to_the_end
-from support import Daemon, eventually
+from support import Daemon, eventually, own_memory
 
 DaemonType = type[Daemon]
 ROOM = 16 << 20  # bytes that the daemon may take for whatever goes through it
@@ -46,13 +46,6 @@ def raw(served: Daemon, dbname: str = "test", **parameters: str) -> Client:
     return Client(address, user="postgres", database=dbname, **parameters)
 
 
-def own_memory(served: Daemon) -> int:
-    """Bytes of memory that the daemon shares with nobody."""
-    rollup = Path(f"/proc/{served.process.pid}/smaps_rollup").read_text()
-    lines = [line for line in rollup.splitlines() if line.startswith("Private")]
-    return sum(int(line.split()[1]) << 10 for line in lines)
-
-
 def waits(looker: psycopg.Connection, event: str) -> bool:
     """Whether a backend is held up by its client, as the server sees it."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = %s"
@@ -72,7 +65,7 @@ def test_a_gigabyte_out_to_a_slow_reader(daemon: DaemonType) -> None:
     """All bytes arrive; while the reader pauses the server waits, and the daemon holds little."""
     served = daemon()
     with psycopg.connect(served.uri, autocommit=True) as looker, raw(served) as client:
-        before = own_memory(served)
+        before = own_memory(served.process.pid)
         expected, got = hashlib.sha256(), hashlib.sha256()
         client.ask(
             f"COPY (SELECT repeat(md5(n::text), 1000) FROM generate_series(1, {ROWS}) n) TO STDOUT"
@@ -81,14 +74,14 @@ def test_a_gigabyte_out_to_a_slow_reader(daemon: DaemonType) -> None:
         for number in range(1, ROWS + 1):
             if number % (ROWS // 5) == 1:
                 assert eventually(lambda: waits(looker, "ClientWrite"))
-                assert own_memory(served) - before < ROOM
+                assert own_memory(served.process.pid) - before < ROOM
             kind, payload = client.next()
             assert kind == b"d"
             got.update(payload)
             expected.update(row(number))
         assert [client.next()[0] for _ in range(3)] == [b"c", b"C", b"Z"]
         assert got.digest() == expected.digest()
-        assert own_memory(served) - before < ROOM
+        assert own_memory(served.process.pid) - before < ROOM
 
 
 @pytest.mark.slow
@@ -104,7 +97,7 @@ def test_a_gigabyte_in_to_a_slow_server(daemon: DaemonType) -> None:
         holder.execute("CREATE FUNCTION pause(n int) RETURNS text LANGUAGE sql AS 'SELECT CASE WHEN"
                        " n % 8000 = 1 THEN pg_advisory_xact_lock_shared(1)::text END'")  # fmt: skip
         holder.execute("SELECT pg_advisory_lock(1)")
-        before = own_memory(served)
+        before = own_memory(served.process.pid)
         # What is as expected is not stored.
         client.ask("COPY wrong FROM STDIN WHERE pause(n) = 'never'"
                    " OR n <> nextval('counted') OR line <> repeat(md5(n::text), 1000)")  # fmt: skip
@@ -115,13 +108,13 @@ def test_a_gigabyte_in_to_a_slow_server(daemon: DaemonType) -> None:
             if not paused and (said := _until_held_up(client.socket, said)):
                 paused = True
                 assert eventually(lambda: waits(holder, "advisory"))
-                assert own_memory(served) - before < ROOM
+                assert own_memory(served.process.pid) - before < ROOM
                 holder.execute("SELECT pg_advisory_unlock(1)")
             if said:
                 client.socket.sendall(said)
         client.send(b"c")
         assert client.answer() == []
-        assert own_memory(served) - before < ROOM
+        assert own_memory(served.process.pid) - before < ROOM
         assert paused
         assert client.query("SELECT last_value FROM counted") == [(str(ROWS),)]
         assert client.query("SELECT count(*) FROM wrong") == [("0",)]
@@ -140,14 +133,14 @@ def _until_held_up(connection: socket.socket, said: bytes) -> bytes:
 @pytest.mark.slow
 def test_a_value_of_256_megabytes_both_ways(shared: Daemon) -> None:
     value = bytes(range(256)) * (1 << 20)
-    before = own_memory(shared)
+    before = own_memory(shared.process.pid)
     with psycopg.connect(shared.uri) as connection:
         cursor = connection.cursor(binary=True)
         cursor.execute("SELECT %b::bytea, sha256(%b::bytea)", [value, value[:1000]])
         found = cursor.fetchone()
         assert found is not None and found[0] == value
         assert found[1] == hashlib.sha256(value[:1000]).digest()
-    assert own_memory(shared) - before < ROOM
+    assert own_memory(shared.process.pid) - before < ROOM
 
 
 def test_one_byte_at_a_time_both_ways(shared: Daemon) -> None:

@@ -24,7 +24,7 @@ from pgtemp.databases.apart import Apart
 from pgtemp.databases.isolation import Isolation
 from pgtemp.databases.together import Together
 from pgtemp.errors import PgTempError, WardenError
-from pgtemp.host import identity, ports, processes
+from pgtemp.host import descriptors, identity, ports, processes
 from pgtemp.server import home, warden
 from pgtemp.server.cluster import Cluster
 from pgtemp.server.installation import Installation
@@ -70,6 +70,7 @@ async def run(
         stopping: asyncio.Future[int] = loop.create_future()
         at_the_end.enter_context(_signals(loop, stopping))
 
+        descriptors.raise_limit()
         # start up: listening comes first, so that a port that is taken costs nothing
         listening = doors.listen(options) if options.tcp else []
         for bound in listening:

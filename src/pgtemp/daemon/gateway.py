@@ -17,6 +17,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import abandoned, wishes
 from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
+from pgtemp.daemon.crowd import MORE_FILES, Crowd
 from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
@@ -33,8 +34,8 @@ from pgtemp.wire.tls import NO_TLS, Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
-MAX_STARTING = 1000  # clients that have not said yet who they are
 _NOBODY_THERE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE)
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _PROBE = "pg_isready"
 _NO_WALSENDER = ("", "database", "false", "off", "no", "0")
 
@@ -52,7 +53,7 @@ class Gateway:
         self._cancels = Cancels()
         self.peers = Peers()
         self._clients: set[asyncio.Task[None]] = set()
-        self._starting = 0
+        self._crowd = Crowd(options.isolation)
         self._closing = False
 
     def door(self, door: Door) -> Callable[[Endpoint], None]:
@@ -60,14 +61,15 @@ class Gateway:
         return lambda client: self._accept(client, door)
 
     def _accept(self, client: Endpoint, door: Door) -> None:
-        if self._starting >= MAX_STARTING or self._closing:
-            reason = "57P03", "pgtemp is shutting down"
-            if not self._closing:
-                reason = "53300", "too many clients are starting"
-            client.write(replies.fatal(*reason))
+        try:
+            if self._closing:
+                raise RefusedError("57P03", "pgtemp is shutting down")
+            self._crowd.check_door(len(self._clients))
+        except RefusedError as why:
+            _refuse(client, why)
             client.close()
             return
-        self._starting += 1
+        self._crowd.starting += 1
         task = asyncio.ensure_future(self._serve(client, door))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
@@ -89,7 +91,8 @@ class Gateway:
         try:
             startup = await self._start_up(client, door)
             if startup is not None:
-                await self._lease(client, startup, door)
+                with self._crowd.served():
+                    await self._lease(client, startup, door)
         except RefusedError as why:
             _refuse(client, why)
         except ProtocolError as error:
@@ -130,7 +133,7 @@ class Gateway:
             _log.info("a client did not finish its start-up within %g s", STARTUP_SECONDS)
             return None
         finally:
-            self._starting -= 1
+            self._crowd.starting -= 1
 
     async def _lease(self, client: Endpoint, startup: Startup, door: Door) -> None:
         try:
@@ -168,8 +171,9 @@ class Gateway:
         except OSError as error:
             if error.errno in _NOBODY_THERE:  # rather than a lack of ours, of descriptors say
                 lease.place.forsake()
+            hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
             raise RefusedError(
-                "57P03", f"the server cannot be reached: {error.strerror}", "connect again"
+                "57P03", f"the server cannot be reached: {error.strerror}", hint
             ) from error
 
     def _check_replication(self, startup: Startup) -> None:

@@ -21,6 +21,7 @@ _log = logging.getLogger("pgtemp.daemon")
 # Bytes asyncio may hold for a slow reader before the other side is told to wait.
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
+_FLUSH_SECONDS = 30.0  # for who does not read what was said last
 _LAST = 1024  # bytes that are remembered of what came last
 _PIECES = 64  # of which that is kept, before they are put together
 
@@ -143,8 +144,12 @@ class Endpoint(asyncio.Protocol):
                 self.transport.write_eof()
 
     def close(self) -> None:
+        """Flush, and close; who does not take what is left gets no more of it after a while."""
         if self._tls is not None:
             self.finish()
+        if self.transport.get_write_buffer_size() and not self.transport.is_closing():
+            loop = asyncio.get_running_loop()
+            loop.call_later(_FLUSH_SECONDS, self.transport.abort)
         self.transport.close()
 
     def abort(self) -> None:
@@ -209,7 +214,7 @@ class Endpoint(asyncio.Protocol):
         self._news.set()
         if self._peer is not None and self._passes_end:
             if self._peer.listen is None:
-                self._peer.transport.close()
+                self._peer.close()
             else:
                 self._peer.finish()  # it is still to say whether it lets the client in
 
