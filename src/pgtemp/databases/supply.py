@@ -77,7 +77,7 @@ class Place:
     def forsake(self) -> None:
         """Its server cannot be reached: nobody else gets a place in it."""
         if self.tenants is not None:
-            self.tenants.stale = True
+            self.tenants.spoil()
             alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
 
     def lease(self, number: int) -> None:
@@ -190,7 +190,7 @@ class Databases:
             try:
                 tenants.clone(dbname)
             except PgTempError:
-                tenants.stale = tenants.stale or not alive(tenants.cluster)
+                tenants.check()
                 self._stop_if_empty(tenants)
                 if not tenants.stale or attempt == _TRIES - 1:
                     raise
@@ -218,7 +218,7 @@ class Databases:
 
     def usable(self, place: Place) -> bool:
         tenants = _tenants(place)
-        tenants.stale = tenants.stale or not alive(tenants.cluster)
+        tenants.check()
         return not tenants.stale and place.epoch == tenants.epoch
 
     def claim(self) -> Future[Place]:
@@ -243,7 +243,7 @@ class Databases:
             if used and not tenants.stale and not self._keep:
                 tenants.look(place.dbname)
         except PgTempError as error:
-            tenants.stale = True
+            tenants.spoil()
             if alive(tenants.cluster):
                 _log.warning("%s", error)
         finally:
@@ -268,7 +268,7 @@ class Databases:
             self._closed = True
             self._current = None
         for tenants in self._servers if not self._keep else ():
-            tenants.stale = True  # so that nothing is dropped in it one by one
+            tenants.spoil()  # so that nothing is dropped in it one by one
         self._pool.close()
         for tenants in list(self._servers):
             self._stop_if_empty(tenants)

@@ -34,7 +34,6 @@ class TenantCluster:
         occupied: names of the databases that somebody has.
         kept: names of the databases that stay when the server ends.
         epoch: counts changes of what logins depend on; a connection of an earlier one is outdated.
-        stale: whether it is no longer as it should be, so that nobody moves in any more.
     """
 
     def __init__(self, plan: Plan, *, keep: bool) -> None:
@@ -46,7 +45,7 @@ class TenantCluster:
         self.occupied: set[str] = set()
         self.kept: set[str] = set()
         self.epoch = 0
-        self.stale = False
+        self._stale = False
         self._looking = threading.Lock()
         self.cluster = Cluster(plan.blueprint)
         self.cluster.start(meanwhile=lambda started: provision.give_password(started, plan))
@@ -64,6 +63,20 @@ class TenantCluster:
             raise
         self._roles = plan.users
 
+    @property
+    def stale(self) -> bool:
+        """Whether it is no longer as it should be, so that nobody moves in any more."""
+        return self._stale
+
+    def spoil(self) -> None:
+        """It is stale from now on; no thread that looks at the same time may take that back."""
+        self._stale = True
+
+    def check(self) -> None:
+        """See whether it still runs; where not, it is stale."""
+        if not self._stale and not alive(self.cluster):
+            self.spoil()
+
     def clone(self, dbname: str) -> None:
         """Make a database. Raises PgTempError; nothing of it is left then."""
         self.names.add(dbname)
@@ -79,7 +92,7 @@ class TenantCluster:
             if not self.stale or self._keep:
                 self._clones.dispose(dbname)
         except PgTempError:
-            self.stale = True
+            self.spoil()
             raise
         finally:
             self.names.discard(dbname)
@@ -135,7 +148,8 @@ class TenantCluster:
             if self.occupied <= {dbname}:
                 self._clones.dispose(dbname)  # the roles may own what is in it
                 found = self._residue.clean(connection, found)
-            self.stale = self.stale or bool(found)
+            if found:
+                self.spoil()
             # A role that is gone is made again for the next who comes with its name.
             self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
