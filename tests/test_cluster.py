@@ -234,6 +234,7 @@ def test_options_that_are_not_for_a_cluster(tmp_path: Path) -> None:
         Cluster().database()
 
 
+@pytest.mark.slow
 def test_many_in_a_row_leave_none(cluster: Cluster) -> None:
     """Two hundred databases, each used and closed; in the end none of them is there."""
     template = cluster.template("row", build=make_table)

@@ -35,6 +35,7 @@ def manage(shop: Path, *arguments: str, fails: bool = False) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_migrations_run_once(shop: Path) -> None:
     """Until one of them, or a model, changes; nothing is left."""
     before = homes()

@@ -116,6 +116,7 @@ def test_what_follows_a_cancel_is_not_hit(daemon: DaemonType, isolation: str, nu
         assert not select.select([crowd[0].socket], [], [], 0)[0]
 
 
+@pytest.mark.slow
 def test_cancels_while_leases_come_and_go(daemon: DaemonType) -> None:
     """For clients that leave at that moment, or have just come: those who stay are not hit."""
     served = daemon()

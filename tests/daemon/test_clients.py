@@ -7,6 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pgtemp.server.installation import Installation
 from support import Daemon
 
@@ -38,6 +40,7 @@ def test_psql(daemon: type[Daemon], programs: Installation) -> None:
     assert 'notification "news" with payload "extra"' in result.stdout
 
 
+@pytest.mark.slow
 def test_pgbench_at_scale_10(daemon: type[Daemon], programs: Installation) -> None:
     """A million rows loaded and used through the daemon, with and without reconnecting."""
     served = daemon("--single")

@@ -275,6 +275,7 @@ def test_settings_of_a_templates_database_come_along(
         psycopg.connect(at(served, "app", "stranger"))
 
 
+@pytest.mark.slow
 def test_the_time_of_a_lease_begins_when_it_has_a_database(daemon: DaemonType) -> None:
     """Waiting for one's turn does not count."""
     served = daemon("--max-databases", "1", "--ttl", "1.5")

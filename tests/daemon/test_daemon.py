@@ -152,6 +152,7 @@ def test_a_signal_while_starting_leaves_nothing() -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.slow
 def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_dir: Path) -> None:
     """Each database that was used is kept, and `pgtemp open` serves it again and leaves it."""
     served = daemon("--isolation", "cluster", "--persist", "--data-dir-prefix", str(open_dir))

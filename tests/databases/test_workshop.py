@@ -232,6 +232,7 @@ def test_what_changes_while_it_is_built_is_not_kept(own_cache: Path, tmp_path: P
             connection.execute("SELECT * FROM other")
 
 
+@pytest.mark.slow
 def test_what_begins_with_something_that_is_not_kept_is_not_kept(
     own_cache: Path, tmp_path: Path, daemon: type[Daemon]
 ) -> None:

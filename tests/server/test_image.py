@@ -128,6 +128,7 @@ def test_arguments_that_are_ours_are_refused(name: str, programs: Installation) 
         build(programs, **{name: "x"})
 
 
+@pytest.mark.slow
 def test_images_that_nobody_used_for_a_month_are_pruned(
     open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
 ) -> None:

@@ -262,6 +262,7 @@ def test_rolled_back(project: Project) -> None:
     assert (result.status, result.count("passed")) == (0, 12), result.output
 
 
+@pytest.mark.slow
 def test_options(project: Project) -> None:
     """On the command line, which beats the ini file, which beats the environment."""
     project.write(

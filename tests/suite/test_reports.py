@@ -77,6 +77,7 @@ def test_a_failing_test_explains_itself(keeping: Project) -> None:
     assert rows_of(command(result), "SELECT * FROM account") == [(1, 100)]
 
 
+@pytest.mark.slow
 def test_what_is_said_without_statements(keeping: Project) -> None:
     result = keeping.run(text=FAILS)
     assert section(result, "pgtemp: server log")
@@ -237,6 +238,7 @@ def test_the_set_up_is_shown_as_what_it_is(project: Project) -> None:
     assert seconds["test_one"] > 0.7 > seconds["test_two"]
 
 
+@pytest.mark.slow
 def test_only_what_pgtemp_has_kept_is_removed(keeping: Project) -> None:
     """Whatever else is in the place; and a place that cannot be used ends nothing."""
     assert keeping.kept is not None

@@ -92,7 +92,8 @@ def check_the_end(one: Storm, status: int, errors: str) -> None:
     assert eventually(lambda: not one.remains(), 30), one.remains()
 
 
-@pytest.mark.parametrize("isolation", ["database", pytest.param("cluster", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@BOTH
 def test_a_storm(gather: Gather, isolation: str) -> None:
     """Nobody hangs, nobody reads another's rows, everybody is told why, and nothing is left."""
     weather(gather(isolation, SEED), 15)

@@ -348,6 +348,7 @@ sys.stdin.readline()
     assert gone(owner)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal(open_dir: Path) -> None:
     """It reaches the owner alone: its database is alive in the KeyboardInterrupt, gone after."""
     script = """

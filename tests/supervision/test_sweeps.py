@@ -246,6 +246,7 @@ def test_half_built_images_go(open_dir: Path) -> None:
     assert [one.name for one in images.glob("*.building")] == ["living.building"]
 
 
+@pytest.mark.slow
 def test_who_has_servers(open_dir: Path, daemon: type[Daemon]) -> None:
     """`pgtemp ls` shows a daemon with its leases, a program, and what others have left."""
     left = abandon(open_dir)
