@@ -391,6 +391,35 @@ def test_a_full_disk_refuses_who_is_new(
     assert status == 0 and "Traceback" not in errors
 
 
+@BOTH
+def test_what_was_opened_ahead_for_others_is_given_before_anybody_is_refused(
+    isolation: str, disk: Mount, daemon: DaemonType
+) -> None:
+    """On a full disk a client of a new kind gets what waits for clients of another kind."""
+    small = disk(250)
+    served = daemon("--isolation", isolation, "--data-dir-prefix", str(small.path))
+    known, new = (f"{served.uri}?application_name={name}" for name in ("known", "new"))
+    with psycopg.connect(known, autocommit=True) as here:
+        psycopg.connect(known).close()
+
+        def opened_ahead() -> bool:
+            if isolation == "cluster":
+                return len(small.homes) >= 5  # one, two ready, two opened ahead
+            query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'known'"
+            return here.execute(query).fetchone() == (3,)
+
+        assert eventually(opened_ahead)
+        small.fill(leave_little=True)
+        holding, error = first_refusal(new)
+        assert error.sqlstate == "53100"
+        with pytest.raises(psycopg.OperationalError) as caught:  # none was left for its kind
+            psycopg.connect(known).close()
+        assert says_where(caught.value, small)
+        for one in holding:
+            one.close()
+    small.clear()
+
+
 @ALL
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_one_lease_fills_the_disk_and_the_others_live_on(

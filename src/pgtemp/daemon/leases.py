@@ -174,6 +174,10 @@ class Leases:
                         claimed = self._isolation.claim(lease.wish)
                         if claimed.done():  # the daemon ends
                             return self._give(lease, claimed.result())
+                    except PgTempError:
+                        if (spare := self._rehearsals.spare(lease.wish)) is None:
+                            raise
+                        return self._give(lease, spare)
         except TimeoutError:
             self._unclaim(claimed, lease.wish)
             raise LimitError(

@@ -89,6 +89,24 @@ class Rehearsals:
         stage.seen = True  # one that comes only once is not worth it
         return found
 
+    def spare(self, wish: Wish) -> Place | None:
+        """A place that was opened ahead for another kind of client, where none can be made.
+
+        Where none would do, all that was opened ahead is given up, which makes room.
+        """
+        same_place = self._isolation.kind(wish)
+        for (place_kind, *_), stage in self._stages.items():
+            if place_kind == same_place and stage.wish.user == wish.user:
+                while stage.ready:
+                    found = stage.ready.pop()
+                    if _usable(found):
+                        found.backend.close()
+                        return found.place
+                    self._do(self._give_back(stage, found))
+        for kind in list(self._stages):
+            self._drop(kind)
+        return None
+
     def sweep(self) -> None:
         """Give back what can no longer be used, so that a server that nobody gets can end."""
         for stage in self._stages.values():
