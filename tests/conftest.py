@@ -36,7 +36,12 @@ def cache() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def signals() -> None:
-    """A shell's background jobs ignore Ctrl-C, and so would whatever the tests start."""
+    """A shell's background jobs ignore Ctrl-C, those of nohup a lost terminal.
+
+    And so would whatever the tests start.
+    """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

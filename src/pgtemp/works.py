@@ -75,8 +75,9 @@ class Works:
         """
         try:
             if self.kept and self.keep_in is not None:
-                for pool in self._pools:
+                for pool, clones in self._pools.items():
                     pool.close()
+                    clones.settle()
                 self.server.store(self.keep_in, self.kept)
         finally:
             self._stop()

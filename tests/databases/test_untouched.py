@@ -45,13 +45,14 @@ def goes_back(app: Template, use: Callable[[Database], object]) -> bool:
     use(db)
     db.close()
     with psycopg.connect(app._works.server.info.uri, autocommit=True) as connection:
-        query = "SELECT count(*) FROM pg_database WHERE datname = %s"
-        assert eventually(lambda: connection.execute(query, [db.dbname]).fetchone() == (0,))
-        found = connection.execute("SELECT datname FROM pg_database WHERE oid = %s", [oid])
-        row = found.fetchone()
-    if row is not None:
-        assert eventually(lambda: row[0] in app._pool._ready)
-    return row is not None
+        query = "SELECT datname FROM pg_database WHERE oid = %s"
+
+        def name() -> str | None:
+            row = connection.execute(query, [oid]).fetchone()
+            return row[0] if row is not None else None
+
+        assert eventually(lambda: (now := name()) is None or now in app._pool._ready)
+        return name() is not None
 
 
 def about_it(statement: str) -> str:

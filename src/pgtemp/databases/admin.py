@@ -224,10 +224,15 @@ def seal(
         there: the way to the database itself.
     """
     _clear(connection, dbname, there)  # a prepared transaction would stay in it for good
-    connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
+    close_door(connection, dbname)
     empty(connection, dbname)
     connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE true", dbname))
     rename(connection, dbname, name)
+
+
+def close_door(connection: psycopg.Connection[Any], dbname: str) -> None:
+    """Let nobody connect to a database any more."""
+    connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
 
 
 def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo) -> None:

@@ -22,8 +22,9 @@ from psycopg import Connection, errors
 from pgtemp.databases import admin, connections
 from pgtemp.databases.connections import Admins, Ahead
 from pgtemp.databases.recipe import Recipe
+from pgtemp.databases.reuse import Reuse
 from pgtemp.databases.untouched import untouched
-from pgtemp.errors import ClusterError, OptionError, PgTempError
+from pgtemp.errors import ClusterError, DiskFullError, OptionError, PgTempError
 from pgtemp.host import room
 from pgtemp.host.progress import step
 from pgtemp.server.installation import Installation
@@ -44,6 +45,7 @@ class Clones:
         # Of the source, which is sealed, so that they stay.
         self._attributes: bool | None = None
         self._size = 0
+        self._reuse = Reuse(admins, source, owner)
         self.ahead: Callable[[str], Ahead] | None = None
         self._opened: dict[str, Ahead] = {}
 
@@ -72,25 +74,49 @@ class Clones:
                 self._attributes = admin.has_attributes(connection, self._source)
                 self._size = admin.size_of(connection, self._source)
                 room.put_aside(admin.place_of(connection))
+            if self._reuse.make(connection, name, attributes=self._attributes):
+                return
             try:
-                admin.clone(
-                    connection, name, self._source, self._owner, self._admins.closing,
-                    attributes=self._attributes, size=self._size,
-                )  # fmt: skip
-            except errors.ObjectInUse as error:
-                raise in_use(connection, self._source) from error
+                self._clone(connection, name, self._attributes)
+            except DiskFullError:
+                if not self._reuse.end(connection):
+                    raise
+                self._clone(connection, name, self._attributes)
 
         self._do(clone)
 
+    def _clone(self, connection: Connection[Any], name: str, attributes: bool) -> None:
+        try:
+            admin.clone(
+                connection, name, self._source, self._owner, self._admins.closing,
+                attributes=attributes, size=self._size,
+            )  # fmt: skip
+        except errors.ObjectInUse as error:
+            raise in_use(connection, self._source) from error
+
+    def owns(self, name: str) -> bool:
+        """Whether a database of this name is one that making and dropping clones takes."""
+        return self._reuse.owns(name)
+
+    def settle(self) -> None:
+        """Leave nothing in the server but the template and its clones: its data is kept."""
+        with self._admins.connection() as connection:
+            self._reuse.end(connection)
+
     def close(self) -> None:
-        """Close the connections that nobody has asked for."""
+        """Close the connections that nobody has asked for; nothing more is made."""
         while self._opened:
             self._opened.popitem()[1].connection.close()
+        self._reuse.close()
 
     def dispose(self, name: str) -> None:
         if (unused := self.opened(name)) is not None:
             unused.connection.close()
-        self._do(lambda connection: admin.drop(connection, name, self._admins.elsewhere(name)))
+        self._do(
+            lambda connection: self._reuse.dispose(
+                connection, name, attributes=bool(self._attributes), size=self._size
+            )
+        )
 
     def again(self, name: str, data_dir: Path, since: int) -> str | None:
         """A clone that is proved to be what it was (see untouched.py), under another name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 
 from pgtemp.databases import admin, provision
 from pgtemp.databases.connections import Admins
@@ -53,15 +54,16 @@ class TenantCluster:
             to = provision.private_info(self.cluster, plan.superuser, admin.MAINTENANCE)
             self._admins = Admins(to, self.cluster.check)
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
-            self._residue = Residue(
-                self.cluster.data_dir, lambda name: name in self.names or name in self.kept
-            )
+            self._residue = Residue(self.cluster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 self._residue.accept(connection)
         except BaseException:
             provision.discard(self.cluster)
             raise
         self._roles = plan.users
+
+    def _owns(self, name: str) -> bool:
+        return name in self.names or name in self.kept or self._clones.owns(name)
 
     @property
     def stale(self) -> bool:
@@ -156,7 +158,11 @@ class TenantCluster:
 
     def stop(self) -> None:
         """End the server with all that is in it, but for what is kept."""
+        if self.kept:
+            with suppress(PgTempError):  # it has died, and what is kept is kept all the same
+                self._clones.settle()
         self._admins.close()
+        self._clones.close()
         if self.kept:
             self.cluster.stop()
         else:

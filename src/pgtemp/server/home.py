@@ -5,6 +5,7 @@ pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
                      the owner is: its pid and when it started
     data/            the data directory
     server.log
+    shelf/           directories of dropped databases, to be used again (shelf.py)
     spare            room for when the disk is full (host/room.py); in servers for many databases
     .s.PGSQL.5432    the socket; where the path is too long, a short link leads to it
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 from pgtemp.host import locks, paths, proc, room
 from pgtemp.host.identity import Identity
-from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, removal
+from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, removal
 
 LOG = "server.log"
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -57,7 +58,8 @@ class Home:
         """What is to be removed when the cluster ends."""
         if keep:
             sockets = [] if self.socket_dir == self.path else [str(self.socket_dir)]
-            return [*sockets, str(self.path / room.ASIDE), str(self.path / LEASE)]
+            ours = [str(self.path / name) for name in (SHELF, room.ASIDE, LEASE)]
+            return [*sockets, *ours]
         return [str(path) for path in sorted({self.path, self.socket_dir}, reverse=True)]
 
 

@@ -6,20 +6,20 @@ one control socket and, for each server, one channel; when a channel closes, its
 and removed, so an owner that vanishes in whatever way takes its servers along.
 
 It imports nothing that imports slowly: `socket`, `signal` and `typing` alone would double the time
-to the first server (12 of 25 ms), so the C halves are used, and marshal in place of json. Both
-ends run the same interpreter, which makes marshal's format safe here.
+to the first server (12 of 25 ms), so the C halves are used, and marshal in place of json.
 """
 
 from __future__ import annotations
 
 import _socket
-import marshal
 import os
 import select
 import sys
 import time
 
+from pgtemp.server import shelf
 from pgtemp.server.crash import clear_crashed, end_group, libc
+from pgtemp.server.framing import decode, encode
 from pgtemp.server.remains import ASIDE, DATA, removal, sweep
 
 TYPE_CHECKING = False
@@ -39,29 +39,16 @@ LADDERS = {
 }
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _LONGEST_WAIT = 3_600_000.0  # milliseconds; poll takes no more than 24 days
+_NICE = 5
+_MOST_FDS = 1 << 20
 FDS = 3  # what comes with a request: channel, lease, log
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    """One message as it goes over a channel: four bytes of length, then marshal."""
-    body = marshal.dumps(message)
-    return len(body).to_bytes(4, "big") + body
-
-
-def decode(buffer: bytearray) -> dict[str, Any] | None:
-    """Take one whole message off the front of `buffer`; None while there is none."""
-    if len(buffer) < 4:
-        return None
-    end = 4 + int.from_bytes(buffer[:4], "big")
-    if len(buffer) < end:
-        return None
-    message: dict[str, Any] = marshal.loads(bytes(buffer[4:end]))  # noqa: S302
-    del buffer[:end]
-    return message
-
-
 class Server:
-    """One postmaster, from the request that asks for it to the removal of its directory."""
+    """One postmaster, from the request that asks for it to the removal of its directory.
+
+    Or one process that looks after a shelf, in which case `log` is the socket that leads to it.
+    """
 
     def __init__(self, channel: _socket.socket, lease: int, log: int) -> None:
         self.channel: _socket.socket | None = channel
@@ -91,7 +78,11 @@ class Server:
             return
         else:
             if self.pid == 0:
+                if "shelf" in self.spec:
+                    self._become_shelf(warden)
                 self._become_postmaster(warden)
+            if "shelf" in self.spec:  # the socket's other end is to close with the child
+                os.dup2(self.lease, self.log, inheritable=False)
         if self.spec["ttl"] is not None:
             self.deadline = time.monotonic() + self.spec["ttl"]
         self.tell(pid=self.pid)
@@ -105,18 +96,39 @@ class Server:
             os.dup2(self.log, 2)
             for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
                 _signal.signal(number, _signal.SIG_DFL)  # Python ignores these; exec keeps that
-            os.umask(0o077)
-            if spec["uid"] is not None:
-                os.setgroups([])
-                os.setgid(spec["gid"])
-                os.setuid(spec["uid"])
-            if sys.platform == "linux":
-                libc("prctl", PR_SET_PDEATHSIG, QUIT, 0, 0, 0)  # after setuid, which clears it
+            self._become_user(QUIT)
             if os.getppid() == warden:
                 os.execve(spec["argv"][0], spec["argv"], spec["env"])
         except BaseException as error:
             os.write(2, f"FATAL: {spec['argv'][0]} could not be run: {error}\n".encode())
         os._exit(127)
+
+    def _become_shelf(self, warden: int) -> None:
+        """In the child: drop privileges and do the shelf's work. Never returns.
+
+        Without exec: the server's user need not be able to run this interpreter.
+        """
+        try:
+            os.dup2(self.log, 0)
+            os.closerange(3, _MOST_FDS)
+            _signal.set_wakeup_fd(-1)
+            _signal.signal(QUIT, lambda *_: os._exit(0))
+            self._become_user(KILL)
+            os.nice(_NICE)
+            if os.getppid() == warden:
+                shelf.serve(_socket.socket(fileno=0), self.spec["shelf"])
+        finally:
+            os._exit(0)
+
+    def _become_user(self, death: int) -> None:
+        """In a child: be who the server is to be, and go when the warden goes."""
+        os.umask(0o077)
+        if self.spec["uid"] is not None:
+            os.setgroups([])
+            os.setgid(self.spec["gid"])
+            os.setuid(self.spec["uid"])
+        if sys.platform == "linux":
+            libc("prctl", PR_SET_PDEATHSIG, death, 0, 0, 0)  # after setuid, which clears it
 
     def stop(self, ladder: str) -> None:
         if self.steps is None:
@@ -261,7 +273,7 @@ class Reaper:
             data = b""
         server.buffer += data
         while (message := decode(server.buffer)) is not None:
-            if "argv" in message:
+            if "argv" in message or "shelf" in message:
                 server.spec.update(message)
                 server.start()
                 self.chores += [sweep(base) for base in message["sweep"]]
@@ -348,7 +360,7 @@ class Reaper:
     def _died(self, server: Server, code: int) -> None:
         server.pid, server.deadline = 0, None
         server.tell(exit=code)  # first: whoever has lost a connection wants to know why
-        if code < 0:
+        if code < 0 and "data_dir" in server.spec:
             clear_crashed(server.spec["data_dir"])
         if server in self.ending:
             self.ending.remove(server)

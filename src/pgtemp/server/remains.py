@@ -21,6 +21,7 @@ ASIDE = ".gone"
 LEASE = "lease"
 NEW = ".new"  # of a file that gets its name when it is whole
 DATA = "data"
+SHELF = "shelf"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
 # A directory without a lease is being made right now, or was left half-made; only after this many

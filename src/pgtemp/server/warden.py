@@ -24,7 +24,7 @@ from typing import Any
 
 from pgtemp.errors import WardenError
 from pgtemp.host import processes
-from pgtemp.server.reaper import decode, encode
+from pgtemp.server.framing import decode, encode
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _BOOT = f"import sys; sys.path.append({_ROOT!r}); from pgtemp.server.reaper import main; main()"
@@ -73,6 +73,15 @@ class Process:
             WardenError: the warden is gone.
         """
         self._send(asdict(request))
+
+    def start_shelf(self, home: Path, uid: int | None, gid: int | None) -> None:
+        """Ask for a process that looks after the shelf of a home; it ends with this one.
+
+        Raises:
+            WardenError: the warden is gone, or cannot have one more process.
+        """
+        self._send({"shelf": str(home), "uid": uid, "gid": gid, "ttl": None, "sweep": []})
+        self.await_started()
 
     def settle(self, remove: Sequence[str], *, keep: bool) -> None:
         """Say anew what is to be removed in the end, and whether the data is kept.

@@ -1,0 +1,229 @@
+"""Making a database out of the directory of one that was dropped.
+
+CREATE DATABASE copies hundreds of files and DROP DATABASE removes them, though a test has changed
+a few. So PostgreSQL is let copy and remove next to nothing: a database is cloned from the *stub*,
+which is what the template is in all catalogs, but has no files; before anybody connects it gets a
+directory from the shelf (server/shelf.py), whose files are as the template's were. And before a
+database is dropped its directory goes to the shelf.
+
+What makes that safe: nobody is in a database that could be renamed, and nobody finds it under its
+new name; after a checkpoint no page of it waits to be written; DROP DATABASE has all processes
+close its files, and only then are they put back. The end of CREATE DATABASE is a checkpoint, so no
+recovery copies the stub again over what has taken its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import threading
+from contextlib import suppress
+from typing import Any
+
+from psycopg import Connection, Error
+
+from pgtemp.databases import admin
+from pgtemp.databases.connections import Admins
+from pgtemp.errors import ClusterError, PgTempError
+from pgtemp.host import room
+from pgtemp.server import warden
+from pgtemp.server.framing import decode, encode
+from pgtemp.server.remains import DATA
+
+_log = logging.getLogger("pgtemp")
+_AFTER = 4  # databases that are dropped in the usual way; who has no more needs no shelf
+_MOST, _MOST_BYTES = 4, 64 << 20  # directories on the shelf; of large ones, one
+_STUB_BYTES = 1 << 16
+_ANSWER_SECONDS = 60.0
+_ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
+# What keeps a database from being renamed, or is ended only by who drops it in the usual way.
+_LEAVING = """
+SELECT oid::text, NOT EXISTS (SELECT FROM pg_replication_slots WHERE database = d.datname)
+  AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = d.datname)
+  AND NOT EXISTS (SELECT FROM pg_subscription WHERE subdbid = d.oid)
+FROM pg_database d WHERE datname = %s
+"""
+
+
+class Reuse:
+    """The shelf of one template's clones. Where it does not work, nothing is lost but time."""
+
+    def __init__(self, admins: Admins, source: str, owner: str) -> None:
+        self._admins, self._source, self._owner = admins, source, owner
+        self._stub = f"stub_{secrets.token_hex(4)}"
+        self._leaving: set[str] = set()
+        self._disposed = 0
+        self._shelved = 0
+        self._refused = False
+        self._process: warden.Process | None = None
+        self._channel: socket.socket | None = None
+        self._buffer = bytearray()
+        self._changing = threading.Lock()
+        self._talking = threading.Lock()
+
+    def owns(self, name: str) -> bool:
+        """Whether a database of this name is the stub, or one that is about to be dropped."""
+        return name == self._stub or name in self._leaving
+
+    def make(self, connection: Connection[Any], name: str, *, attributes: bool) -> bool:
+        """Make a database of what is on the shelf; False where it has to be made otherwise.
+
+        Raises what `admin.clone` raises.
+        """
+        with self._changing:
+            if not self._shelved:
+                return False
+            self._shelved -= 1
+        try:
+            admin.clone(
+                connection, name, self._stub, self._owner, self._admins.closing,
+                attributes=attributes, size=_STUB_BYTES,
+            )  # fmt: skip
+        except BaseException:
+            with self._changing:
+                self._shelved += 1
+            raise
+        if self._do("put", _oid_of(connection, name)):
+            return True
+        with self._changing:
+            self._shelved = 0  # it was idle, and has cleared the shelf
+        admin.drop(connection, name, self._admins.elsewhere(name))
+        return False
+
+    def dispose(
+        self, connection: Connection[Any], name: str, *, attributes: bool, size: int
+    ) -> None:
+        """Drop a database, whoever is in it, and keep its directory where that may be of use.
+
+        Args:
+            attributes, size: of the template, as for `admin.clone`.
+
+        Raises what `admin.drop` raises.
+        """
+        left, oid = name, ""
+        if self._has_use(connection, attributes, size):
+            left, oid = self._take(connection, name)
+        try:
+            admin.drop(connection, left, self._admins.elsewhere(left))
+        finally:
+            self._leaving.discard(left)
+        if oid and self._do("restore", oid, answer=False):
+            with self._changing:
+                self._shelved += 1
+
+    def end(self, connection: Connection[Any]) -> bool:
+        """Take away all that is kept for this, for good; whether there was any."""
+        with self._changing:
+            self._refused, self._shelved = True, 0
+            there = self._channel is not None
+        if there:
+            self._do("leave", "")
+            self.close()
+            with suppress(Error, PgTempError):
+                admin.drop(connection, self._stub, self._admins.elsewhere(self._stub))
+        return there
+
+    def close(self) -> None:
+        """End the process; the server with all that is in it goes by itself."""
+        with self._talking:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            self._process.abandon()
+
+    def _has_use(self, connection: Connection[Any], attributes: bool, size: int) -> bool:
+        with self._changing:
+            self._disposed += 1
+            if self._refused or self._disposed <= _AFTER or self._admins.closing.is_set():
+                return False
+            if self._process is None:
+                try:
+                    self._begin(connection, attributes)
+                except (PgTempError, Error, OSError) as error:
+                    self._refused = True
+                    _log.info("directories of databases are not used again: %s", error)
+                    return False
+            full = self._shelved >= max(1, min(_MOST, _MOST_BYTES // max(1, size)))
+        # A checkpoint on a full disk ends the server.
+        return not full and not room.is_full(admin.place_of(connection))
+
+    def _begin(self, connection: Connection[Any], attributes: bool) -> None:
+        if connection.execute(_ELSEWHERE).fetchone() is not None:
+            raise ClusterError("there are tablespaces")
+        admin.clone(
+            connection, self._stub, self._source, self._owner, self._admins.closing,
+            attributes=attributes,
+        )  # fmt: skip
+        admin.close_door(connection, self._stub)
+        home = admin.place_of(connection)
+        owner = (home / DATA).stat()
+        switch = os.geteuid() != owner.st_uid
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(_ANSWER_SECONDS)
+        with theirs, open(os.devnull) as nothing:
+            self._process = warden.current().hold(
+                [], keep=False, lease=nothing.fileno(), log=theirs.fileno()
+            )
+        self._process.start_shelf(
+            home, owner.st_uid if switch else None, owner.st_gid if switch else None
+        )
+        if not self._do("begin", _oid_of(connection, self._stub)):
+            raise ClusterError("the shelf could not be made")
+
+    def _take(self, connection: Connection[Any], name: str) -> tuple[str, str]:
+        """Move a database's directory to the shelf.
+
+        Returns:
+            The name of the database, which has still to be dropped; its oid, "" if it has its
+            directory still.
+        """
+        # A name that nobody knows; the same if this was begun once already.
+        gone = "gone_" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        row = connection.execute(_LEAVING, [name]).fetchone()
+        if row is None:
+            return gone, ""
+        oid, alone = row
+        if not alone:
+            return name, ""
+        self._leaving.add(gone)
+        admin.empty(connection, name)
+        try:
+            admin.rename(connection, name, gone)
+        except Error:  # somebody has come meanwhile
+            self._leaving.discard(gone)
+            return name, ""
+        connection.execute("CHECKPOINT")
+        return gone, oid if self._do("take", oid) else ""
+
+    def _do(self, what: str, oid: str, *, answer: bool = True) -> bool:
+        """Have the shelf's process do something; whether it was done, or it was told to."""
+        with self._talking:
+            if self._channel is None:
+                return False
+            try:
+                self._channel.sendall(encode({"do": what, "oid": oid, "answer": answer}))
+                if not answer:
+                    return True
+                while (said := decode(self._buffer)) is None:
+                    data = self._channel.recv(65536)
+                    if not data:
+                        raise ConnectionError("its process has ended")
+                    self._buffer += data
+            except OSError as error:
+                _log.info("directories of databases are not used again: %s", error)
+                self._refused = True
+                self._channel.close()
+                self._channel = None
+                return False
+        if said["error"]:
+            _log.debug("a directory could not be used again: %s", said["error"])
+        return not said["error"]
+
+
+def _oid_of(connection: Connection[Any], name: str) -> str:
+    row = connection.execute("SELECT oid FROM pg_database WHERE datname = %s", [name]).fetchone()
+    return str(row[0]) if row is not None else ""

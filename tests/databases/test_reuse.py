@@ -1,0 +1,248 @@
+"""A database made of the directory of one that was dropped is what its template is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from conftest import need_version
+from pgtemp import Cluster, Template
+from pgtemp.databases import reuse
+from pgtemp.host import identity
+from support import children, eventually
+
+_SCHEMA = """
+CREATE TABLE account (id serial PRIMARY KEY, balance numeric, about text);
+INSERT INTO account (balance, about) SELECT n, repeat('x', n) FROM generate_series(1, 500) n;
+CREATE INDEX by_balance ON account (balance);
+CREATE TABLE empty (a int);
+CREATE UNLOGGED TABLE fleeting AS SELECT n FROM generate_series(1, 10) n;
+CREATE MATERIALIZED VIEW total AS SELECT sum(balance) FROM account;
+"""
+_WHOLE = """
+SELECT (SELECT count(*) FROM account), (SELECT sum(length(about)) FROM account WHERE id > 0),
+  (SELECT count(*) FROM empty), (SELECT count(*) FROM fleeting), (SELECT sum FROM total),
+  (SELECT last_value FROM account_id_seq), (SELECT count(*) FROM pg_class), (SELECT count(*) FROM
+  pg_attribute), (SELECT count(*) FROM pg_largeobject_metadata), (SELECT count(*) FROM pg_extension)
+"""
+_CHANGES = {
+    "rows": ["UPDATE account SET balance = 0", "DELETE FROM account WHERE id < 100", "CHECKPOINT"],
+    "growth": ["INSERT INTO account (about) SELECT repeat('y', 9000) FROM generate_series(1, 999)"],
+    "files that go": ["DROP TABLE account CASCADE", "DROP TABLE empty, fleeting"],
+    "files that come": ["CREATE TABLE more AS SELECT * FROM account", "CREATE INDEX ON more (id)"],
+    "new files for old": ["TRUNCATE account", "REFRESH MATERIALIZED VIEW total",
+                          "CLUSTER account USING by_balance", "REINDEX DATABASE {}"],
+    "catalogs": ["VACUUM FULL pg_class", "VACUUM FULL pg_attribute", "REINDEX SYSTEM {}"],
+    "objects": ["CREATE EXTENSION IF NOT EXISTS plpgsql", "SELECT lo_from_bytea(0, 'x')",
+                "SELECT nextval('account_id_seq')", "ANALYZE", "CREATE SCHEMA mine"],
+    "settings": ["ALTER DATABASE {} SET work_mem = '1MB'", "ALTER DATABASE {} CONNECTION LIMIT 3",
+                 "COMMENT ON DATABASE {} IS 'mine'", "REVOKE CONNECT ON DATABASE {} FROM PUBLIC"],
+}  # fmt: skip
+
+
+@pytest.fixture(
+    params=(15, *(pytest.param(one, marks=pytest.mark.slow) for one in (16, 17)), 18),
+)
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with Cluster(version=str(need_version(request.param))) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def app(cluster: Cluster, tmp_path: Path) -> Template:
+    schema = tmp_path / "schema.sql"
+    schema.write_text(_SCHEMA)
+    return cluster.template("app", build=schema)
+
+
+def run(app: Template, dbname: str, *statements: str) -> list[tuple[object, ...]]:
+    """What the last of some statements gives."""
+    uri = app._works.info_of(dbname).uri
+    with psycopg.connect(uri, autocommit=True) as connection:
+        for statement in statements:
+            done = connection.execute(statement.format(dbname).encode())
+        return done.fetchall() if done.description else []
+
+
+def directory(app: Template, dbname: str) -> Path:
+    """Without a connection to it, which may write there."""
+    query = f"SELECT oid FROM pg_database WHERE datname = '{dbname}'"
+    return app._works.server.data_dir / "base" / str(run(app, "postgres", query)[0][0])
+
+
+def content(place: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.iterdir())
+    }
+
+
+def begin(app: Template) -> None:
+    """Dispose of so many that directories are kept from now on."""
+    for number in range(reuse._AFTER + 1):
+        app._clones.make(f"first_{number}")
+        app._clones.dispose(f"first_{number}")
+
+
+def shelves(app: Template) -> list[Path]:
+    return list((app._works.server.data_dir.parent / "shelf").glob("*"))
+
+
+def helper(app: Template) -> int:
+    """The pid of the process that looks after the shelf."""
+    process = app._clones._reuse._process
+    assert process is not None
+    return process.pid
+
+
+@pytest.mark.parametrize("changes", _CHANGES.values(), ids=_CHANGES)
+def test_nothing_of_what_was_done_in_it_is_left(app: Template, changes: list[str]) -> None:
+    """The directory is the one of before; its bytes, and what it says, are the template's."""
+    app._clones.make("untouched")
+    sealed = content(directory(app, "untouched"))
+    whole = run(app, "untouched", _WHOLE)
+    begin(app)
+    app._clones.make("used")
+    was = directory(app, "used").stat().st_ino
+    run(app, "used", *changes)
+    app._clones.dispose("used")
+    for number in range(3):  # whatever is on the shelf
+        app._clones.make(f"fresh_{number}")
+    found = [directory(app, f"fresh_{number}") for number in range(3)]
+    assert was in [place.stat().st_ino for place in found]
+    for number, place in enumerate(found):
+        assert content(place) == sealed
+        assert run(app, f"fresh_{number}", _WHOLE) == whole
+    settings = "SELECT count(*) FROM pg_db_role_setting"
+    assert run(app, "fresh_0", settings) == run(app, "untouched", settings)
+
+
+def test_files_that_somebody_puts_there_are_taken_away(app: Template) -> None:
+    """Links, pipes, directories and files of others; what they led to stays as it is."""
+    begin(app)
+    app._clones.make("used")
+    place, owner = directory(app, "used"), identity.choose(None)
+    run(app, "used", "CHECKPOINT")
+    sealed = content(place)
+    victim = place.parent.parent / "victim"
+    victim.write_text("mine")
+    owner.own(victim)
+    names = sorted(sealed)
+    for name, make in (
+        (names[3], lambda path: path.symlink_to(victim)),
+        (names[4], lambda path: path.mkdir()),
+        (names[5], lambda path: path.write_bytes(b"x" * 8192)),
+        ("extra", lambda path: path.symlink_to(place.parent)),
+        ("pipe", os.mkfifo),
+        ("deep", lambda path: (path / "er").mkdir(parents=True)),
+    ):
+        (place / name).unlink(missing_ok=True)
+        make(place / name)
+        for path in (place / name, *(place / name).glob("*")):
+            if not path.is_symlink():
+                owner.own(path)
+    app._clones.dispose("used")
+    app._clones.make("a")
+    app._clones.make("b")
+    assert content(directory(app, "a")) == content(directory(app, "b")) == sealed
+    assert victim.read_text() == "mine"
+
+
+def test_it_works_as_the_servers_user(app: Template) -> None:
+    """Not as root: whoever is a superuser in the server may put links where it works."""
+    begin(app)
+    status = dict(
+        line.split(":\t") for line in Path(f"/proc/{helper(app)}/status").read_text().splitlines()
+        if ":\t" in line
+    )  # fmt: skip
+    owner = str(app._works.server.data_dir.stat().st_uid)
+    assert status["Uid"].split() == [owner] * 4
+    assert status["Groups"].split() in ([], [str(one) for one in os.getgroups()])
+
+
+def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
+    begin(app)
+    pid, home = helper(app), app._works.server.data_dir.parent
+    cluster.stop()
+    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+    assert eventually(lambda: not home.exists())
+
+
+def test_databases_are_had_when_it_was_killed(app: Template) -> None:
+    begin(app)
+    pid = helper(app)
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: pid not in children(os.getpid()))
+    for number in range(3):
+        app._clones.make(f"later_{number}")
+        assert run(app, f"later_{number}", "SELECT count(*) FROM account") == [(500,)]
+        app._clones.dispose(f"later_{number}")
+
+
+def test_what_was_made_of_one_outlives_a_crash(app: Template) -> None:
+    """Recovery brings back what was committed in it, and does not copy the stub over it."""
+    begin(app)
+    app._clones.make("used")
+    place = directory(app, "used")
+    synchronous = "SET synchronous_commit = on"
+    run(app, "used", synchronous, "UPDATE account SET balance = 7", "CREATE TABLE more (a int)")
+    with psycopg.connect(app._works.info_of("used").uri) as connection:
+        os.kill(connection.info.backend_pid, signal.SIGKILL)
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT pg_sleep(60)")
+
+    def recovered() -> bool:
+        try:
+            return run(app, "used", "SELECT count(*) FROM more") == [(0,)]
+        except psycopg.OperationalError:
+            return False
+
+    assert eventually(recovered)
+    assert directory(app, "used") == place
+    assert run(app, "used", "SELECT DISTINCT balance FROM account") == [(7,)]
+    app._clones.dispose("used")
+    for number in range(2):
+        app._clones.make(f"later_{number}")
+        assert run(app, f"later_{number}", "SELECT sum(balance) FROM account") == [(125250,)]
+
+
+def test_who_is_in_it_is_ended(app: Template) -> None:
+    begin(app)
+    app._clones.make("used")
+    uri = app._works.info_of("used").uri
+    with psycopg.connect(uri) as stays:
+        stays.execute("SELECT 1")
+        app._clones.dispose("used")
+        with pytest.raises(psycopg.OperationalError):
+            stays.execute("SELECT 1")
+    names = {row[0] for row in run(app, "postgres", "SELECT datname FROM pg_database")}
+    assert "used" not in names
+    assert not any(name.startswith("gone") for name in names)
+
+
+def test_a_tablespace_is_left_alone(app: Template) -> None:
+    """The files of a template may be in several places then."""
+    place = app._works.server.data_dir.parent / "elsewhere"
+    place.mkdir()
+    identity.choose(None).own(place)
+    run(app, "postgres", f"CREATE TABLESPACE elsewhere LOCATION '{place}'")
+    begin(app)
+    assert shelves(app) == []
+    app._clones.make("later")
+    assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
+
+
+def test_kept_data_has_nothing_of_it(app: Template) -> None:
+    begin(app)
+    assert len(shelves(app)) == 1
+    app._clones.settle()
+    assert shelves(app) == []
+    rows = run(app, "postgres", "SELECT datname FROM pg_database WHERE datname LIKE 'stub%'")
+    assert rows == []
+    app._clones.make("later")
+    assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
