@@ -1,12 +1,18 @@
-"""A table of measurements: medians, spread, and ratios to one of them."""
+"""A table of measurements: medians, spread, and ratios to one of them; printed or kept."""
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
+
+
+class Failed(Exception):  # noqa: N818
+    """Why something could not be measured, in one line."""
 
 
 class Table:
-    """Samples in milliseconds by name; a way that did not work says why."""
+    """Samples by name, in milliseconds where nothing else is said; a way that failed says why."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -22,11 +28,20 @@ class Table:
     def show(self, base: str) -> None:
         """Print it; the ratio is how many times as long as `base` a way takes."""
         print(f"\n{self.title}\n{'':40}{'median':>9}{'min':>8}{'max':>8}{'ratio':>8}")
-        unit = statistics.median(self._samples[base])
+        unit = statistics.median(self._samples[base]) if base in self._samples else None
         for name, samples in self._samples.items():
             middle = statistics.median(samples)
-            print(
-                f"{name:40}{middle:9.1f}{min(samples):8.1f}{max(samples):8.1f}{middle / unit:8.2f}"
-            )
+            ratio = f"{middle / unit:8.2f}" if unit else f"{'':8}"
+            print(f"{name:40}{middle:9.1f}{min(samples):8.1f}{max(samples):8.1f}{ratio}")
         for name, reason in self._failed.items():
-            print(f"{name:40} did not work: {reason[:120]}")
+            print(f"{name:40} did not work: {' '.join(reason.split())[:120]}")
+
+    def keep(self, directory: Path, name: str, base: str) -> None:
+        """Write it to a file, for docs/plots.py."""
+        said = {
+            "title": self.title,
+            "base": base,
+            "samples": {way: [round(one, 3) for one in s] for way, s in self._samples.items()},
+            "failed": self._failed,
+        }
+        (directory / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")

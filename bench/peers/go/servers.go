@@ -1,0 +1,118 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	embedded "github.com/fergusstrange/embedded-postgres"
+	"github.com/rubenv/pgtest"
+)
+
+// startsServers is the part of a peer that has servers alone.
+type startsServers struct{}
+
+func (startsServers) prepare() error { return nil }
+
+func (startsServers) template(string) error {
+	return cannot("each of its databases is a server of its own, and it has no templates")
+}
+
+func (startsServers) database(string) (database, error)    { return database{}, errCannot }
+func (startsServers) settle(string) (time.Duration, error) { return 0, nil }
+func (startsServers) end() error                           { return nil }
+
+type pgtestPeer struct{ startsServers }
+
+// newPgtest sees that there is the locale that it asks for, whatever the machine has.
+func newPgtest() peer {
+	locales := filepath.Join(os.Getenv("BENCH_KEPT"), "locales")
+	if err := os.MkdirAll(locales, 0o755); err == nil {
+		made := exec.Command("localedef", "-i", "en_US", "-f", "UTF-8", filepath.Join(locales, "en_US.UTF-8"))
+		if made.Run() == nil {
+			os.Setenv("LOCPATH", locales)
+		}
+	}
+	return pgtestPeer{}
+}
+
+func (pgtestPeer) server() (server, error) {
+	place, err := os.MkdirTemp(os.Getenv("BENCH_PLACE"), "")
+	if err != nil {
+		return server{}, err
+	}
+	one, err := pgtest.New().From(os.Getenv("BENCH_BIN")).DataDir(place).Start()
+	if err != nil {
+		return server{}, err
+	}
+	// Its own connection is to a database of its own, which is the one to be used.
+	url := fmt.Sprintf("postgres://%s@/%s?host=%s&sslmode=disable", one.User, one.Name, one.Host)
+	return server{url, pidIn(place), []string{place}, func() error {
+		if err := one.Stop(); err != nil {
+			return err
+		}
+		return os.RemoveAll(place)
+	}}, nil
+}
+
+type embeddedPeer struct{ startsServers }
+
+func (embeddedPeer) server() (server, error) {
+	place, err := os.MkdirTemp(os.Getenv("BENCH_PLACE"), "")
+	if err != nil {
+		return server{}, err
+	}
+	port, err := freePort()
+	if err != nil {
+		return server{}, err
+	}
+	one := embedded.NewDatabase(embedded.DefaultConfig().
+		Port(uint32(port)).
+		BinariesPath(filepath.Dir(os.Getenv("BENCH_BIN"))).
+		RuntimePath(filepath.Join(place, "run")).
+		DataPath(filepath.Join(place, "data")).
+		StartParameters(map[string]string{
+			"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off",
+			"unix_socket_directories": place,
+		}).
+		StartTimeout(30 * time.Second).
+		Logger(nil))
+	if err := one.Start(); err != nil {
+		return server{}, err
+	}
+	url := fmt.Sprintf("postgres://postgres:postgres@127.0.0.1:%d/postgres?sslmode=disable", port)
+	return server{url, pidIn(filepath.Join(place, "data")), []string{place}, func() error {
+		if err := one.Stop(); err != nil {
+			return err
+		}
+		return os.RemoveAll(place)
+	}}, nil
+}
+
+// pidIn is the postmaster's, of which the data directory is somewhere in a place.
+func pidIn(place string) int {
+	found := 0
+	_ = filepath.Walk(place, func(path string, info os.FileInfo, err error) error {
+		if err == nil && info.Name() == "postmaster.pid" {
+			if text, err := os.ReadFile(path); err == nil {
+				found, _ = strconv.Atoi(strings.SplitN(string(text), "\n", 2)[0])
+			}
+		}
+		return nil
+	})
+	return found
+}
+
+func freePort() (int, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer listener.Close()
+	return listener.Addr().(*net.TCPAddr).Port, nil
+}

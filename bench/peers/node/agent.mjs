@@ -1,0 +1,215 @@
+// The agent for the peers in node: `agent.mjs PEER`. What it is asked and answers is in the README above.
+import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
+import { PGlite } from "@electric-sql/pglite";
+import pg from "pg";
+
+const REST_MS = 100; // ahead of a database that is asked for alone, so that one may be ready
+const WORK_MS = 25;
+const QUIET_MS = 200;
+const COUNT = "SELECT count(*)::int AS n FROM t0";
+const SERVER = process.env.BENCH_SERVER;
+
+class Cannot extends Error {}
+
+const TABLES = Array.from({ length: 50 }, (_, i) =>
+  [`CREATE TABLE t${i} (a int, b int, c int, d int)`, ..."abcd"].map((part, at) =>
+    at === 0 ? part : `CREATE INDEX ON t${i} (${part})`,
+  ).join(";"),
+).join(";");
+
+async function connected(url) {
+  const client = new pg.Client({ connectionString: url });
+  await client.connect();
+  return { query: (...words) => client.query(...words), close: () => client.end() };
+}
+
+async function makeTables(url) {
+  const client = await connected(url);
+  const { rows } = await client.query("SELECT to_regclass('t0') IS NOT NULL AS there");
+  if (!rows[0].there) await client.query(TABLES);
+  await client.close();
+}
+
+const named = (name) => SERVER.replace(/[^/]*$/, name);
+
+/** Instances in this process; each database is a clone of one with the tables. */
+class Lite {
+  #templates = {};
+
+  async prepare() {}
+  async server() {
+    const one = await PGlite.create();
+    return { query: (...words) => one.query(...words), close: () => one.close() };
+  }
+  async template(content) {
+    if (this.#templates[content]) return;
+    this.#templates[content] = await PGlite.create();
+    if (content === "fifty") await this.#templates[content].exec(TABLES);
+  }
+  async database(content) {
+    const one = await this.#templates[content].clone();
+    return { query: (...words) => one.query(...words), close: () => one.close() };
+  }
+  async settle() {
+    return 0;
+  }
+  async end() {
+    for (const one of Object.values(this.#templates)) await one.close();
+  }
+}
+
+class PgTemp {
+  #made = false;
+
+  async prepare() {}
+  async server() {
+    throw new Cannot("its server is the daemon");
+  }
+  async template(content) {
+    if (content !== "fifty" || this.#made) return;
+    this.#made = true; // whoever opens a template makes a new one
+    await makeTables(`${SERVER}~template`);
+  }
+  async database(content) {
+    return await connected(content === "fifty" ? SERVER : named(content));
+  }
+  /** Waits until the number of databases in their server stays; for how long it has. */
+  async settle(content) {
+    const watch = await this.database(content);
+    let before;
+    let changed = performance.now();
+    while (performance.now() - changed < QUIET_MS) {
+      const { rows } = await watch.query("SELECT count(*)::int AS n FROM pg_database");
+      if (rows[0].n !== before) changed = performance.now();
+      before = rows[0].n;
+      await sleep(1);
+    }
+    await watch.close();
+    return performance.now() - changed;
+  }
+  async end() {}
+}
+
+/** An old database. */
+class Direct {
+  async prepare() {
+    const client = await connected(SERVER);
+    await client.query("CREATE DATABASE old_fifty").catch((error) => {
+      if (error.code !== "42P04") throw error;
+    });
+    await client.close();
+    await makeTables(named("old_fifty"));
+  }
+  async server() {
+    throw new Cannot("it works on a server that is there");
+  }
+  async template() {}
+  async database() {
+    return await connected(named("old_fifty"));
+  }
+  async settle() {
+    return 0;
+  }
+  async end() {}
+}
+
+class Agent {
+  #held = [];
+
+  constructor(peer) {
+    this.peer = peer;
+  }
+
+  async obey([command, ...words]) {
+    switch (command) {
+      case "prepare":
+        await this.peer.prepare();
+        return {};
+      case "server":
+        return { ms: await this.#first(() => this.peer.server(), "SELECT 1") };
+      case "hold":
+        throw new Cannot("it has no process of its own");
+      case "database":
+        await this.peer.template("fifty");
+        await sleep(REST_MS);
+        return { ms: await this.#first(() => this.peer.database("fifty"), COUNT) };
+      case "keep":
+        await this.peer.template("fifty");
+        for (let i = 0; i < Number(words[0]); i++) this.#held.push(await this.peer.database("fifty"));
+        return {};
+      case "sustained":
+        return { ms: await this.#sustained(Number(words[0]), Number(words[1]), words[2]) };
+      case "suite":
+        return { ms: await this.#suite(Number(words[0]), words[1] === "waiting") };
+      default:
+        throw new Error(`no such command: ${command}`);
+    }
+  }
+
+  async #first(make, query) {
+    const begun = performance.now();
+    const one = await make();
+    await one.query(query);
+    const taken = performance.now() - begun;
+    await one.close();
+    return taken;
+  }
+
+  async #sustained(count, clients, content) {
+    await this.peer.template(content);
+    await this.#together(2 * clients + 8, clients, content);
+    await this.peer.settle(content);
+    const begun = performance.now();
+    await this.#together(count, clients, content);
+    const idle = await this.peer.settle(content);
+    return performance.now() - begun - idle;
+  }
+
+  async #together(count, clients, content) {
+    let left = count;
+    const client = async () => {
+      while (left-- > 0) {
+        const one = await this.peer.database(content);
+        await one.query("SELECT 1");
+        await one.close();
+      }
+    };
+    await Promise.all(Array.from({ length: clients }, client));
+  }
+
+  async #suite(count, waiting) {
+    await this.peer.template("fifty");
+    await this.#together(10, 1, "fifty");
+    await this.peer.settle("fifty");
+    const begun = performance.now();
+    for (let i = 0; i < count; i++) {
+      const one = await this.peer.database("fifty");
+      await one.query("INSERT INTO t0 VALUES ($1, 1, 1, 1)", [i]);
+      if (waiting) await sleep(WORK_MS);
+      const { rows } = await one.query(COUNT);
+      if (rows[0].n !== 1) throw new Error("the database is not fresh");
+      await one.close();
+    }
+    const idle = await this.peer.settle("fifty");
+    return performance.now() - begun - idle;
+  }
+
+  async end() {
+    for (const one of this.#held) await one.close();
+    await this.peer.end();
+  }
+}
+
+const PEERS = { pglite: Lite, pgtemp: PgTemp, direct: Direct };
+const agent = new Agent(new PEERS[process.argv[2]]());
+for await (const line of createInterface({ input: process.stdin })) {
+  let said;
+  try {
+    said = await agent.obey(line.trim().split(/\s+/));
+  } catch (error) {
+    said = { error: error instanceof Cannot ? `cannot: ${error.message}` : String(error) };
+  }
+  console.log(JSON.stringify(said));
+}
+await agent.end();

@@ -1,0 +1,88 @@
+//! The agent for the peers in Rust: `peers PEER`. What it is asked and answers is in `../README.md`.
+
+mod client;
+mod daemon;
+mod embedded;
+mod library;
+mod server;
+
+use std::env;
+use std::io::{self, BufRead, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+/// What a peer can be asked. The times are the peer's own to take, since only it knows where asking begins.
+trait Peer {
+    /// Does what may be done ahead.
+    async fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The time from nothing to the first row of a new server.
+    async fn server(&mut self) -> Result<Duration>;
+
+    /// The same, with a server that stays, and whatever else the answer says of it.
+    async fn hold(&mut self) -> Result<(Duration, Value)>;
+
+    /// The time for `count` fresh, empty databases, used by `clients` at once.
+    async fn sustained(&mut self, _count: usize, _clients: usize) -> Result<Duration> {
+        bail!("cannot: it starts servers, and has no databases of one server to give")
+    }
+
+    /// Takes away all that was started.
+    async fn end(self) -> Result<()>;
+}
+
+/// A directory that the environment names.
+fn directory(variable: &str) -> Result<PathBuf> {
+    let path = env::var_os(variable).with_context(|| format!("{variable} is not set"))?;
+    Ok(PathBuf::from(path))
+}
+
+async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let (taken, mut said) = match words[..] {
+        ["prepare"] => {
+            peer.prepare().await?;
+            return Ok(json!({}));
+        }
+        ["server"] => (peer.server().await?, json!({})),
+        ["hold"] => peer.hold().await?,
+        ["sustained", count, clients, "empty"] => {
+            let taken = peer.sustained(count.parse()?, clients.parse()?).await?;
+            (taken, json!({}))
+        }
+        ["database" | "keep" | "sustained" | "suite", ..] => {
+            bail!("cannot: it has no templates, and each of its databases is a server of its own")
+        }
+        _ => bail!("no such command: {command}"),
+    };
+    said["ms"] = json!(taken.as_secs_f64() * 1000.0);
+    Ok(said)
+}
+
+async fn serve(mut peer: impl Peer) -> Result<()> {
+    // Reading blocks, but only this thread: the connections that are held have theirs.
+    for command in io::stdin().lock().lines() {
+        let said = match answer(&mut peer, &command?).await {
+            Ok(said) => said,
+            Err(error) => json!({ "error": format!("{error:#}") }),
+        };
+        println!("{said}");
+        io::stdout().flush()?;
+    }
+    peer.end().await
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    match env::args().nth(1).as_deref() {
+        Some("pgtemp-rust") => serve(library::Library::new()?).await,
+        Some("pgtemp-rust-daemon") => serve(daemon::Daemon::new()?).await,
+        Some("postgresql-embedded") => serve(embedded::Embedded::new()?).await,
+        _ => bail!("usage: peers pgtemp-rust | pgtemp-rust-daemon | postgresql-embedded"),
+    }
+}
