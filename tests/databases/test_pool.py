@@ -15,6 +15,8 @@ from support import eventually
 class Counters:
     """Makes numbers; `gate` holds the makers back, `broken` lets them fail."""
 
+    recycles = False
+
     def __init__(self) -> None:
         self.made = 0
         self.ended: list[int] = []
@@ -152,4 +154,15 @@ def test_what_died_meanwhile_is_not_given_to_who_waits() -> None:
     pool.give_back(thing)
     kind.gate.set()
     assert waiting.result(5) != thing
+    pool.close()
+
+
+def test_what_is_to_be_ended_comes_first_where_that_makes_the_next_cheaper() -> None:
+    kind = Counters()
+    pool = Pool(kind, ready=1, pause=3600)  # an hour in which nothing is ended by itself
+    first = pool.claim().result(1)
+    kind.recycles = True
+    pool.retire(first)
+    pool.claim().result(1)
+    assert eventually(lambda: kind.ended == [first])
     pool.close()

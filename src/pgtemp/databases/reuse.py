@@ -64,6 +64,11 @@ class Reuse:
         self._changing = threading.Lock()
         self._talking = threading.Lock()
 
+    @property
+    def works(self) -> bool:
+        """Whether directories are put on the shelf."""
+        return self._channel is not None and not self._refused
+
     def owns(self, name: str) -> bool:
         """Whether a database of this name is the stub, or one that is about to be dropped."""
         return name == self._stub or name in self._leaving

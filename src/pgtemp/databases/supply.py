@@ -101,6 +101,8 @@ class Supply(Protocol):
 class Clusters:
     """A server each: names, roles and settings all private."""
 
+    recycles = False
+
     def __init__(
         self, plan: Plan, *, ready: int, attributes: str, announce: Callable[[str], None]
     ) -> None:
@@ -182,6 +184,11 @@ class Databases:
         self._closed = False
         self._moving = threading.Lock()
         self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_DATABASES)
+
+    @property
+    def recycles(self) -> bool:
+        current = self._current
+        return not self._keep and current is not None and current.recycles
 
     def provision(self) -> Place:
         for attempt in range(_TRIES):

@@ -49,6 +49,11 @@ class Clones:
         self.ahead: Callable[[str], Ahead] | None = None
         self._opened: dict[str, Ahead] = {}
 
+    @property
+    def recycles(self) -> bool:
+        """Whether a database that was dropped makes the next one cheaper."""
+        return self._reuse.works
+
     def provision(self) -> str:
         """A new database; its name."""
         name = unique_name(self._prefix)

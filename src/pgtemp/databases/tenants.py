@@ -62,6 +62,11 @@ class TenantCluster:
             raise
         self._roles = plan.users
 
+    @property
+    def recycles(self) -> bool:
+        """Whether a database that was dropped makes the next one cheaper."""
+        return not self._stale and self._clones.recycles
+
     def _owns(self, name: str) -> bool:
         return name in self.names or name in self.kept or self._clones.owns(name)
 

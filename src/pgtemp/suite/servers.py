@@ -27,6 +27,8 @@ class Servers:
         template: the template in it.
     """
 
+    recycles = False
+
     cluster: Callable[[], Cluster]
     template: Callable[[Cluster], Template]
 
