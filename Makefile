@@ -48,6 +48,8 @@ bench: $(READY)
 	@$(BIN)/python -m bench.relay || test $$? -eq 2  # 2: there is no HAProxy
 	@$(BIN)/python -m bench.suites
 	@$(BIN)/python -m bench.supervision
+	@$(BIN)/python -m bench.against_peers --keep .bench
+	@$(BIN)/python docs/peers.py .bench
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

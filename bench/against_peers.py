@@ -11,6 +11,7 @@ cannot be had, or cannot do something, stands in the table with the reason.
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import platform
 import re
@@ -93,6 +94,7 @@ SUITES = {
     "rollback, Go": Way("go", "rollback", "server"),
     "rollback, psycopg": Way("python", "rollback", "server"),
 }
+SLOW = ("PGlite, clone", "py-pglite, tables emptied")
 _PACE = 0.05  # seconds between databases that a pool can follow
 
 
@@ -141,14 +143,19 @@ class Run:
 
     def alternate(
         self, table: Table, agents: dict[str, Agent], command: str, *, unmeasured: int = 1,
-        rounds: int | None = None, per: float = 1,
+        rounds: int | None = None, count: int = 1,
     ) -> None:  # fmt: skip
-        """A sample of each in turn; the first rounds fill caches."""
+        """A sample of each in turn; the first rounds fill caches.
+
+        Args:
+            count: what stands for {} in the command, and divides the sample; less for the slow.
+        """
         for turn in range((rounds or self.rounds) + unmeasured):
             for name in list(agents):
                 time.sleep(_PACE)
+                some = max(1, count // 10) if name in SLOW else count
                 try:
-                    sample = agents[name].ms(command) / per
+                    sample = agents[name].ms(command.format(some)) / some
                 except Failed as error:
                     table.add(name, str(error))
                     del agents[name]
@@ -205,13 +212,13 @@ def sustained(run: Run, count: int) -> None:
         for clients in (1, 4, 16):
             table = Table(f"Sustained, {clients} clients, {content}: ms a database")
             with run.agents(DATABASES, table) as agents:
-                command = f"sustained {count} {clients} {content}"
-                run.alternate(table, agents, command, rounds=run.rounds // 2 or 1, per=count)
+                command = f"sustained {{}} {clients} {content}"
+                run.alternate(table, agents, command, count=count)
             run.done(table, f"sustained-{content}-{clients}", "CREATE + DROP, Go")
     table = Table("Sustained, a server each, 8 clients: ms a server")
     ways = {name: way for name, way in STARTS.items() if "daemon" in name}
     with run.agents(ways, table) as agents:
-        run.alternate(table, agents, f"sustained {count // 4} 8 empty", per=count // 4)
+        run.alternate(table, agents, "sustained {} 8 empty", count=count // 4)
     run.done(table, "sustained-servers", "pgtemp, daemon, a server each")
 
 
@@ -219,7 +226,7 @@ def suite(run: Run, tests: int) -> None:
     for kind in ("trivial", "waiting"):
         table = Table(f"A suite of {tests} {kind} tests, ms a test")
         with run.agents(SUITES, table) as agents:
-            run.alternate(table, agents, f"suite {tests} {kind}", rounds=3, unmeasured=0, per=tests)
+            run.alternate(table, agents, f"suite {{}} {kind}", rounds=3, unmeasured=0, count=tests)
         run.done(table, f"suite-{kind}", "CREATE + DROP, Go")
 
 
@@ -316,12 +323,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--leases", type=int, default=10000)
     parser.add_argument("--only", default="start,cold,database,sustained,suite,memory,leases,kill")
-    parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/plots.py")
+    parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}")
+    house = House(given.version)
+    machine = (
+        f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {house.release}, "
+        f"Python {platform.python_version()}, data on tmpfs, {datetime.date.today()}: "
+        f"`python -m bench.against_peers {' '.join(sys.argv[1:])}`."
+    )
+    print(machine)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
-    with Run(House(given.version), given.rounds, given.keep) as run:
+        (given.keep / "machine").write_text(machine + "\n")
+    with Run(house, given.rounds, given.keep) as run:
         measurements: dict[str, Callable[[], None]] = {
             "start": lambda: start(run),
             "cold": lambda: cold(run),

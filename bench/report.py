@@ -37,7 +37,7 @@ class Table:
             print(f"{name:40} did not work: {' '.join(reason.split())[:120]}")
 
     def keep(self, directory: Path, name: str, base: str) -> None:
-        """Write it to a file, for docs/plots.py."""
+        """Write it to a file, for docs/peers.py."""
         said = {
             "title": self.title,
             "base": base,

@@ -237,6 +237,16 @@ def test_a_tablespace_is_left_alone(app: Template) -> None:
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
 
 
+def test_a_standby_gets_all_the_files(app: Template) -> None:
+    """It replays the server's log, in which what is put there by hand does not stand."""
+    begin(app)
+    run(app, "postgres", "SELECT pg_create_physical_replication_slot('standby', true)")
+    app._clones.make("later")
+    assert shelves(app) == []
+    assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
+    run(app, "postgres", "SELECT pg_drop_replication_slot('standby')")
+
+
 def test_kept_data_has_nothing_of_it(app: Template) -> None:
     begin(app)
     assert len(shelves(app)) == 1

@@ -38,6 +38,11 @@ _AFTER = 4  # databases that are dropped in the usual way; who has no more needs
 _MOST, _MOST_BYTES = 4, 64 << 20  # directories on the shelf; of large ones, one
 _STUB_BYTES = 1 << 16
 _ANSWER_SECONDS = 60.0
+# Whoever replays the server's log would copy the stub, and have no files.
+_REPLAYED = """
+SELECT FROM pg_stat_get_wal_senders() UNION ALL
+SELECT FROM pg_get_replication_slots() WHERE slot_type = 'physical'
+"""
 _ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
 # What keeps a database from being renamed, or is ended only by who drops it in the usual way.
 _LEAVING = """
@@ -82,6 +87,9 @@ class Reuse:
             if not self._shelved:
                 return False
             self._shelved -= 1
+        if connection.execute(_REPLAYED).fetchone() is not None:
+            self.end(connection)
+            return False
         try:
             admin.clone(
                 connection, name, self._stub, self._owner, self._admins.closing,
