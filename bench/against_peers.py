@@ -325,6 +325,8 @@ def main() -> None:
     parser.add_argument("--only", default="start,cold,database,sustained,suite,memory,leases,kill")
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that what runs is taken away
+        signal.signal(number, signal.default_int_handler)
     house = House(given.version)
     machine = (
         f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {house.release}, "

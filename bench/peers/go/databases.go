@@ -42,34 +42,29 @@ func urlOf(name string) string {
 	return given[:strings.LastIndex(given, "/")+1] + name
 }
 
-// makeOnce makes an old database of that content; its name.
-func makeOnce(content string) (string, error) {
-	name := "old_" + content
+// makeOnce makes an old database of that content, unless there is one of that name.
+func makeOnce(name, content string) error {
 	connection, err := pgx.Connect(ctx, os.Getenv("BENCH_SERVER"))
 	if err != nil {
-		return "", err
+		return err
 	}
 	defer connection.Close(ctx)
 	var there bool
 	query := "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)"
 	if err := connection.QueryRow(ctx, query, name).Scan(&there); err != nil || there {
-		return name, err
+		return err
 	}
-	if _, err := connection.Exec(ctx, "CREATE DATABASE "+name); err != nil {
-		return "", err
+	if _, err := connection.Exec(ctx, "CREATE DATABASE "+name); err != nil || content == "empty" {
+		return err
 	}
-	if content == "fifty" {
-		err = tables(urlOf(name))
-	}
-	return name, err
+	return tables(urlOf(name))
 }
 
 // directPeer has an old database.
 type directPeer struct{ onServer }
 
 func (directPeer) template(content string) error {
-	_, err := makeOnce(content)
-	return err
+	return makeOnce("old_"+content, content)
 }
 
 func (directPeer) database(content string) (database, error) {
@@ -78,13 +73,22 @@ func (directPeer) database(content string) (database, error) {
 
 // rollbackPeer has one connection to an old database, and rolls back what tests do.
 type rollbackPeer struct {
-	directPeer
+	onServer
 	connection *pgx.Conn
+}
+
+// Others clone their old databases, which nobody may be connected to then.
+const rolledBack = "rolled_back"
+
+func (rollbackPeer) template(content string) error { return makeOnce(rolledBack, content) }
+
+func (rollbackPeer) database(string) (database, error) {
+	return database{urlOf(rolledBack), func() error { return nil }}, nil
 }
 
 func (p *rollbackPeer) test(do func(queryer) error) (err error) {
 	if p.connection == nil {
-		if p.connection, err = pgx.Connect(ctx, urlOf("old_fifty")); err != nil {
+		if p.connection, err = pgx.Connect(ctx, urlOf(rolledBack)); err != nil {
 			return err
 		}
 	}
@@ -116,8 +120,8 @@ func (p *barePeer) template(content string) error {
 	if p.stocks[content] != nil {
 		return nil
 	}
-	source, err := makeOnce(content)
-	if err != nil {
+	source := "bare_" + content
+	if err := makeOnce(source, content); err != nil {
 		return err
 	}
 	made := &stock{

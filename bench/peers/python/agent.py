@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TextIO
 
 import psycopg
 from peer import Cannot, Peer
+from pglite import Pglite
+from pgtemps import Clusters, Daemon
 from servers import SERVERS
 
 from databases import DATABASES
 
+PEERS = {
+    "pgtemp": Clusters,
+    "pgtemp-daemon": Daemon,
+    "py-pglite": Pglite,
+    **SERVERS,
+    **DATABASES,
+}
 REST_SECONDS = 0.1  # ahead of a database that is asked for alone, so that one may be ready
 WORK_SECONDS = 0.025
 COUNT = "SELECT count(*) FROM t0"
@@ -34,13 +43,13 @@ class Agent:
                 self._peer.prepare()
                 return {}
             case ["server"]:
-                return {"ms": self._timed(self._peer.server, lambda one: one.uri, "SELECT 1")}
+                return {"ms": self._server()}
             case ["hold"]:
                 return self._hold()
             case ["database"]:
                 self._peer.template("fifty")
                 time.sleep(REST_SECONDS)
-                return {"ms": self._timed(self._database, lambda uri: uri, COUNT)}
+                return {"ms": self._database()}
             case ["database-asyncpg"]:
                 self._peer.template("fifty")
                 time.sleep(REST_SECONDS)
@@ -48,12 +57,12 @@ class Agent:
             case ["keep", count]:
                 self._peer.template("fifty")
                 for _ in range(int(count)):
-                    self._held.enter_context(self._database())
+                    self._held.enter_context(self._peer.kept())
                 return {}
-            case ["sustained", count, clients, content]:
+            case ["sustained", count, clients, ("empty" | "fifty") as content]:
                 self._peer.template(content)
                 return {"ms": self._peer.sustained(int(count), int(clients), content)}
-            case ["suite", count, kind]:
+            case ["suite", count, ("trivial" | "waiting") as kind]:
                 self._peer.template("fifty")
                 return {"ms": self._suite(int(count), kind == "waiting")}
             case _:
@@ -63,29 +72,34 @@ class Agent:
         self._held.close()
         self._peer.end()
 
-    def _database(self) -> AbstractContextManager[str]:
-        return self._peer.database("fifty")
-
-    def _timed(
-        self, make: Callable[[], AbstractContextManager[Any]], uri: Callable[[Any], str], query: str
-    ) -> float:
+    def _server(self) -> float:
         begun = time.perf_counter()
-        with make() as one, psycopg.connect(uri(one)) as connection:
-            connection.execute(query).fetchone()  # type: ignore[arg-type]
+        with self._peer.server() as server, psycopg.connect(server.uri) as connection:
+            connection.execute("SELECT 1").fetchone()
             return (time.perf_counter() - begun) * 1000
 
     def _hold(self) -> dict[str, Any]:
         begun = time.perf_counter()
-        server = self._held.enter_context(self._peer.server())
-        with psycopg.connect(server.uri) as connection:
-            connection.execute("SELECT 1").fetchone()
-            taken = (time.perf_counter() - begun) * 1000
+        with ExitStack() as held:
+            server = held.enter_context(self._peer.server())
+            if server.pid is None:
+                raise Cannot("its servers are not its own to hold")
+            with psycopg.connect(server.uri) as connection:
+                connection.execute("SELECT 1").fetchone()
+                taken = (time.perf_counter() - begun) * 1000
+            self._held.push(held.pop_all())
         return {"ms": taken, "pid": server.pid, "places": server.places}
+
+    def _database(self) -> float:
+        begun = time.perf_counter()
+        with self._peer.connection("fifty") as connection:
+            connection.execute(COUNT).fetchone()
+            return (time.perf_counter() - begun) * 1000
 
     def _suite(self, count: int, waiting: bool) -> float:
         begun = time.perf_counter()
         for number in range(count):
-            with self._peer.connection("fifty") as connection:
+            with self._peer.test() as connection:
                 connection.execute("INSERT INTO t0 VALUES (%s, 1, 1, 1)", [number])
                 if waiting:
                     time.sleep(WORK_SECONDS)
@@ -94,10 +108,20 @@ class Agent:
         return (time.perf_counter() - begun) * 1000
 
 
+def conversation() -> tuple[TextIO, TextIO]:
+    """Where commands come from and answers go; nothing that a peer starts reads or writes there."""
+    commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return commands, answers
+
+
 def main() -> None:
-    agent = Agent({**SERVERS, **DATABASES}[sys.argv[1]]())
-    answers, sys.stdout = sys.stdout, sys.stderr  # peers print
-    for line in sys.stdin:
+    commands, answers = conversation()
+    agent = Agent(PEERS[sys.argv[1]]())
+    for line in commands:
         try:
             said = agent.obey(line.split())
         except Cannot as error:

@@ -1,267 +1,195 @@
-"""Peers that have databases, of a server that is there or of their own."""
+"""Peers that have databases on a server that is there."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count as numbers
 from typing import Any
 
 import psycopg
-from peer import (
-    BIN,
-    KEPT,
-    PLACE,
-    SERVER,
-    Cannot,
-    Peer,
-    Server,
-    tables,
-)
-from servers import Library, PytestPostgresql
-
-from pgtemp import Cluster, Template
+from peer import BIN, SERVER, Cannot, Peer, tables
+from servers import PytestPostgresql
 
 
-class Clusters(Library):
-    """pgtemp's library."""
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
-        self._templates: dict[str, Template] = {}
-
-    def template(self, content: str) -> None:
-        if not self._templates:
-            self._cluster = self._open.enter_context(Cluster(bin_dir=BIN))
-        if content not in self._templates:
-            build = tables if content == "fifty" else lambda uri: None
-            self._templates[content] = self._cluster.template(content, build=build)
-
-    @contextmanager
-    def database(self, content: str) -> Iterator[str]:
-        with self._templates[content].database() as db:
-            yield db.uri
-
-    @contextmanager
-    def connection(self, content: str) -> Iterator[psycopg.Connection[Any]]:
-        with self._templates[content].database() as db, db.connect() as connection:
-            yield connection
-
-    def watch(self, content: str) -> str | None:
-        return self._cluster.info.uri
-
-    def end(self) -> None:
-        self._open.close()
+def url_of(name: str) -> str:
+    return f"{SERVER.rpartition('/')[0]}/{name}"
 
 
-class Daemon(Peer):
-    """pgtemp's daemon, entered with what Python enters with."""
-
-    def __init__(self) -> None:
-        self._there: set[str] = set()
-
-    def _uri(self, content: str) -> str:
-        return SERVER if content == "fifty" else SERVER.replace("/app", "/empty")
-
-    def template(self, content: str) -> None:
-        if content == "fifty" and content not in self._there:
-            with psycopg.connect(f"{SERVER}~template") as connection:
-                found = connection.execute("SELECT 1 FROM pg_tables WHERE tablename = 't0'")
-                if found.fetchone() is None:
-                    connection.close()
-                    tables(f"{SERVER}~template")
-        self._there.add(content)
-
-    @contextmanager
-    def server(self) -> Iterator[Server]:
-        yield Server(SERVER, 0, [])
-
-    @contextmanager
-    def database(self, content: str) -> Iterator[str]:
-        yield self._uri(content)
-
-    def watch(self, content: str) -> str | None:
-        """A connection of one's own is in the same server, unless each has one."""
-        uri = self._uri(content)
-        identifier = "SELECT system_identifier FROM pg_control_system()"
-        with psycopg.connect(uri) as one, psycopg.connect(uri) as other:
-            same = one.execute(identifier).fetchone() == other.execute(identifier).fetchone()
-        return uri if same else None
-
-
-class Direct(Peer):
-    """An old database."""
-
-    def template(self, content: str) -> None:
-        make_once(content)
-
-    @contextmanager
-    def database(self, content: str) -> Iterator[str]:
-        yield f"{SERVER.rpartition('/')[0]}/old_{content}"
-
-    def sustained(self, count: int, clients: int, content: str) -> float:
-        raise Cannot("its database is an old one")
-
-
-class RolledBack(Direct):
-    """One connection to an old database, rolled back after each test."""
-
-    @contextmanager
-    def connection(self, content: str) -> Iterator[psycopg.Connection[Any]]:
-        if not hasattr(self, "_connection"):
-            self._connection = psycopg.connect(f"{SERVER.rpartition('/')[0]}/old_{content}")
-        yield self._connection
-        self._connection.rollback()
-
-
-class Janitor(PytestPostgresql):
-    """pytest-postgresql's way on a server that is there, as its client fixture does it."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def template(self, content: str) -> None:
-        make_once(content)
-
-    @contextmanager
-    def database(self, content: str) -> Iterator[str]:
-        from pytest_postgresql.janitor import DatabaseJanitor
-
-        self._number += 1
-        name = f"janitor_{os.getpid()}_{self._number}"
-        host, _, port = SERVER.rpartition("/")[0].rpartition("@")[2].partition(":")
-        with psycopg.connect(SERVER) as connection:
-            version = str(connection.info.server_version // 10000)
-        with DatabaseJanitor(
-            user="postgres", host=host, port=port, version=version, dbname=name,
-            template_dbname=f"old_{content}",
-        ):  # fmt: skip
-            yield f"postgresql://postgres@{host}:{port}/{name}"
-
-
-class Psql(Peer):
-    """One psql that is told to make and drop databases, in the quickest way there is."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def template(self, content: str) -> None:
-        make_once(content)
-
-    def _psql(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [BIN / "psql", "-qAtX", SERVER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-
-    @contextmanager
-    def database(self, content: str) -> Iterator[str]:
-        self._number += 1
-        name = f"psql_{os.getpid()}_{self._number}"
-        if not hasattr(self, "_running"):
-            self._running = self._psql()
-        assert self._running.stdin is not None and self._running.stdout is not None
-        create = f"CREATE DATABASE {name} TEMPLATE old_{content} STRATEGY file_copy;\n"
-        for statement, after in ((create, None), (f"DROP DATABASE {name};\n", "dropped")):
-            self._running.stdin.write(f"{statement}\\echo done\n")
-            self._running.stdin.flush()
-            self._running.stdout.readline()
-            if after is None:
-                yield f"{SERVER.rpartition('/')[0]}/{name}"
-
-    def sustained(self, count: int, clients: int, content: str) -> float:
-        """As many programs as clients; nobody connects to what they make."""
-        scripts = []
-        for client in range(clients):
-            names = [f"psql_{os.getpid()}_{client}_{i}" for i in range(count // clients)]
-            scripts.append("".join(
-                f"CREATE DATABASE {name} TEMPLATE old_{content} STRATEGY file_copy;\n"
-                f"DROP DATABASE {name};\n" for name in names
-            ))  # fmt: skip
-        begun = time.perf_counter()
-        running = [self._psql() for _ in range(clients)]
-        for one, script in zip(running, scripts, strict=True):
-            assert one.stdin is not None
-            one.stdin.write(script)
-            one.stdin.close()
-        if any(one.wait() for one in running):
-            raise RuntimeError("psql has failed")
-        return (time.perf_counter() - begun) * 1000
-
-    def end(self) -> None:
-        if hasattr(self, "_running"):
-            self._running.communicate()
-
-
-class Pglite(Peer):
-    """py-pglite: PGlite in node, behind a socket; its tables are emptied before each test."""
-
-    def prepare(self) -> None:
-        with self.server():
-            pass
-
-    @contextmanager
-    def server(self) -> Iterator[Server]:
-        from py_pglite import PGliteConfig, PGliteManager
-
-        work = Path(tempfile.mkdtemp(dir=PLACE))
-        installed = KEPT / "node_modules"
-        if installed.exists():
-            (work / "node_modules").symlink_to(installed)
-        with PGliteManager(PGliteConfig(work_dir=work)) as manager:
-            if not installed.exists():
-                (work / "node_modules").rename(installed)
-            manager.wait_for_ready()
-            process = manager.process
-            assert process is not None
-            yield Server(manager.get_psycopg_uri(), process.pid, [])
-
-    def template(self, content: str) -> None:
-        if not hasattr(self, "_open"):
-            self._open = ExitStack()
-            self._uri = self._open.enter_context(self.server()).uri
-            tables(self._uri)
-
-    def database(self, content: str) -> Any:
-        raise Cannot("it has one database")
-
-    def sustained(self, count: int, clients: int, content: str) -> float:
-        raise Cannot("it has one database")
-
-    @contextmanager
-    def connection(self, content: str) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self._uri) as connection:
-            connection.execute("TRUNCATE " + ", ".join(f"t{i}" for i in range(50)))
-            yield connection
-
-    def end(self) -> None:
-        if hasattr(self, "_open"):
-            self._open.close()
-
-
-def make_once(content: str) -> None:
-    """An old database of that content on the server."""
-    name = f"old_{content}"
+def make_once(name: str, content: str) -> None:
+    """A database of that content on the server, which others may have made."""
     with psycopg.connect(SERVER, autocommit=True) as connection:
         try:
             connection.execute(f"CREATE DATABASE {name}".encode())
         except psycopg.errors.DuplicateDatabase:
             return
         if content == "fifty":
-            tables(f"{SERVER.rpartition('/')[0]}/{name}")
+            tables(url_of(name))
         connection.execute("CHECKPOINT")
 
 
+class Old(Peer):
+    """An old database, which is nobody's template: there may be somebody in it."""
+
+    name = "python_old"
+
+    def template(self, content: str) -> None:
+        make_once(self.name, "fifty")
+
+    def database(self, content: str) -> AbstractContextManager[str]:
+        raise Cannot("its database is an old one")
+
+    def kept(self) -> AbstractContextManager[Any]:
+        raise Cannot("its database is an old one")
+
+    def sustained(self, count: int, clients: int, content: str) -> float:
+        raise Cannot("its database is an old one")
+
+    def test(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+        raise Cannot("its database is an old one")
+
+
+class Direct(Old):
+    """A connection to it, to compare with."""
+
+    @contextmanager
+    def database(self, content: str) -> Iterator[str]:
+        yield url_of(self.name)
+
+
+class RolledBack(Old):
+    """One connection to it, rolled back after each test."""
+
+    def __init__(self) -> None:
+        self._connection: psycopg.Connection[Any] | None = None
+
+    @contextmanager
+    def test(self) -> Iterator[psycopg.Connection[Any]]:
+        if self._connection is None:
+            self._connection = psycopg.connect(url_of(self.name))
+        yield self._connection
+        self._connection.rollback()
+
+    def end(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+class Cloned(Peer):
+    """What is made of a template by CREATE DATABASE. Nobody ever stays in the template."""
+
+    def __init__(self) -> None:
+        self._numbers = numbers()
+
+    def template(self, content: str) -> None:
+        make_once(f"python_{content}", content)
+
+    def name(self) -> str:
+        return f"python_{os.getpid()}_{next(self._numbers)}"
+
+
+class Janitor(Cloned, PytestPostgresql):
+    """pytest-postgresql's way on a server that is there, as its client fixture does it."""
+
+    def __init__(self) -> None:
+        Cloned.__init__(self)
+        PytestPostgresql.__init__(self)
+        from pytest_postgresql.janitor import DatabaseJanitor
+
+        self._janitor = DatabaseJanitor
+
+    @contextmanager
+    def database(self, content: str) -> Iterator[str]:
+        name = self.name()
+        host, _, port = SERVER.rpartition("/")[0].rpartition("@")[2].partition(":")
+        with self._janitor(
+            user="postgres", host=host, port=port, dbname=name, template_dbname=f"python_{content}"
+        ):
+            yield url_of(name)
+
+
+class Psql(Cloned):
+    """psql that is told to make and drop databases, in the quickest way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: subprocess.Popen[str] | None = None
+
+    def template(self, content: str) -> None:
+        super().template(content)
+        if self._running is None:
+            self._running = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        """One that is connected."""
+        running = subprocess.Popen(
+            [BIN / "psql", "-qAtX", "-v", "ON_ERROR_STOP=1", SERVER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self._tell(running, "")
+        return running
+
+    def _tell(self, psql: subprocess.Popen[str], statement: str) -> None:
+        """Have a statement done."""
+        assert psql.stdin is not None and psql.stdout is not None
+        psql.stdin.write(f"{statement}\n\\echo done\n")
+        if psql.stdout.readline() != "done\n":
+            raise RuntimeError("psql has failed")
+
+    @contextmanager
+    def database(self, content: str) -> Iterator[str]:
+        assert self._running is not None
+        name = self.name()
+        self._tell(self._running, create(name, content))
+        try:
+            yield url_of(name)
+        finally:
+            # DROP DATABASE sleeps for 100 ms where it still finds a connection.
+            self._tell(self._running, f"{until_left(name)} {drop(name)}")
+
+    def sustained(self, count: int, clients: int, content: str) -> float:
+        """As many programs as clients; nobody connects to what they make."""
+        scripts = [""] * clients
+        for i in range(count):
+            name = self.name()
+            scripts[i % clients] += f"{create(name, content)}\n{drop(name)}\n"
+        running = [self._start() for _ in range(clients)]
+        with ThreadPoolExecutor(clients) as threads:
+            begun = time.perf_counter()
+            list(threads.map(lambda psql, script: psql.communicate(script), running, scripts))
+            taken = (time.perf_counter() - begun) * 1000
+        if any(psql.returncode for psql in running):
+            raise RuntimeError("psql has failed")
+        return taken
+
+    def end(self) -> None:
+        if self._running is not None:
+            self._running.communicate()
+
+
+def create(name: str, content: str) -> str:
+    return f"CREATE DATABASE {name} TEMPLATE python_{content} STRATEGY file_copy;"
+
+
+def drop(name: str) -> str:
+    return f"DROP DATABASE {name};"
+
+
+def until_left(name: str) -> str:
+    """A statement that waits until nobody is connected to a database."""
+    return (
+        f"DO $$ BEGIN WHILE EXISTS (SELECT FROM pg_stat_activity WHERE datname = '{name}') LOOP "
+        "PERFORM pg_sleep(0.0005), pg_stat_clear_snapshot(); END LOOP; END $$;"
+    )
+
+
 DATABASES: dict[str, Callable[[], Peer]] = {
-    "pgtemp": Clusters,
-    "pgtemp-daemon": Daemon,
     "direct": Direct,
     "rollback": RolledBack,
     "pytest-postgresql": Janitor,
     "bare-psql": Psql,
-    "py-pglite": Pglite,
 }

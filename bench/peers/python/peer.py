@@ -26,10 +26,14 @@ class Cannot(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs: its URL, its postmaster, and the directories that were made for it."""
+    """One that runs: its URL, its postmaster, and the directories that were made for it.
+
+    Attributes:
+        pid: None where it is not the peer's to hold.
+    """
 
     uri: str
-    pid: int
+    pid: int | None
     places: list[str]
 
 
@@ -40,14 +44,21 @@ def pid_of(data: Path) -> int:
 def tables(uri: str) -> None:
     """The fifty tables."""
     with psycopg.connect(uri) as connection:
-        for i in range(50):
-            connection.execute(f"CREATE TABLE t{i} (a int, b int, c int, d int)".encode())
-            for column in "abcd":
-                connection.execute(f"CREATE INDEX ON t{i} ({column})".encode())
+        make_tables(connection)
+
+
+def make_tables(connection: psycopg.Connection[Any]) -> None:
+    for i in range(50):
+        connection.execute(f"CREATE TABLE t{i} (a int, b int, c int, d int)".encode())
+        for column in "abcd":
+            connection.execute(f"CREATE INDEX ON t{i} ({column})".encode())
 
 
 class Peer:
-    """One of the peers; a method that is left out is something that it cannot do."""
+    """One of the peers; a method that is left out is something that it cannot do.
+
+    What a peer has to import is imported when it is made, so that it is in no time.
+    """
 
     def prepare(self) -> None:
         """Do what may be done ahead."""
@@ -64,8 +75,17 @@ class Peer:
 
     @contextmanager
     def connection(self, content: str) -> Iterator[psycopg.Connection[Any]]:
+        """The usual connection to a fresh database."""
         with self.database(content) as uri, psycopg.connect(uri) as connection:
             yield connection
+
+    def test(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """What a test of a suite gets."""
+        return self.connection("fifty")
+
+    def kept(self) -> AbstractContextManager[Any]:
+        """A database that stays, with as few connections as there can be."""
+        return self.database("fifty")
 
     def sustained(self, count: int, clients: int, content: str) -> float:
         self.use(2 * clients + 8, clients, content)  # so that as many are kept ready as will be
@@ -94,18 +114,18 @@ class Peer:
             list(threads.map(one, range(count)))
 
     def asyncpg(self, query: str) -> float:
-        """Milliseconds to the first row in a fresh database, by asyncpg."""
+        """Milliseconds from asking for a fresh database to its first row, by asyncpg."""
 
-        async def ask(uri: str) -> float:
+        async def ask() -> float:
             begun = time.perf_counter()
-            connection = await asyncpg.connect(uri)
-            await connection.fetchval(query)
-            taken = (time.perf_counter() - begun) * 1000
-            await connection.close()
+            with self.database("fifty") as uri:
+                connection = await asyncpg.connect(uri)
+                await connection.fetchval(query)
+                taken = (time.perf_counter() - begun) * 1000
+                await connection.close()
             return taken
 
-        with self.database("fifty") as uri:
-            return asyncio.run(ask(uri))
+        return asyncio.run(ask())
 
     def end(self) -> None:
         """Take away what is there still."""
