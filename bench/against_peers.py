@@ -88,8 +88,7 @@ DIRECT = {
     "pgx": (Way("go", "direct", "server"), Way("go", "pgtemp", "daemon"), "database"),
 }  # fmt: skip
 SUITES = {
-    "CREATE + DROP, Go": DATABASES["CREATE + DROP, Go"],
-    **{name: way for name, way in DATABASES.items() if name != "pgtemp, Cluster"},
+    **DATABASES,
     "py-pglite, tables emptied": Way("python", "py-pglite"),
     "rollback, Go": Way("go", "rollback", "server"),
     "rollback, psycopg": Way("python", "rollback", "server"),
