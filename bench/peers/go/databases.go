@@ -2,11 +2,8 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -33,6 +30,7 @@ func (onServer) server() (server, error) {
 	return server{}, cannot("it works on a server that is there")
 }
 
+func (onServer) unkept() string                       { return "" }
 func (onServer) settle(string) (time.Duration, error) { return 0, nil }
 func (onServer) end() error                           { return nil }
 
@@ -71,6 +69,8 @@ func (directPeer) database(content string) (database, error) {
 	return database{urlOf("old_" + content), func() error { return nil }}, nil
 }
 
+func (directPeer) unkept() string { return "it has one database" }
+
 // rollbackPeer has one connection to an old database, and rolls back what tests do.
 type rollbackPeer struct {
 	onServer
@@ -99,100 +99,6 @@ func (p *rollbackPeer) test(do func(queryer) error) (err error) {
 	return errors.Join(do(transaction), transaction.Rollback(ctx))
 }
 
-// barePeer is the floor: two connections that make databases ahead and drop those that were used.
-type barePeer struct {
-	onServer
-	stocks map[string]*stock
-}
-
-type stock struct {
-	ready   chan string
-	used    chan string
-	dropped sync.WaitGroup
-	failed  chan error
-}
-
-const creators = 2
-
-var numbered atomic.Int64
-
-func (p *barePeer) template(content string) error {
-	if p.stocks[content] != nil {
-		return nil
-	}
-	source := "bare_" + content
-	if err := makeOnce(source, content); err != nil {
-		return err
-	}
-	made := &stock{
-		ready: make(chan string, creators), used: make(chan string, 4096), failed: make(chan error, creators),
-	}
-	for range creators {
-		connection, err := pgx.Connect(ctx, os.Getenv("BENCH_SERVER"))
-		if err != nil {
-			return err
-		}
-		go made.serve(connection, source)
-	}
-	if p.stocks == nil {
-		p.stocks = map[string]*stock{}
-	}
-	p.stocks[content] = made
-	return nil
-}
-
-// serve drops what was used as soon as there is anything, and makes what is wanted otherwise.
-func (s *stock) serve(connection *pgx.Conn, source string) {
-	defer connection.Close(ctx)
-	for {
-		name := fmt.Sprintf("bare_%d_%d", os.Getpid(), numbered.Add(1))
-		create := fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s STRATEGY file_copy", name, source)
-		for {
-			// Two connections at once may want the same source.
-			_, err := connection.Exec(ctx, create)
-			if err == nil {
-				break
-			}
-			if !strings.Contains(err.Error(), "55006") {
-				s.failed <- err
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-		for waiting := true; waiting; {
-			select {
-			case s.ready <- name:
-				waiting = false
-			case used := <-s.used:
-				if _, err := connection.Exec(ctx, "DROP DATABASE "+used+" WITH (FORCE)"); err != nil {
-					s.failed <- err
-					return
-				}
-				s.dropped.Done()
-			}
-		}
-	}
-}
-
-func (p *barePeer) database(content string) (database, error) {
-	from := p.stocks[content]
-	select {
-	case err := <-from.failed:
-		return database{}, err
-	case name := <-from.ready:
-		return database{urlOf(name), func() error {
-			from.dropped.Add(1)
-			from.used <- name
-			return nil
-		}}, nil
-	}
-}
-
-func (p *barePeer) settle(content string) (time.Duration, error) {
-	p.stocks[content].dropped.Wait()
-	return 0, nil
-}
-
 // pgtempPeer is pgtemp's daemon.
 type pgtempPeer struct {
 	onServer
@@ -216,22 +122,31 @@ func (p *pgtempPeer) database(content string) (database, error) {
 	return database{url, func() error { return nil }}, nil
 }
 
-const quiet = 200 * time.Millisecond
+func (*pgtempPeer) unkept() string { return "its databases are there as long as their connections" }
 
-// settle waits until the number of databases in the server that these come from stays what it is.
 func (p *pgtempPeer) settle(content string) (time.Duration, error) {
 	one, err := p.database(content)
 	if err != nil {
 		return 0, err
 	}
-	watch, err := pgx.Connect(ctx, one.url)
+	return standstill(one.url, "%")
+}
+
+// More than twice as long as DROP DATABASE sleeps where a connection is only just going away.
+const quiet = 300 * time.Millisecond
+
+// standstill waits until the databases of such names, in the server of that URL, stay the same; for
+// how long they have.
+func standstill(url, names string) (time.Duration, error) {
+	watch, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return 0, err
 	}
 	defer watch.Close(ctx)
-	var before, now int
+	var before, now string
+	query := "SELECT count(*) || ' ' || coalesce(max(oid::int8), 0) FROM pg_database WHERE datname LIKE $1"
 	for changed := time.Now(); ; time.Sleep(time.Millisecond) {
-		if err := watch.QueryRow(ctx, "SELECT count(*) FROM pg_database").Scan(&now); err != nil {
+		if err := watch.QueryRow(ctx, query, names).Scan(&now); err != nil {
 			return 0, err
 		}
 		if now != before {

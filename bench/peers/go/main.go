@@ -10,10 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 const (
@@ -32,10 +29,10 @@ func cannot(why string) error { return fmt.Errorf("%w: %s", errCannot, why) }
 
 // A server that runs.
 type server struct {
-	url    string
-	pid    int
-	places []string
-	stop   func() error
+	url   string
+	data  string
+	place string // all that it has
+	stop  func() error
 }
 
 // A database that somebody has.
@@ -50,6 +47,8 @@ type peer interface {
 	server() (server, error)
 	template(content string) error
 	database(content string) (database, error)
+	// unkept is why its databases do not stay without a connection, or nothing.
+	unkept() string
 	// settle waits until all that was given back is dropped, where giving back does not wait; for
 	// how long it has waited more than that.
 	settle(content string) (time.Duration, error)
@@ -63,160 +62,37 @@ type agent struct {
 }
 
 func (a *agent) answer(words []string) (map[string]any, error) {
-	command, rest := words[0], words[1:]
+	said := map[string]any{}
 	var taken time.Duration
 	var err error
-	said := map[string]any{}
-	switch command {
+	switch words[0] {
 	case "prepare":
 		return said, a.peer.prepare()
 	case "server", "hold":
 		var one server
-		begun := time.Now()
-		if one, err = a.peer.server(); err != nil {
+		if one, taken, err = a.server(); err != nil {
 			return nil, err
 		}
-		if err = ask(one.url, "SELECT 1"); err != nil {
-			return nil, errors.Join(err, one.stop())
-		}
-		taken = time.Since(begun)
-		if command == "server" {
+		if words[0] == "server" {
 			err = one.stop()
-		} else {
-			a.servers = append(a.servers, one)
-			said["pid"], said["places"] = one.pid, one.places
+			break
 		}
+		a.servers = append(a.servers, one)
+		said["places"] = []string{one.place}
+		said["pid"], err = one.postmaster()
 	case "database":
 		taken, err = a.database()
 	case "keep":
-		return said, a.keep(number(rest[0]))
+		return said, a.keep(number(words[1]))
 	case "sustained":
-		taken, err = a.sustained(number(rest[0]), number(rest[1]), rest[2])
+		taken, err = a.sustained(number(words[1]), number(words[2]), words[3])
 	case "suite":
-		taken, err = a.suite(number(rest[0]), rest[1] == "waiting")
+		taken, err = a.suite(number(words[1]), words[2] == "waiting")
 	default:
-		err = fmt.Errorf("no such command: %s", command)
+		err = fmt.Errorf("no such command: %s", words[0])
 	}
 	said["ms"] = taken.Seconds() * 1000
 	return said, err
-}
-
-func (a *agent) database() (time.Duration, error) {
-	if err := a.peer.template("fifty"); err != nil {
-		return 0, err
-	}
-	time.Sleep(rest)
-	begun := time.Now()
-	one, err := a.peer.database("fifty")
-	if err != nil {
-		return 0, err
-	}
-	connection, err := pgx.Connect(ctx, one.url)
-	if err != nil {
-		return 0, err
-	}
-	var rows int
-	err = connection.QueryRow(ctx, countAll).Scan(&rows)
-	taken := time.Since(begun)
-	return taken, errors.Join(err, connection.Close(ctx), one.giveUp())
-}
-
-func (a *agent) keep(count int) error {
-	if err := a.peer.template("fifty"); err != nil {
-		return err
-	}
-	for range count {
-		one, err := a.peer.database("fifty")
-		if err != nil {
-			return err
-		}
-		a.held = append(a.held, one)
-	}
-	return nil
-}
-
-func (a *agent) sustained(count, clients int, content string) (time.Duration, error) {
-	if err := a.peer.template(content); err != nil {
-		return 0, err
-	}
-	return a.together(count, clients, content)
-}
-
-// together has and gives back so many databases, by so many clients at once; the first are not timed.
-func (a *agent) together(count, clients int, content string) (time.Duration, error) {
-	if err := a.use(2*clients+8, clients, content); err != nil {
-		return 0, err
-	}
-	if _, err := a.peer.settle(content); err != nil {
-		return 0, err
-	}
-	begun := time.Now()
-	if err := a.use(count, clients, content); err != nil {
-		return 0, err
-	}
-	idle, err := a.peer.settle(content)
-	return time.Since(begun) - idle, err
-}
-
-func (a *agent) use(count, clients int, content string) error {
-	todo, failed := make(chan int), make([]error, clients)
-	var running sync.WaitGroup
-	for client := range clients {
-		running.Add(1)
-		go func() {
-			defer running.Done()
-			for range todo {
-				one, err := a.peer.database(content)
-				if err == nil {
-					err = errors.Join(ask(one.url, "SELECT 1"), one.giveUp())
-				}
-				failed[client] = errors.Join(failed[client], err)
-			}
-		}()
-	}
-	for i := range count {
-		todo <- i
-	}
-	close(todo)
-	running.Wait()
-	return errors.Join(failed...)
-}
-
-func (a *agent) suite(count int, waiting bool) (time.Duration, error) {
-	if err := a.peer.template("fifty"); err != nil {
-		return 0, err
-	}
-	if err := a.use(8, 1, "fifty"); err != nil {
-		return 0, err
-	}
-	if _, err := a.peer.settle("fifty"); err != nil {
-		return 0, err
-	}
-	begun := time.Now()
-	for i := range count {
-		if err := a.test(i, waiting); err != nil {
-			return 0, err
-		}
-	}
-	idle, err := a.peer.settle("fifty")
-	return time.Since(begun) - idle, err
-}
-
-func (a *agent) test(number int, waiting bool) error {
-	if in, ok := a.peer.(interface {
-		test(func(queryer) error) error
-	}); ok { // it has no database a test
-		return in.test(func(q queryer) error { return body(q, number, waiting) })
-	}
-	one, err := a.peer.database("fifty")
-	if err != nil {
-		return err
-	}
-	connection, err := pgx.Connect(ctx, one.url)
-	if err != nil {
-		return err
-	}
-	return errors.Join(body(connection, number, waiting), connection.Close(ctx), one.giveUp())
 }
 
 func number(text string) int {

@@ -23,6 +23,7 @@ func (startsServers) template(string) error {
 	return cannot("each of its databases is a server of its own, and it has no templates")
 }
 
+func (startsServers) unkept() string                       { return "" }
 func (startsServers) database(string) (database, error)    { return database{}, errCannot }
 func (startsServers) settle(string) (time.Duration, error) { return 0, nil }
 func (startsServers) end() error                           { return nil }
@@ -52,7 +53,7 @@ func (pgtestPeer) server() (server, error) {
 	}
 	// Its own connection is to a database of its own, which is the one to be used.
 	url := fmt.Sprintf("postgres://%s@/%s?host=%s&sslmode=disable", one.User, one.Name, one.Host)
-	return server{url, pidIn(place), []string{place}, func() error {
+	return server{url, filepath.Join(place, "data"), place, func() error {
 		if err := one.Stop(); err != nil {
 			return err
 		}
@@ -86,7 +87,7 @@ func (embeddedPeer) server() (server, error) {
 		return server{}, err
 	}
 	url := fmt.Sprintf("postgres://postgres:postgres@127.0.0.1:%d/postgres?sslmode=disable", port)
-	return server{url, pidIn(filepath.Join(place, "data")), []string{place}, func() error {
+	return server{url, filepath.Join(place, "data"), place, func() error {
 		if err := one.Stop(); err != nil {
 			return err
 		}
@@ -94,18 +95,14 @@ func (embeddedPeer) server() (server, error) {
 	}}, nil
 }
 
-// pidIn is the postmaster's, of which the data directory is somewhere in a place.
-func pidIn(place string) int {
-	found := 0
-	_ = filepath.Walk(place, func(path string, info os.FileInfo, err error) error {
-		if err == nil && info.Name() == "postmaster.pid" {
-			if text, err := os.ReadFile(path); err == nil {
-				found, _ = strconv.Atoi(strings.SplitN(string(text), "\n", 2)[0])
-			}
-		}
-		return nil
-	})
-	return found
+// postmaster is the pid of a server.
+func (s server) postmaster() (int, error) {
+	text, err := os.ReadFile(filepath.Join(s.data, "postmaster.pid"))
+	if err != nil {
+		return 0, err
+	}
+	first, _, _ := strings.Cut(string(text), "\n")
+	return strconv.Atoi(first)
 }
 
 func freePort() (int, error) {

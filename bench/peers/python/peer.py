@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +89,21 @@ class Peer:
 
     def sustained(self, count: int, clients: int, content: str) -> float:
         self.use(2 * clients + 8, clients, content)  # so that as many are kept ready as will be
-        with ExitStack() as stack:
-            uri = self.watch(content)
-            watch = stack.enter_context(psycopg.connect(uri, autocommit=True)) if uri else None
-            if watch is not None:
-                last_change(watch)
+        with self.watched(content) as ended:
             begun = time.perf_counter()
             self.use(count, clients, content)
-            ended = time.perf_counter() if watch is None else last_change(watch)
-        return (ended - begun) * 1000
+            return (ended() - begun) * 1000
+
+    @contextmanager
+    def watched(self, content: str) -> Iterator[Callable[[], float]]:
+        """For a block; what it yields waits until all is dropped, and tells when that was."""
+        uri = self.watch(content)
+        if uri is None:
+            yield time.perf_counter
+            return
+        with psycopg.connect(uri, autocommit=True) as connection:
+            last_change(connection)
+            yield lambda: last_change(connection)
 
     def watch(self, content: str) -> str | None:
         """Where to look for when all is dropped; None where giving back waits for it."""
