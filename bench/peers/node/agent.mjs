@@ -7,7 +7,7 @@ import pg from "pg";
 const REST_MS = 100; // ahead of a database that is asked for alone, so that one may be ready
 const WORK_MS = 25;
 const QUIET_MS = 200;
-const COUNT = "SELECT count(*)::int AS n FROM t0";
+const COUNT = "SELECT count(*) FROM t0";
 const SERVER = process.env.BENCH_SERVER;
 
 class Cannot extends Error {}
@@ -33,39 +33,67 @@ async function makeTables(url) {
 
 const named = (name) => SERVER.replace(/[^/]*$/, name);
 
-/** Instances in this process; each database is a clone of one with the tables. */
-class Lite {
-  #templates = {};
+/** Waits until the number of databases in the server stays what it is; for how long it has. */
+async function unchanged(watch) {
+  let before;
+  let changed = performance.now();
+  while (performance.now() - changed < QUIET_MS) {
+    const { rows } = await watch.query("SELECT count(*)::int AS n FROM pg_database");
+    if (rows[0].n !== before) changed = performance.now();
+    before = rows[0].n;
+    await sleep(1);
+  }
+  return performance.now() - changed;
+}
 
+/** A peer that has nothing to wait for, since giving back waits. */
+class Peer {
   async prepare() {}
   async server() {
-    const one = await PGlite.create();
-    return { query: (...words) => one.query(...words), close: () => one.close() };
+    throw new Cannot("it works on a server that is there");
+  }
+  async hold() {
+    throw new Cannot("it works on a server that is there");
+  }
+  async template() {}
+  /** What is to be watched until all is given back, if anything. */
+  async watch() {}
+  async end() {}
+}
+
+/**
+ * Instances in this process, each loaded from the dump of one that was made ahead. A `clone()` would make the dump
+ * anew each time. What ships as prepopulatedfs, an empty one's dump, is guaranteed for an older version only.
+ */
+class Lite extends Peer {
+  #dumps = {};
+
+  async prepare() {
+    await this.template("empty");
+  }
+  /** Runs initdb where nothing was prepared. */
+  async server() {
+    return await this.database("empty");
+  }
+  async hold() {
+    throw new Cannot("it is no server, and lives in the process");
   }
   async template(content) {
-    if (this.#templates[content]) return;
-    this.#templates[content] = await PGlite.create();
-    if (content === "fifty") await this.#templates[content].exec(TABLES);
+    if (this.#dumps[content]) return;
+    const one = await PGlite.create({ loadDataDir: this.#dumps.empty });
+    if (content === "fifty") await one.exec(TABLES);
+    this.#dumps[content] = await one.dumpDataDir("none");
+    await one.close();
   }
   async database(content) {
-    const one = await this.#templates[content].clone();
+    const one = await PGlite.create({ loadDataDir: this.#dumps[content] });
     return { query: (...words) => one.query(...words), close: () => one.close() };
-  }
-  async settle() {
-    return 0;
-  }
-  async end() {
-    for (const one of Object.values(this.#templates)) await one.close();
   }
 }
 
-class PgTemp {
+class PgTemp extends Peer {
   #made = false;
 
-  async prepare() {}
-  async server() {
-    throw new Cannot("its server is the daemon");
-  }
   async template(content) {
     if (content !== "fifty" || this.#made) return;
     this.#made = true; // whoever opens a template makes a new one
@@ -74,25 +102,13 @@ class PgTemp {
   async database(content) {
     return await connected(content === "fifty" ? SERVER : named(content));
   }
-  /** Waits until the number of databases in their server stays; for how long it has. */
-  async settle(content) {
-    const watch = await this.database(content);
-    let before;
-    let changed = performance.now();
-    while (performance.now() - changed < QUIET_MS) {
-      const { rows } = await watch.query("SELECT count(*)::int AS n FROM pg_database");
-      if (rows[0].n !== before) changed = performance.now();
-      before = rows[0].n;
-      await sleep(1);
-    }
-    await watch.close();
-    return performance.now() - changed;
+  async watch(content) {
+    return await this.database(content);
   }
-  async end() {}
 }
 
 /** An old database. */
-class Direct {
+class Direct extends Peer {
   async prepare() {
     const client = await connected(SERVER);
     await client.query("CREATE DATABASE old_fifty").catch((error) => {
@@ -101,17 +117,9 @@ class Direct {
     await client.close();
     await makeTables(named("old_fifty"));
   }
-  async server() {
-    throw new Cannot("it works on a server that is there");
-  }
-  async template() {}
   async database() {
     return await connected(named("old_fifty"));
   }
-  async settle() {
-    return 0;
-  }
-  async end() {}
 }
 
 class Agent {
@@ -129,7 +137,7 @@ class Agent {
       case "server":
         return { ms: await this.#first(() => this.peer.server(), "SELECT 1") };
       case "hold":
-        throw new Cannot("it has no process of its own");
+        return await this.peer.hold();
       case "database":
         await this.peer.template("fifty");
         await sleep(REST_MS);
@@ -159,11 +167,19 @@ class Agent {
   async #sustained(count, clients, content) {
     await this.peer.template(content);
     await this.#together(2 * clients + 8, clients, content);
-    await this.peer.settle(content);
+    return await this.#untilGivenBack(content, () => this.#together(count, clients, content));
+  }
+
+  /** How long it takes until all is given back. What watches that is there before. */
+  async #untilGivenBack(content, work) {
+    const watch = await this.peer.watch(content);
+    if (watch) await unchanged(watch);
     const begun = performance.now();
-    await this.#together(count, clients, content);
-    const idle = await this.peer.settle(content);
-    return performance.now() - begun - idle;
+    await work();
+    const idle = watch ? await unchanged(watch) : 0;
+    const taken = performance.now() - begun - idle;
+    await watch?.close();
+    return taken;
   }
 
   async #together(count, clients, content) {
@@ -181,18 +197,18 @@ class Agent {
   async #suite(count, waiting) {
     await this.peer.template("fifty");
     await this.#together(10, 1, "fifty");
-    await this.peer.settle("fifty");
-    const begun = performance.now();
-    for (let i = 0; i < count; i++) {
-      const one = await this.peer.database("fifty");
-      await one.query("INSERT INTO t0 VALUES ($1, 1, 1, 1)", [i]);
-      if (waiting) await sleep(WORK_MS);
-      const { rows } = await one.query(COUNT);
-      if (rows[0].n !== 1) throw new Error("the database is not fresh");
-      await one.close();
-    }
-    const idle = await this.peer.settle("fifty");
-    return performance.now() - begun - idle;
+    return await this.#untilGivenBack("fifty", async () => {
+      for (let i = 0; i < count; i++) await this.#test(i, waiting);
+    });
+  }
+
+  async #test(number, waiting) {
+    const one = await this.peer.database("fifty");
+    await one.query("INSERT INTO t0 VALUES ($1, 1, 1, 1)", [number]);
+    if (waiting) await sleep(WORK_MS);
+    const { rows } = await one.query(COUNT);
+    if (Number(rows[0].count) !== 1) throw new Error("the database is not fresh");
+    await one.close();
   }
 
   async end() {
