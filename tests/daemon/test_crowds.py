@@ -110,6 +110,7 @@ def test_idle_clients_take_little(daemon: DaemonType) -> None:
 def test_clients_that_are_gone_at_any_moment(daemon: DaemonType) -> None:
     """Reset before, while and after they are given a database: each is given back."""
     served = daemon("--max-databases", "3", "--wait", "30")
+    assert all(serves(served) for _ in range(12))  # so that it has what it keeps open
     usual = files(served)
     begin = frame(b"Q", b"BEGIN; SELECT 1\0")
     for turn in range(60):

@@ -138,21 +138,28 @@ class Clones:
             return fresh
 
     def _do(self, work: Callable[[Connection[Any]], None]) -> None:
-        """Do it once more where a suite has terminated everybody it found, us among them."""
+        """Do it once more where our connection was ended, as all were that somebody found.
+
+        Or with all of the server, which has crashed and comes back.
+        """
         try:
             with self._admins.connection() as connection:
                 work(connection)
         except ClusterError as error:
-            if (
-                not isinstance(error.__cause__, errors.AdminShutdown)
-                or self._admins.closing.is_set()
-            ):
+            if not _was_ended(error.__cause__) or self._admins.closing.is_set():
                 raise
             with self._admins.connection() as connection:
                 work(connection)
 
     def usable(self, name: str) -> bool:
         return True
+
+
+def _was_ended(error: BaseException | None) -> bool:
+    # Without a code it is libpq's: the connection broke before the server could say anything.
+    return isinstance(error, errors.AdminShutdown | errors.CrashShutdown) or (
+        isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    )
 
 
 def build(
