@@ -19,15 +19,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg
 
+from bench import connections
 from bench.agents import Agent, House, await_gone, processes_in
 from bench.report import Failed, Table
 from pgtemp.host import room
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ DATABASES = {
     "pgtestdb": Way("go", "pgtestdb", "server"),
     "integresql": Way("go", "integresql", "server"),
     "zonky, prepared": Way("java", "zonky"),
-    "PGlite, clone": Way("node", "pglite"),
+    "PGlite, from a dump": Way("node", "pglite"),
     "CREATE + DROP, psql": Way("python", "bare-psql", "server"),
     "CREATE + DROP, Go": Way("go", "bare", "server"),
 }
@@ -93,7 +97,7 @@ SUITES = {
     "rollback, Go": Way("go", "rollback", "server"),
     "rollback, psycopg": Way("python", "rollback", "server"),
 }
-SLOW = ("PGlite, clone", "py-pglite, tables emptied")
+SLOW = ("PGlite, from a dump", "py-pglite, tables emptied")
 _PACE = 0.05  # seconds between databases that a pool can follow
 
 
@@ -137,8 +141,8 @@ class Run:
                     table.add(name, str(error))
             yield there
 
-    def agent(self, way: Way, kept: Path | None = None):  # type: ignore[no-untyped-def]
-        return self.house.agent(way.language, way.peer, self._url(way.on), kept)
+    def agent(self, way: Way) -> AbstractContextManager[Agent]:
+        return self.house.agent(way.language, way.peer, self._url(way.on))
 
     def alternate(
         self, table: Table, agents: dict[str, Agent], command: str, *, unmeasured: int = 1,
@@ -149,18 +153,29 @@ class Run:
         Args:
             count: what stands for {} in the command, and divides the sample; less for the slow.
         """
+
+        def sample(name: str, agent: Agent) -> float:
+            time.sleep(_PACE)
+            some = max(1, count // 10) if name in SLOW else count
+            return agent.ms(command.format(some)) / some
+
+        self.take_turns(table, agents, sample, rounds=rounds, unmeasured=unmeasured)
+
+    def take_turns(
+        self, table: Table, ways: dict[str, T], sample: Callable[[str, T], float], *,
+        rounds: int | None = None, unmeasured: int = 0,
+    ) -> None:  # fmt: skip
+        """A sample of each in turn; one that fails is left out from then on, with the reason."""
         for turn in range((rounds or self.rounds) + unmeasured):
-            for name in list(agents):
-                time.sleep(_PACE)
-                some = max(1, count // 10) if name in SLOW else count
+            for name, way in list(ways.items()):
                 try:
-                    sample = agents[name].ms(command.format(some)) / some
+                    taken = sample(name, way)
                 except Failed as error:
                     table.add(name, str(error))
-                    del agents[name]
+                    del ways[name]
                     continue
                 if turn >= unmeasured:
-                    table.add(name, sample)
+                    table.add(name, taken)
 
     def done(self, table: Table, name: str, base: str) -> None:
         table.show(base)
@@ -181,15 +196,13 @@ def cold(run: Run) -> None:
     """Nothing is cached but the programs themselves, and the operating system's pages."""
     table = Table("A server, the first on a machine, to first row, ms")
     ways = {name: way for name, way in STARTS.items() if "daemon" not in name}
-    for _ in range(run.rounds):
-        for name in list(ways):
-            try:
-                with run.agent(ways[name]) as agent:
-                    table.add(name, agent.ms("server"))
-            except Failed as error:
-                table.add(name, str(error))
-                del ways[name]
+    run.take_turns(table, ways, lambda _, way: _cold(run, way))
     run.done(table, "cold", "pgtemp")
+
+
+def _cold(run: Run, way: Way) -> float:
+    with run.agent(way) as agent:
+        return agent.ms("server")
 
 
 def database(run: Run) -> None:
@@ -238,7 +251,8 @@ def memory(run: Run) -> None:
             owned = [*processes_in(agent.place)]
             table.add(
                 "an idle cluster, all told",
-                sum(map(_pss, owned)) + room.size_of(Path(server["places"][0])) / 2**20,
+                sum(map(connections.memory, owned))
+                + room.size_of(Path(server["places"][0])) / 2**20,
             )
         with run.agent(DATABASES["pgtemp, Cluster"]) as agent:
             agent.ask("keep 10")
@@ -261,14 +275,14 @@ def leases(run: Run, most: int) -> None:
                 begun = time.perf_counter()
                 psycopg.connect(url).execute("SELECT 1").connection.close()
                 at_once.add(f"{count} leases", (time.perf_counter() - begun) * 1000)
-            daemon_memory.add(f"{count} leases at once", _pss(pid))
+            daemon_memory.add(f"{count} leases at once", connections.memory(pid))
         for connection in held:
             connection.close()
     with run.house.daemon() as (url, pid):
         for part in range(10):
             for _ in range(most // 10):
                 psycopg.connect(url).execute("SELECT 1").connection.close()
-            daemon_memory.add(f"after {most // 10 * (part + 1)} in a row", _pss(pid))
+            daemon_memory.add(f"after {most // 10 * (part + 1)} in a row", connections.memory(pid))
     run.done(at_once, "leases", "1 leases")
     run.done(daemon_memory, "daemon-memory", "1 leases at once")
 
@@ -277,13 +291,7 @@ def kill(run: Run) -> None:
     """SIGKILL of the owner; what is left after ten seconds is said, and taken away by us."""
     table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
     ways = {name: way for name, way in STARTS.items() if way.on == ""}
-    for _ in range(run.rounds):
-        for name in list(ways):
-            try:
-                table.add(name, _killed(run, ways[name]))
-            except Failed as error:
-                table.add(name, str(error))
-                del ways[name]
+    run.take_turns(table, ways, lambda _, way: _killed(run, way))
     run.done(table, "kill", "pgtemp")
 
 
@@ -297,21 +305,14 @@ def _killed(run: Run, way: Way) -> float:
                 os.kill(held["daemon"], signal.SIGKILL)
         agent.kill()
         pid, places = int(held["pid"]), list(held["places"])
-        if await_gone(pid, places, time.perf_counter, 10):
+        if await_gone(pid, places, 10):
             return (time.perf_counter() - begun) * 1000
         left = [f"server {'runs on' if Path(f'/proc/{pid}').exists() else 'gone'}"]
         left += [f"{sum(Path(one).exists() for one in places)} directories stay"]
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGQUIT)
-        await_gone(pid, [], time.perf_counter, 10)
+        await_gone(pid, [], 10)
         raise Failed(", ".join(left))
-
-
-def _pss(pid: int) -> float:
-    with suppress(OSError):
-        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-        return int(found[1]) / 1024 if found else 0.0
-    return 0.0
 
 
 def main() -> None:

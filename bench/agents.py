@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ class Language:
 
 
 def _python() -> str:
-    return next((one for one in _PYTHONS if Path(one).exists()), sys.executable)
+    return next(one for one in _PYTHONS if Path(one).exists())
 
 
 LANGUAGES = {
@@ -144,9 +144,9 @@ class User:
         return ["setpriv", *ids, "--clear-groups", *command]
 
     @contextmanager
-    def place(self, base: Path = SHM) -> Iterator[Path]:
+    def place(self) -> Iterator[Path]:
         """A directory of the user's; in the end nothing runs in it, and it is gone."""
-        path = Path(tempfile.mkdtemp(prefix="bench-", dir=base))
+        path = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
         self.owner.own(path)
         try:
             yield path
@@ -163,9 +163,9 @@ class User:
 
     def environment(self, home: Path, place: Path, programs: Path) -> dict[str, str]:
         usual = "/usr/local/bin:/usr/bin:/bin"
-        java = f":{Path(found).parent}" if (found := shutil.which("node")) else ""
+        node = f":{Path(found).parent}" if (found := shutil.which("node")) else ""
         return {
-            "PATH": f"{programs}:{usual}{java}",
+            "PATH": f"{programs}:{usual}{node}",
             "HOME": str(home),
             "USER": self.name,
             "LANG": "C.UTF-8",
@@ -273,20 +273,13 @@ class House:
             raise Failed(reason)
 
     @contextmanager
-    def agent(
-        self, language: str, peer: str, server: str = "", kept: Path | None = None
-    ) -> Iterator[Agent]:
-        """An agent for a block, with a directory of its own on tmpfs.
-
-        Args:
-            kept: what the peer keeps from run to run; None is nothing.
-        """
+    def agent(self, language: str, peer: str, server: str = "") -> Iterator[Agent]:
+        """An agent for a block, with directories of its own on tmpfs."""
         self.check(language)
         with self.user.place() as place:
-            home = kept if kept is not None else place / "kept"
-            if not home.exists():
-                home.mkdir(parents=True)
-                self.user.owner.own(home)
+            home = place / "kept"
+            home.mkdir()
+            self.user.owner.own(home)
             environment = self.user.environment(home, place, self.programs)
             agent = Agent(language, peer, {**environment, "BENCH_SERVER": server}, self.user)
             try:
@@ -328,10 +321,10 @@ class House:
                 process.communicate()
 
 
-def await_gone(pid: int, places: Sequence[str], clock: Callable[[], float], most: float) -> bool:
+def await_gone(pid: int, places: Sequence[str], most: float) -> bool:
     """Whether a process and some directories are gone within so many seconds."""
-    until = clock() + most
+    until = time.perf_counter() + most
     while proc.lives(pid) or any(Path(one).exists() for one in places):
-        if clock() > until:
+        if time.perf_counter() > until:
             return False
     return True
