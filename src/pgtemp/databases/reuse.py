@@ -44,13 +44,8 @@ SELECT FROM pg_stat_get_wal_senders() UNION ALL
 SELECT FROM pg_get_replication_slots() WHERE slot_type = 'physical'
 """
 _ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
-# What keeps a database from being renamed, or is ended only by who drops it in the usual way.
-_LEAVING = """
-SELECT oid::text, NOT EXISTS (SELECT FROM pg_replication_slots WHERE database = d.datname)
-  AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = d.datname)
-  AND NOT EXISTS (SELECT FROM pg_subscription WHERE subdbid = d.oid)
-FROM pg_database d WHERE datname = %s
-"""
+# Beside what clings to it: who drops it has to get in first, to end these.
+_SUBSCRIBED = "SELECT FROM pg_subscription WHERE subdbid = %s::oid"
 
 
 class Reuse:
@@ -196,11 +191,11 @@ class Reuse:
         """
         # A name that nobody knows; the same if this was begun once already.
         gone = "gone_" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        row = connection.execute(_LEAVING, [name]).fetchone()
-        if row is None:
+        oid = _oid_of(connection, name)
+        if not oid:
             return gone, ""
-        oid, alone = row
-        if not alone:
+        subscribed = connection.execute(_SUBSCRIBED, [oid]).fetchone() is not None
+        if subscribed or admin.clings(connection, name):
             return name, ""
         self._leaving.add(gone)
         admin.empty(connection, name)
