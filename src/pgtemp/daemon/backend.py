@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.supply import Place
 from pgtemp.errors import ClusterError
-from pgtemp.wire.messages import TERMINATE, WARM_UP, Frames, startup_message
+from pgtemp.wire.messages import PLAN_AHEAD, TERMINATE, WARM_UP, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length
 
@@ -113,15 +113,20 @@ async def _await_question(backend: Backend, place: Place) -> None:
                 )
 
 
-async def log_in(backend: Backend) -> bool:
-    """Hear the server out until the client could speak; False if it refused or said too much."""
+async def log_in(backend: Backend, *, plans: bool) -> bool:
+    """Hear the server out until the client could speak; False if it refused or said too much.
+
+    Args:
+        plans: plan a statement, too, which nobody must hear of who watches statements.
+    """
     await _hear(backend, backend.login)
     if not backend.login.done or backend.login.failed:
         return False
-    # A first statement fills the backend's caches of types, which takes a third of a millisecond.
-    # Nothing is executed, and nothing stays but the caches.
+    # A first statement fills the backend's caches, and brings the catalogs' pages into the shared
+    # buffers: a third of a millisecond to prepare one, one to plan it. Nothing is executed, and
+    # nothing stays but caches.
     greeting, warmed = backend.greeting, ServerStart()
-    backend.server.write(WARM_UP)
+    backend.server.write(PLAN_AHEAD if plans else WARM_UP)
     await _hear(backend, warmed)
     backend.greeting = greeting
     return warmed.done and not warmed.failed

@@ -170,7 +170,7 @@ class Rehearsals:
         try:
             dbname = await whole(lambda: self._isolation.furnish(place, stage.wish))
             backend = await connect(place, stage.startup, dbname, by_password=False)
-            if await log_in(backend):
+            if await log_in(backend, plans=not (place.watched or _preloads(stage.startup))):
                 return Rehearsed(place, backend)
         except BaseException:
             await self._close(stage, place, backend)
@@ -194,6 +194,11 @@ class Rehearsals:
 
 def _usable(rehearsed: Rehearsed) -> bool:
     return not rehearsed.backend.server.over and rehearsed.place.usable
+
+
+def _preloads(startup: Startup) -> bool:
+    """Whether a client has libraries loaded that may watch its statements."""
+    return any("preload_libraries" in word for pair in startup.parameters.items() for word in pair)
 
 
 def _kind(same_place: Hashable, startup: Startup) -> Kind:

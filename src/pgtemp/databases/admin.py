@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import LiteralString
 
-import psycopg
 from psycopg import errors, sql
 
 from pgtemp.databases import connections
+from pgtemp.databases.connections import Connection
 from pgtemp.databases.secret import Secret
 from pgtemp.host import room
 from pgtemp.uri import ConnectionInfo
@@ -25,7 +25,7 @@ _EMPTY_BYTES, _EMPTY_FILES = 8 << 20, 300  # of an empty database
 _NEVER = threading.Event()
 
 
-def ensure_role(connection: psycopg.Connection[Any], user: str, secret: Secret | None) -> None:
+def ensure_role(connection: Connection, user: str, secret: Secret | None) -> None:
     """Make `user` a superuser that can log in, with this password; it may exist already."""
     clauses = sql.SQL("{} SUPERUSER LOGIN").format(sql.Identifier(user))
     clauses += _password(connection, user, secret)
@@ -35,9 +35,7 @@ def ensure_role(connection: psycopg.Connection[Any], user: str, secret: Secret |
         connection.execute(sql.SQL("CREATE ROLE {}").format(clauses))
 
 
-def ensure_login(
-    connection: psycopg.Connection[Any], user: str, attributes: str, secret: Secret | None
-) -> None:
+def ensure_login(connection: Connection, user: str, attributes: str, secret: Secret | None) -> None:
     """Make a role for somebody who connects; one that is there stays as it is.
 
     Args:
@@ -62,9 +60,7 @@ def ensure_login(
         pass  # somebody else was quicker
 
 
-def _password(
-    connection: psycopg.Connection[Any], user: str, secret: Secret | None
-) -> sql.Composed:
+def _password(connection: Connection, user: str, secret: Secret | None) -> sql.Composed:
     """The clause that gives a role its password; a verifier, since statements may be logged."""
     if secret is None:
         return sql.Composed([])
@@ -77,31 +73,31 @@ def _password(
     return sql.SQL(" PASSWORD {}").format(sql.Literal(verifier))
 
 
-def set_owner(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
+def set_owner(connection: Connection, dbname: str, owner: str) -> None:
     """Give a database to a role."""
     connection.execute(_about("ALTER DATABASE {} OWNER TO {}", dbname, owner))
 
 
-def empty(connection: psycopg.Connection[Any], dbname: str) -> None:
+def empty(connection: Connection, dbname: str) -> None:
     """End everybody who is connected to a database, and wait until they are gone."""
-    connection.execute(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [dbname]
+    connection.ask(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", dbname
     )
 
 
-def ensure_database(connection: psycopg.Connection[Any], dbname: str, owner: str) -> None:
+def ensure_database(connection: Connection, dbname: str, owner: str) -> None:
     """Make a database unless it exists."""
     if not exists(connection, dbname):
         clone(connection, dbname, BASE, owner)
 
 
-def exists(connection: psycopg.Connection[Any], dbname: str) -> bool:
+def exists(connection: Connection, dbname: str) -> bool:
     """Whether there is a database of that name."""
-    found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [dbname])
+    found = connection.ask("SELECT 1 FROM pg_database WHERE datname = $1", dbname)
     return found.fetchone() is not None
 
 
-def databases(connection: psycopg.Connection[Any]) -> list[str]:
+def databases(connection: Connection) -> list[str]:
     """The names of those that one can connect to, but for the maintenance databases."""
     rows = connection.execute(
         "SELECT datname FROM pg_database WHERE datallowconn AND datname <> ALL(%s) ORDER BY 1",
@@ -110,7 +106,7 @@ def databases(connection: psycopg.Connection[Any]) -> list[str]:
     return [str(name) for (name,) in rows.fetchall()]
 
 
-def take_over(connection: psycopg.Connection[Any], dbname: str, name: str, owner: str) -> None:
+def take_over(connection: Connection, dbname: str, name: str, owner: str) -> None:
     """Make a sealed database a usual one, with another name and owner; nobody else wants it."""
     unseal(connection, dbname)
     if name != dbname:
@@ -118,13 +114,13 @@ def take_over(connection: psycopg.Connection[Any], dbname: str, name: str, owner
     set_owner(connection, name, owner)
 
 
-def drop_empty(connection: psycopg.Connection[Any], dbname: str) -> None:
+def drop_empty(connection: Connection, dbname: str) -> None:
     """Drop a database in which nobody has worked yet."""
     connection.execute(_about("DROP DATABASE {}", dbname))
 
 
 def clone(
-    connection: psycopg.Connection[Any],
+    connection: Connection,
     dbname: str,
     source: str,
     owner: str,
@@ -167,7 +163,17 @@ def clone(
         _copy_attributes(connection, source, dbname)
 
 
-def has_attributes(connection: psycopg.Connection[Any], dbname: str) -> bool:
+def is_watched(connection: Connection) -> bool:
+    """Whether a server loads libraries into its backends, or may for some; see auto_explain."""
+    found = connection.execute(
+        "SELECT 1 FROM pg_settings WHERE name LIKE '%preload_libraries' AND setting <> ''"
+        " UNION ALL SELECT 1 FROM pg_db_role_setting"
+        " WHERE setconfig::text LIKE '%preload_libraries%'"
+    )
+    return found.fetchone() is not None
+
+
+def has_attributes(connection: Connection, dbname: str) -> bool:
     """Whether a database has settings or privileges of its own, which CREATE DATABASE leaves."""
     found = connection.execute(
         "SELECT 1 FROM pg_database d WHERE datname = %s AND (datacl IS NOT NULL OR EXISTS"
@@ -177,18 +183,18 @@ def has_attributes(connection: psycopg.Connection[Any], dbname: str) -> bool:
     return found.fetchone() is not None
 
 
-def place_of(connection: psycopg.Connection[Any]) -> Path:
+def place_of(connection: Connection) -> Path:
     """The home of the server, to whose socket the connection leads."""
     return Path(connection.info.host).resolve()
 
 
-def size_of(connection: psycopg.Connection[Any], dbname: str) -> int:
+def size_of(connection: Connection, dbname: str) -> int:
     """The bytes of a database's files."""
     row = connection.execute("SELECT pg_database_size(%s::name)", [dbname]).fetchone()
     return int(row[0]) if row is not None else 0
 
 
-def _copy_attributes(connection: psycopg.Connection[Any], source: str, dbname: str) -> None:
+def _copy_attributes(connection: Connection, source: str, dbname: str) -> None:
     # Row by row in the catalogs: as statements they would have to be put together from texts that
     # PostgreSQL has no function to quote (pg_dump does it in C).
     names = {"source": source, "dbname": dbname}
@@ -205,7 +211,7 @@ def _copy_attributes(connection: psycopg.Connection[Any], source: str, dbname: s
     )
 
 
-def users_of(connection: psycopg.Connection[Any], dbname: str) -> list[str]:
+def users_of(connection: Connection, dbname: str) -> list[str]:
     """Who is connected to a database, as "application, query"."""
     rows = connection.execute(
         "SELECT coalesce(nullif(application_name, ''), 'pid ' || pid), left(query, 80)"
@@ -215,9 +221,7 @@ def users_of(connection: psycopg.Connection[Any], dbname: str) -> list[str]:
     return [f"{who}: {query}" if query else who for who, query in rows]
 
 
-def seal(
-    connection: psycopg.Connection[Any], dbname: str, name: str, there: ConnectionInfo
-) -> None:
+def seal(connection: Connection, dbname: str, name: str, there: ConnectionInfo) -> None:
     """Make a database a template that nobody can change any more; its final name comes last.
 
     Args:
@@ -230,12 +234,12 @@ def seal(
     rename(connection, dbname, name)
 
 
-def close_door(connection: psycopg.Connection[Any], dbname: str) -> None:
+def close_door(connection: Connection, dbname: str) -> None:
     """Let nobody connect to a database any more."""
     connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
 
 
-def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo) -> None:
+def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """Drop a database, whoever is connected and whatever they left in it.
 
     Args:
@@ -251,28 +255,30 @@ def drop(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo
             connection.execute(statement)
 
 
-def clings(connection: psycopg.Connection[Any], dbname: str) -> bool:
-    """Whether something of a database is seen in all others: a slot, a prepared transaction."""
-    found = connection.execute(
-        "SELECT 1 FROM pg_replication_slots WHERE database = %(name)s"
-        " UNION ALL SELECT 1 FROM pg_prepared_xacts WHERE database = %(name)s",
-        {"name": dbname},
+def clings(connection: Connection, dbname: str) -> bool:
+    """Whether something of a database, seen in all others, keeps it; see `drop`."""
+    found = connection.ask(
+        "SELECT 1 FROM pg_replication_slots WHERE database = $1"
+        " UNION ALL SELECT 1 FROM pg_prepared_xacts WHERE database = $1"
+        " UNION ALL SELECT 1 FROM pg_subscription"
+        " WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = $1)",
+        dbname,
     )
     return found.fetchone() is not None
 
 
-def unseal(connection: psycopg.Connection[Any], dbname: str) -> None:
+def unseal(connection: Connection, dbname: str) -> None:
     """Undo what `seal` may have begun."""
     connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE false", dbname))
     connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS true", dbname))
 
 
-def rename(connection: psycopg.Connection[Any], dbname: str, name: str) -> None:
+def rename(connection: Connection, dbname: str, name: str) -> None:
     """Give a database that nobody is connected to another name."""
     connection.execute(_about("ALTER DATABASE {} RENAME TO {}", dbname, name))
 
 
-def _clear(connection: psycopg.Connection[Any], dbname: str, there: ConnectionInfo) -> None:
+def _clear(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """Undo what keeps a database: slots, prepared transactions, subscriptions."""
     for slot, pid in connection.execute(
         "SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s", [dbname]

@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import psycopg
 
 from pgtemp.databases import admin, connections, extensions, transfer
+from pgtemp.databases.connections import Connection
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
 from pgtemp.host import identity, paths, ports, proc, room
@@ -210,7 +208,7 @@ def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> No
 @contextmanager
 def administered(
     cluster: Cluster, plan: Plan, dbname: str = admin.MAINTENANCE
-) -> Iterator[psycopg.Connection[Any]]:
+) -> Iterator[Connection]:
     """A superuser's connection for a block. Raises ClusterError."""
     with connections.connected(private_info(cluster, plan.superuser, dbname)) as connection:
         yield connection

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from psycopg import sql
+
+from pgtemp.databases.connections import Connection
 
 # What it is, its name, the database that it goes with, and the rest of it.
 _SHARED = """
@@ -61,24 +62,24 @@ class Residue:
     _before: State = field(default_factory=dict)
     _touched: int = 0
 
-    def accept(self, connection: psycopg.Connection[Any]) -> None:
+    def accept(self, connection: Connection) -> None:
         """Take what there is now for what there should be."""
         self._before = self._now(connection)
         self.settings_were_touched(connection)
 
-    def settings_were_touched(self, connection: psycopg.Connection[Any]) -> bool:
+    def settings_were_touched(self, connection: Connection) -> bool:
         """Whether settings of roles or databases were changed since the last look.
 
         Somebody may have connected under them though they are what they were again.
         """
-        row = connection.execute(
+        row = connection.ask(
             "SELECT pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c)"
             " FROM (SELECT 'pg_db_role_setting'::regclass AS c) AS of"
         ).fetchone()
         before, self._touched = self._touched, row[0] if row is not None else 0
         return self._touched != before
 
-    def accept_role(self, connection: psycopg.Connection[Any], name: str) -> None:
+    def accept_role(self, connection: Connection, name: str) -> None:
         """A role that pgtemp itself has made."""
         row = connection.execute(
             "SELECT a::text FROM pg_authid a WHERE rolname = %s", [name]
@@ -86,7 +87,7 @@ class Residue:
         if row is not None:
             self._before[_ROLE, name] = row[0]
 
-    def found(self, connection: psycopg.Connection[Any]) -> list[tuple[str, str]]:
+    def found(self, connection: Connection) -> list[tuple[str, str]]:
         """What was left, changed or taken away: what it is, and its name."""
         now = self._now(connection)
         return sorted(
@@ -94,7 +95,7 @@ class Residue:
         )
 
     def clean(
-        self, connection: psycopg.Connection[Any], found: Iterable[tuple[str, str]]
+        self, connection: Connection, found: Iterable[tuple[str, str]]
     ) -> list[tuple[str, str]]:
         """Drop roles that were left; what remains after that."""
         added = [name for kind, name in found if kind == _ROLE and (kind, name) not in self._before]
@@ -105,8 +106,8 @@ class Residue:
             pass  # something that it owns is left as well
         return self.found(connection)
 
-    def _now(self, connection: psycopg.Connection[Any]) -> State:
-        rows = connection.execute(_SHARED).fetchall()
+    def _now(self, connection: Connection) -> State:
+        rows = connection.ask(_SHARED).fetchall()
         state = {
             (kind, name): row
             for kind, name, database, row in rows

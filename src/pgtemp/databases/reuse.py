@@ -21,12 +21,11 @@ import secrets
 import socket
 import threading
 from contextlib import suppress
-from typing import Any
 
-from psycopg import Connection, Error
+from psycopg import Error
 
 from pgtemp.databases import admin
-from pgtemp.databases.connections import Admins
+from pgtemp.databases.connections import Admins, Connection
 from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import room
 from pgtemp.server import warden
@@ -44,8 +43,6 @@ SELECT FROM pg_stat_get_wal_senders() UNION ALL
 SELECT FROM pg_get_replication_slots() WHERE slot_type = 'physical'
 """
 _ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
-# Beside what clings to it: who drops it has to get in first, to end these.
-_SUBSCRIBED = "SELECT FROM pg_subscription WHERE subdbid = %s::oid"
 
 
 class Reuse:
@@ -73,7 +70,7 @@ class Reuse:
         """Whether a database of this name is the stub, or one that is about to be dropped."""
         return name == self._stub or name in self._leaving
 
-    def make(self, connection: Connection[Any], name: str, *, attributes: bool) -> bool:
+    def make(self, connection: Connection, name: str, *, attributes: bool) -> bool:
         """Make a database of what is on the shelf; False where it has to be made otherwise.
 
         Raises what `admin.clone` raises.
@@ -82,7 +79,7 @@ class Reuse:
             if not self._shelved:
                 return False
             self._shelved -= 1
-        if connection.execute(_REPLAYED).fetchone() is not None:
+        if connection.ask(_REPLAYED).fetchone() is not None:
             self.end(connection)
             return False
         try:
@@ -101,9 +98,7 @@ class Reuse:
         admin.drop(connection, name, self._admins.elsewhere(name))
         return False
 
-    def dispose(
-        self, connection: Connection[Any], name: str, *, attributes: bool, size: int
-    ) -> None:
+    def dispose(self, connection: Connection, name: str, *, attributes: bool, size: int) -> None:
         """Drop a database, whoever is in it, and keep its directory where that may be of use.
 
         Args:
@@ -122,7 +117,7 @@ class Reuse:
             with self._changing:
                 self._shelved += 1
 
-    def end(self, connection: Connection[Any]) -> bool:
+    def end(self, connection: Connection) -> bool:
         """Take away all that is kept for this, for good; whether there was any."""
         with self._changing:
             self._refused, self._shelved = True, 0
@@ -143,7 +138,7 @@ class Reuse:
         if self._process is not None:
             self._process.abandon()
 
-    def _has_use(self, connection: Connection[Any], attributes: bool, size: int) -> bool:
+    def _has_use(self, connection: Connection, attributes: bool, size: int) -> bool:
         with self._changing:
             self._disposed += 1
             if self._refused or self._disposed <= _AFTER or self._admins.closing.is_set():
@@ -159,7 +154,7 @@ class Reuse:
         # A checkpoint on a full disk ends the server.
         return not full and not room.is_full(admin.place_of(connection))
 
-    def _begin(self, connection: Connection[Any], attributes: bool) -> None:
+    def _begin(self, connection: Connection, attributes: bool) -> None:
         if connection.execute(_ELSEWHERE).fetchone() is not None:
             raise ClusterError("there are tablespaces")
         admin.clone(
@@ -182,7 +177,7 @@ class Reuse:
         if not self._do("begin", _oid_of(connection, self._stub)):
             raise ClusterError("the shelf could not be made")
 
-    def _take(self, connection: Connection[Any], name: str) -> tuple[str, str]:
+    def _take(self, connection: Connection, name: str) -> tuple[str, str]:
         """Move a database's directory to the shelf.
 
         Returns:
@@ -194,8 +189,7 @@ class Reuse:
         oid = _oid_of(connection, name)
         if not oid:
             return gone, ""
-        subscribed = connection.execute(_SUBSCRIBED, [oid]).fetchone() is not None
-        if subscribed or admin.clings(connection, name):
+        if admin.clings(connection, name):
             return name, ""
         self._leaving.add(gone)
         admin.empty(connection, name)
@@ -232,6 +226,6 @@ class Reuse:
         return not said["error"]
 
 
-def _oid_of(connection: Connection[Any], name: str) -> str:
-    row = connection.execute("SELECT oid FROM pg_database WHERE datname = %s", [name]).fetchone()
+def _oid_of(connection: Connection, name: str) -> str:
+    row = connection.ask("SELECT oid FROM pg_database WHERE datname = $1", name).fetchone()
     return str(row[0]) if row is not None else ""

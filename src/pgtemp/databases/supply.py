@@ -42,6 +42,7 @@ class Place:
         number: of the lease, for the name of what is kept of it; 0 is nobody's.
         supply: where it came from; None where it did not come from one.
         epoch: that of `tenants` when it was made.
+        watched: whether its server loads libraries, which may watch every statement.
         furnishing: held while it is made fit for somebody.
     """
 
@@ -52,6 +53,7 @@ class Place:
     supply: Supply | None = None
     tenants: TenantCluster | None = None
     epoch: int = 0
+    watched: bool = False
     furnishing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -110,6 +112,7 @@ class Clusters:
         self._attributes = attributes
         self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
+        self._watched: bool | None = None  # of all of them, since they are made alike
         self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
 
     def provision(self) -> Place:
@@ -118,8 +121,15 @@ class Clusters:
         base = find_base(blueprint.prefix, blueprint.owner, keep=blueprint.keep)
         room.check_with_spare(base, "another server", size=size, files=files)
         cluster = Cluster(blueprint)
-        cluster.start(meanwhile=lambda started: provision.give_password(started, self._plan))
-        return Place(cluster, "", self._plan.users, supply=self)
+        cluster.start(meanwhile=self._begin)
+        watched = bool(self._watched)
+        return Place(cluster, "", self._plan.users, supply=self, watched=watched)
+
+    def _begin(self, cluster: Cluster) -> None:
+        provision.give_password(cluster, self._plan)
+        if self._watched is None:
+            with provision.administered(cluster, self._plan) as connection:
+                self._watched = admin.is_watched(connection)
 
     def dispose(self, place: Place) -> None:
         if place.number and self._plan.options.persist:
@@ -203,7 +213,10 @@ class Databases:
                     raise
                 continue
             epoch = tenants.epoch
-            place = Place(tenants.cluster, dbname, supply=self, tenants=tenants, epoch=epoch)
+            place = Place(
+                tenants.cluster, dbname, supply=self, tenants=tenants, epoch=epoch,
+                watched=tenants.watched,
+            )  # fmt: skip
             if not tenants.stale:
                 return place
             self.dispose(place)  # somebody made it stale meanwhile

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psycopg
-from psycopg import Connection, errors
+from psycopg import errors
 
 from pgtemp.databases import admin, connections
-from pgtemp.databases.connections import Admins, Ahead
+from pgtemp.databases.connections import Admins, Ahead, Connection
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.reuse import Reuse
 from pgtemp.databases.untouched import untouched
@@ -74,7 +73,7 @@ class Clones:
             ClusterError: it could not be made; a DiskFullError where there is no room.
         """
 
-        def clone(connection: Connection[Any]) -> None:
+        def clone(connection: Connection) -> None:
             if self._attributes is None:
                 self._attributes = admin.has_attributes(connection, self._source)
                 self._size = admin.size_of(connection, self._source)
@@ -90,7 +89,7 @@ class Clones:
 
         self._do(clone)
 
-    def _clone(self, connection: Connection[Any], name: str, attributes: bool) -> None:
+    def _clone(self, connection: Connection, name: str, attributes: bool) -> None:
         try:
             admin.clone(
                 connection, name, self._source, self._owner, self._admins.closing,
@@ -137,7 +136,7 @@ class Clones:
             admin.rename(connection, name, fresh)
             return fresh
 
-    def _do(self, work: Callable[[Connection[Any]], None]) -> None:
+    def _do(self, work: Callable[[Connection], None]) -> None:
         """Do it once more where our connection was ended, as all were that somebody found.
 
         Or with all of the server, which has crashed and comes back.
@@ -218,7 +217,7 @@ def unique_name(prefix: str) -> str:
     return f"{prefix.encode()[:50].decode(errors='ignore')}_{secrets.token_hex(4)}"
 
 
-def in_use(connection: Connection[Any], dbname: str) -> PgTempError:
+def in_use(connection: Connection, dbname: str) -> PgTempError:
     """The error for a database that cannot be copied because somebody is in it."""
     who = admin.users_of(connection, dbname)
     return ClusterError(

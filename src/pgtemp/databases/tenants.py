@@ -34,6 +34,7 @@ class TenantCluster:
         names: of its databases, from before they are made until after they are dropped.
         occupied: names of the databases that somebody has.
         kept: names of the databases that stay when the server ends.
+        watched: whether it loads libraries, which may watch every statement.
         epoch: counts changes of what logins depend on; a connection of an earlier one is outdated.
     """
 
@@ -57,6 +58,7 @@ class TenantCluster:
             self._residue = Residue(self.cluster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 self._residue.accept(connection)
+                self.watched = admin.is_watched(connection)
         except BaseException:
             provision.discard(self.cluster)
             raise

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-import psycopg
 from psycopg import errors
+
+from pgtemp.databases.connections import Connection
 
 # Files have the time of the kernel's last tick, which is up to 10 ms ago.
 _TICK_NANOSECONDS = 20_000_000
 _QUIET = """
 SELECT d.oid FROM pg_database d
-  JOIN pg_database source ON source.datname = %(source)s
+  JOIN pg_database source ON source.datname = $1
   LEFT JOIN pg_stat_database s ON s.datid = d.oid
-WHERE d.datname = %(dbname)s
+WHERE d.datname = $2
   AND coalesce(s.tup_inserted + s.tup_updated + s.tup_deleted, 0) = 0
   AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE datid = d.oid)
   AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = d.datname)
   AND NOT EXISTS (SELECT FROM pg_replication_slots WHERE database = d.datname)
   AND NOT EXISTS (SELECT FROM pg_subscription WHERE subdbid = d.oid)
   AND NOT EXISTS (SELECT FROM pg_tablespace WHERE spcname !~ '^pg_')
-  AND d.datdba = (SELECT oid FROM pg_roles WHERE rolname = %(owner)s)
+  AND d.datdba = (SELECT oid FROM pg_roles WHERE rolname = $3)
   AND d.datallowconn AND NOT d.datistemplate
   AND d.datconnlimit = -1
   AND d.datacl IS NOT DISTINCT FROM
@@ -49,12 +49,12 @@ _CLEAN = """
 SELECT NOT EXISTS (SELECT FROM pg_temp.pgtemp_buffers() AS (
   bufferid int, relfilenode oid, reltablespace oid, reldatabase oid, relforknumber int2,
   relblocknumber int8, isdirty bool, usagecount int2, pinning_backends int4)
-WHERE isdirty AND reldatabase = %s)
+WHERE isdirty AND reldatabase = $1)
 """
 
 
 def untouched(
-    connection: psycopg.Connection[Any],
+    connection: Connection,
     data_dir: Path,
     dbname: str,
     *,
@@ -69,8 +69,7 @@ def untouched(
         owner: the role it was made for.
         since: when somebody got it, in nanoseconds since the epoch.
     """
-    names = {"dbname": dbname, "source": source, "owner": owner}
-    row = connection.execute(_QUIET, names).fetchone()
+    row = connection.ask(_QUIET, source, dbname, owner).fetchone()
     if row is None:
         return False
     # The files last: a page that was written out meanwhile is seen there.
@@ -79,13 +78,13 @@ def untouched(
     )
 
 
-def _has_no_dirty_buffer(connection: psycopg.Connection[Any], oid: int) -> bool:
+def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
     try:
         try:
-            row = connection.execute(_CLEAN, [oid]).fetchone()
+            row = connection.ask(_CLEAN, str(oid)).fetchone()
         except (errors.UndefinedFunction, errors.InvalidSchemaName):
             connection.execute(_LEARN)
-            row = connection.execute(_CLEAN, [oid]).fetchone()
+            row = connection.ask(_CLEAN, str(oid)).fetchone()
     except (errors.UndefinedFile, errors.UndefinedFunction):
         return False
     return row is not None and bool(row[0])
