@@ -1,6 +1,6 @@
 """pgtemp and its peers, each in its own language and its own best configuration, in one run.
 
-    python -m bench.against_peers [--only start,cold,database,sustained,suite,memory,kill]
+    python -m bench.against_peers [--only memory,start,cold,database,sustained,suite,leases,kill]
                                   [--rounds 10] [--tests 1000] [--count 200] [--keep DIRECTORY]
 
 PostgreSQL 18 unless a peer brings its own; data on tmpfs. All ways of a table take turns, so that
@@ -28,7 +28,9 @@ import psycopg
 
 from bench import connections
 from bench.agents import Agent, House, await_gone, processes_in
+from bench.databases import tables
 from bench.report import Failed, Table
+from pgtemp import Cluster, Database, PgTempDB
 from pgtemp.host import room
 
 T = TypeVar("T")
@@ -235,31 +237,50 @@ def sustained(run: Run, count: int) -> None:
 
 
 def suite(run: Run, tests: int) -> None:
+    """A part of it in each round."""
     for kind in ("trivial", "waiting"):
         table = Table(f"A suite of {tests} {kind} tests, ms a test")
         with run.agents(SUITES, table) as agents:
-            run.alternate(table, agents, f"suite {{}} {kind}", rounds=3, unmeasured=0, count=tests)
+            run.alternate(
+                table, agents, f"suite {{}} {kind}", unmeasured=0, count=tests // run.rounds
+            )
         run.done(table, f"suite-{kind}", "CREATE + DROP, Go")
 
 
 def memory(run: Run) -> None:
-    """Of pgtemp: processes by proportional set size, files on tmpfs by what they occupy."""
+    """Of pgtemp: processes by proportional set size, files on tmpfs by what they occupy.
+
+    Processes share the pages of their program with others of its kind, so a server beside another
+    takes less than one alone.
+    """
     table = Table("Memory, MB")
     for _ in range(run.rounds):
-        with run.agent(STARTS["pgtemp"]) as agent:
-            server = agent.ask("hold")
-            owned = [*processes_in(agent.place)]
-            table.add(
-                "an idle cluster, all told",
-                sum(map(connections.memory, owned))
-                + room.size_of(Path(server["places"][0])) / 2**20,
-            )
-        with run.agent(DATABASES["pgtemp, Cluster"]) as agent:
-            agent.ask("keep 10")
-            before = room.size_of(agent.place)
-            agent.ask("keep 40")
-            table.add("an idle database", (room.size_of(agent.place) - before) / 40 / 2**20)
-    run.done(table, "memory", "an idle database")
+        with PgTempDB(version=run.house.version) as alone:
+            table.add("an idle cluster, the only one", _weight(alone))
+            with PgTempDB(version=run.house.version) as beside:
+                table.add("an idle cluster beside another", _weight(beside))
+        with Cluster(version=run.house.version) as cluster:
+            fifty = cluster.template("fifty", build=tables)
+            for name, make in (("empty", cluster.database), ("of fifty tables", fifty.database)):
+                with ExitStack() as stack:
+                    _keep(stack, make, 10)
+                    before = room.size_of(cluster.server.data_dir)
+                    _keep(stack, make, 40)
+                    grown = room.size_of(cluster.server.data_dir) - before
+                    table.add(f"an idle database, {name}", grown / 40 / 2**20)
+    run.done(table, "memory", "an idle cluster beside another")
+
+
+def _weight(db: PgTempDB) -> float:
+    home = db.data_dir.parent
+    return sum(map(connections.memory, processes_in(home))) + room.size_of(home) / 2**20
+
+
+def _keep(stack: ExitStack, make: Callable[[], Database], count: int) -> None:
+    """Hold databases, and wait until no more are made."""
+    for _ in range(count):
+        stack.enter_context(make())
+    time.sleep(1)
 
 
 def leases(run: Run, most: int) -> None:
@@ -322,7 +343,7 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=1000)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--leases", type=int, default=10000)
-    parser.add_argument("--only", default="start,cold,database,sustained,suite,memory,leases,kill")
+    parser.add_argument("--only", default="memory,start,cold,database,sustained,suite,leases,kill")
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # so that what runs is taken away

@@ -30,7 +30,6 @@ func (onServer) server() (server, error) {
 	return server{}, cannot("it works on a server that is there")
 }
 
-func (onServer) unkept() string                       { return "" }
 func (onServer) settle(string) (time.Duration, error) { return 0, nil }
 func (onServer) end() error                           { return nil }
 
@@ -68,8 +67,6 @@ func (directPeer) template(content string) error {
 func (directPeer) database(content string) (database, error) {
 	return database{urlOf("old_" + content), func() error { return nil }}, nil
 }
-
-func (directPeer) unkept() string { return "it has one database" }
 
 // rollbackPeer has one connection to an old database, and rolls back what tests do.
 type rollbackPeer struct {
@@ -121,8 +118,6 @@ func (p *pgtempPeer) database(content string) (database, error) {
 	}
 	return database{url, func() error { return nil }}, nil
 }
-
-func (*pgtempPeer) unkept() string { return "its databases are there as long as their connections" }
 
 func (p *pgtempPeer) settle(content string) (time.Duration, error) {
 	one, err := p.database(content)

@@ -47,8 +47,6 @@ type peer interface {
 	server() (server, error)
 	template(content string) error
 	database(content string) (database, error)
-	// unkept is why its databases do not stay without a connection, or nothing.
-	unkept() string
 	// settle waits until all that was given back is dropped, where giving back does not wait; for
 	// how long it has waited more than that.
 	settle(content string) (time.Duration, error)
@@ -58,7 +56,6 @@ type peer interface {
 type agent struct {
 	peer    peer
 	servers []server
-	held    []database
 }
 
 func (a *agent) answer(words []string) (map[string]any, error) {
@@ -82,8 +79,6 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 		said["pid"], err = one.postmaster()
 	case "database":
 		taken, err = a.database()
-	case "keep":
-		return said, a.keep(number(words[1]))
 	case "sustained":
 		taken, err = a.sustained(number(words[1]), number(words[2]), words[3])
 	case "suite":
@@ -118,9 +113,6 @@ func main() {
 		if err := answers.Encode(said); err != nil {
 			return
 		}
-	}
-	for _, held := range one.held {
-		_ = held.giveUp()
 	}
 	for _, held := range one.servers {
 		_ = held.stop()

@@ -41,23 +41,6 @@ func (a *agent) database() (time.Duration, error) {
 	return taken, errors.Join(err, connection.Close(ctx), one.giveUp())
 }
 
-func (a *agent) keep(count int) error {
-	if why := a.peer.unkept(); why != "" {
-		return cannot(why)
-	}
-	if err := a.peer.template("fifty"); err != nil {
-		return err
-	}
-	for range count {
-		one, err := a.peer.database("fifty")
-		if err != nil {
-			return err
-		}
-		a.held = append(a.held, one)
-	}
-	return nil
-}
-
 func (a *agent) sustained(count, clients int, content string) (time.Duration, error) {
 	if err := a.peer.template(content); err != nil {
 		return 0, err

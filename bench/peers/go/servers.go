@@ -23,7 +23,6 @@ func (startsServers) template(string) error {
 	return cannot("each of its databases is a server of its own, and it has no templates")
 }
 
-func (startsServers) unkept() string                       { return "" }
 func (startsServers) database(string) (database, error)    { return database{}, errCannot }
 func (startsServers) settle(string) (time.Duration, error) { return 0, nil }
 func (startsServers) end() error                           { return nil }

@@ -123,7 +123,6 @@ class Direct extends Peer {
 }
 
 class Agent {
-  #held = [];
 
   constructor(peer) {
     this.peer = peer;
@@ -142,10 +141,6 @@ class Agent {
         await this.peer.template("fifty");
         await sleep(REST_MS);
         return { ms: await this.#first(() => this.peer.database("fifty"), COUNT) };
-      case "keep":
-        await this.peer.template("fifty");
-        for (let i = 0; i < Number(words[0]); i++) this.#held.push(await this.peer.database("fifty"));
-        return {};
       case "sustained":
         return { ms: await this.#sustained(Number(words[0]), Number(words[1]), words[2]) };
       case "suite":
@@ -212,7 +207,6 @@ class Agent {
   }
 
   async end() {
-    for (const one of this.#held) await one.close();
     await this.peer.end();
   }
 }

@@ -54,11 +54,6 @@ class Agent:
                 self._peer.template("fifty")
                 time.sleep(REST_SECONDS)
                 return {"ms": self._peer.asyncpg(COUNT)}
-            case ["keep", count]:
-                self._peer.template("fifty")
-                for _ in range(int(count)):
-                    self._held.enter_context(self._peer.kept())
-                return {}
             case ["sustained", count, clients, ("empty" | "fifty") as content]:
                 self._peer.template(content)
                 return {"ms": self._peer.sustained(int(count), int(clients), content)}

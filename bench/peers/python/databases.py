@@ -43,9 +43,6 @@ class Old(Peer):
     def database(self, content: str) -> AbstractContextManager[str]:
         raise Cannot("its database is an old one")
 
-    def kept(self) -> AbstractContextManager[Any]:
-        raise Cannot("its database is an old one")
-
     def sustained(self, count: int, clients: int, content: str) -> float:
         raise Cannot("its database is an old one")
 

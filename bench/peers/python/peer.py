@@ -83,10 +83,6 @@ class Peer:
         """What a test of a suite gets."""
         return self.connection("fifty")
 
-    def kept(self) -> AbstractContextManager[Any]:
-        """A database that stays, with as few connections as there can be."""
-        return self.database("fifty")
-
     def sustained(self, count: int, clients: int, content: str) -> float:
         self.use(2 * clients + 8, clients, content)  # so that as many are kept ready as will be
         with self.watched(content) as ended:

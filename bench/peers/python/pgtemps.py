@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
@@ -72,9 +72,6 @@ class Daemon(Peer):
     @contextmanager
     def database(self, content: str) -> Iterator[str]:
         yield SERVER if content == "fifty" else f"{SERVER.rpartition('/')[0]}/empty"
-
-    def kept(self) -> AbstractContextManager[Any]:
-        return self.connection("fifty")  # as long as that, so long is the database there
 
     def watch(self, content: str) -> str | None:
         """A connection of one's own is in the same server, unless each has one."""

@@ -55,7 +55,7 @@ async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
             let taken = peer.sustained(count.parse()?, clients.parse()?).await?;
             (taken, json!({}))
         }
-        ["database" | "keep" | "sustained" | "suite", ..] => {
+        ["database" | "sustained" | "suite", ..] => {
             bail!("cannot: it has no templates, and each of its databases is a server of its own")
         }
         _ => bail!("no such command: {command}"),

@@ -75,9 +75,6 @@ public final class Main {
                 return hold();
             case "database":
                 return database();
-            case "keep":
-                peer.keep(Integer.parseInt(words[1]));
-                return "";
             case "sustained":
                 Content content = Content.valueOf(words[3].toUpperCase());
                 return sustained(Integer.parseInt(words[1]), Integer.parseInt(words[2]), content);

@@ -42,11 +42,6 @@ interface Peer extends AutoCloseable {
         throw new Cannot("it starts no servers");
     }
 
-    /** Makes so many databases that stay, each without a connection. */
-    default void keep(int count) throws Exception {
-        throw new Cannot("its databases are there as long as their connections");
-    }
-
     /** Why `sustained` is not asked of it, or null. */
     default String unsustained() {
         return null;

@@ -79,14 +79,6 @@ final class Zonky implements Peer {
         return providers.get(content).createDataSource().getConnection();
     }
 
-    @Override
-    public void keep(int count) throws SQLException {
-        template(Content.FIFTY);
-        for (int i = 0; i < count; i++) {
-            providers.get(Content.FIFTY).createNewDatabase();
-        }
-    }
-
     /** Nothing: the hooks that it registers stop its servers, and remove their directories, when the JVM ends. */
     @Override
     public void close() {}
