@@ -173,6 +173,18 @@ def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
     assert eventually(lambda: not home.exists())
 
 
+def test_where_it_cannot_begin_nothing_of_it_is_left(app: Template) -> None:
+    """The place for the shelf is taken."""
+    home = app._works.server.data_dir.parent
+    (home / "shelf").write_text("")
+    begin(app)
+    assert not app._clones._reuse.works
+    assert run(app, "postgres", "SELECT datname FROM pg_database WHERE datname ~ '^stub'") == []
+    assert eventually(lambda: not Path(f"/proc/{helper(app)}").exists())
+    app._clones.make("after")
+    assert run(app, "after", "SELECT count(*) FROM account") == [(500,)]
+
+
 def test_databases_are_had_when_it_was_killed(app: Template) -> None:
     begin(app)
     pid = helper(app)

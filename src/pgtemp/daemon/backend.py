@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.databases.supply import Place
+from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
 from pgtemp.wire.messages import PLAN_AHEAD, TERMINATE, WARM_UP, Frames, startup_message
 from pgtemp.wire.replies import ServerStart

@@ -12,7 +12,7 @@ from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.refusals import RefusedError
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.isolation import Wish
-from pgtemp.databases.supply import Place
+from pgtemp.databases.place import Place
 
 LINGER = "linger"  # the timer of a session that nobody is connected to
 

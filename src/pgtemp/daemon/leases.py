@@ -22,8 +22,8 @@ from pgtemp.daemon.rehearsal import Rehearsals
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
+from pgtemp.databases.place import Place
 from pgtemp.databases.pool import PoolClosedError
-from pgtemp.databases.supply import Place
 from pgtemp.errors import ClusterError, LimitError, NoDatabaseError, PgTempError
 from pgtemp.wire.startup import Startup
 

@@ -20,7 +20,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import wishes
 from pgtemp.daemon.backend import Backend, connect, log_in
 from pgtemp.databases.isolation import Isolation, Wish
-from pgtemp.databases.supply import Place
+from pgtemp.databases.place import Place
 from pgtemp.errors import PgTempError
 from pgtemp.wire.messages import ProtocolError
 from pgtemp.wire.startup import Startup

@@ -14,9 +14,10 @@ from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import provision, transfer, workshop
 from pgtemp.databases.admin import ALWAYS_THERE
 from pgtemp.databases.isolation import Wish
+from pgtemp.databases.place import Place, Supply
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
-from pgtemp.databases.supply import Clusters, Databases, Place, Supply
+from pgtemp.databases.supply import Clusters, Databases
 from pgtemp.databases.workshop import Workshop
 from pgtemp.errors import ClusterError, NoDatabaseError, PgTempError
 from pgtemp.server.cluster import Cluster

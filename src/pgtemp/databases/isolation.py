@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from pgtemp.databases.supply import Place
+from pgtemp.databases.place import Place
 from pgtemp.server.cluster import Cluster
 
 TEMPLATE = "template"  # the session that is the template itself

@@ -79,18 +79,20 @@ class Reuse:
             if not self._shelved:
                 return False
             self._shelved -= 1
-        if connection.ask(_REPLAYED).fetchone() is not None:
-            self.end(connection)
-            return False
         try:
-            admin.clone(
-                connection, name, self._stub, self._owner, self._admins.closing,
-                attributes=attributes, size=_STUB_BYTES,
-            )  # fmt: skip
+            replayed = connection.ask(_REPLAYED).fetchone() is not None
+            if not replayed:
+                admin.clone(
+                    connection, name, self._stub, self._owner, self._admins.closing,
+                    attributes=attributes, size=_STUB_BYTES,
+                )  # fmt: skip
         except BaseException:
             with self._changing:
                 self._shelved += 1
             raise
+        if replayed:
+            self.end(connection)
+            return False
         if self._do("put", _oid_of(connection, name)):
             return True
         with self._changing:
@@ -123,11 +125,14 @@ class Reuse:
             self._refused, self._shelved = True, 0
             there = self._channel is not None
         if there:
-            self._do("leave", "")
-            self.close()
-            with suppress(Error, PgTempError):
-                admin.drop(connection, self._stub, self._admins.elsewhere(self._stub))
+            self._take_away(connection)
         return there
+
+    def _take_away(self, connection: Connection) -> None:
+        self._do("leave", "")
+        self.close()
+        with suppress(Error, PgTempError):
+            admin.drop(connection, self._stub, self._admins.elsewhere(self._stub))
 
     def close(self) -> None:
         """End the process; the server with all that is in it goes by itself."""
@@ -149,6 +154,7 @@ class Reuse:
                 except (PgTempError, Error, OSError) as error:
                     self._refused = True
                     _log.info("directories of databases are not used again: %s", error)
+                    self._take_away(connection)
                     return False
             full = self._shelved >= max(1, min(_MOST, _MOST_BYTES // max(1, size)))
         # A checkpoint on a full disk ends the server.

@@ -1,8 +1,6 @@
 """Where leases of one template come from: a database each in one server, or a server each.
 
-Two classes of one shape. `claim` gives a place at once where one is ready, `furnish` makes it fit
-for who connects, `release` takes it back. They block for milliseconds, so an event loop calls them
-in a thread; `claim`, `usable` and `furnished` alone do not block.
+Two classes of one shape (see place.py).
 """
 
 from __future__ import annotations
@@ -11,11 +9,10 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from pgtemp.databases import admin, provision
 from pgtemp.databases.kept import Note, try_note
+from pgtemp.databases.place import Place
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.template import unique_name
@@ -29,75 +26,6 @@ _log = logging.getLogger("pgtemp")
 # How many times as many are kept ready, while many are wanted.
 _MORE_CLUSTERS, _MORE_DATABASES = 4, 8
 _TRIES = 3
-
-
-@dataclass(eq=False, slots=True)
-class Place:
-    """A database that somebody works in.
-
-    Attributes:
-        cluster: the server it is in.
-        dbname: its name there; "" where it has to be made yet.
-        roles: users who have been let in.
-        number: of the lease, for the name of what is kept of it; 0 is nobody's.
-        supply: where it came from; None where it did not come from one.
-        epoch: that of `tenants` when it was made.
-        watched: whether its server loads libraries, which may watch every statement.
-        furnishing: held while it is made fit for somebody.
-    """
-
-    cluster: Cluster
-    dbname: str
-    roles: set[str] = field(default_factory=set)
-    number: int = 0
-    supply: Supply | None = None
-    tenants: TenantCluster | None = None
-    epoch: int = 0
-    watched: bool = False
-    furnishing: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def socket(self) -> str:
-        """The path of the unix socket that leads to the server."""
-        return f"{self.cluster.socket_dir}/.s.PGSQL.{self.cluster.port}"
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where the server asks for a password; only with a plan that has one."""
-        return self.cluster.blueprint.addresses[0], self.cluster.port
-
-    @property
-    def usable(self) -> bool:
-        """Whether whoever comes next can still have it."""
-        return self.supply is None or self.supply.usable(self)
-
-    @property
-    def alive(self) -> bool:
-        """Whether its server runs."""
-        return alive(self.cluster)
-
-    def forsake(self) -> None:
-        """Its server cannot be reached: nobody else gets a place in it."""
-        if self.tenants is not None:
-            self.tenants.spoil()
-            alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
-
-    def lease(self, number: int) -> None:
-        """From now on somebody has it."""
-        self.number = number
-        if self.tenants is not None:
-            self.tenants.occupied.add(self.dbname)
-
-
-class Supply(Protocol):
-    """What leases come from."""
-
-    def claim(self) -> Future[Place]: ...
-    def usable(self, place: Place) -> bool: ...
-    def furnished(self, place: Place, user: str) -> bool: ...
-    def furnish(self, place: Place, user: str, dbname: str) -> None: ...
-    def release(self, place: Place, *, used: bool) -> None: ...
-    def close(self) -> None: ...
 
 
 class Clusters:

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from pgtemp.databases import provision, transfer
 from pgtemp.databases.isolation import Wish
 from pgtemp.databases.kept import Note, try_note
+from pgtemp.databases.place import Place
 from pgtemp.databases.provision import Plan
-from pgtemp.databases.supply import Place
 from pgtemp.server.cluster import Cluster
 
 

@@ -24,6 +24,7 @@ from pgtemp.server.remains import (
 )
 
 _FIRST_OF_USERS = 16384  # oids below are of the databases that initdb makes
+_IN_EACH = "pg_filenode.map"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,15 @@ class Found:
     @property
     def databases(self) -> int:
         """How many databases were made in the server, those that are kept ready too."""
+        base = self.path / DATA / "base"
         try:
-            names = os.listdir(self.path / DATA / "base")
+            made = [name for name in os.listdir(base) if name.isdigit()]
+            # One without files is no database (see reuse.py).
+            return sum(
+                int(name) >= _FIRST_OF_USERS and (base / name / _IN_EACH).exists() for name in made
+            )
         except OSError:
             return 0
-        return sum(name.isdigit() and int(name) >= _FIRST_OF_USERS for name in names)
 
     @property
     def size(self) -> int:
