@@ -521,6 +521,19 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
     assert eventually(lambda: homes() <= before)
 
 
+@pytest.mark.parametrize("clients", [1, 4])
+def test_many_leases_in_one_server(daemon: DaemonType, clients: int) -> None:
+    """That of one is taken back while another is looked at: neither is something that was left."""
+    served = daemon()
+
+    def server(_: int) -> object:
+        with psycopg.connect(served.uri) as connection:
+            return connection.execute("SELECT pg_postmaster_start_time()").fetchone()
+
+    with ThreadPoolExecutor(clients) as threads:
+        assert len(set(threads.map(server, range(150)))) == 1
+
+
 def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:
     """Clients of several kinds, often enough to be rehearsed: settings, user, cancel, database."""
     served = daemon("--log-level", "debug")

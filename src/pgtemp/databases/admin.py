@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import LiteralString
 
 from psycopg import errors, sql
@@ -143,7 +142,7 @@ def clone(
     # Before PostgreSQL tries: it begins with a checkpoint, and on a full disk that ends the server.
     if size is None:
         size = _EMPTY_BYTES if source == BASE else size_of(connection, source)
-    room.check_with_spare(place_of(connection), "another database", size=size, files=_EMPTY_FILES)
+    room.check_with_spare(connection.place, "another database", size=size, files=_EMPTY_FILES)
     # The files are copied rather than logged, which takes half the time from a small template and
     # a third from one of fifty tables.
     statement = _about(
@@ -181,11 +180,6 @@ def has_attributes(connection: Connection, dbname: str) -> bool:
         [dbname],
     )
     return found.fetchone() is not None
-
-
-def place_of(connection: Connection) -> Path:
-    """The home of the server, to whose socket the connection leads."""
-    return Path(connection.info.host).resolve()
 
 
 def size_of(connection: Connection, dbname: str) -> int:
@@ -247,7 +241,7 @@ def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """
     statement = _about("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
     # It begins with a checkpoint, which on a full disk ends the server.
-    with room.spared(place_of(connection)):
+    with room.spared(connection.place):
         try:
             connection.execute(statement)
         except errors.ObjectInUse:

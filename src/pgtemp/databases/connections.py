@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -47,7 +48,15 @@ _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
 class Connection(psycopg.Connection[Any]):
     """One of pgtemp's own."""
 
-    _known: dict[str, str] | None = None
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """What was prepared, and under which name."""
+        return {}
+
+    @cached_property
+    def place(self) -> Path:
+        """The home of the server, to whose socket it leads."""
+        return Path(self.info.host).resolve()
 
     def ask(self, statement: LiteralString, *values: str) -> psycopg.Cursor[Any]:
         """Execute a statement that is executed again and again; it is planned once.
@@ -58,8 +67,6 @@ class Connection(psycopg.Connection[Any]):
         Args:
             values: of its parameters, $1 and so on.
         """
-        if self._known is None:
-            self._known = {}
         name = self._known.get(statement)
         if name is None:
             name = f"ask_{len(self._known)}"

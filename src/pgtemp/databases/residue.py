@@ -89,10 +89,15 @@ class Residue:
 
     def found(self, connection: Connection) -> list[tuple[str, str]]:
         """What was left, changed or taken away: what it is, and its name."""
-        now = self._now(connection)
-        return sorted(
-            key for key in now.keys() | self._before.keys() if now.get(key) != self._before.get(key)
-        )
+        found = self._different(connection)
+        if found:
+            # A database of ours that was dropped since the question is not known to be ours.
+            found &= self._different(connection)
+        return sorted(found)
+
+    def _different(self, connection: Connection) -> set[tuple[str, str]]:
+        before, now = self._before, self._now(connection)
+        return {key for key in now.keys() | before.keys() if now.get(key) != before.get(key)}
 
     def clean(
         self, connection: Connection, found: Iterable[tuple[str, str]]
