@@ -36,9 +36,14 @@ class Table:
         for name, reason in self._failed.items():
             print(f"{name:40} did not work: {' '.join(reason.split())[:120]}")
 
-    def keep(self, directory: Path, name: str, base: str) -> None:
-        """Write it to a file, for docs/peers.py."""
+    def keep(self, directory: Path, name: str, base: str, told: str) -> None:
+        """Write it to a file, for docs/peers.py.
+
+        Args:
+            told: of the machine, and how the run was started.
+        """
         said = {
+            "told": told,
             "title": self.title,
             "base": base,
             "samples": {way: [round(one, 3) for one in s] for way, s in self._samples.items()},

@@ -8,7 +8,9 @@ import os
 import socket
 from dataclasses import dataclass
 
+from pgtemp.aio import whole
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
 from pgtemp.wire.messages import PLAN_AHEAD, TERMINATE, WARM_UP, Frames, startup_message
@@ -47,6 +49,12 @@ class Backend:
         if self.login.done:
             self.server.write(TERMINATE)
         self.server.close()
+
+
+async def furnish(isolation: Isolation, place: Place, wish: Wish) -> str:
+    """Make a place fit for who connects; the database's real name. Raises PgTempError."""
+    dbname = isolation.furnished(place, wish)
+    return dbname if dbname is not None else await whole(lambda: isolation.furnish(place, wish))
 
 
 async def connect(place: Place, startup: Startup, dbname: str, *, by_password: bool) -> Backend:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pgtemp.aio import whole
 from pgtemp.daemon import abandoned, wishes
-from pgtemp.daemon.backend import Backend, connect
+from pgtemp.daemon.backend import Backend, connect, furnish
 from pgtemp.daemon.cancels import Cancels
 from pgtemp.daemon.crowd import MORE_FILES, Crowd
 from pgtemp.daemon.doors import Door
@@ -162,9 +162,7 @@ class Gateway:
         if ahead is not None:
             return ahead
         try:
-            dbname = self._isolation.furnished(lease.place, wish)
-            if dbname is None:
-                dbname = await whole(lambda: self._isolation.furnish(lease.place, wish))
+            dbname = await furnish(self._isolation, lease.place, wish)
             return await connect(lease.place, startup, dbname, by_password=door.by_password)
         except PgTempError as error:
             raise refusal(error) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 from pgtemp.aio import whole
 from pgtemp.daemon import wishes
-from pgtemp.daemon.backend import Backend, connect, log_in
+from pgtemp.daemon.backend import Backend, connect, furnish, log_in
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import PgTempError
@@ -168,7 +168,7 @@ class Rehearsals:
         place = await asyncio.wrap_future(self._isolation.claim(stage.wish))
         backend: Backend | None = None
         try:
-            dbname = await whole(lambda: self._isolation.furnish(place, stage.wish))
+            dbname = await furnish(self._isolation, place, stage.wish)
             backend = await connect(place, stage.startup, dbname, by_password=False)
             if await log_in(backend, plans=not (place.watched or _preloads(stage.startup))):
                 return Rehearsed(place, backend)

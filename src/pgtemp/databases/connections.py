@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors
 
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
 from pgtemp.host import room
@@ -49,7 +49,7 @@ class Connection(psycopg.Connection[Any]):
     """One of pgtemp's own."""
 
     @cached_property
-    def _known(self) -> dict[str, str]:
+    def _known(self) -> dict[str, bytes]:
         """What was prepared, and under which name."""
         return {}
 
@@ -69,13 +69,12 @@ class Connection(psycopg.Connection[Any]):
         """
         name = self._known.get(statement)
         if name is None:
-            name = f"ask_{len(self._known)}"
-            self.execute(sql.SQL("PREPARE {} AS ").format(sql.SQL(name)) + sql.SQL(statement))
+            name = f"ask_{len(self._known)}".encode()
+            self.execute(b"PREPARE %s AS %s" % (name, statement.encode()))
             self._known[statement] = name
-        call = sql.SQL("EXECUTE {}").format(sql.SQL(name))
-        if values:
-            call += sql.SQL("({})").format(sql.SQL(", ").join(map(sql.Literal, values)))
-        return self.execute(call)
+        quote = psycopg.pq.Escaping(self.pgconn).escape_literal
+        given = b", ".join(quote(value.encode()) for value in values)
+        return self.execute(b"EXECUTE %s(%s)" % (name, given) if values else b"EXECUTE " + name)
 
 
 def connect(to: ConnectionInfo) -> Connection:
