@@ -1,7 +1,7 @@
 """pgtemp and its peers, each in its own language and its own best configuration, in one run.
 
     python -m bench.against_peers [--only memory,start,cold,database,sustained,suite,leases,kill]
-                                  [--rounds 10] [--tests 1000] [--count 200] [--keep DIRECTORY]
+                                  [--rounds 10] [--tests 1000] [--count 200] [--way …] [--keep DIRECTORY]
 
 PostgreSQL 18 unless a peer brings its own; data on tmpfs. All ways of a table take turns, so that
 each round has one sample of each. What is measured is told in bench/peers/README.md; a peer that
@@ -106,10 +106,18 @@ _PACE = 0.05  # seconds between databases that a pool can follow
 class Run:
     """What all measurements of one run share."""
 
-    def __init__(self, house: House, rounds: int, keep: Path | None, told: str) -> None:
-        """`told` is what is to be kept of the machine, and how the run was started."""
+    def __init__(
+        self, house: House, rounds: int, ways: list[str] | None, keep: Path | None, told: str
+    ) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            ways: the names of those that take part; None is all.
+            told: what is to be kept of the machine, and how the run was started.
+        """
         self.house = house
         self.rounds = rounds
+        self._ways = ways
         self._keep = keep
         self._told = told
         self._served: dict[str, str] = {}
@@ -136,7 +144,7 @@ class Run:
         """Those that can be had, prepared; why the others cannot stands in the table."""
         with ExitStack() as stack:
             there = {}
-            for name, way in ways.items():
+            for name, way in self.chosen(ways).items():
                 try:
                     agent = stack.enter_context(self.agent(way))
                     agent.ask("prepare")
@@ -144,6 +152,9 @@ class Run:
                 except Failed as error:
                     table.add(name, str(error))
             yield there
+
+    def chosen(self, ways: dict[str, Way]) -> dict[str, Way]:
+        return {name: way for name, way in ways.items() if not self._ways or name in self._ways}
 
     def agent(self, way: Way) -> AbstractContextManager[Agent]:
         return self.house.agent(way.language, way.peer, self._url(way.on))
@@ -200,7 +211,7 @@ def cold(run: Run) -> None:
     """Nothing is cached but the programs themselves, and the operating system's pages."""
     table = Table("A server, the first on a machine, to first row, ms")
     ways = {name: way for name, way in STARTS.items() if "daemon" not in name}
-    run.take_turns(table, ways, lambda _, way: _cold(run, way))
+    run.take_turns(table, run.chosen(ways), lambda _, way: _cold(run, way))
     run.done(table, "cold", "pgtemp")
 
 
@@ -315,7 +326,7 @@ def kill(run: Run) -> None:
     """SIGKILL of the owner; what is left after ten seconds is said, and taken away by us."""
     table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
     ways = {name: way for name, way in STARTS.items() if way.on == ""}
-    run.take_turns(table, ways, lambda _, way: _killed(run, way))
+    run.take_turns(table, run.chosen(ways), lambda _, way: _killed(run, way))
     run.done(table, "kill", "pgtemp")
 
 
@@ -347,6 +358,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--leases", type=int, default=10000)
     parser.add_argument("--only", default="memory,start,cold,database,sustained,suite,leases,kill")
+    parser.add_argument("--way", action="append", choices=[*STARTS, *SUITES])
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # so that what runs is taken away
@@ -360,7 +372,7 @@ def main() -> None:
     print(machine)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
-    with Run(house, given.rounds, given.keep, machine) as run:
+    with Run(house, given.rounds, given.way, given.keep, machine) as run:
         measurements: dict[str, Callable[[], None]] = {
             "start": lambda: start(run),
             "cold": lambda: cold(run),

@@ -5,6 +5,7 @@ On the server's private socket, and with nothing of what libpq takes from the en
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import select
@@ -43,6 +44,7 @@ _COMES_BACK = re.compile(
     "the database system is (in recovery mode|starting up|not yet accepting connections)"
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
+_numbers = itertools.count()
 
 
 class Connection(psycopg.Connection[Any]):
@@ -69,7 +71,8 @@ class Connection(psycopg.Connection[Any]):
         """
         name = self._known.get(statement)
         if name is None:
-            name = f"ask_{len(self._known)}".encode()
+            # Another each time, since who was interrupted does not know whether it was prepared.
+            name = f"ask_{next(_numbers)}".encode()
             self.execute(b"PREPARE %s AS %s" % (name, statement.encode()))
             self._known[statement] = name
         quote = psycopg.pq.Escaping(self.pgconn).escape_literal
