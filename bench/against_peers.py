@@ -1,7 +1,8 @@
 """pgtemp and its peers, each in its own language and its own best configuration, in one run.
 
     python -m bench.against_peers [--only memory,start,cold,database,sustained,suite,leases,kill]
-                                  [--rounds 10] [--tests 1000] [--count 200] [--way …] [--keep DIRECTORY]
+                                  [--rounds 10] [--tests 1000] [--count 200] [--way …]
+                                  [--keep DIRECTORY]
 
 PostgreSQL 18 unless a peer brings its own; data on tmpfs. All ways of a table take turns, so that
 each round has one sample of each. What is measured is told in bench/peers/README.md; a peer that
