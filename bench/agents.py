@@ -7,6 +7,7 @@ Everything is run as an ordinary user, as which PostgreSQL can be run, also wher
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pwd
@@ -322,9 +323,12 @@ class House:
 
 
 def await_gone(pid: int, places: Sequence[str], most: float) -> bool:
-    """Whether a process and some directories are gone within so many seconds."""
+    """Whether a process and some directories are gone within so many seconds.
+
+    Also what a directory was renamed to, to be removed behind somebody's back.
+    """
     until = time.perf_counter() + most
-    while proc.lives(pid) or any(Path(one).exists() for one in places):
+    while proc.lives(pid) or any(glob.glob(f"{one}*") for one in places):
         if time.perf_counter() > until:
             return False
     return True
