@@ -38,7 +38,9 @@ OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 HEAD = """\
 # Against its peers
 
-Written by `docs/peers.py`, as `make bench` does; do not edit. {told}
+Written by `docs/peers.py`, as `make bench` does; do not edit. Runs:
+
+{told}
 
 All ways of a table take turns. The figures are medians with minimum and maximum; the ratio is to
 the way in bold. Each peer is used in its own language, by the driver that is usual there, in the
@@ -112,7 +114,7 @@ def main() -> None:
         if name in tables and tables[name]["samples"]:
             plot(name, tables[name])
     told = dict.fromkeys(table["told"] for table in tables.values())
-    head = HEAD.format(told=" ".join(told))
+    head = HEAD.format(told="\n".join(f"- {one}" for one in told))
     (HERE / "peers.md").write_text(
         "\n".join([head, *(text(name, table) for name, table in tables.items())])
     )
