@@ -142,7 +142,7 @@ def clone(
     # Before PostgreSQL tries: it begins with a checkpoint, and on a full disk that ends the server.
     if size is None:
         size = _EMPTY_BYTES if source == BASE else size_of(connection, source)
-    room.check_with_spare(connection.place, "another database", size=size, files=_EMPTY_FILES)
+    room.check_with_spare(connection.home, "another database", size=size, files=_EMPTY_FILES)
     # The files are copied rather than logged, which takes half the time from a small template and
     # a third from one of fifty tables.
     statement = _about(
@@ -241,7 +241,7 @@ def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """
     statement = _about("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
     # It begins with a checkpoint, which on a full disk ends the server.
-    with room.spared(connection.place):
+    with room.spared(connection.home):
         try:
             connection.execute(statement)
         except errors.ObjectInUse:

@@ -56,7 +56,7 @@ class Connection(psycopg.Connection[Any]):
         return {}
 
     @cached_property
-    def place(self) -> Path:
+    def home(self) -> Path:
         """The home of the server, to whose socket it leads."""
         return Path(self.info.host).resolve()
 

@@ -158,7 +158,7 @@ class Reuse:
                     return False
             full = self._shelved >= max(1, min(_MOST, _MOST_BYTES // max(1, size)))
         # A checkpoint on a full disk ends the server.
-        return not full and not room.is_full(connection.place)
+        return not full and not room.is_full(connection.home)
 
     def _begin(self, connection: Connection, attributes: bool) -> None:
         if connection.execute(_ELSEWHERE).fetchone() is not None:
@@ -168,7 +168,7 @@ class Reuse:
             attributes=attributes,
         )  # fmt: skip
         admin.close_door(connection, self._stub)
-        home = connection.place
+        home = connection.home
         owner = (home / DATA).stat()
         switch = os.geteuid() != owner.st_uid
         self._channel, theirs = socket.socketpair()

@@ -77,7 +77,7 @@ class Clones:
             if self._attributes is None:
                 self._attributes = admin.has_attributes(connection, self._source)
                 self._size = admin.size_of(connection, self._source)
-                room.put_aside(connection.place)
+                room.put_aside(connection.home)
             if self._reuse.make(connection, name, attributes=self._attributes):
                 return
             try:
