@@ -44,10 +44,10 @@ def children(pid: int) -> dict[int, str]:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of memory that a process shares with nobody."""
+    """Bytes of memory that a process has written; a file's become its own when others end."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    lines = [line for line in rollup.splitlines() if line.startswith("Private")]
-    return sum(int(line.split()[1]) << 10 for line in lines)
+    (line,) = (line for line in rollup.splitlines() if line.startswith("Private_Dirty:"))
+    return int(line.split()[1]) << 10
 
 
 class Daemon:

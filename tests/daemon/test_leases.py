@@ -514,7 +514,7 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
         for _ in range(1000):
             lease()
         sizes.append(own_memory(served.process.pid))
-    assert max(sizes[1:]) - sizes[0] < 2 << 20, sizes
+    assert max(sizes[1:]) - sizes[0] < 1 << 20, sizes
     count = "SELECT count(*) FROM pg_database"
     assert int(str(one(at(served, "test"), count))) < 50
     assert served.end() == (0, "")

@@ -22,17 +22,18 @@ _PAUSE = 0.5  # seconds; most backends end sooner than that after their client
 
 def end_with(client: Endpoint, server: Endpoint, peers: Peers) -> None:
     """From now on the connection to the server is closed when nobody is there for its answer."""
-    loop = asyncio.get_running_loop()
+    later = asyncio.get_running_loop().call_later
+    client.at_end = lambda: later(_PAUSE, _look, client, server, peers)
 
-    def look() -> None:
-        if server.over:
-            return
-        if _is_held(client, peers):
-            loop.call_later(_PAUSE, look)
-        else:
-            server.abort()
 
-    client.at_end = lambda: loop.call_later(_PAUSE, look)
+def _look(client: Endpoint, server: Endpoint, peers: Peers) -> None:
+    # No closure that knows itself: such a circle keeps both ends until the collector comes by.
+    if server.over:
+        return
+    if _is_held(client, peers):
+        asyncio.get_running_loop().call_later(_PAUSE, _look, client, server, peers)
+    else:
+        server.abort()
 
 
 def user(client: Endpoint, peers: Peers) -> int | None:
