@@ -222,15 +222,21 @@ def _cold(run: Run, way: Way) -> float:
 
 
 def database(run: Run) -> None:
-    """A fresh database, and against a connection to an old one by the same driver."""
     table = Table("A fresh database of fifty tables, to first row, ms")
     with run.agents(DATABASES, table) as agents:
         run.alternate(table, agents, "database", unmeasured=5, rounds=3 * run.rounds)
     run.done(table, "database", "pgtemp, daemon, Go")
+
+
+def connection(run: Run) -> None:
+    """To a fresh database, and to an old one by the same driver; whatever ways are chosen."""
     for driver, (direct, daemon, command) in DIRECT.items():
         table = Table(f"{driver}: connect to first row, ms")
         ways = {"an old database, direct": direct, "a fresh database, daemon": daemon}
-        with run.agents(ways, table) as agents:
+        with ExitStack() as stack:
+            agents = {name: stack.enter_context(run.agent(way)) for name, way in ways.items()}
+            for agent in agents.values():
+                agent.ask("prepare")
             run.alternate(table, agents, command, unmeasured=5, rounds=3 * run.rounds)
         run.done(table, f"connect-{re.sub('[^a-z]', '', driver)}", "an old database, direct")
 
@@ -358,7 +364,9 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=1000)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--leases", type=int, default=10000)
-    parser.add_argument("--only", default="memory,start,cold,database,sustained,suite,leases,kill")
+    parser.add_argument(
+        "--only", default="memory,start,cold,database,connection,sustained,suite,leases,kill"
+    )
     parser.add_argument("--way", action="append", choices=[*STARTS, *SUITES])
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
@@ -378,6 +386,7 @@ def main() -> None:
             "start": lambda: start(run),
             "cold": lambda: cold(run),
             "database": lambda: database(run),
+            "connection": lambda: connection(run),
             "sustained": lambda: sustained(run, given.count),
             "suite": lambda: suite(run, given.tests),
             "memory": lambda: memory(run),
