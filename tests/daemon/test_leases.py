@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -532,92 +531,3 @@ def test_many_leases_in_one_server(daemon: DaemonType, clients: int) -> None:
 
     with ThreadPoolExecutor(clients) as threads:
         assert len(set(threads.map(server, range(150)))) == 1
-
-
-def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:
-    """Clients of several kinds, often enough to be rehearsed: settings, user, cancel, database."""
-    served = daemon("--log-level", "debug")
-    kinds = [
-        ("postgres", "application_name=a", ("a", "4MB", "UTF8")),
-        ("postgres", "application_name=b", ("b", "4MB", "UTF8")),
-        ("postgres", "options=-c%20work_mem%3D5MB", ("", "5MB", "UTF8")),
-        ("me", "client_encoding=LATIN1", ("", "4MB", "LATIN1")),
-    ]
-    pids, names = set(), set()
-    for _ in range(5):
-        for user, parameters, expected in kinds:
-            with psycopg.connect(
-                f"{at(served, 'test', user)}?{parameters}", autocommit=True
-            ) as connection:
-                row = connection.execute(
-                    "SELECT current_user, current_setting('application_name'),"
-                    " current_setting('work_mem'), current_setting('client_encoding'),"
-                    " pg_backend_pid(), current_database()"
-                ).fetchone()
-                assert row is not None
-                assert row[:4] == (user, *expected)
-                pids.add(row[4])
-                names.add(row[5])
-                with ThreadPoolExecutor(1) as thread:
-                    asleep = thread.submit(connection.execute, "SELECT pg_sleep(60)")
-                    activity = Path(f"/proc/{row[4]}/cmdline")
-                    assert eventually(lambda a=activity: b"SELECT" in a.read_bytes())  # type: ignore[misc]
-                    connection.cancel_safe()
-                    with pytest.raises(psycopg.errors.QueryCanceled):
-                        asleep.result(30)
-    assert len(pids) == len(names) == 20
-
-
-WATCHED = {
-    "pg_stat_statements": (["-o", "shared_preload_libraries=pg_stat_statements"], ""),
-    "auto_explain": (["-o", "session_preload_libraries=auto_explain"], ""),
-    "auto_explain, by the client": ([], " -c session_preload_libraries=auto_explain"),
-}
-
-
-@BOTH
-@pytest.mark.parametrize("by", WATCHED)
-def test_who_watches_statements_sees_those_of_clients_alone(
-    daemon: DaemonType, isolation: str, by: str
-) -> None:
-    """What is planned ahead in a connection that is opened ahead is not kept, and not logged."""
-    arguments, options = WATCHED[by]
-    served = daemon("--isolation", isolation, *arguments)
-    options = (
-        "-c auto_explain.log_min_duration=0 -c auto_explain.log_nested_statements=on" + options
-    )
-
-    def is_rehearsed() -> bool:
-        begun = time.time()
-        with psycopg.connect(served.uri, options=options, autocommit=True) as connection:
-            row = connection.execute(
-                "SELECT backend_start < to_timestamp(%s), datname FROM pg_stat_activity"
-                " WHERE pid = pg_backend_pid()", [begun],
-            ).fetchone()  # fmt: skip
-            if by == "pg_stat_statements":
-                connection.execute("CREATE EXTENSION pg_stat_statements")
-                seen = connection.execute(
-                    "SELECT string_agg(query, '') FROM pg_stat_statements s"
-                    " JOIN pg_database d ON d.oid = s.dbid WHERE datname = current_database()"
-                ).fetchone()
-            else:
-                data = connection.execute("SHOW data_directory").fetchone()
-                assert data is not None
-                seen = ((Path(data[0]).parent / "server.log").read_text(),)
-        assert row is not None and seen is not None
-        assert "pg_stat_activity" in seen[0]  # the client's own
-        assert "pg_seclabel" not in seen[0]
-        return bool(row[0])
-
-    assert eventually(is_rehearsed)
-
-
-def test_an_error_at_the_login_reaches_the_client_each_time(daemon: DaemonType) -> None:
-    """What cannot be rehearsed is not; the client hears the server's own words."""
-    served = daemon()
-    for _ in range(4):
-        with pytest.raises(
-            psycopg.OperationalError, match='invalid value for parameter "work_mem"'
-        ):
-            psycopg.connect(at(served, "test") + "?options=-c%20work_mem%3Dnone")
-    assert one(at(served, "test"), "SELECT 1") == 1

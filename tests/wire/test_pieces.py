@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.messages import (
     GSSENC_CODE,
     MAX_KEY,
@@ -53,7 +54,9 @@ def held(value: object) -> int:
     return 0
 
 
-def read(reader: Frames | ServerStart | ClientStart, pieces: Iterable[bytes]) -> Outcome:
+def read(
+    reader: Frames | ServerStart | ClientStart | FirstStatement, pieces: Iterable[bytes]
+) -> Outcome:
     """What a reader makes of the pieces; it never holds more than has arrived."""
     found: list[object] = []
     arrived, before = 0, held(reader)
@@ -66,6 +69,8 @@ def read(reader: Frames | ServerStart | ClientStart, pieces: Iterable[bytes]) ->
         found.append(FAILED)
     if isinstance(reader, ServerStart):
         return found, reader.key, reader.done, reader.failed
+    if isinstance(reader, FirstStatement):
+        return found, reader.done, reader.plan
     return found, isinstance(reader, ClientStart) and reader.used
 
 
@@ -93,24 +98,26 @@ def negotiate(pieces: Iterable[bytes]) -> Outcome:
 
 
 # The sizes of messages are mostly right, sometimes absurd; or it is no message at all.
-kinds = st.sampled_from([bytes([letter]) for letter in b"RSKZENTDCpXQ"])
+kinds = st.sampled_from([bytes([letter]) for letter in b"RSKZENTDCpXQPB"])
 messages = st.builds(frame, kinds, st.binary(max_size=40))
 absurd = st.builds(lambda kind, size: kind + size, kinds, st.binary(min_size=4, max_size=4))
 streams = st.lists(st.one_of(messages, absurd, st.binary(max_size=20)), max_size=8).map(b"".join)
 
-READERS: list[Callable[[], Frames | ServerStart | ClientStart]] = [
+READERS: list[Callable[[], Frames | ServerStart | ClientStart | FirstStatement]] = [
     Frames,
     lambda: Frames(wanted=b"KE"),
     lambda: Frames(wanted=b"KE", most=20),
     ServerStart,
     ClientStart,
+    FirstStatement,
 ]
 
 
 @pytest.mark.parametrize("reader", READERS)
 @given(cut=cuts(streams))
 def test_pieces_do_not_matter(
-    reader: Callable[[], Frames | ServerStart | ClientStart], cut: tuple[bytes, Pieces]
+    reader: Callable[[], Frames | ServerStart | ClientStart | FirstStatement],
+    cut: tuple[bytes, Pieces],
 ) -> None:
     """A stream in one piece, in some, and byte by byte is the same, and nothing else is raised."""
     data, pieces = cut

@@ -13,7 +13,7 @@ from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
-from pgtemp.wire.messages import PLAN_AHEAD, TERMINATE, WARM_UP, Frames, startup_message
+from pgtemp.wire.messages import FORGET, TERMINATE, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length
 
@@ -121,23 +121,27 @@ async def _await_question(backend: Backend, place: Place) -> None:
                 )
 
 
-async def log_in(backend: Backend, *, plans: bool) -> bool:
-    """Hear the server out until the client could speak; False if it refused or said too much.
+async def log_in(backend: Backend) -> bool:
+    """Hear the server out until the client could speak; False if it refused or said too much."""
+    await _hear(backend, backend.login)
+    return backend.login.done and not backend.login.failed
+
+
+async def plan_ahead(backend: Backend, plan: bytes) -> bool:
+    """Have a statement planned, and forgotten; whether it could be.
+
+    The first statement fills the backend's caches, and brings the catalogs' pages into the shared
+    buffers, which takes half a millisecond and more. Nothing is executed, and nothing stays but
+    caches.
 
     Args:
-        plans: plan a statement, too, which nobody must hear of who watches statements.
+        plan: messages that plan it, as the unnamed statement and portal.
     """
-    await _hear(backend, backend.login)
-    if not backend.login.done or backend.login.failed:
-        return False
-    # A first statement fills the backend's caches, and brings the catalogs' pages into the shared
-    # buffers: a third of a millisecond to prepare one, one to plan it. Nothing is executed, and
-    # nothing stays but caches.
-    greeting, warmed = backend.greeting, ServerStart()
-    backend.server.write(PLAN_AHEAD if plans else WARM_UP)
-    await _hear(backend, warmed)
+    greeting, planned = backend.greeting, ServerStart()
+    backend.server.write(plan + FORGET)
+    await _hear(backend, planned)
     backend.greeting = greeting
-    return warmed.done and not warmed.failed
+    return planned.done and not planned.failed
 
 
 async def _hear(backend: Backend, heard: ServerStart) -> None:

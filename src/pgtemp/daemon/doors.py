@@ -30,12 +30,12 @@ class Door:
     """A way in.
 
     Attributes:
-        admit: raises RefusedError for who may not come in.
+        refusal: what is said to who may not come in; None to who may.
         by_password: whether PostgreSQL is to ask for a password.
         tls: what TLS is spoken with; None where it is not.
     """
 
-    admit: Callable[[Endpoint], None]
+    refusal: Callable[[Endpoint], RefusedError | None]
     by_password: bool = False
     tls: ssl.SSLContext | None = None
 
@@ -44,7 +44,7 @@ def of_tcp(options: DaemonOptions, peers: Peers, tls: ssl.SSLContext | None) -> 
     """The door at the TCP addresses."""
     if options.password_file is not None:
         return Door(_anybody, by_password=True, tls=tls)
-    return Door(lambda client: _check_user(client, peers), tls=tls)
+    return Door(lambda client: _other_user(client, peers), tls=tls)
 
 
 def of_socket() -> Door:
@@ -53,21 +53,21 @@ def of_socket() -> Door:
 
 
 def _anybody(client: Endpoint) -> None:
-    pass
+    return None
 
 
-def _check_user(client: Endpoint, peers: Peers) -> None:
+def _other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
     """Only the user who runs the daemon comes in, and root.
 
     Over trusted loopback any local user could run shell commands as the server's user, with
     COPY FROM PROGRAM.
     """
     if not TELLS_PEERS:
-        return
+        return None
     uid = abandoned.user(client, peers)  # who has hung up already cannot be told
     if uid in (0, os.getuid()):
-        return
-    raise RefusedError(
+        return None
+    return RefusedError(
         "28000",
         f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
         "start a pgtemp of your own, on another port, or this one with --password-file",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host.peers import Peers
 from pgtemp.wire import replies
+from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.messages import ProtocolError
 from pgtemp.wire.startup import Cancel, Negotiation, NoTlsError, Reply, Secure, Startup
 from pgtemp.wire.tls import NO_TLS, Tls
@@ -121,7 +123,6 @@ class Gateway:
                     return None
                 if opening is None:
                     return None
-                door.admit(client)
                 if opening.parameters.get("application_name") == _PROBE:
                     client.write(
                         replies.greeting(opening.version, opening.parameters, self._server_version)
@@ -193,11 +194,10 @@ class Gateway:
         first_words: replies.ClientStart,
     ) -> None:
         """Let the client hear what the server said so far, and relay until one of them ends."""
-        server, login = backend.server, backend.login
+        server, login, statement = backend.server, backend.login, FirstStatement()
         socket = lease.place.socket
         client.write(backend.greeting)
         server.write(startup.rest)
-        first_words.feed(startup.rest)
         with ExitStack() as until_the_end:
 
             def register() -> None:
@@ -206,8 +206,10 @@ class Gateway:
 
             def hear(data: bytes) -> None:
                 first_words.feed(data)
-                if first_words.used:
+                statement.feed(data)
+                if first_words.used and statement.done:
                     client.listen = None
+                    self._leases.learn(lease, startup, statement.plan)
 
             def learn(data: bytes) -> None:
                 login.feed(data)
@@ -218,6 +220,7 @@ class Gateway:
                         server.transport.close()
 
             client.listen = hear
+            hear(startup.rest)
             if login.done:
                 register()
             else:
@@ -248,6 +251,7 @@ def _refuse(client: Endpoint, why: RefusedError) -> None:
 
 async def _negotiate(client: Endpoint, door: Door) -> Startup | Cancel | None:
     negotiation = Negotiation(tls=door.tls is not None)
+    refusal = functools.cache(lambda: door.refusal(client))
     while data := await client.read():
         negotiation.receive(data)
         try:
@@ -255,10 +259,15 @@ async def _negotiate(client: Endpoint, door: Door) -> Startup | Cancel | None:
         except NoTlsError:
             client.write(NO_TLS)
             raise
-        if isinstance(event, Startup | Cancel):
+        if isinstance(event, Cancel):
+            return event
+        if isinstance(event, Startup):
+            if (why := refusal()) is not None:
+                raise why
             return event
         if isinstance(event, Reply):
             client.write(event.data)
+            refusal()  # asked for now, while the client is at work
         if isinstance(event, Secure):
             assert door.tls is not None
             client.write(event.reply)

@@ -4,7 +4,9 @@ A clone still costs whoever comes first a fork, a login and a cold start, which 
 than a connection to an old database. So for each kind of client that was seen (its supply and its
 exact parameters), the next databases are connected to beforehand with the very packet such a client
 would send, and what the server answered is kept; both are handed over when one comes. No setting is
-emulated, as the packet is the same but for the database's name.
+emulated, as the packet is the same but for the database's name. What the last two of a kind began
+with is planned as well, but not executed: suites begin each test alike, and so do drivers that ask
+for the types there are.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from typing import Any
 
 from pgtemp.aio import whole
 from pgtemp.daemon import wishes
-from pgtemp.daemon.backend import Backend, connect, furnish, log_in
+from pgtemp.daemon.backend import Backend, connect, furnish, log_in, plan_ahead
+from pgtemp.databases.admin import WATCHING
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import PgTempError
-from pgtemp.wire.messages import ProtocolError
+from pgtemp.wire.messages import ANY_PLAN, ProtocolError
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
@@ -43,7 +46,13 @@ class Rehearsed:
 
 @dataclass(slots=True)
 class _Stage:
-    """What is ready for one kind of client."""
+    """What is ready for one kind of client.
+
+    Attributes:
+        begun: what plans the statement that the last one began with.
+        plan: the same, if the one before began with it, too.
+        unplanned: what could not be planned.
+    """
 
     wish: Wish
     startup: Startup
@@ -51,6 +60,9 @@ class _Stage:
     making: int = 0
     seen: bool = False
     refused: bool = False
+    begun: bytes = b""
+    plan: bytes = b""
+    unplanned: bytes = b""
     taken: float = 0.0
     expiry: asyncio.TimerHandle | None = None
 
@@ -80,7 +92,8 @@ class Rehearsals:
         found = None
         while stage.ready and found is None:
             found = stage.ready.popleft()
-            if not _usable(found):
+            # That it is open says that its server runs; to ask would take as long as all the rest.
+            if found.backend.server.over or found.place.outdated:
                 self._do(self._give_back(stage, found))
                 found = None
         if stage.seen:
@@ -88,6 +101,14 @@ class Rehearsals:
             asyncio.get_running_loop().call_later(_AFTER_SECONDS, self._fill, kind, stage)
         stage.seen = True  # one that comes only once is not worth it
         return found
+
+    def learn(self, wish: Wish, startup: Startup, plan: bytes) -> None:
+        """Hear with what a client has begun; see wire/firststatement.py."""
+        same_place = self._isolation.kind(wish)
+        stage = self._stages.get(_kind(same_place, startup)) if same_place is not None else None
+        if stage is not None:
+            stage.plan = plan if plan == stage.begun != stage.unplanned else b""
+            stage.begun = plan
 
     def spare(self, wish: Wish) -> Place | None:
         """A place that was opened ahead for another kind of client, where none can be made.
@@ -170,13 +191,21 @@ class Rehearsals:
         try:
             dbname = await furnish(self._isolation, place, stage.wish)
             backend = await connect(place, stage.startup, dbname, by_password=False)
-            if await log_in(backend, plans=not (place.watched or _preloads(stage.startup))):
+            if await log_in(backend):
+                if not place.watched and not _is_watched(stage.startup):
+                    await self._plan_ahead(stage, backend)
                 return Rehearsed(place, backend)
         except BaseException:
             await self._close(stage, place, backend)
             raise
         await self._close(stage, place, backend)
         return None
+
+    async def _plan_ahead(self, stage: _Stage, backend: Backend) -> None:
+        plan = stage.plan
+        if not await plan_ahead(backend, plan or ANY_PLAN):
+            stage.plan, stage.unplanned = b"", plan
+            raise ProtocolError("a statement cannot be planned ahead")
 
     async def _give_back(self, stage: _Stage, rehearsed: Rehearsed) -> None:
         await self._close(stage, rehearsed.place, rehearsed.backend)
@@ -196,9 +225,10 @@ def _usable(rehearsed: Rehearsed) -> bool:
     return not rehearsed.backend.server.over and rehearsed.place.usable
 
 
-def _preloads(startup: Startup) -> bool:
-    """Whether a client has libraries loaded that may watch its statements."""
-    return any("preload_libraries" in word for pair in startup.parameters.items() for word in pair)
+def _is_watched(startup: Startup) -> bool:
+    """Whether a client wants something that may tell of statements that are not its own."""
+    said = [word for pair in startup.parameters.items() for word in pair]
+    return any(name in word for name in WATCHING for word in said)
 
 
 def _kind(same_place: Hashable, startup: Startup) -> Kind:

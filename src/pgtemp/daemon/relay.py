@@ -198,9 +198,9 @@ class Endpoint(asyncio.Protocol):
                 self.transport.pause_reading()
             return
         self.received += len(data)
-        if self.listen is not None:
-            self.listen(data)
         self._peer.write(data)
+        if self.listen is not None:  # while the peer is at work
+            self.listen(data)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -245,9 +245,9 @@ class Endpoint(asyncio.Protocol):
     def _pass_on(self, data: bytes) -> None:
         assert self._peer is not None
         self.received += len(data)
-        if self.listen is not None:
-            self.listen(data)
         self._peer.write(data)
+        if self.listen is not None:  # while the peer is at work
+            self.listen(data)
 
     def _pass_on_end(self) -> None:
         assert self._peer is not None

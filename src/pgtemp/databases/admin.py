@@ -17,6 +17,11 @@ from pgtemp.uri import ConnectionInfo
 MAINTENANCE = "postgres"  # the database that administrative connections go to
 BASE = "template1"  # the empty database that others begin with
 ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made it
+# In names of settings by which somebody is told of statements that are only planned, too.
+WATCHING = (
+    "preload_libraries", "log_duration", "log_min_duration", "debug_print_",
+    "log_parser_stats", "log_planner_stats", "log_statement_stats",
+)  # fmt: skip
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
@@ -163,11 +168,14 @@ def clone(
 
 
 def is_watched(connection: Connection) -> bool:
-    """Whether a server loads libraries into its backends, or may for some; see auto_explain."""
+    """Whether a server tells somebody of each statement, or may for some roles; see WATCHING."""
+    patterns = [f"%{name}%" for name in WATCHING]
     found = connection.execute(
-        "SELECT 1 FROM pg_settings WHERE name LIKE '%preload_libraries' AND setting <> ''"
+        "SELECT 1 FROM pg_settings WHERE name LIKE ANY (%(patterns)s)"
+        " AND setting NOT IN ('', 'off', '-1')"
         " UNION ALL SELECT 1 FROM pg_db_role_setting"
-        " WHERE setconfig::text LIKE '%preload_libraries%'"
+        " WHERE setconfig::text LIKE ANY (%(patterns)s)",
+        {"patterns": patterns},
     )
     return found.fetchone() is not None
 

@@ -52,6 +52,11 @@ class Place:
         return self.supply is None or self.supply.usable(self)
 
     @property
+    def outdated(self) -> bool:
+        """Whether its server has changed since, as far as is known without asking it."""
+        return self.tenants is not None and (self.tenants.stale or self.epoch != self.tenants.epoch)
+
+    @property
     def alive(self) -> bool:
         """Whether its server runs."""
         return alive(self.cluster)

@@ -165,9 +165,8 @@ class Databases:
             self._stop_if_empty(tenants)
 
     def usable(self, place: Place) -> bool:
-        tenants = _tenants(place)
-        tenants.check()
-        return not tenants.stale and place.epoch == tenants.epoch
+        _tenants(place).check()
+        return not place.outdated
 
     def claim(self) -> Future[Place]:
         return self._pool.claim()

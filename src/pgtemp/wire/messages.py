@@ -37,32 +37,26 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
     return kind + (len(payload) + 4).to_bytes(4, "big") + payload
 
 
-def _parse(statement: bytes) -> bytes:
-    """Prepare the unnamed statement."""
+def parse(statement: bytes) -> bytes:
+    """Prepare the unnamed statement; types of parameters are as they are used."""
     return frame(b"P", b"\x00" + statement + b"\x00\x00\x00")
 
 
-def _bind(*values: bytes) -> bytes:
+def bind(*values: bytes) -> bytes:
     """Make the unnamed portal of the unnamed statement; it is planned, but not executed."""
     texts = b"".join(len(value).to_bytes(4, "big") + value for value in values)
     return frame(b"B", b"\x00\x00\x00\x00" + len(values).to_bytes(2, "big") + texts + b"\x00\x00")
 
 
-_FORGET = frame(b"C", b"P\x00") + _parse(b"") + frame(b"S")
-# A statement that is prepared, and replaced by an empty one. Without a constant, so that
-# pg_stat_statements does not keep it.
-WARM_UP = _parse(b"SELECT $1::int4, $2::text") + _FORGET
-# One that is planned, too: of a catalog that anybody may read and that has columns, operators and
-# an index of the usual types. Extensions that watch statements hear of it.
-PLAN_AHEAD = (
-    _parse(
-        b"SELECT pg_catalog.count(*) FROM pg_catalog.pg_seclabel"
-        b" WHERE objsubid OPERATOR(pg_catalog.=) $1::pg_catalog.int4"
-        b" AND provider OPERATOR(pg_catalog.=) $2::pg_catalog.text"
-    )
-    + _bind(b"0", b"")
-    + _FORGET
-)
+# After something was prepared and planned: it is replaced by an empty statement.
+FORGET = frame(b"C", b"P\x00") + parse(b"") + frame(b"S")
+# Plans a query of a catalog that anybody may read and that has columns, operators and an index of
+# the usual types.
+ANY_PLAN = parse(
+    b"SELECT pg_catalog.count(*) FROM pg_catalog.pg_seclabel"
+    b" WHERE objsubid OPERATOR(pg_catalog.=) $1::pg_catalog.int4"
+    b" AND provider OPERATOR(pg_catalog.=) $2::pg_catalog.text"
+) + bind(b"0", b"")
 
 
 def untyped(code: int, payload: bytes = b"") -> bytes:

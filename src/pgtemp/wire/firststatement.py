@@ -1,0 +1,72 @@
+"""What a client begins with, so that it can be planned ahead for the next of its kind. Sans-IO.
+
+PostgreSQL docs, 54.2.3 "Extended Query": Parse analyses a statement, Bind plans it, and neither
+executes it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from pgtemp.wire.messages import Frames, ProtocolError, bind, frame, parse
+
+_MOST = 8192  # bytes of a message that is kept
+_TRANSACTION = re.compile(rb"\s*(begin|start\s+transaction)\b", re.IGNORECASE)
+_PLANNED = re.compile(rb"\s*(select|insert|update|delete|merge|with|values|table)\b", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class FirstStatement:
+    """Listens to a client for its first statement; the beginning of a transaction is none.
+
+    Attributes:
+        done: whether there is nothing more to hear.
+        plan: messages that have the same statement planned, with the same values, as the unnamed
+            one; b"" where it is none that can be planned before others are executed.
+    """
+
+    done: bool = False
+    plan: bytes = b""
+    _name: bytes = b""
+    _parsed: bytes = b""
+    _frames: Frames = field(default_factory=lambda: Frames(wanted=b"QPB", most=_MOST))
+
+    def feed(self, data: bytes) -> None:
+        if self.done:
+            return
+        try:
+            for kind, payload in self._frames.feed(data):
+                if kind == b"Q":
+                    self._simple(payload[:-1])
+                elif kind == b"P":
+                    self._prepare(payload)
+                elif kind == b"B" and self._parsed:
+                    self._execute(payload)
+                if self.done:
+                    break
+        except ProtocolError:
+            self.done = True
+        if self.done:
+            self._frames, self._name, self._parsed = Frames(), b"", b""
+
+    def _simple(self, text: bytes) -> None:
+        if not _TRANSACTION.match(text):
+            self.done = True
+            # Several in one message cannot be prepared.
+            if _PLANNED.match(text) and b";" not in text.rstrip(b"; \t\r\n"):
+                self.plan = parse(text) + bind()
+
+    def _prepare(self, payload: bytes) -> None:
+        self._name, _, statement = payload.partition(b"\x00")
+        if _PLANNED.match(statement):
+            self._parsed = frame(b"P", b"\x00" + statement)
+        elif not _TRANSACTION.match(statement):
+            self.done = True
+
+    def _execute(self, payload: bytes) -> None:
+        _portal, _, rest = payload.partition(b"\x00")
+        name, _, values = rest.partition(b"\x00")
+        self.done = True
+        if name == self._name:
+            self.plan = self._parsed + frame(b"B", b"\x00\x00" + values)

@@ -1,0 +1,193 @@
+"""Connections that are opened ahead: what clients find in them, and what nobody sees of them."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+import pytest
+
+from support import Daemon, eventually
+
+DaemonType = type[Daemon]
+BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
+
+
+def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
+    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
+
+
+def one(uri: str, query: str) -> object:
+    """The first value of a query, through a connection of its own."""
+    with psycopg.connect(uri, autocommit=True) as connection:
+        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+        assert row is not None
+        return row[0]
+
+
+def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:
+    """Clients of several kinds, often enough to be rehearsed: settings, user, cancel, database."""
+    served = daemon("--log-level", "debug")
+    kinds = [
+        ("postgres", "application_name=a", ("a", "4MB", "UTF8")),
+        ("postgres", "application_name=b", ("b", "4MB", "UTF8")),
+        ("postgres", "options=-c%20work_mem%3D5MB", ("", "5MB", "UTF8")),
+        ("me", "client_encoding=LATIN1", ("", "4MB", "LATIN1")),
+    ]
+    pids, names = set(), set()
+    for _ in range(5):
+        for user, parameters, expected in kinds:
+            with psycopg.connect(
+                f"{at(served, 'test', user)}?{parameters}", autocommit=True
+            ) as connection:
+                row = connection.execute(
+                    "SELECT current_user, current_setting('application_name'),"
+                    " current_setting('work_mem'), current_setting('client_encoding'),"
+                    " pg_backend_pid(), current_database()"
+                ).fetchone()
+                assert row is not None
+                assert row[:4] == (user, *expected)
+                pids.add(row[4])
+                names.add(row[5])
+                with ThreadPoolExecutor(1) as thread:
+                    asleep = thread.submit(connection.execute, "SELECT pg_sleep(60)")
+                    activity = Path(f"/proc/{row[4]}/cmdline")
+                    assert eventually(lambda a=activity: b"SELECT" in a.read_bytes())  # type: ignore[misc]
+                    connection.cancel_safe()
+                    with pytest.raises(psycopg.errors.QueryCanceled):
+                        asleep.result(30)
+    assert len(pids) == len(names) == 20
+
+
+WATCHED = {
+    "pg_stat_statements": (["-o", "shared_preload_libraries=pg_stat_statements"], ""),
+    "durations": (["-o", "log_min_duration_statement=0"], ""),
+    "durations, by the client": ([], " -c log_min_duration_statement=0"),
+    "auto_explain": (["-o", "session_preload_libraries=auto_explain"], ""),
+    "auto_explain, by the client": ([], " -c session_preload_libraries=auto_explain"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("by", WATCHED)
+def test_who_watches_statements_sees_those_of_clients_alone(
+    daemon: DaemonType, isolation: str, by: str
+) -> None:
+    """What is planned ahead in a connection that is opened ahead is not kept, and not logged."""
+    arguments, options = WATCHED[by]
+    served = daemon("--isolation", isolation, *arguments)
+    options = (
+        "-c auto_explain.log_min_duration=0 -c auto_explain.log_nested_statements=on" + options
+    )
+
+    def is_rehearsed() -> bool:
+        begun = time.time()
+        with psycopg.connect(served.uri, options=options, autocommit=True) as connection:
+            row = connection.execute(
+                "SELECT backend_start < to_timestamp(%s), datname FROM pg_stat_activity"
+                " WHERE pid = pg_backend_pid()", [begun],
+            ).fetchone()  # fmt: skip
+            if by == "pg_stat_statements":
+                connection.execute("CREATE EXTENSION pg_stat_statements")
+                seen = connection.execute(
+                    "SELECT string_agg(query, '') FROM pg_stat_statements s"
+                    " JOIN pg_database d ON d.oid = s.dbid WHERE datname = current_database()"
+                ).fetchone()
+            else:
+                data = connection.execute("SHOW data_directory").fetchone()
+                assert data is not None
+                seen = ((Path(data[0]).parent / "server.log").read_text(),)
+        assert row is not None and seen is not None
+        assert "pg_stat_activity" in seen[0]  # the client's own
+        assert "pg_seclabel" not in seen[0]
+        return bool(row[0])
+
+    assert eventually(is_rehearsed)
+
+
+def test_an_error_at_the_login_reaches_the_client_each_time(daemon: DaemonType) -> None:
+    """What cannot be rehearsed is not; the client hears the server's own words."""
+    served = daemon()
+    for _ in range(4):
+        with pytest.raises(
+            psycopg.OperationalError, match='invalid value for parameter "work_mem"'
+        ):
+            psycopg.connect(at(served, "test") + "?options=-c%20work_mem%3Dnone")
+    assert one(at(served, "test"), "SELECT 1") == 1
+
+
+SEEN = (
+    "SELECT count(*) FROM pg_get_backend_memory_contexts() WHERE ident = 't_n_idx'"  # in its caches
+)
+
+
+def first(served: Daemon, statement: LiteralString, values: list[object] | None = None) -> object:
+    """The first value of the first statement of a client, in a transaction."""
+    with psycopg.connect(at(served, "t", "me")) as connection:
+        row = connection.execute(statement, values).fetchone()
+        assert row is not None
+        return row[0]
+
+
+def is_idle(user: str) -> bool:
+    """Whether a connection of a user waits for its first statement."""
+    titles = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            titles.append(place.read_text(errors="replace"))
+    return any(f" {user} " in title and title.rstrip("\0 ").endswith("idle") for title in titles)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "begun", [("SELECT count(*) FROM t", None), ("SELECT count(*) FROM t WHERE n = %s", [1])]
+)
+def test_what_clients_begin_with_is_planned_ahead(
+    daemon: DaemonType, isolation: str, begun: tuple[LiteralString, list[object] | None]
+) -> None:
+    """Where two in a row have begun alike the third finds its table in the backend's caches."""
+    served = daemon("--isolation", isolation, "--pool", "1")
+    with psycopg.connect(at(served, "t~template")) as connection:
+        connection.execute("CREATE TABLE t (n int)")
+        connection.execute("CREATE INDEX ON t (n)")
+
+    def is_planned(*beginnings: tuple[LiteralString, list[object] | None]) -> bool:
+        for statement, values in 2 * beginnings:
+            assert first(served, statement, values) == 0
+        assert eventually(lambda: is_idle("me"))
+        return first(served, SEEN) == 1
+
+    assert eventually(lambda: is_planned(begun))
+    other: tuple[LiteralString, None] = ("SELECT 0", None)
+    assert not any(is_planned(begun, other) for _ in range(5))
+
+
+def test_what_cannot_be_planned_is_not_again(daemon: DaemonType) -> None:
+    """It is the client's mistake alone, and connections for others like it are opened ahead still.
+
+    The server's log has it from who made it, and at most once from being planned.
+    """
+    served = daemon("--pool", "1")
+    asked = 12
+    for _ in range(asked):
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            first(served, "SELECT FROM missing")
+
+    def is_ahead() -> bool:
+        begun = time.time()
+        return bool(
+            first(
+                served,
+                "SELECT backend_start < to_timestamp(%s) FROM pg_stat_activity"
+                " WHERE pid = pg_backend_pid()",
+                [begun],
+            )
+        )
+
+    assert eventually(is_ahead)
+    log = Path(str(first(served, "SHOW data_directory"))).parent / "server.log"
+    assert asked <= log.read_text().count('relation "missing" does not exist') <= asked + 1
