@@ -45,8 +45,8 @@ bench: $(READY)
 	@$(BIN)/python -m bench.first_row
 	@$(BIN)/python -m bench.databases
 	@$(BIN)/python -m bench.connections
-	@$(BIN)/python -m bench.relay || test $$? -eq 2  # 2: there is no HAProxy
-	@$(BIN)/python -m bench.suites
+	@$(BIN)/python -m bench.relay --keep .bench || test $$? -eq 2  # 2: there is no HAProxy
+	@$(BIN)/python -m bench.suites --keep .bench
 	@$(BIN)/python -m bench.supervision
 	@$(BIN)/python -m bench.against_peers --keep .bench
 	@$(BIN)/python docs/peers.py .bench

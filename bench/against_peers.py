@@ -12,9 +12,7 @@ cannot be had, or cannot do something, stands in the table with the reason.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import re
 import signal
 import sys
@@ -30,7 +28,7 @@ import psycopg
 from bench import connections
 from bench.agents import Agent, House, await_gone, processes_in
 from bench.databases import tables
-from bench.report import Failed, Table
+from bench.report import Failed, Table, machine
 from pgtemp import Cluster, Database, PgTempDB
 from pgtemp.host import room
 
@@ -373,15 +371,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # so that what runs is taken away
         signal.signal(number, signal.default_int_handler)
     house = House(given.version)
-    machine = (
-        f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {house.release}, "
-        f"Python {platform.python_version()}, data on tmpfs, {datetime.date.today()}: "
-        f"`python -m bench.against_peers {' '.join(sys.argv[1:])}`."
-    )
-    print(machine)
+    told = machine("bench.against_peers", house.release)
+    print(told)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
-    with Run(house, given.rounds, given.way, given.keep, machine) as run:
+    with Run(house, given.rounds, given.way, given.keep, told) as run:
         measurements: dict[str, Callable[[], None]] = {
             "start": lambda: start(run),
             "cold": lambda: cold(run),

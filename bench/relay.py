@@ -1,7 +1,7 @@
 """What the daemon's relay costs: against a direct connection, and against HAProxy.
 
-    python -m bench.relay [--version 18] [--clients 1,4,16,64] [--rounds 5] [--seconds 2]
-                          [--scale 10] [--megabytes 500] [--only select,tpc-b,copy]
+    python -m bench.relay [--version 18] [--clients 1,4,16,64] [--rounds 10] [--seconds 1]
+                          [--scale 10] [--megabytes 200] [--only select,tpc-b,copy] [--keep DIR]
 
 `pgbench -S` and TPC-B, both with `-M simple -j 1`, and COPY out (to nowhere) and in (`WHERE false`,
 so that nothing is written). All ways lead to one and the same server, that of `pgtemp --single`.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from pathlib import Path
 
 import psycopg
 
+from bench.report import Table, machine
 from pgtemp.host import ports
 from pgtemp.server import installation
 
@@ -61,6 +61,7 @@ listen unix
 """
 DIRECT, DAEMON = "direct", "pgtemp"
 HAPROXY, HAPROXY_UNIX = "HAProxy, TCP", "HAProxy, unix"
+PER_SECOND = "transactions a second"
 _ROW = 8000  # bytes of a row that is copied
 Ways = Mapping[str, int]  # by name, the port on 127.0.0.1
 
@@ -159,8 +160,14 @@ def copy_in(megabytes: int, port: int) -> float:
         return megabytes / (time.perf_counter() - start)
 
 
-def compare(title: str, ways: Ways, rounds: int, sample: Callable[[int], float]) -> None:
-    """Take samples of all ways in turn, and print a table of their rates."""
+def compare(
+    title: str, ways: Ways, rounds: int, sample: Callable[[int], float]
+) -> tuple[Table, dict[str, str]]:
+    """Take samples of all ways in turn, and print their rates.
+
+    Returns:
+        A table of the better of each kind of way; which that is.
+    """
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(rounds):
         # The order turns round, so that nobody is always behind the same one.
@@ -172,7 +179,10 @@ def compare(title: str, ways: Ways, rounds: int, sample: Callable[[int], float])
         name: max((way for way in ways if way.startswith(name)), key=lambda w: _middle(rates[w]))
         for name in (DIRECT, HAPROXY, HAPROXY_UNIX, DAEMON)
     }
+    table = Table(title, more_is_better=True)
     for way in best.values():
+        for rate in rates[way]:
+            table.add(way, rate)
         middle = _middle(rates[way])
         ratios = "".join(
             f"{middle / _middle(rates[best[base]]):9.2f}"
@@ -180,6 +190,7 @@ def compare(title: str, ways: Ways, rounds: int, sample: Callable[[int], float])
         )
         print(f"{way:24}{middle:9.0f}{min(rates[way]):9.0f}{max(rates[way]):9.0f}{ratios}")
     sys.stdout.flush()
+    return table, best
 
 
 def _middle(samples: list[float]) -> float:
@@ -190,19 +201,23 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--version", default="18")
     parser.add_argument("--clients", default="1,4,16,64")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=1)
     parser.add_argument("--scale", type=int, default=10)
-    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--only", default="select,tpc-b,copy")
+    parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
     if shutil.which("haproxy") is None:
         print("haproxy is not installed: apt-get install haproxy", file=sys.stderr)
         return 2
-    program = str(installation.find(None, given.version).program("pgbench"))
+    programs = installation.find(None, given.version)
+    program = str(programs.program("pgbench"))
     what = given.only.split(",")
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}")
-    print(f"PostgreSQL {given.version}, pgbench -M simple -j 1, scale {given.scale}")
+    told = machine("bench.relay", programs.version)
+    print(told)
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
     with ExitStack() as until_the_end:
         port, directory, server = until_the_end.enter_context(served(given.version))
         ways = {DIRECT: server}
@@ -212,15 +227,21 @@ def main() -> int:
             ways |= {HAPROXY + behind: tcp, HAPROXY_UNIX + behind: unix}
         ways[DAEMON] = port
         by_pgbench(program, ["-i", "-q", "-s", str(given.scale)], server)
+        measured: list[tuple[str, str, str, Callable[[int], float]]] = []
         for name, kind in (("select", ["-S"]), ("tpc-b", [])):
             for clients in given.clients.split(",") if name in what else ():
                 load = [*kind, "-n", "-M", "simple", "-j", "1"]
                 load += ["-c", clients, "-T", str(given.seconds)]
-                title = f"{name}, clients: {clients}; transactions/s"
-                compare(title, ways, given.rounds, partial(by_pgbench, program, load))
-        for title, copy in (("out", copy_out), ("in", copy_in)) if "copy" in what else ():
-            title = f"COPY {title}, {given.megabytes} MB; MB/s"
-            compare(title, ways, given.rounds, partial(copy, given.megabytes))
+                title = f"The relay, pgbench {kind[0] if kind else 'TPC-B'}, {clients} clients: "
+                sample = partial(by_pgbench, program, load)
+                measured.append((f"{name}-{clients}", title + PER_SECOND, HAPROXY, sample))
+        for way, copy in (("out", copy_out), ("in", copy_in)) if "copy" in what else ():
+            title = f"The relay, COPY {way}, {given.megabytes} MB: megabytes a second"
+            measured.append((f"copy-{way}", title, DIRECT, partial(copy, given.megabytes)))
+        for name, title, base, sample in measured:
+            table, best = compare(title, ways, given.rounds, sample)
+            if given.keep is not None:
+                table.keep(given.keep, f"relay-{name}", best[base], told)
     return 0
 
 

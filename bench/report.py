@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import platform
 import statistics
+import sys
 from pathlib import Path
 
 
@@ -11,11 +15,25 @@ class Failed(Exception):  # noqa: N818
     """Why something could not be measured, in one line."""
 
 
+def machine(module: str, release: str) -> str:
+    """What is told of the machine, and how a run was started.
+
+    Args:
+        release: PostgreSQL's.
+    """
+    return (
+        f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {release}, "
+        f"Python {platform.python_version()}, data on tmpfs, {datetime.date.today()}: "
+        f"`python -m {module} {' '.join(sys.argv[1:])}`."
+    )
+
+
 class Table:
     """Samples by name, in milliseconds where nothing else is said; a way that failed says why."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, *, more_is_better: bool = False) -> None:
         self.title = title
+        self._more_is_better = more_is_better
         self._samples: dict[str, list[float]] = {}
         self._failed: dict[str, str] = {}
 
@@ -45,6 +63,7 @@ class Table:
         said = {
             "told": told,
             "title": self.title,
+            "more is better": self._more_is_better,
             "base": base,
             "samples": {way: [round(one, 3) for one in s] for way, s in self._samples.items()},
             "failed": self._failed,

@@ -1,6 +1,7 @@
 """Suites of tests with a fresh database each: milliseconds a test, pytest's own share included.
 
-    python -m bench.suites [--tests 1000] [--rounds 3] [--kind trivial|computing|waiting] [--way …]
+    python -m bench.suites [--tests 100] [--rounds 10] [--kind trivial|computing|waiting] [--way …]
+                           [--keep DIR]
 
 Each test gets a database of fifty tables with two hundred indexes, inserts a row and reads it; the
 kinds with work of their own compute, or wait, for 25 ms more. Each suite is a pytest process of its
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,11 +30,12 @@ from textwrap import dedent
 import psycopg
 
 from bench.databases import tables
-from bench.report import Table
+from bench.report import Table, machine
 from pgtemp import Cluster, PgTempDB
 from pgtemp.host import identity, paths, ports, processes
 from pgtemp.server import installation
 
+BASE = "bare loop, two creators"
 COUNT = 40  # databases in a sample of the bare loop
 WORK_SECONDS = 0.025
 ROOT = Path(__file__).parents[1]
@@ -242,8 +243,8 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
         subprocess.run(["rm", "-rf", place], check=True)
 
 
-def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: int) -> None:
-    table = Table(f"ms a test, {tests} {kind} tests, PostgreSQL {version}")
+def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: int) -> Table:
+    table = Table(f"Suites of {tests} {kind} tests in pytest, ms a test")
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(version=version))
         fifty = cluster.template("fifty", build=tables)
@@ -260,30 +261,37 @@ def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: in
         }
         served = {way: servers[way]() for way in ways if way in servers}
         for _ in range(rounds):
-            table.add("bare loop, two creators", two_creators(cluster, fifty.dbname))
+            table.add(BASE, two_creators(cluster, fifty.dbname))
             for way in ways:
                 try:
                     table.add(way, suite(way, kind, tests, served.get(way, by_hand)))
                 except RuntimeError as error:
                     table.add(way, str(error))
-    table.show(base="bare loop, two creators")
+    table.show(BASE)
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--version", default="18")
-    parser.add_argument("--tests", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--kind", action="append", choices=("trivial", "computing", "waiting"))
     parser.add_argument("--way", action="append", choices=list(CONFTESTS))
+    parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.release()}, "
-        f"temporary directory on {paths.filesystem_type(Path(tempfile.gettempdir()))}"
-    )
+    elsewhere = paths.filesystem_type(Path(tempfile.gettempdir()))
+    release = installation.find(None, given.version).version
+    told = f"{machine('bench.suites', release)} What has a place of its own is on {elsewhere}."
+    print(told)
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
     os.environ["PGTEMP_VERSION"] = given.version
     for kind in given.kind or ("trivial", "computing", "waiting"):
-        measure(given.version, kind, given.way or list(CONFTESTS), given.tests, given.rounds)
+        ways = given.way or list(CONFTESTS)
+        table = measure(given.version, kind, ways, given.tests, given.rounds)
+        if given.keep is not None:
+            table.keep(given.keep, f"pytest-{kind}", BASE, told)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/peers.md and its plots from what bench.against_peers has kept in a directory.
+"""Write docs/peers.md and its plots from what measurements have kept in a directory.
 
 python docs/peers.py DIRECTORY
 """
@@ -32,13 +32,16 @@ ORDER = (
     *("connect-psycopg", "connect-asyncpg", "connect-nodespg", "connect-pgx"),
     *("sustained-fifty-1", "sustained-fifty-4", "sustained-fifty-16", "sustained-empty-4"),
     *("sustained-servers", "suite-trivial", "suite-waiting"),
+    *("pytest-trivial", "pytest-waiting", "pytest-computing"),
+    *(f"relay-{load}-{clients}" for load in ("select", "tpc-b") for clients in (1, 4, 16, 64)),
+    *("relay-copy-out", "relay-copy-in"),
     *("memory", "leases", "daemon-memory", "kill"),
 )
 OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 HEAD = """\
 # Against its peers
 
-Written by `docs/peers.py`, as `make bench` does; do not edit. Runs:
+Written by `docs/peers.py`, as `make bench` does; do not edit. Measured by:
 
 {told}
 
@@ -47,9 +50,11 @@ the way in bold. Each peer is used in its own language, by the driver that is us
 way that its documentation says is best. What each is asked is in
 [bench/peers](../bench/peers/README.md), and the versions are in the files of its language's package
 manager beside that. A peer that could not be had, or cannot do something, stands in the table with
-the reason. PGlite and py-pglite get a tenth of the tests, and no part in what is sustained.
+the reason. PGlite and py-pglite get a tenth of the tests, and no part in what is sustained. HAProxy
+has one thread, or as many as it takes by itself, whichever is faster.
 "CREATE + DROP, Go" is what PostgreSQL itself can do: two connections that make and drop databases
-ahead; in "CREATE + DROP, psql" nobody connects to what is made.
+ahead; in "CREATE + DROP, psql", and in the bare loop of two creators, nobody connects to what is
+made.
 """
 
 
@@ -93,7 +98,12 @@ def text(name: str, table: dict[str, Any]) -> str:
     if name in SHOWN:
         lines += [f"![{table['title']}](plots/{name}.svg)", ""]
     lines += [f"| {times} samples each | median | min-max | ratio |", "|---|---|---|---|"]
-    for way, one in sorted(samples.items(), key=lambda item: statistics.median(item[1])):
+    best_first = sorted(
+        samples.items(),
+        key=lambda item: statistics.median(item[1]),
+        reverse=table["more is better"],
+    )
+    for way, one in best_first:
         middle = statistics.median(one)
         shown = f"**{way}**" if way == base else way
         ratio = f"{middle / unit:.2f}" if unit else ""
