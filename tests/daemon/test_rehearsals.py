@@ -66,7 +66,9 @@ def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType)
 WATCHED = {
     "pg_stat_statements": (["-o", "shared_preload_libraries=pg_stat_statements"], ""),
     "durations": (["-o", "log_min_duration_statement=0"], ""),
-    "durations, by the client": ([], " -c log_min_duration_statement=0"),
+    "durations, by the client": ([], " --LOG-min-duration-statement=0"),
+    "statements": (["-o", "log_statement=all"], ""),
+    "debug messages, by the client": ([], " -d 2"),
     "auto_explain": (["-o", "session_preload_libraries=auto_explain"], ""),
     "auto_explain, by the client": ([], " -c session_preload_libraries=auto_explain"),
 }
@@ -133,13 +135,13 @@ def first(served: Daemon, statement: LiteralString, values: list[object] | None 
         return row[0]
 
 
-def is_idle(user: str) -> bool:
-    """Whether a connection of a user waits for its first statement."""
+def is_doing(what: str, user: str = "me") -> bool:
+    """Whether there is a connection of a user that is said to do this."""
     titles = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             titles.append(place.read_text(errors="replace"))
-    return any(f" {user} " in title and title.rstrip("\0 ").endswith("idle") for title in titles)
+    return any(f" {user} " in title and title.rstrip("\0 ").endswith(what) for title in titles)
 
 
 @BOTH
@@ -158,7 +160,7 @@ def test_what_clients_begin_with_is_planned_ahead(
     def is_planned(*beginnings: tuple[LiteralString, list[object] | None]) -> bool:
         for statement, values in 2 * beginnings:
             assert first(served, statement, values) == 0
-        assert eventually(lambda: is_idle("me"))
+        assert eventually(lambda: is_doing("idle"))
         return first(served, SEEN) == 1
 
     assert eventually(lambda: is_planned(begun))
@@ -191,3 +193,52 @@ def test_what_cannot_be_planned_is_not_again(daemon: DaemonType) -> None:
     assert eventually(is_ahead)
     log = Path(str(first(served, "SHOW data_directory"))).parent / "server.log"
     assert asked <= log.read_text().count('relation "missing" does not exist') <= asked + 1
+
+
+@BOTH
+def test_functions_that_the_planner_calls_leave_nothing(daemon: DaemonType, isolation: str) -> None:
+    """Stable ones may set or write something; the first client after them does not find it."""
+    served = daemon("--isolation", isolation, "--pool", "1")
+    with psycopg.connect(at(served, "t~template")) as connection:
+        connection.execute(
+            """
+            CREATE TABLE t (n text);
+            CREATE INDEX ON t (n);
+            CREATE FUNCTION sets() RETURNS text STABLE LANGUAGE plpgsql AS $$
+            BEGIN RETURN set_config('my.own', 'set', false); END $$;
+            """
+        )
+
+    def is_planned() -> bool:
+        for _ in range(2):
+            assert first(served, "SELECT count(*) FROM t WHERE n = sets()") == 0
+        assert eventually(lambda: is_doing("idle"))
+        with psycopg.connect(at(served, "t", "me")) as connection:
+            assert connection.execute("SELECT current_setting('my.own', true)").fetchone() in (
+                (None,), ("",),
+            )  # fmt: skip
+            return connection.execute(SEEN).fetchone() == (1,)
+
+    assert eventually(is_planned)
+
+
+def test_what_takes_for_ever_to_plan_is_given_up(daemon: DaemonType) -> None:
+    """Then connections are opened ahead again, and nobody gets the database that it is in."""
+    served = daemon("--pool", "1")
+    with psycopg.connect(at(served, "t~template")) as connection:
+        connection.execute(
+            """
+            CREATE FUNCTION sleeps() RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+            BEGIN PERFORM pg_sleep(600); RETURN 1; END $$;
+            """
+        )
+    for _ in range(2):
+        with psycopg.connect(at(served, "t", "me")) as client, ThreadPoolExecutor(1) as thread:
+            asleep = thread.submit(client.execute, "SELECT sleeps()")
+            assert eventually(lambda: is_doing("SELECT"))
+            client.cancel_safe()
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                asleep.result(30)
+    assert eventually(lambda: is_doing("BIND"))
+    assert eventually(lambda: is_doing("idle") or first(served, "SELECT 0") != 0)
+    assert eventually(lambda: not is_doing("BIND"))

@@ -60,6 +60,7 @@ def test_the_first_statement_is_planned_as_the_client_has_it(
         query(b"CREATE TABLE t (n int)") + query(b"TABLE t"),
         query(b"selected"),
         query(b"SELECT 1; DROP TABLE t"),
+        query(b"BEGIN; CREATE TABLE t (n int)") + query(b"TABLE t"),
         query(b"SELECT ';'"),  # for all that is known here it might be two
         parse(b"SET a = b") + bind(NOTHING) + parse(b"TABLE t") + bind(NOTHING),
         parse(b"TABLE t", b"s1") + parse(b"SELECT 1", b"s2") + bind(NOTHING, b"s1"),
@@ -71,6 +72,14 @@ def test_what_cannot_be_planned_alone_ends_the_listening(said: bytes) -> None:
     first = FirstStatement()
     first.feed(said)
     assert (first.done, first.plan) == (True, b"")
+
+
+def test_a_name_is_that_of_what_was_prepared_last_under_it() -> None:
+    first = FirstStatement()
+    first.feed(parse(b"TABLE t") + parse(b"BEGIN") + bind(NOTHING))
+    assert not first.done
+    first.feed(parse(b"TABLE t", b"s1") + parse(b"BEGIN") + bind(NOTHING, b"s1"))
+    assert first.plan == parse(b"TABLE t") + bind(NOTHING)
 
 
 def test_what_is_never_executed_is_still_waited_for() -> None:

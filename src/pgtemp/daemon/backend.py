@@ -131,8 +131,7 @@ async def plan_ahead(backend: Backend, plan: bytes) -> bool:
     """Have a statement planned, and forgotten; whether it could be.
 
     The first statement fills the backend's caches, and brings the catalogs' pages into the shared
-    buffers, which takes half a millisecond and more. Nothing is executed, and nothing stays but
-    caches.
+    buffers, which takes half a millisecond and more.
 
     Args:
         plan: messages that plan it, as the unnamed statement and portal.

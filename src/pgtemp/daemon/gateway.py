@@ -147,7 +147,7 @@ class Gateway:
         try:
             backend = await self._backend(lease, wish, startup, door)
             try:
-                await self._relay(client, startup, lease, backend, first_words)
+                await self._relay(client, wish, startup, lease, backend, first_words)
             except RefusedError as why:
                 _refuse(client, why)
             finally:
@@ -188,6 +188,7 @@ class Gateway:
     async def _relay(
         self,
         client: Endpoint,
+        wish: Wish,
         startup: Startup,
         lease: Lease,
         backend: Backend,
@@ -209,7 +210,7 @@ class Gateway:
                 statement.feed(data)
                 if first_words.used and statement.done:
                     client.listen = None
-                    self._leases.learn(lease, startup, statement.plan)
+                    self._leases.learn(lease, wish, startup, statement.plan)
 
             def learn(data: bytes) -> None:
                 login.feed(data)

@@ -105,9 +105,10 @@ class Leases:
         else:
             await self._end(lease)
 
-    def learn(self, lease: Lease, startup: Startup, plan: bytes) -> None:
-        """Hear with what the client of a lease has begun."""
-        self._rehearsals.learn(lease.wish, startup, plan)
+    def learn(self, lease: Lease, wish: Wish, startup: Startup, plan: bytes) -> None:
+        """Hear with what a client has begun; only the first of a session finds a new database."""
+        if lease.connections == 1:
+            self._rehearsals.learn(wish, startup, plan)
 
     def facts(self) -> list[dict[str, Any]]:
         """What there is to tell of each lease that there is, in the order in which they began."""

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import OrderedDict, deque
 from collections.abc import Coroutine, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +27,15 @@ from pgtemp.databases.admin import WATCHING
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import PgTempError
-from pgtemp.wire.messages import ANY_PLAN, ProtocolError
+from pgtemp.wire.messages import ANY_PLAN, ProtocolError, undone
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
 MOST_KINDS = 8  # of clients; those that were seen last
 _IDLE_SECONDS = 60.0
 _AFTER_SECONDS = 0.02
+_PLAN_SECONDS = 1.0
+_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")  # of `postgres`, any but -c: -d and -s tell a lot
 
 Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
 
@@ -93,7 +97,9 @@ class Rehearsals:
         while stage.ready and found is None:
             found = stage.ready.popleft()
             # That it is open says that its server runs; to ask would take as long as all the rest.
-            if found.backend.server.over or found.place.outdated:
+            # But others who join a session connect to the server anew.
+            fit = _usable(found) if wish.session is not None else _is_open(found)
+            if not fit:
                 self._do(self._give_back(stage, found))
                 found = None
         if stage.seen:
@@ -188,32 +194,42 @@ class Rehearsals:
     async def _rehearse(self, stage: _Stage) -> Rehearsed | None:
         place = await asyncio.wrap_future(self._isolation.claim(stage.wish))
         backend: Backend | None = None
+        busy = False
         try:
             dbname = await furnish(self._isolation, place, stage.wish)
             backend = await connect(place, stage.startup, dbname, by_password=False)
             if await log_in(backend):
-                if not place.watched and not _is_watched(stage.startup):
-                    await self._plan_ahead(stage, backend)
-                return Rehearsed(place, backend)
+                watched = place.watched or _is_watched(stage.startup)
+                busy = bool(stage.plan)  # it may be at it for ever
+                if watched or await self._plan_ahead(stage, backend):
+                    return Rehearsed(place, backend)
         except BaseException:
-            await self._close(stage, place, backend)
+            await self._close(stage, place, backend, used=busy)
             raise
         await self._close(stage, place, backend)
         return None
 
-    async def _plan_ahead(self, stage: _Stage, backend: Backend) -> None:
+    async def _plan_ahead(self, stage: _Stage, backend: Backend) -> bool:
+        """Whether any statement could be planned; ProtocolError if what was learned could not."""
         plan = stage.plan
-        if not await plan_ahead(backend, plan or ANY_PLAN):
-            stage.plan, stage.unplanned = b"", plan
-            raise ProtocolError("a statement cannot be planned ahead")
+        if not plan:
+            return await plan_ahead(backend, ANY_PLAN)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PLAN_SECONDS):
+                if await plan_ahead(backend, undone(plan)):
+                    return True
+        stage.plan, stage.unplanned = b"", plan
+        raise ProtocolError("what clients begin with could not be planned ahead")
 
     async def _give_back(self, stage: _Stage, rehearsed: Rehearsed) -> None:
         await self._close(stage, rehearsed.place, rehearsed.backend)
 
-    async def _close(self, stage: _Stage, place: Place, backend: Backend | None) -> None:
+    async def _close(
+        self, stage: _Stage, place: Place, backend: Backend | None, *, used: bool = False
+    ) -> None:
         if backend is not None:
             backend.close()
-        await whole(lambda: self._isolation.release(place, stage.wish, used=False))
+        await whole(lambda: self._isolation.release(place, stage.wish, used=used))
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -221,14 +237,20 @@ class Rehearsals:
         task.add_done_callback(self._tasks.discard)
 
 
+def _is_open(rehearsed: Rehearsed) -> bool:
+    return not rehearsed.backend.server.over and not rehearsed.place.outdated
+
+
 def _usable(rehearsed: Rehearsed) -> bool:
-    return not rehearsed.backend.server.over and rehearsed.place.usable
+    return _is_open(rehearsed) and rehearsed.place.usable
 
 
 def _is_watched(startup: Startup) -> bool:
     """Whether a client wants something that may tell of statements that are not its own."""
     said = [word for pair in startup.parameters.items() for word in pair]
-    return any(name in word for name in WATCHING for word in said)
+    names = " ".join(said).lower().replace("-", "_")
+    switches = startup.parameters.get("options", "")
+    return any(name in names for name in WATCHING) or _SHORT_SWITCH.search(switches) is not None
 
 
 def _kind(same_place: Hashable, startup: Startup) -> Kind:

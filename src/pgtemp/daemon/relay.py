@@ -106,6 +106,7 @@ class Endpoint(asyncio.Protocol):
         """Pass on nothing more; what happens here no longer concerns the peer."""
         self._peer = None
         self.at_end = None
+        self.listen = None
         self._go_on()
 
     @property

@@ -19,8 +19,8 @@ BASE = "template1"  # the empty database that others begin with
 ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made it
 # In names of settings by which somebody is told of statements that are only planned, too.
 WATCHING = (
-    "preload_libraries", "log_duration", "log_min_duration", "debug_print_",
-    "log_parser_stats", "log_planner_stats", "log_statement_stats",
+    "preload_libraries", "log_statement", "log_duration", "log_min_duration", "log_min_messages",
+    "log_transaction_sample_rate", "log_parser_stats", "log_planner_stats", "debug_print_",
 )  # fmt: skip
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
@@ -172,7 +172,7 @@ def is_watched(connection: Connection) -> bool:
     patterns = [f"%{name}%" for name in WATCHING]
     found = connection.execute(
         "SELECT 1 FROM pg_settings WHERE name LIKE ANY (%(patterns)s)"
-        " AND setting NOT IN ('', 'off', '-1')"
+        " AND setting IS DISTINCT FROM coalesce(boot_val, '')"
         " UNION ALL SELECT 1 FROM pg_db_role_setting"
         " WHERE setconfig::text LIKE ANY (%(patterns)s)",
         {"patterns": patterns},

@@ -1,7 +1,7 @@
 """What a client begins with, so that it can be planned ahead for the next of its kind. Sans-IO.
 
 PostgreSQL docs, 54.2.3 "Extended Query": Parse analyses a statement, Bind plans it, and neither
-executes it.
+executes it; but see `messages.undone`.
 """
 
 from __future__ import annotations
@@ -51,18 +51,20 @@ class FirstStatement:
             self._frames, self._name, self._parsed = Frames(), b"", b""
 
     def _simple(self, text: bytes) -> None:
-        if not _TRANSACTION.match(text):
+        several = b";" in text.rstrip(b"; \t\r\n")  # which cannot be prepared
+        if several or not _TRANSACTION.match(text):
             self.done = True
-            # Several in one message cannot be prepared.
-            if _PLANNED.match(text) and b";" not in text.rstrip(b"; \t\r\n"):
+            if _PLANNED.match(text) and not several:
                 self.plan = parse(text) + bind()
 
     def _prepare(self, payload: bytes) -> None:
-        self._name, _, statement = payload.partition(b"\x00")
+        name, _, statement = payload.partition(b"\x00")
         if _PLANNED.match(statement):
-            self._parsed = frame(b"P", b"\x00" + statement)
+            self._name, self._parsed = name, frame(b"P", b"\x00" + statement)
         elif not _TRANSACTION.match(statement):
             self.done = True
+        elif name == self._name:
+            self._parsed = b""
 
     def _execute(self, payload: bytes) -> None:
         _portal, _, rest = payload.partition(b"\x00")

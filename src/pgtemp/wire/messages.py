@@ -48,6 +48,19 @@ def bind(*values: bytes) -> bytes:
     return frame(b"B", b"\x00\x00\x00\x00" + len(values).to_bytes(2, "big") + texts + b"\x00\x00")
 
 
+def _execute(statement: bytes) -> bytes:
+    return parse(statement) + bind() + frame(b"E", b"\x00" + bytes(4))
+
+
+def undone(plan: bytes) -> bytes:
+    """Messages that plan a statement, so that nothing stays of it.
+
+    The planner calls functions that say of themselves that they are stable or immutable; such a one
+    may write all the same, or change a setting.
+    """
+    return _execute(b"BEGIN READ ONLY") + plan + _execute(b"ROLLBACK")
+
+
 # After something was prepared and planned: it is replaced by an empty statement.
 FORGET = frame(b"C", b"P\x00") + parse(b"") + frame(b"S")
 # Plans a query of a catalog that anybody may read and that has columns, operators and an index of
