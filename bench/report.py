@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def machine(module: str, release: str) -> str:
     return (
         f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {release}, "
         f"Python {platform.python_version()}, data on tmpfs, {datetime.date.today()}: "
-        f"`python -m {module} {' '.join(sys.argv[1:])}`."
+        f"`python -m {module} {shlex.join(sys.argv[1:])}`."
     )
 
 
