@@ -13,6 +13,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
+import psycopg
+
 from pgtemp.host import paths, ports
 from pgtemp.server.remains import PREFIX
 
@@ -109,3 +111,16 @@ def run_pgtemp(
         timeout=120,
         env={**os.environ, **(env or {})},
     )
+
+
+def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
+    """The URL of a database at a daemon."""
+    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
+
+
+def one(uri: str, query: str) -> object:
+    """The first value of a query, through a connection of its own."""
+    with psycopg.connect(uri, autocommit=True) as connection:
+        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+        assert row is not None
+        return row[0]

@@ -17,22 +17,11 @@ import psycopg
 import pytest
 
 from pgtemp.wire.messages import frame, startup_message
-from support import Daemon, eventually, homes
+from support import Daemon, at, eventually, homes, one
 
 DaemonType = type[Daemon]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
-
-
-def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
-    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
-
-
-def one(uri: str, query: str) -> object:
-    with psycopg.connect(uri, autocommit=True) as connection:
-        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
-        assert row is not None
-        return row[0]
 
 
 def test_a_reset_does_not_let_anybody_in(daemon: DaemonType, other_user: str) -> None:

@@ -17,22 +17,10 @@ import psycopg
 import pytest
 
 from pgtemp.wire.messages import TERMINATE, frame, startup_message
-from support import Daemon, eventually, homes, own_memory
+from support import Daemon, at, eventually, homes, one, own_memory
 
 DaemonType = type[Daemon]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
-
-
-def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
-    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
-
-
-def one(uri: str, query: str) -> object:
-    """The first value of a query, through a connection of its own."""
-    with psycopg.connect(uri, autocommit=True) as connection:
-        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
-        assert row is not None
-        return row[0]
 
 
 def do(uri: str, *statements: str) -> None:

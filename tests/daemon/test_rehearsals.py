@@ -11,22 +11,10 @@ from typing import LiteralString
 import psycopg
 import pytest
 
-from support import Daemon, eventually
+from support import Daemon, at, eventually, one
 
 DaemonType = type[Daemon]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
-
-
-def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
-    return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
-
-
-def one(uri: str, query: str) -> object:
-    """The first value of a query, through a connection of its own."""
-    with psycopg.connect(uri, autocommit=True) as connection:
-        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
-        assert row is not None
-        return row[0]
 
 
 def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 from pgtemp.aio import whole
 from pgtemp.daemon import wishes
 from pgtemp.daemon.backend import Backend, connect, furnish, log_in, plan_ahead
-from pgtemp.databases.admin import WATCHING
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
+from pgtemp.databases.watching import WATCHING
 from pgtemp.errors import PgTempError
 from pgtemp.wire.messages import ANY_PLAN, ProtocolError, undone
 from pgtemp.wire.startup import Startup

@@ -17,11 +17,6 @@ from pgtemp.uri import ConnectionInfo
 MAINTENANCE = "postgres"  # the database that administrative connections go to
 BASE = "template1"  # the empty database that others begin with
 ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made it
-# In names of settings by which somebody is told of statements that are only planned, too.
-WATCHING = (
-    "preload_libraries", "log_statement", "log_duration", "log_min_duration", "log_min_messages",
-    "log_transaction_sample_rate", "log_parser_stats", "log_planner_stats", "debug_print_",
-)  # fmt: skip
 # How long a source may be in use by somebody else before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
@@ -165,19 +160,6 @@ def clone(
 
     if attributes and source != BASE:  # whose privileges are for those who make databases of it
         _copy_attributes(connection, source, dbname)
-
-
-def is_watched(connection: Connection) -> bool:
-    """Whether a server tells somebody of each statement, or may for some roles; see WATCHING."""
-    patterns = [f"%{name}%" for name in WATCHING]
-    found = connection.execute(
-        "SELECT 1 FROM pg_settings WHERE name LIKE ANY (%(patterns)s)"
-        " AND setting IS DISTINCT FROM coalesce(boot_val, '')"
-        " UNION ALL SELECT 1 FROM pg_db_role_setting"
-        " WHERE setconfig::text LIKE ANY (%(patterns)s)",
-        {"patterns": patterns},
-    )
-    return found.fetchone() is not None
 
 
 def has_attributes(connection: Connection, dbname: str) -> bool:

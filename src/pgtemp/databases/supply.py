@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from pgtemp.databases import admin, provision
+from pgtemp.databases import admin, provision, watching
 from pgtemp.databases.kept import Note, try_note
 from pgtemp.databases.place import Place
 from pgtemp.databases.pool import Pool
@@ -57,7 +57,7 @@ class Clusters:
         provision.give_password(cluster, self._plan)
         if self._watched is None:
             with provision.administered(cluster, self._plan) as connection:
-                self._watched = admin.is_watched(connection)
+                self._watched = watching.is_watched(connection)
 
     def dispose(self, place: Place) -> None:
         if place.number and self._plan.options.persist:

@@ -6,7 +6,7 @@ import logging
 import threading
 from contextlib import suppress
 
-from pgtemp.databases import admin, provision
+from pgtemp.databases import admin, provision, watching
 from pgtemp.databases.connections import Admins
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.residue import Residue
@@ -58,7 +58,7 @@ class TenantCluster:
             self._residue = Residue(self.cluster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 self._residue.accept(connection)
-                self.watched = admin.is_watched(connection)
+                self.watched = watching.is_watched(connection)
         except BaseException:
             provision.discard(self.cluster)
             raise
