@@ -148,7 +148,7 @@ class User:
     def place(self) -> Iterator[Path]:
         """A directory of the user's; in the end nothing runs in it, and it is gone."""
         path = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
-        self.owner.own(path)
+        os.chown(path, self.owner.uid, self.owner.gid)
         try:
             yield path
         finally:
@@ -280,7 +280,7 @@ class House:
         with self.user.place() as place:
             home = place / "kept"
             home.mkdir()
-            self.user.owner.own(home)
+            os.chown(home, self.user.owner.uid, self.user.owner.gid)
             environment = self.user.environment(home, place, self.programs)
             agent = Agent(language, peer, {**environment, "BENCH_SERVER": server}, self.user)
             try:

@@ -126,7 +126,7 @@ def overlay_floor(version: str) -> float:
     )  # fmt: skip
     (home / "lower/postgresql.conf").write_text(text)
     for path in [home, *home.rglob("*")]:
-        owner.own(path)
+        os.chown(path, owner.uid, owner.gid)
     options = f"lowerdir={home}/lower,upperdir={home}/upper,workdir={home}/work".encode()
     start = time.perf_counter()
     if libc.mount(b"overlay", str(home / "data").encode(), b"overlay", 0, options):
@@ -153,7 +153,7 @@ def become_ordinary() -> Path:
     """A directory on tmpfs; as root, also become the user PostgreSQL is run as."""
     owner = identity.choose(None)
     home = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
-    owner.own(home)
+    os.chown(home, owner.uid, owner.gid)
     if owner.switch:
         os.environ["HOME"] = str(home)
         os.environ["USER"] = pwd.getpwuid(owner.uid).pw_name

@@ -219,7 +219,7 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
     owner = identity.choose(None)
     programs = installation.find(None, version).within_reach(owner)
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
-    owner.own(place)
+    os.chown(place, owner.uid, owner.gid)
     data, port = place / "data", ports.free_port("127.0.0.1")
     control = programs.program("pg_ctl")
     processes.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,128 @@ def _calls(path: Path) -> set[str]:
         ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
     }  # fmt: skip
+
+
+# Calls that open, list, make, change or remove a path, by their last name.
+_FILE_CALLS = {
+    "open", "fdopen", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "rename",
+    "rmdir", "removedirs", "rmtree", "chmod", "lchmod", "chown", "lchown", "fchown", "fchmod",
+    "mkdir", "makedirs", "mkfifo", "symlink", "symlink_to", "hardlink_to", "link", "utime",
+    "touch", "truncate", "scandir", "listdir", "iterdir", "glob", "iglob", "rglob", "walk",
+    "fwalk", "copyfile", "copytree", "copy2", "move",
+}  # fmt: skip
+# Receivers whose methods of these names do nothing with a path of the file system.
+_NOT_FILES = {"admin", "bench", "workshop", "Tree", "above", "images", "place"}
+# The modules of which every function works on descriptors, or as the user of the files.
+_MECHANISM = {
+    "host/tree.py": "owns the mechanism",
+    "server/shelf.py": "runs in a process of the server's user",
+    "server/programcopy.py": "copies programs within the cache",
+}
+# The functions that use paths, and of what: never below a data directory, nor in an image.
+_PATHS = {
+    "cli/main.py:_fill_gaps": "/dev/null",
+    "daemon/control.py:ask": "the run directory of a daemon, by a descriptor",
+    "daemon/credentials.py:password": "a file that an option names",
+    "daemon/credentials.py:write_root": "the daemon's own run directory",
+    "databases/kept.py:store": "the folder of kept data, which is the caller's",
+    "databases/provision.py:_text": "a file that an option names",
+    "databases/recipe.py:Recipe._parts": "files that a recipe names",
+    "databases/recipe.py:_files": "files that a recipe names",
+    "databases/recipe.py:_watched": "files that a recipe names",
+    "databases/reuse.py:Reuse._begin": "/dev/null",
+    "databases/transfer.py:_is_archive": "a dump that an option names",
+    "databases/transfer.py:dump": "the directory of a dump, by a descriptor",
+    "databases/transfer.py:psql_on_terminal": "the terminal",
+    "django/creation.py:_files": "the project's migrations",
+    "doctor.py:_cache": "names of images in the cache",
+    "host/init.py:_lead": "the terminal",
+    "host/locks.py:create_locked": "lock files in directories of the caller's",
+    "host/locks.py:is_locked": "lock files in directories of the caller's",
+    "host/locks.py:locked": "lock files in directories of the caller's",
+    "host/locks.py:locked_at_once": "lock files in directories of the caller's",
+    "host/paths.py:check_umask": "/proc",
+    "host/paths.py:filesystem_type": "/proc",
+    "host/paths.py:make_dirs": "the cache and the folder of kept data",
+    "host/ports.py:holder": "/proc",
+    "host/ports.py:tcp_rows": "/proc",
+    "host/proc.py:age": "/proc",
+    "host/proc.py:command": "/proc",
+    "host/proc.py:started": "/proc",
+    "host/processes.py:_is_on_terminal": "the terminal",
+    "host/room.py:put_aside": "a file in a run directory itself, which is the owner's",
+    "host/room.py:size_of": "sizes alone",
+    "host/room.py:spared": "a file in a run directory itself, which is the owner's",
+    "options.py:ServerOptions._check_readable": "files that options name",
+    "server/cluster.py:Cluster._open_log": "a file in a run directory itself, or an option's",
+    "server/condition.py:read_log": "a file in a run directory itself, or an option's",
+    "server/crash.py:_segments_removed": "/proc",
+    "server/crash.py:all_postgres": "/proc",
+    "server/crash.py:open_data": "a data directory itself, by a descriptor",
+    "server/held.py:Server._become_postmaster": "/dev/null",
+    "server/held.py:Server.set_aside": "run directories and links to them",
+    "server/home.py:_let_pass": "a run directory itself, by a descriptor",
+    "server/home.py:_private_dir": "a run directory itself",
+    "server/home.py:_socket_dir": "a link to a run directory",
+    "server/home.py:reopen": "the lease in a run directory, which is the owner's",
+    "server/image.py:Image.begin": "the directory of an image itself",
+    "server/imagebuild.py:_published": "the directory of an image itself, by a descriptor",
+    "server/imagecache.py:_load": "the manifest of an image, which is the owner's",
+    "server/imagecache.py:_remove": "a lock in the cache",
+    "server/imagecache.py:_sizes": "manifests of images, which are the owner's",
+    "server/imagecache.py:forget": "names of locks in the cache",
+    "server/imagecache.py:sweep": "names in the cache",
+    "server/installation.py:_ask_version": "a note in the cache",
+    "server/installation.py:_candidates": "folders of programs",
+    "server/installation.py:_in_wheel": "folders of programs",
+    "server/installation.py:_search": "folders of programs",
+    "server/inventory.py:Found.databases": "names alone",
+    "server/inventory.py:_look": "a run directory itself, by a descriptor",
+    "server/inventory.py:homes": "names of run directories",
+    "server/remains.py:_drop_dead_link": "links to run directories",
+    "server/remains.py:_sweep_abandoned": "a run directory, by a descriptor",
+    "server/remains.py:is_half_made": "names alone",
+    "server/remains.py:sweep": "names of run directories",
+    "server/remains.py:sweep_home": "a run directory, by a descriptor",
+    "server/warden.py:guarded": "/dev/null",
+    "suite/keeping.py:_forget": "names in the folder of kept data, which is the caller's",
+    "suite/keeping.py:directory_for": "the folder of kept data, which is the caller's",
+    "works.py:Works.now": "a run directory itself, which is the owner's",
+}
+
+
+def test_one_module_works_with_files_that_another_user_can_change() -> None:
+    """A function that uses paths is in the list above, with what they are; a new one fails."""
+    found = {
+        f"{path.relative_to(ROOT).as_posix()}:{name}"
+        for path in MODULES
+        if path.relative_to(ROOT).as_posix() not in _MECHANISM
+        for name in _with_file_calls(ast.parse(path.read_text()), "")
+    }
+    assert found - _PATHS.keys() == set(), "use host/tree.py, or say which paths these are"
+    assert _PATHS.keys() - found == set(), "these no longer use paths"
+
+
+def test_no_module_hides_what_it_calls() -> None:
+    """Functions of os and shutil are called by their modules' names, which the test above knows."""
+    for path in MODULES:
+        hidden = {name for name in imports_of(path) if name.split(".")[0] in ("os", "shutil")}
+        assert hidden <= {"os", "shutil"}, path
+
+
+def _with_file_calls(tree: ast.AST, inside: str) -> Iterator[str]:
+    """The functions in which a path is used."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        name = f"{inside}.{node.name}".lstrip(".") if named else inside  # type: ignore[union-attr]
+        if isinstance(node, ast.Call) and _is_file_call(node.func):
+            yield inside
+        yield from _with_file_calls(node, name)
+
+
+def _is_file_call(function: ast.expr) -> bool:
+    if isinstance(function, ast.Name):
+        return function.id == "open"
+    if not isinstance(function, ast.Attribute) or function.attr not in _FILE_CALLS:
+        return False
+    return ast.unparse(function.value).partition(".")[0] not in _NOT_FILES

@@ -131,7 +131,7 @@ def test_files_that_somebody_puts_there_are_taken_away(app: Template) -> None:
     sealed = content(place)
     victim = place.parent.parent / "victim"
     victim.write_text("mine")
-    owner.own(victim)
+    os.chown(victim, owner.uid, owner.gid)
     names = sorted(sealed)
     for name, make in (
         (names[3], lambda path: path.symlink_to(victim)),
@@ -145,7 +145,7 @@ def test_files_that_somebody_puts_there_are_taken_away(app: Template) -> None:
         make(place / name)
         for path in (place / name, *(place / name).glob("*")):
             if not path.is_symlink():
-                owner.own(path)
+                os.chown(path, owner.uid, owner.gid)
     app._clones.dispose("used")
     app._clones.make("a")
     app._clones.make("b")
@@ -174,8 +174,9 @@ def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
 
 
 def test_where_it_cannot_begin_nothing_of_it_is_left(app: Template) -> None:
-    """The place for the shelf is taken."""
+    """A file is in the place of the shelf's directory."""
     home = app._works.server.data_dir.parent
+    (home / "shelf").rmdir()
     (home / "shelf").write_text("")
     begin(app)
     assert not app._clones._reuse.works
@@ -241,7 +242,8 @@ def test_a_tablespace_is_left_alone(app: Template) -> None:
     """The files of a template may be in several places then."""
     place = app._works.server.data_dir.parent / "elsewhere"
     place.mkdir()
-    identity.choose(None).own(place)
+    owner = identity.choose(None)
+    os.chown(place, owner.uid, owner.gid)
     run(app, "postgres", f"CREATE TABLESPACE elsewhere LOCATION '{place}'")
     begin(app)
     assert shelves(app) == []

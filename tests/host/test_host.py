@@ -12,9 +12,7 @@ import pytest
 from pgtemp import OptionError, PgTempDB
 from pgtemp.host import copying, identity, locks, paths
 from pgtemp.host.copying import ChangedError
-from pgtemp.host.identity import Identity
-
-ME = Identity(os.geteuid(), os.getegid(), "me", switch=False)
+from pgtemp.host.tree import Tree
 
 
 def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
@@ -26,10 +24,12 @@ def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
         file.write_bytes(os.urandom(i * 100))
     (source / "empty").mkdir()
     (source / "left out").write_text("x")
-    listing = copying.list_tree(source, ["left out"])
     target.mkdir()
-    copying.make_dirs(target, listing.dirs, ME)
-    copying.copy_files(source, target, listing.files, ME)
+    with Tree.open(source) as there, Tree.open(target) as here:
+        listing = copying.list_tree(there, ["left out"])
+        for name in listing.dirs:
+            here.make_directory(name)
+        copying.copy_files(there, here, listing.files)
     (source / "left out").unlink()
     assert subprocess.run(["diff", "-r", source, target], check=False).returncode == 0
     assert listing.size == sum(i * 100 for i in range(150))
@@ -39,8 +39,12 @@ def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
 def test_a_file_of_another_size_is_seen(tmp_path: Path, size: int) -> None:
     (tmp_path / "a").write_bytes(bytes(size))
     (tmp_path / "to").mkdir()
-    with pytest.raises(ChangedError, match="bytes instead of 10"):
-        copying.copy_files(tmp_path, tmp_path / "to", [("a", 10)], ME)
+    with (
+        Tree.open(tmp_path) as source,
+        source.below("to") as target,
+        pytest.raises(ChangedError, match="bytes instead of 10"),
+    ):
+        copying.copy_files(source, target, [("a", 10)])
 
 
 def test_a_lock_is_seen_from_another_process(tmp_path: Path) -> None:

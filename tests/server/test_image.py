@@ -102,9 +102,14 @@ def test_processes_that_build_at_once_make_one_image(
         for _ in range(16)
     ]
     images = open_dir / "images"
-    assert eventually(lambda: bool(list(images.glob("*.building/data"))), 60)
-    (at_work,) = (builder for builder in builders if "initdb" in children(builder.pid).values())
-    at_work.kill()
+    at_work: list[subprocess.Popen[bytes]] = []
+
+    def found() -> bool:
+        at_work[:] = (one for one in builders if "initdb" in children(one.pid).values())
+        return bool(at_work)
+
+    assert eventually(found, 60)
+    at_work[0].kill()
     for builder in builders:
         builder.communicate(timeout=120)
     assert sorted(builder.returncode for builder in builders) == [-9] + [0] * 15

@@ -128,8 +128,8 @@ def test_an_owner_killed_while_starting_leaves_nothing(
         "from pgtemp.server import image\n"
         "with PgTempDB(): pass\n"
         f"whole = image.Image.{where}\n"
-        "def die(self, target, owner):\n"
-        f"    if {where!r} != 'begin': whole(self, target, owner)\n"
+        "def die(self, target):\n"
+        f"    if {where!r} != 'begin': whole(self, target)\n"
         "    os.kill(os.getpid(), 9)\n"
         f"image.Image.{where} = die\n"
         f"PgTempDB(data_dir_prefix={str(open_dir)!r}, persist={keep}).start()\n"
@@ -192,7 +192,7 @@ from pgtemp.server import imagebuild
 def build(uri): pass
 with Cluster() as cluster:
     cluster.database()
-    imagebuild._write_manifest = lambda *args: os.kill(os.getpid(), 9)
+    imagebuild._copy = lambda *args: os.kill(os.getpid(), 9)
     cluster.template("app", build, key="1")
 """
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}

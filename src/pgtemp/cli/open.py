@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pgtemp.cli.progress import show_progress
-from pgtemp.databases.kept import KeptDB
+from pgtemp.databases.kept import KeptDB, act_as_owner
 
 
 @click.command("open")
@@ -31,6 +31,7 @@ def open_kept(directory: Path, dbname: str | None, port: int | None, bin_dir: st
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     bin_dir = bin_dir or os.environ.get("PGTEMP_BIN")
+    act_as_owner(directory)
     with KeptDB(directory, dbname=dbname, port=port, bin_dir=bin_dir) as kept:
         click.echo(f"{kept.directory} is served by PostgreSQL {kept.version} at")
         click.echo(f"    {kept.info.uri}")

@@ -13,6 +13,7 @@ from pgtemp.daemon.relay import Endpoint
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
+from pgtemp.host.peers import check_listener
 from pgtemp.wire.messages import FORGET, TERMINATE, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length
@@ -93,6 +94,7 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
             await asyncio.sleep(_QUEUE_SECONDS)  # the server's queue is full
         if code:
             raise OSError(code, os.strerror(code))
+        check_listener(raw, place.cluster.blueprint.owner.uid)
         raw.sendall(packet)
         _, server = await loop.create_unix_connection(Endpoint, sock=raw)
     except BaseException:

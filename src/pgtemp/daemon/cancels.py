@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.host.peers import check_listener
 from pgtemp.wire.messages import cancel_request
 
 _SECONDS = 10.0
@@ -20,12 +21,17 @@ class Cancels:
     """Which server's socket a cancel key belongs to."""
 
     def __init__(self) -> None:
-        self._sockets: dict[bytes, str] = {}
+        self._sockets: dict[bytes, tuple[str, int]] = {}
 
     @contextmanager
-    def registered(self, key: bytes, socket: str) -> Iterator[None]:
-        """The key leads to the server for as long as the block lasts."""
-        self._sockets[key] = socket
+    def registered(self, key: bytes, socket: str, uid: int) -> Iterator[None]:
+        """The key leads to the server for as long as the block lasts.
+
+        Args:
+            socket: the path of the server's socket.
+            uid: the user that the server runs as.
+        """
+        self._sockets[key] = socket, uid
         try:
             yield
         finally:
@@ -33,14 +39,16 @@ class Cancels:
 
     async def route(self, key: bytes) -> bool:
         """Pass a cancel on, and wait until it was taken; False for a key that nobody has."""
-        socket = self._sockets.get(key)
-        if socket is None:
+        found = self._sockets.get(key)
+        if found is None:
             return False
+        socket, uid = found
         loop = asyncio.get_running_loop()
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(_SECONDS):
                 _, server = await loop.create_unix_connection(Endpoint, socket)
                 try:
+                    check_listener(server.transport.get_extra_info("socket"), uid)
                     server.write(cancel_request(key))
                     while await server.read():
                         pass

@@ -10,7 +10,7 @@ from pgtemp.host import descriptors
 
 MAX_STARTING = 1000  # clients that have not said yet who they are
 MORE_FILES = "raise the limit on open files (ulimit -n)"
-_OWN_FILES = 40  # that are open without a client
+_OWN_FILES = 48  # that are open without a client
 _FILES_EACH = {"database": 2, "cluster": 5}  # of a client, and of what it is given
 
 

@@ -196,14 +196,14 @@ class Gateway:
     ) -> None:
         """Let the client hear what the server said so far, and relay until one of them ends."""
         server, login, statement = backend.server, backend.login, FirstStatement()
-        socket = lease.place.socket
+        socket, uid = lease.place.socket, lease.place.cluster.blueprint.owner.uid
         client.write(backend.greeting)
         server.write(startup.rest)
         with ExitStack() as until_the_end:
 
             def register() -> None:
                 if login.key is not None:
-                    until_the_end.enter_context(self._cancels.registered(login.key, socket))
+                    until_the_end.enter_context(self._cancels.registered(login.key, socket, uid))
 
             def hear(data: bytes) -> None:
                 first_words.feed(data)

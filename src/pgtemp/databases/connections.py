@@ -21,9 +21,10 @@ from typing import Any, LiteralString
 
 import psycopg
 from psycopg import errors
+from psycopg.conninfo import make_conninfo
 
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
-from pgtemp.host import room
+from pgtemp.host import identity, room
 from pgtemp.uri import ConnectionInfo
 
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
@@ -57,8 +58,8 @@ class Connection(psycopg.Connection[Any]):
 
     @cached_property
     def home(self) -> Path:
-        """The home of the server, to whose socket it leads."""
-        return Path(self.info.host).resolve()
+        """The run directory of the server, in which the directory of its socket is."""
+        return Path(self.info.host).resolve().parent
 
     def ask(self, statement: LiteralString, *values: str) -> psycopg.Cursor[Any]:
         """Execute a statement that is executed again and again; it is planned once.
@@ -96,6 +97,7 @@ def connect(to: ConnectionInfo) -> Connection:
                 autocommit=True,
                 application_name="pgtemp",
                 prepare_threshold=None,
+                requirepeer=server_user(to.host),
                 **_NOT_FROM_THE_ENVIRONMENT,
             )
         except psycopg.OperationalError as error:
@@ -103,6 +105,20 @@ def connect(to: ConnectionInfo) -> Connection:
             if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
                 raise
         time.sleep(_RECOVERY_POLL)
+
+
+def server_user(socket_dir: str) -> str:
+    """The user whose server must answer in a directory, for libpq's requirepeer.
+
+    A server's user can put a link in place of its socket. "" if that user is the caller.
+    """
+    uid = os.stat(socket_dir).st_uid
+    return identity.name_of(uid) if uid != os.geteuid() else ""
+
+
+def conninfo(to: ConnectionInfo) -> str:
+    """How a program reaches a server by its socket; without a password, for a command line."""
+    return make_conninfo(to.conninfo, requirepeer=server_user(to.host))
 
 
 def has_news(connection: psycopg.Connection[Any]) -> bool:

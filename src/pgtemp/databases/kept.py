@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +15,16 @@ from pgtemp.databases import admin, connections, provision
 from pgtemp.databases.secret import random_secret
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import copying, identity, ports, room
+from pgtemp.host.tree import Tree
 from pgtemp.options import StrPath
-from pgtemp.server import conf, image, imagebuild, installation
+from pgtemp.server import conf, home, image, imagebuild, installation
 from pgtemp.server.cluster import Blueprint, Cluster
 from pgtemp.server.remains import DATA
 from pgtemp.uri import ConnectionInfo
 
 _log = logging.getLogger("pgtemp")
 NOTE = "pgtemp.json"
+_NOTE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +42,24 @@ class Note:
     databases: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_note(home: Path, note: Note) -> None:
+def write_note(directory: Path, note: Note) -> None:
     """Remember, beside data that is kept, whose it was.
 
     Raises:
         ClusterError: it cannot be written; the data can be opened all the same, as anybody's.
     """
-    # By a descriptor and a rename: the server's user may have put a link there.
-    with room.writing(home / NOTE), ExitStack() as held:
-        directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        held.callback(os.close, directory)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        fresh = f".{NOTE}.{os.getpid()}"
-        try:
-            with open(os.open(fresh, flags, 0o600, dir_fd=directory), "w") as file:
-                json.dump(asdict(note), file)
-            os.rename(fresh, NOTE, src_dir_fd=directory, dst_dir_fd=directory)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(fresh, dir_fd=directory)
-            raise
+    with room.writing(directory / NOTE), Tree.open(directory) as tree:
+        _write_note(tree, note)
 
 
-def try_note(home: Path, note: Note) -> None:
+def _write_note(tree: Tree, note: Note) -> None:
+    tree.write(NOTE, json.dumps(asdict(note)).encode())
+
+
+def try_note(directory: Path, note: Note) -> None:
     """As `write_note`, but what goes wrong is only logged: the data itself is kept."""
     try:
-        write_note(home, note)
+        write_note(directory, note)
     except ClusterError as error:
         _log.error("%s", error)
 
@@ -79,23 +71,32 @@ def store(cluster: Cluster, directory: Path, note: Note) -> None:
         ClusterError: it could not be written; nothing of it is left.
     """
     cluster.halt()
-    owner = cluster.blueprint.owner
-    fresh = directory.with_name(f".{directory.name}.{os.getpid()}")
-    try:
-        with room.writing(directory):
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            fresh.mkdir(mode=0o700)
-            (fresh / DATA).mkdir(mode=0o700)
-            owner.own(fresh / DATA)
-            listing = copying.list_tree(cluster.data_dir, imagebuild.NEVER_COPIED)
-            copying.make_dirs(fresh / DATA, listing.dirs, owner)
-            copying.copy_files(cluster.data_dir, fresh / DATA, listing.files, owner)
-            write_note(fresh, note)
-            owner.own(fresh)
-            fresh.rename(directory)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    with room.writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with Tree.open(cluster.data_dir) as data:
+            listing = copying.list_tree(data, image.NEVER_COPIED)
+            with home.stored(directory, cluster.blueprint.owner) as (tree, fresh):
+                for name in listing.dirs:
+                    fresh.make_directory(name)
+                copying.copy_files(data, fresh, listing.files)
+                fresh.hand_over(*listing.dirs, "")
+                _write_note(tree, note)
+
+
+def act_as_owner(directory: StrPath) -> None:
+    """As root, give up all rights but those of the user to whom kept data belongs.
+
+    That user can change the directory at any time. Root's own directory, in which only the data
+    belongs to another user, is not concerned.
+
+    Raises:
+        OptionError: no data was kept there.
+    """
+    path = home.kept_at(Path(directory))
+    with Tree.reach(path) as tree:
+        uid = os.fstat(tree.fd).st_uid
+    if os.geteuid() == 0 != uid:
+        identity.become(uid)
 
 
 class KeptDB:
@@ -120,27 +121,19 @@ class KeptDB:
         port: int | None = None,
         bin_dir: StrPath | None = None,
     ) -> None:
-        path = Path(directory).absolute()
-        if path.name == DATA and (path / "PG_VERSION").exists():
-            path = path.parent
-        data = path / DATA
-        if not (data / "PG_VERSION").exists():
-            raise OptionError(
-                f"{path} holds no data that pgtemp kept",
-                remedy="name a directory that --persist printed",
-            )
+        path = home.kept_at(Path(directory))
         self.directory = path
         self.note = read_note(path)
         self._dbname = dbname if dbname is not None else self.note.dbname
-        owner = identity.of(data)
-        version = (data / "PG_VERSION").read_text().strip()
+        source = image.Directory(path / DATA)
+        owner, version = identity.choose_uid(source.uid), source.version
         programs = installation.find(bin_dir, version).within_reach(owner)
         self.version = programs.version
         self._cluster = Cluster(
             Blueprint(
                 installation=programs,
                 owner=owner,
-                source=image.Directory(data),
+                source=source,
                 conf=_unchanged,
                 hba=conf.HBA,
                 addresses=(ports.LOOPBACK,),
@@ -186,10 +179,11 @@ class KeptDB:
         self._cluster.stop()
 
 
-def read_note(home: Path) -> Note:
+def read_note(directory: Path) -> Note:
     """Whose data it was."""
     try:
-        said = json.loads((home / NOTE).read_text())
+        with Tree.reach(directory) as tree:
+            said = json.loads(tree.read(NOTE, _NOTE_BYTES))
         return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
     except (OSError, ValueError, KeyError, TypeError):
         return Note(imagebuild.SUPERUSER, admin.MAINTENANCE)

@@ -16,7 +16,8 @@ from pgtemp.databases import admin, connections, extensions, transfer
 from pgtemp.databases.connections import Connection
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.host import identity, paths, ports, proc, room
+from pgtemp.host import identity, paths, ports, room
+from pgtemp.host.tree import Tree
 from pgtemp.options import ServerOptions
 from pgtemp.server import conf, home, image, imagebuild, imagecache, installation
 from pgtemp.server.cluster import Blueprint, Cluster
@@ -72,7 +73,7 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         addresses = [ports.LOOPBACK]
     version = options.version
     if copied is not None and version is None:
-        version = (copied / "PG_VERSION").read_text().strip()
+        version = image.Directory(copied).version
     home.find_base(options.data_dir_prefix, owner, keep=options.persist)  # said now, not later
     programs = installation.find(options.bin_dir, version).within_reach(owner)
     source: image.Source
@@ -166,7 +167,8 @@ def _learn(plan: Plan) -> None:
                 private_info(cluster, imagebuild.SUPERUSER, dbname)
             ) as connection:
                 connection.execute("SELECT 1")
-        source.resolve().learn(cluster.data_dir)
+        with Tree.open(cluster.data_dir) as data:
+            source.resolve().learn(data)
     finally:
         cluster.stop()
 
@@ -250,24 +252,16 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
 
 def check_copied(path: Path, programs: installation.Installation) -> None:
     """Raise OptionError where a data directory is of another version, or in use."""
-    made_by = (path / "PG_VERSION").read_text().strip()
+    made_by = image.Directory(path).version
     if made_by != str(programs.major):
         raise OptionError(
             f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
             remedy=f"ask for version {made_by}",
         )
-    pid_file = path / "postmaster.pid"
-    if pid_file.exists() and _runs(pid_file):
+    if image.Directory(path).is_in_use():
         raise OptionError(
             f"a server is running on {path}", remedy="stop it before copying its data directory"
         )
-
-
-def _runs(pid_file: Path) -> bool:
-    try:
-        return proc.lives(int(pid_file.read_text().split("\n")[0]))
-    except (OSError, ValueError, OverflowError):
-        return False
 
 
 def _text(path: str | os.PathLike[str] | None) -> str:

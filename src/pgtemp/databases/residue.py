@@ -14,6 +14,7 @@ import psycopg
 from psycopg import sql
 
 from pgtemp.databases.connections import Connection
+from pgtemp.host.tree import Tree
 
 # What it is, its name, the database that it goes with, and the rest of it.
 _SHARED = """
@@ -123,7 +124,10 @@ class Residue:
     def _stamp(self, name: str) -> str:
         """A file's time and size tell whether somebody has written it."""
         try:
-            status = (self.data_dir / name).stat()
+            with Tree.open(self.data_dir) as data:
+                status = data.status(name)
         except OSError:
+            return ""
+        if status is None:
             return ""
         return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"

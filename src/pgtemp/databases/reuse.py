@@ -28,6 +28,7 @@ from pgtemp.databases import admin
 from pgtemp.databases.connections import Admins, Connection
 from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import room
+from pgtemp.host.tree import Tree
 from pgtemp.server import warden
 from pgtemp.server.framing import decode, encode
 from pgtemp.server.remains import DATA
@@ -169,7 +170,8 @@ class Reuse:
         )  # fmt: skip
         admin.close_door(connection, self._stub)
         home = connection.home
-        owner = (home / DATA).stat()
+        with Tree.open(home / DATA) as data:
+            owner = os.fstat(data.fd)
         switch = os.geteuid() != owner.st_uid
         self._channel, theirs = socket.socketpair()
         self._channel.settimeout(_ANSWER_SECONDS)

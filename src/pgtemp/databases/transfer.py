@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pgtemp.databases.connections import conninfo
 from pgtemp.errors import TransferError
 from pgtemp.host import processes, room
 from pgtemp.host.progress import step
@@ -19,6 +24,8 @@ from pgtemp.options import StrPath
 from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LINKS = 40  # as many as the system follows
 _ARCHIVE = b"PGDMP"  # how the custom format begins
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
 # What users run into most, by the words of psql and pg_restore.
@@ -60,11 +67,11 @@ def load(
         if _is_archive(path):
             argv = [installation.program("pg_restore"), "--no-owner", "--exit-on-error"]
             argv += ["--single-transaction"] if all_or_nothing else []
-            argv += ["-d", to.conninfo, path]
+            argv += ["-d", conninfo(to), path]
         else:
             argv = [installation.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
             argv += ["--single-transaction"] if all_or_nothing else []
-            argv += ["-d", to.conninfo, "-f", path]
+            argv += ["-d", conninfo(to), "-f", path]
         result = processes.run(argv, cwd=path.parent)
     if result.returncode != 0:
         raise _failed(f"{path} could not be loaded into {to.dbname}", result, Path(to.host))
@@ -76,29 +83,65 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     Raises:
         TransferError: nothing was written; a file of that name stays as it was.
     """
-    path = Path(to).absolute()
-    if path.exists() and not path.is_file():  # /dev/null, say, which root would replace
-        raise TransferError(f"{path} is no regular file", remedy="name another file")
-    path = path.resolve()  # a link stays one
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with step(f"dumping {source.dbname} to {path.name}"):
-        program = installation.program("pg_dump")
-        result = processes.run([program, "-d", source.conninfo, "-f", fresh])
-    if result.returncode != 0:
-        cause = f"{source.dbname} could not be dumped to {path}"
-        failed = _failed(cause, result, path.parent, "make room, or name another file")
-        fresh.unlink(missing_ok=True)
-        raise failed
+    path = _final(Path(to).absolute())
+    fresh = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    cause = f"{source.dbname} could not be dumped to {path}"
+    with step(f"dumping {source.dbname} to {path.name}"), _writing(path):
+        # A new file in an open directory: a file that another user puts there is never written.
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            output = os.open(fresh, _NEW, 0o600, dir_fd=directory)
+            try:
+                program = installation.program("pg_dump")
+                result = processes.run([program, "-d", conninfo(source)], output=output)
+                if result.returncode != 0:
+                    raise _failed(cause, result, path.parent, "make room, or name another file")
+                os.rename(fresh, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            except BaseException:
+                os.unlink(fresh, dir_fd=directory)
+                raise
+            finally:
+                os.close(output)
+        finally:
+            os.close(directory)
+
+
+def _final(path: Path) -> Path:
+    """The file that a path names, by way of links if they are the caller's.
+
+    Raises:
+        TransferError: it is no regular file, or another user's link leads there.
+    """
+    for _ in range(_LINKS):
+        try:
+            status = path.lstat()
+        except OSError:
+            return path  # a new file
+        if stat.S_ISREG(status.st_mode):
+            return path
+        if not stat.S_ISLNK(status.st_mode):  # /dev/null, say, which root would replace
+            break
+        if status.st_uid not in (0, os.geteuid()):
+            raise TransferError(
+                f"{path} is a link of uid {status.st_uid}", remedy="name a file that is no link"
+            )
+        path = Path(os.path.normpath(path.parent.resolve() / path.readlink()))
+    raise TransferError(f"{path} is no regular file", remedy="name another file")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        fresh.replace(path)
+        yield
     except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise TransferError(f"{path} cannot be written: {error.strerror}") from error
+        raise TransferError(
+            f"{path} cannot be written: {error.strerror}", remedy="name another file"
+        ) from error
 
 
 def psql(installation: Installation, to: ConnectionInfo, command: str) -> str:
     """What psql prints for a command. Raises TransferError."""
-    argv = ["-X", "-v", "ON_ERROR_STOP=1", "-d", to.conninfo, "-c", command]
+    argv = ["-X", "-v", "ON_ERROR_STOP=1", "-d", conninfo(to), "-c", command]
     result = processes.run([installation.program("psql"), *argv])
     if result.returncode != 0:
         raise _failed(f"psql failed in {to.dbname}", result, Path(to.host))
@@ -109,7 +152,7 @@ def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
     """Run psql on the terminal until the user leaves it. Raises TransferError without one."""
     try:
         with open("/dev/tty", "r+b", buffering=0) as terminal:
-            processes.run_on(terminal, [installation.program("psql"), "-d", to.conninfo])
+            processes.run_on(terminal, [installation.program("psql"), "-d", conninfo(to)])
     except OSError as error:
         raise TransferError(
             "there is no terminal for psql", remedy="give psql() a command"

@@ -8,12 +8,12 @@ what is said of it in the catalogs that all databases share is what is said of i
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from psycopg import errors
 
 from pgtemp.databases.connections import Connection
+from pgtemp.host.tree import Tree
 
 # Files have the time of the kernel's last tick, which is up to 10 ms ago.
 _TICK_NANOSECONDS = 20_000_000
@@ -74,7 +74,7 @@ def untouched(
         return False
     # The files last: a page that was written out meanwhile is seen there.
     return _has_no_dirty_buffer(connection, row[0]) and _is_older(
-        data_dir / "base" / str(row[0]), since - _TICK_NANOSECONDS
+        data_dir, f"base/{row[0]}", since - _TICK_NANOSECONDS
     )
 
 
@@ -90,12 +90,14 @@ def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
     return row is not None and bool(row[0])
 
 
-def _is_older(directory: Path, when: int) -> bool:
+def _is_older(data_dir: Path, name: str, when: int) -> bool:
     """Whether neither a directory nor any file in it was written at that time or later."""
     try:
-        with os.scandir(directory) as entries:
-            return directory.stat().st_mtime_ns < when and all(
-                entry.stat().st_mtime_ns < when for entry in entries
-            )
+        with Tree.open(data_dir) as data:
+            directory = data.status(name)
+            files = [status for _, status in data.entries(name)]
     except OSError:
         return False
+    return directory is not None and all(
+        status.st_mtime_ns < when for status in (directory, *files)
+    )

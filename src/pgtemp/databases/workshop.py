@@ -18,8 +18,9 @@ from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.secret import STRONG_ROUNDS, random_secret
 from pgtemp.errors import ClusterError
-from pgtemp.host import ports, room
+from pgtemp.host import ports
 from pgtemp.host.progress import step
+from pgtemp.host.tree import Tree
 from pgtemp.server import image, imagebuild, imagecache
 from pgtemp.server.cluster import Cluster
 from pgtemp.server.image import Image
@@ -88,12 +89,15 @@ class Workshop:
             connection.execute("SELECT 1")
             admin.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.cluster.halt()
-        imagebuild.drop_maps(self.cluster.data_dir)
-        # Whoever starts on the image brings settings of its own.
-        with room.writing(self.cluster.home.path):
-            (self.cluster.data_dir / "postgresql.conf").write_text(self._conf)
-        made = image.of_home(self.cluster.home.path, self._plan.installation)
-        made.learn(self.cluster.data_dir)
+        # A server that starts on the image has settings of its own, so these are not in it.
+        made = imagebuild.shut_down(
+            self.cluster.home.path,
+            self._plan.installation,
+            self._plan.blueprint.owner,
+            conf=self._conf,
+        )
+        with Tree.open(self.cluster.data_dir) as data:
+            made.learn(data)
         return made
 
     def close(self) -> None:
@@ -152,9 +156,9 @@ class Lasting(imagecache.Ensured):
         self._check_unchanged()
         with _opened(self.plan, self.name) as workshop:
             workshop.apply(self.recipe)
-            workshop.seal()
+            made = workshop.seal()
             self._check_unchanged()
-            imagebuild.copy(self.plan.installation, workshop.cluster.data_dir, path, lock)
+            imagebuild.publish(made, path, lock)
 
     def _check_unchanged(self) -> None:
         """Nothing is kept under the hash of what it was not made from."""

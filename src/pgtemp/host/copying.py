@@ -6,26 +6,29 @@ better; packing all into one file first saves 2 ms more and is not worth a secon
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
-from pgtemp.host.identity import Identity
+from pgtemp.errors import ClusterError
+from pgtemp.host.tree import ForeignFileError, Tree, kind_of
 
 _THREADS = 2
 _SMALL = 64  # files; fewer are not worth a thread
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class ChangedError(Exception):
-    """A file that was to be copied is missing or not of the size it should have."""
+    """A file that was to be copied is missing, or is not the file that was listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What there is to copy: directories, parents first; files with their sizes in bytes."""
+    """What a tree holds: directories, parents first; files with their sizes in bytes."""
 
     dirs: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
@@ -35,97 +38,132 @@ class Listing:
         return sum(size for _, size in self.files)
 
 
-def list_tree(root: Path, leave_out: Iterable[str] = ()) -> Listing:
-    """List a tree, names relative to `root`; links are listed as what they lead to."""
+def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
+    """List the directories and regular files of a tree, with names relative to it.
+
+    Sockets are left out. Links that PostgreSQL itself makes count as directories, if the tree
+    belongs to the caller.
+
+    Raises:
+        ClusterError: it holds anything else, which the error names.
+        OSError: it cannot be read.
+    """
     skip = frozenset(leave_out)
     dirs: list[str] = []
     files: list[tuple[str, int]] = []
-
-    def walk(prefix: str) -> Iterator[None]:
-        with os.scandir(root / prefix) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
-            name = f"{prefix}{entry.name}"
-            if name in skip:
+    waiting = [""]
+    while waiting:
+        above = waiting.pop()
+        prefix = f"{above}/" if above else ""
+        for last, status in root.entries(above):
+            name = prefix + last
+            if name in skip or stat.S_ISSOCK(status.st_mode):
                 continue
-            status = entry.stat()
-            if stat.S_ISDIR(status.st_mode):
+            foreign = root.uid is not None and status.st_uid != root.uid
+            if root.is_directory(name, status):
                 dirs.append(name)
-                yield from walk(name + "/")
-            elif stat.S_ISREG(status.st_mode):
+                waiting.append(name)
+            elif not stat.S_ISREG(status.st_mode):
+                raise _not_copied(root, name, f"is {kind_of(status.st_mode)}")
+            elif foreign:
+                raise _not_copied(root, name, f"belongs to uid {status.st_uid}")
+            else:
                 files.append((name, status.st_size))
-        yield
-
-    for _ in walk(""):
-        pass
-    return Listing(tuple(dirs), tuple(files))
+    return Listing(tuple(sorted(dirs)), tuple(sorted(files)))
 
 
-def make_dirs(target: Path, dirs: Sequence[str], owner: Identity) -> None:
-    """Make directories in `target`, each with mode 0700."""
-    for name in dirs:
-        path = f"{target}/{name}"
-        os.mkdir(path, 0o700)
-        owner.own(path)
+def _not_copied(root: Tree, name: str, reason: str) -> ClusterError:
+    return ClusterError(
+        f"{root.path}/{name} {reason}; only regular files and directories of one user are copied",
+        remedy="put a regular file of the directory's own user there, or remove it",
+    )
 
 
 def copy_files(
-    source: Path,
-    target: Path,
+    source: Tree,
+    target: Tree,
     files: Sequence[tuple[str, int]],
-    owner: Identity,
     *,
     threads: int = _THREADS,
 ) -> None:
-    """Copy files whose directories are there already; existing files are an error.
+    """Copy files whose directories exist already; existing files are an error.
 
     Raises:
         ChangedError: a file of `source` is not what the listing says.
-        OSError: the target cannot be written, for one because its disk is full.
+        OSError: the target cannot be written, for example because its disk is full.
     """
+    for above, inside in groupby(files, lambda file: file[0].rpartition("/")[0]):
+        try:
+            reading = source.enter(above)
+        except (FileNotFoundError, NotADirectoryError, ForeignFileError) as error:
+            raise ChangedError(f"{source.path}/{above}: {error.strerror}") from error
+        try:
+            writing = target.enter(above)
+            try:
+                _copy_directory(source, target, reading, writing, list(inside), threads)
+            finally:
+                os.close(writing)
+        finally:
+            os.close(reading)
+
+
+def _copy_directory(
+    source: Tree,
+    target: Tree,
+    reading: int,
+    writing: int,
+    files: Sequence[tuple[str, int]],
+    threads: int,
+) -> None:
+    """Copy files of one directory, which is open on both sides."""
     failures: list[BaseException] = []
 
-    def work(share: Sequence[tuple[str, int]]) -> None:
+    def copy(share: Sequence[tuple[str, int]]) -> None:
         try:
             for name, size in share:
-                _copy_file(f"{source}/{name}", f"{target}/{name}", size, owner)
+                _copy_file(source, target, reading, writing, name, size)
         except BaseException as error:
             failures.append(error)
 
     threads = threads if len(files) > _SMALL else 1
     helpers = [
-        threading.Thread(target=work, args=(files[i::threads],), daemon=True)
+        threading.Thread(target=copy, args=(files[i::threads],), daemon=True)
         for i in range(1, threads)
     ]
     for helper in helpers:
         helper.start()
-    work(files[::threads])
+    copy(files[::threads])
     for helper in helpers:
         helper.join()
     if failures:
         raise failures[0]
 
 
-def _copy_file(source: str, target: str, size: int, owner: Identity) -> None:
-    writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, size: int) -> None:
+    last = name.rpartition("/")[2]
+    writing = target.create(last, into)
     try:
-        if owner.switch:
-            os.fchown(writing, owner.uid, owner.gid)
         if size == 0:
             return
         try:
-            reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            reading = source.open_listed(name, last, above)
         except FileNotFoundError as error:
-            raise ChangedError(f"{source} is missing") from error
+            raise ChangedError(f"{source.path}/{name} is missing") from error
+        except ForeignFileError as error:
+            raise ChangedError(f"{source.path}/{name} {error.strerror}") from error
+        except OSError as error:
+            if error.errno in _OUT_OF_FILES:
+                raise
+            raise ChangedError(f"{source.path}/{name}: {error.strerror}") from error
         try:
             copied = 0
-            # One byte more than there should be, which tells a file that has grown.
+            # One byte more than there should be, which shows that a file has grown.
             while (count := _send(writing, reading, copied, size + 1 - copied)) > 0:
                 copied += count
                 if copied >= size:
                     break
             if copied != size:
-                raise ChangedError(f"{source} has {copied} bytes instead of {size}")
+                raise ChangedError(f"{source.path}/{name} has {copied} bytes instead of {size}")
         finally:
             os.close(reading)
     finally:

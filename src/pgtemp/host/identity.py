@@ -33,11 +33,6 @@ class Identity:
         """Whether the system knows a name for this user, rather than a number alone."""
         return name_of(self.uid) != str(self.uid)
 
-    def own(self, path: str | Path | int) -> None:
-        """Give a file or directory that pgtemp made to this user."""
-        if self.switch:
-            os.chown(path, self.uid, self.gid)
-
     def blocked_at(self, path: Path) -> Path | None:
         """The first directory on the way to `path` that this user may not pass; None if it may."""
         if not self.switch:
@@ -99,14 +94,31 @@ def choose(run_as: str | None) -> Identity:
     )
 
 
-def of(path: Path) -> Identity:
-    """The user to run PostgreSQL as on data that is there already: its owner.
+def choose_uid(uid: int) -> Identity:
+    """The user to run PostgreSQL as on data that belongs to a user.
 
     Raises:
-        OptionError: it is somebody else's, and the caller is not root.
+        OptionError: it is another user's, and the caller is not root.
     """
-    uid = path.stat().st_uid
     return choose(None if uid == os.geteuid() else name_of(uid))
+
+
+def become(uid: int) -> None:
+    """Give up root's rights for those of another user, for good.
+
+    Raises:
+        OptionError: the system has no such user.
+    """
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        raise OptionError(
+            f"the system has no user {uid}", remedy="make one, or give the directory to another"
+        ) from None
+    os.initgroups(entry.pw_name, entry.pw_gid)
+    os.setgid(entry.pw_gid)
+    os.setuid(uid)
+    os.environ.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
 
 
 def name_of(uid: int) -> str:

@@ -61,6 +61,8 @@ def run(
     pass_fds: Sequence[int] = (),
     cwd: str | Path = "/",
     guard: Callable[[int], None] | None = None,
+    seconds: float | None = None,
+    output: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return its exit status and what it printed.
 
@@ -72,9 +74,12 @@ def run(
         pass_fds: descriptors it keeps open, such as that of a lock it must not outlive.
         cwd: the directory it works in.
         guard: called with its id, and with 0 when it has ended; it leads a process group then.
+        seconds: how long it may take.
+        output: a descriptor that its standard output goes to; by default it is returned.
 
     Raises:
         OSError: the program could not be run.
+        subprocess.TimeoutExpired: it took longer than it may; it was killed.
         PgTempError: this process is about to end.
     """
     _check_going_on()
@@ -84,7 +89,7 @@ def run(
         words if guard is None else _waiting(words),
         env={**clean_environment(), **(env or {})},
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
@@ -101,7 +106,7 @@ def run(
             if guard is not None:
                 guard(process.pid)
                 stdin = _GO + stdin
-            stdout, stderr = process.communicate(stdin)
+            stdout, stderr = process.communicate(stdin, seconds)
         except BaseException:
             if guard is not None:
                 _end_gently(process)

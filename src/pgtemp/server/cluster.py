@@ -19,9 +19,10 @@ from pgtemp.errors import ClusterError, OptionError, WardenError
 from pgtemp.host import paths, ports, processes, room
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
+from pgtemp.host.tree import Tree
 from pgtemp.server import condition, home, warden
 from pgtemp.server.crash import clear_crashed
-from pgtemp.server.image import Copyable, Source
+from pgtemp.server.image import CONF, Copyable, Source
 from pgtemp.server.installation import Installation
 
 START_SECONDS = 60.0
@@ -30,6 +31,7 @@ RECOVERY_SECONDS = 600.0
 _STARTING_POLL = 0.001
 _NO_SOCKETS = "could not create any TCP/IP sockets"
 _TRIES = 10
+_CONF_BYTES = 16 << 20
 SOCKET_PORT = 5432  # names the socket's file where there is no TCP
 
 
@@ -132,24 +134,32 @@ class Cluster:
             # Before anything is copied: a killed owner leaves nothing half-made behind.
             self._hold(guard)
             assert self._process is not None
-            source = plan.source.resolve() if self.existing is None else None
-            if source is not None:
-                self._begin(source)
-            self._choose_port()
-            self._process.start(self._request())
-            if source is not None:
-                self._copy(source.first)
-                with in_background(lambda: self._copy(source.rest)):
-                    self._await_ready()
-                    self._copy(source.warm)
-                    meanwhile(self)
+            if self.existing is None:
+                with home.new_data(self.home, plan.owner) as data:
+                    self._start_on(plan.source.resolve(), data, meanwhile)
             else:
+                self._start_postmaster()
                 self._await_ready()
             if plan.keep:
                 self._process.settle(self.home.leftovers(keep=True), keep=True)
         except BaseException:
             self._undo()
             raise
+
+    def _start_on(self, source: Copyable, data: Tree, meanwhile: Callable[[Cluster], None]) -> None:
+        """Fill a data directory while the server starts on it."""
+        self._begin(source, data)
+        self._start_postmaster()
+        self._copy(source.first, data)
+        with in_background(lambda: self._copy(source.rest, data)):
+            self._await_ready()
+            self._copy(source.warm, data)
+            meanwhile(self)
+
+    def _start_postmaster(self) -> None:
+        assert self._process is not None
+        self._choose_port()
+        self._process.start(self._request())
 
     def stop(self) -> list[str]:
         """End the server and remove what is not kept; the signals that it took.
@@ -216,28 +226,25 @@ class Cluster:
         """The last lines of the server's log."""
         return condition.log_tail(self.log_path)
 
-    def _begin(self, source: Copyable) -> None:
-        plan, data = self.blueprint, self.home.data
-        self._copy(source.begin)
+    def _begin(self, source: Copyable, data: Tree) -> None:
+        plan = self.blueprint
+        self._copy(source.begin, data)
         try:
-            conf = data / "postgresql.conf"
-            self._write(
-                conf, plan.conf(conf.read_text(errors="surrogateescape") if conf.exists() else "")
-            )
-            self._write(data / "pg_hba.conf", plan.hba)
+            try:
+                conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
+            except FileNotFoundError:
+                conf = ""
+            data.write(CONF, plan.conf(conf).encode(errors="surrogateescape"))
+            data.write("pg_hba.conf", plan.hba.encode(errors="surrogateescape"))
             if self.verifier is not None:
                 self.has_password = source.set_password(data, self.verifier)
+            data.hand_over("")
         except OSError as error:
             raise room.cannot_write(self.home.path, error) from error
 
-    def _write(self, path: Path, text: str) -> None:
-        path.write_text(text, errors="surrogateescape")
-        path.chmod(0o600)
-        self.blueprint.owner.own(path)
-
-    def _copy(self, part: Callable[[Path, Identity], None]) -> None:
+    def _copy(self, part: Callable[[Tree], None], data: Tree) -> None:
         try:
-            part(self.home.data, self.blueprint.owner)
+            part(data)
         except OSError as error:
             raise room.cannot_write(self.home.path, error) from error
 
@@ -274,8 +281,6 @@ class Cluster:
 
     def _open_log(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        if self.blueprint.log_path is None:  # in the home, where the server's user may put links
-            flags |= os.O_NOFOLLOW
         try:
             return os.open(self.log_path, flags, 0o600)
         except OSError as error:

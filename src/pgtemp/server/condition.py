@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
 from pgtemp.host import room
+from pgtemp.host.tree import Tree
 
 _LOG_TAIL = 12
 _TAIL_BYTES = 16 << 10
+_PID_FILE_BYTES = 4096
 
 
 def status(data_dir: Path, pid: int) -> str:
@@ -19,26 +22,34 @@ def status(data_dir: Path, pid: int) -> str:
     PostgreSQL writes it into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells it from
     the file of an earlier server.
     """
-    try:  # without a file object, since this is asked for each lease
-        file = os.open(f"{data_dir}/postmaster.pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with Tree.open(data_dir) as data:
+            text = data.read("postmaster.pid", _PID_FILE_BYTES)
     except OSError:
         return ""
-    try:
-        lines = os.read(file, 4096).decode(errors="replace").split("\n")
-    finally:
-        os.close(file)
+    lines = text.decode(errors="replace").split("\n")
     return lines[7].strip() if len(lines) > 7 and lines[0] == str(pid) else ""
 
 
 def log_tail(path: Path) -> list[str]:
     """The last lines of a server's log."""
-    try:
-        with open(path, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
-            said = log.read().decode(errors="replace")
-    except OSError:
-        return []
+    said = read_log(path, -_TAIL_BYTES).decode(errors="replace")
     return [line.rstrip() for line in said.splitlines()[-_LOG_TAIL:]]
+
+
+def read_log(path: Path, offset: int, most: int = sys.maxsize) -> bytes:
+    """A server's log from some place on, below zero from its end; b"" where there is none.
+
+    Args:
+        most: bytes, which are the last ones of that.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as log:
+            size = os.fstat(log.fileno()).st_size
+            log.seek(max(0, offset if offset >= 0 else size + offset, size - most))
+            return log.read()
+    except OSError:
+        return b""
 
 
 def death(pid: int, exit_status: int | None, place: Path, log: Sequence[str]) -> ClusterError:

@@ -1,28 +1,28 @@
 """What a killed server or program leaves running, and in the kernel; and ending it.
 
-Shared by the warden's process, so it imports nothing that is slow and nothing of pgtemp. A process
-is told by the directory it works in and by its user, never by a pid that was written down. Paths
-are not trusted: whoever runs a server can put a link into its directory, and root comes by here.
+Shared by the warden's process, so it imports nothing that is slow, and of pgtemp only
+`host/tree.py`. A process is told by the directory it works in and by its user, never by a pid that
+was written down. Paths are not trusted: whoever runs a server can put a link into its directory,
+and root comes by here.
 """
 
 from __future__ import annotations
 
 import _ctypes
 import os
-import stat
 import time
+
+from pgtemp.host.tree import DIRECTORY, open_file, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 SIGKILL, SIGTERM = 9, 15
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
 _TRIES, _MOMENT = 200, 0.005
 _PATIENCE = 1000  # moments that a program gets to clean up
 IPC_RMID = 0
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # The C half, since `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
 
@@ -31,23 +31,6 @@ def libc(function: str, *arguments: int | None) -> int:
     """Call a function of the C library that Python has no name for; its result."""
     result: int = _ctypes.call_function(_ctypes.dlsym(_libc, function), arguments)
     return result
-
-
-def quietly(do: Callable[[], object]) -> None:
-    """Do something that may have been done already, or that is not ours to do."""
-    try:
-        do()
-    except OSError:
-        pass
-
-
-def open_file(name: str, directory: int) -> int:
-    """A descriptor of a plain file, for reading. Raises OSError where it is anything else."""
-    file = os.open(name, _FILE, dir_fd=directory)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise FileNotFoundError(name)
-    return file
 
 
 def open_data(data_dir: str) -> int:
@@ -117,7 +100,7 @@ def clear(data: int) -> None:
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
-            quietly(lambda: os.kill(pid, SIGKILL))  # noqa: B023 - called at once
+            quietly(os.kill, pid, SIGKILL)
         if not orphans:
             break
         killed.update(orphans)
@@ -169,7 +152,7 @@ def end_group(leader: int, gently: bool) -> Iterator[None]:
         gently: let it end by itself at first, and clean up.
     """
     if gently:
-        quietly(lambda: os.kill(leader, SIGTERM))
+        quietly(os.kill, leader, SIGTERM)
         for _ in range(_PATIENCE):
             try:
                 os.killpg(leader, 0)
@@ -177,5 +160,5 @@ def end_group(leader: int, gently: bool) -> Iterator[None]:
                 return
             yield
             time.sleep(_MOMENT)
-    quietly(lambda: os.killpg(leader, SIGKILL))
+    quietly(os.killpg, leader, SIGKILL)
     yield

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 
+from pgtemp.host.tree import ASIDE
 from pgtemp.server import shelf
 from pgtemp.server.crash import libc
 from pgtemp.server.framing import encode
-from pgtemp.server.remains import ASIDE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

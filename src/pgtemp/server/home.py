@@ -1,13 +1,17 @@
-"""A cluster's home: the directory that holds its data, its socket, its log and its lease.
+"""The run directory of one server: its data, its socket, its log and its lease.
 
-pgtemp-3kq9w2ab/     0700, of the user PostgreSQL runs as
-    lease            locked while the owner or its warden lives; says keep or discard, and who
-                     the owner is: its pid and when it started
-    data/            the data directory
+pgtemp-3kq9w2ab/        the owner's, 0700; 0710 where the server runs as another user of that group
+    lease               locked while the owner or its warden lives; says keep or discard, and who
+                        the owner is: its pid and when it started
     server.log
-    shelf/           directories of dropped databases, to be used again (shelf.py)
-    spare            room for when the disk is full (host/room.py); in servers for many databases
-    .s.PGSQL.5432    the socket; where the path is too long, a short link leads to it
+    spare               room for when the disk is full (host/room.py); in servers for many databases
+    data/               the data directory, of the server's user
+    shelf/              of the server's user: directories of dropped databases (shelf.py)
+    socket/             of the server's user, 0700
+        .s.PGSQL.5432   the socket; where the path is too long, a short link leads to its directory
+
+The server's user may change what is in its three directories, and can replace none of them. So the
+owner may use paths of the other files; below the three it goes by descriptors (host/tree.py).
 """
 
 from __future__ import annotations
@@ -15,26 +19,29 @@ from __future__ import annotations
 import os
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
 from pgtemp.host import locks, paths, proc, room
 from pgtemp.host.identity import Identity
-from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, removal
+from pgtemp.host.tree import Tree, remove
+from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
 
 LOG = "server.log"
+_PASSED = 0o710  # the group of the server's user may pass
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A directory made for one cluster.
+    """A directory made for one server.
 
     Attributes:
         path: the directory.
-        socket_dir: it too, or a link to it with a short path.
+        socket_dir: the directory of the socket, or a link to it with a short path.
         lease: the descriptor of its locked lease file.
     """
 
@@ -56,11 +63,10 @@ class Home:
 
     def leftovers(self, *, keep: bool) -> list[str]:
         """What is to be removed when the cluster ends."""
+        links = [] if self.socket_dir == self.path / SOCKET else [str(self.socket_dir)]
         if keep:
-            sockets = [] if self.socket_dir == self.path else [str(self.socket_dir)]
-            ours = [str(self.path / name) for name in (SHELF, room.ASIDE, LEASE)]
-            return [*sockets, *ours]
-        return [str(path) for path in sorted({self.path, self.socket_dir}, reverse=True)]
+            return [*links, *(str(self.path / name) for name in (SOCKET, SHELF, room.ASIDE, LEASE))]
+        return [*links, str(self.path)]
 
 
 def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
@@ -80,7 +86,9 @@ def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: b
 
 
 def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Home:
-    """Make a home, empty but for its lease and an empty data directory.
+    """Make a home, empty but for its lease and directories.
+
+    The data directory is still the caller's, to be handed over when it is complete.
 
     Raises:
         OptionError: the directory asked for cannot be used, or `owner` cannot get there.
@@ -92,10 +100,9 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
         try:
             lease = _lease(path, keep=keep)
             try:
-                os.mkdir(path / DATA, 0o700)
-                owner.own(path / DATA)
-                owner.own(path)
-                return Home(path, _socket_dir(path, owner), lease)
+                with Tree.open(path) as home, _theirs(home, owner) as theirs:
+                    theirs.make_directory(DATA)
+                    return _opened(theirs, owner, lease)
             except BaseException:
                 os.close(lease)
                 raise
@@ -106,32 +113,112 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
         raise room.cannot_write(base, error) from error
 
 
+def _theirs(home: Tree, owner: Identity) -> Tree:
+    """The tree of a home for making directories in it that a server's user gets."""
+    fd = os.dup(home.fd)
+    if not owner.switch:
+        return Tree(fd, home.path, None)
+    return Tree(fd, home.path, owner.uid, owner.gid)
+
+
+def _opened(home: Tree, owner: Identity, lease: int) -> Home:
+    """Make the directories that a server needs beside its data, and let its user pass."""
+    for name in (SOCKET, SHELF):
+        home.make_directory(name)
+        home.hand_over(name)
+    _let_pass(home, owner)
+    path = Path(home.path)
+    return Home(path, _socket_dir(path / SOCKET, owner), lease)
+
+
+def new_data(home: Home, owner: Identity) -> Tree:
+    """The empty data directory of a new home, to be filled and handed over to its user."""
+    with Tree.open(home.path) as tree, _theirs(tree, owner) as theirs:
+        return theirs.below(DATA)
+
+
+def _let_pass(home: Tree, owner: Identity) -> None:
+    if owner.switch:
+        os.fchown(home.fd, -1, owner.gid)
+        os.fchmod(home.fd, _PASSED)
+
+
+@contextmanager
+def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
+    """A new home for data that is kept: itself and its empty data directory.
+
+    It gets its name when the block has filled it.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    with Tree.open(path.parent) as above:
+        fresh = f".{path.name}.{os.getpid()}"
+        try:
+            above.make_directory(fresh)
+            with above.below(fresh) as home, _theirs(home, owner) as theirs:
+                theirs.make_directory(DATA)
+                with theirs.below(DATA) as data:
+                    yield home, data
+                _let_pass(home, owner)
+            above.rename(fresh, path.name)
+        except BaseException:
+            above.remove(fresh)
+            raise
+
+
+def kept_at(path: Path) -> Path:
+    """The home in which data was kept, of which the home or the data directory was named.
+
+    Raises:
+        OptionError: no data was kept there, or it cannot be read.
+    """
+    path = path.absolute()
+    reason = "holds no data that pgtemp kept"
+    for home in (path, path.parent) if path.name == DATA else (path,):
+        try:
+            with Tree.reach(home / DATA) as data:
+                if data.status("PG_VERSION") is not None:
+                    return home
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            reason = f"cannot be opened: {error.strerror}"
+    raise OptionError(f"{path} {reason}", remedy="name a directory that --persist printed")
+
+
 def discard(leftovers: Sequence[str]) -> None:
     """Remove what is left of a home, at once."""
     for path in leftovers:
-        for _ in removal(path):
-            pass
+        remove(path)
 
 
 def reopen(path: Path, owner: Identity) -> Home:
-    """Take over a home that was kept.
+    """Take over a home that was kept, which is the caller's.
 
     Raises:
-        OptionError: somebody has it.
+        OptionError: it is in use, or another user's.
         ClusterError: it cannot be written.
     """
-    if locks.is_locked(path / LEASE):
-        raise OptionError(
-            f"a server is running on {path}", remedy="end the pgtemp that holds it first"
-        )
     try:
-        lease = _lease(path, keep=True)
-        try:
-            return Home(path, _socket_dir(path, owner), lease)
-        except BaseException:
-            os.unlink(path / LEASE)
-            os.close(lease)
-            raise
+        with Tree.reach(path) as home, _theirs(home, owner) as theirs:
+            if os.fstat(home.fd).st_uid != os.geteuid():
+                raise OptionError(
+                    f"{path} belongs to another user", remedy="open it as the user it belongs to"
+                )
+            if locks.is_locked(path / LEASE):
+                raise OptionError(
+                    f"a server is running on {path}", remedy="end the pgtemp that holds it first"
+                )
+            lease = _lease(path, keep=True)
+            try:
+                for name in (SOCKET, SHELF):
+                    home.remove(name)
+                return _opened(theirs, owner, lease)
+            except BaseException:
+                os.unlink(path / LEASE)
+                os.close(lease)
+                raise
     except OSError as error:
         raise room.cannot_write(path, error) from error
 
@@ -143,6 +230,7 @@ def _lease(path: Path, *, keep: bool) -> int:
 
 
 def _socket_dir(path: Path, owner: Identity) -> Path:
+    """The directory of the socket, or a link to it where its path is too long for a socket's."""
     if len(os.fsencode(path / ".s.PGSQL.65535")) <= paths.SOCKET_PATH_BYTES:
         return path
     while True:

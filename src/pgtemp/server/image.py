@@ -1,4 +1,4 @@
-"""Images: cached data directories that clusters are born from by copying.
+"""Images: data directories that servers start on copies of.
 
     images/<key>/manifest.json   what there is, with sizes, and the control file's hash
     images/<key>/data/           a data directory, shut down cleanly
@@ -11,32 +11,44 @@ from a clean shutdown: `begin` is what it needs to start; `first`, copied while 
 database `postgres`; `rest` the templates, copied while the first connection is already at work;
 `warm` the files that spare that connection building its relation cache (start-up deletes them, so
 they come after it). Together that takes half of the time to the first row away.
+
+A directory of the copy is given to the server's user when it is complete. Until then the server
+may look into it, because start-up searches each database for files of a crashed server.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pgtemp.errors import ClusterError
-from pgtemp.host import copying, locks
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import copying, locks, proc
 from pgtemp.host.copying import ChangedError, Listing
-from pgtemp.host.identity import Identity
-from pgtemp.server import imagebuild
-from pgtemp.server.imagebuild import CONTROL, DATA, NEVER_COPIED, RELCACHE, WARM
-from pgtemp.server.installation import Installation
+from pgtemp.host.tree import Tree
+from pgtemp.server.remains import DATA
 
+WARM = "warm"
+RELCACHE = "pg_internal.init"
+CONTROL = "global/pg_control"
+CONF = "postgresql.conf"
+# Left out of every copy: what belongs to a running server, and the logs of an earlier one.
+NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
 VERIFIER_LENGTH = 133
 POSTGRES_OID = 5  # of the database postgres, the same in all clusters since PostgreSQL 15
+_RELCACHE_BYTES = 4 << 20  # of one file, at most; they have 200 KB
+_SHORT = 4096
+_CONTROL_BYTES = 8192  # PG_CONTROL_FILE_SIZE
+_LOOK_INTO = 0o755  # while a directory is incomplete; the data directory above it is closed
 
 
 class Source(Protocol):
-    """What a cluster's data directory is copied from."""
+    """What a server's data directory is copied from."""
 
     @property
     def identity(self) -> str:
@@ -54,17 +66,17 @@ class Source(Protocol):
 
 
 class Copyable(Protocol):
-    """The parts of a data directory, each copied at its time."""
+    """The parts of a data directory, each copied at its time. All raise OSError."""
 
     @property
     def extent(self) -> tuple[int, int]:
         """How many bytes there are, in how many files."""
 
-    def begin(self, target: Path, owner: Identity) -> None: ...
-    def first(self, target: Path, owner: Identity) -> None: ...
-    def rest(self, target: Path, owner: Identity) -> None: ...
-    def warm(self, target: Path, owner: Identity) -> None: ...
-    def set_password(self, target: Path, verifier: str) -> bool: ...
+    def begin(self, target: Tree) -> None: ...
+    def first(self, target: Tree) -> None: ...
+    def rest(self, target: Tree) -> None: ...
+    def warm(self, target: Tree) -> None: ...
+    def set_password(self, target: Tree, verifier: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +87,62 @@ class Directory:
 
     @property
     def identity(self) -> str:
-        return f"{self.path} {imagebuild.control_hash(self.path)}"
+        with Tree.reach(self.path) as data:
+            return f"{self.path} {control_hash(data)}"
+
+    @property
+    def uid(self) -> int:
+        """The user to whom it belongs. Raises OSError."""
+        with Tree.reach(self.path) as data:
+            return os.fstat(data.fd).st_uid
+
+    @property
+    def version(self) -> str:
+        """The major version of PostgreSQL that made it. Raises OptionError."""
+        try:
+            with Tree.reach(self.path) as data:
+                return data.read("PG_VERSION", _SHORT).decode().strip()
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"{self.path} cannot be used as a data directory: {error}",
+                remedy="name a data directory of PostgreSQL",
+            ) from error
+
+    def is_in_use(self) -> bool:
+        """Whether the server that it notes is running."""
+        try:
+            with Tree.reach(self.path) as data:
+                return proc.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
+        except (OSError, ValueError, OverflowError):
+            return False
 
     @property
     def extent(self) -> tuple[int, int]:
-        listing = copying.list_tree(self.path, NEVER_COPIED)
+        with Tree.reach(self.path) as data:
+            listing = copying.list_tree(data, NEVER_COPIED)
         return listing.size, len(listing.files)
 
     def resolve(self) -> Copyable:
         return self
 
-    def begin(self, target: Path, owner: Identity) -> None:
-        listing = copying.list_tree(self.path, NEVER_COPIED)
-        copying.make_dirs(target, listing.dirs, owner)
-        copying.copy_files(self.path, target, listing.files, owner)
+    def begin(self, target: Tree) -> None:
+        with Tree.reach(self.path) as data:
+            listing = copying.list_tree(data, NEVER_COPIED)
+            for name in listing.dirs:
+                target.make_directory(name)
+            copying.copy_files(data, target, listing.files)
+        target.hand_over(*listing.dirs)
 
-    def first(self, target: Path, owner: Identity) -> None:
+    def first(self, target: Tree) -> None:
         """Nothing is left: where the shutdown was unclean, start-up reads the databases."""
 
-    def rest(self, target: Path, owner: Identity) -> None:
+    def rest(self, target: Tree) -> None:
         """Nothing is left."""
 
-    def warm(self, target: Path, owner: Identity) -> None:
+    def warm(self, target: Tree) -> None:
         """Nothing is known about its relation cache."""
 
-    def set_password(self, target: Path, verifier: str) -> bool:
+    def set_password(self, target: Tree, verifier: str) -> bool:
         """Nothing is known about its users."""
         return False
 
@@ -112,7 +155,13 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A cached data directory."""
+    """A data directory that was shut down cleanly, and is copied many times.
+
+    Attributes:
+        conf: the text for postgresql.conf; None if the file itself has it.
+        password: the file and the offset of the superuser's verifier.
+        lock: where other processes may build or remove the image.
+    """
 
     path: Path
     dirs: tuple[str, ...]
@@ -120,82 +169,104 @@ class Image:
     postgres: tuple[tuple[str, int], ...]
     templates: tuple[tuple[str, int], ...]
     control: str
-    password: tuple[str, int] | None = None  # the file and the offset of the verifier
-    lock: Path | None = None  # where other processes may build or remove it
+    conf: str | None = None
+    password: tuple[str, int] | None = None
+    lock: Path | None = None
 
     @property
     def identity(self) -> str:
         return self.control
 
     @property
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """All files that are copied, with their sizes."""
+        return (*self.early, *self.postgres, *self.templates)
+
+    @property
     def extent(self) -> tuple[int, int]:
-        files = (*self.early, *self.postgres, *self.templates)
-        return sum(size for _, size in files), len(files)
+        return sum(size for _, size in self.files), len(self.files)
 
     def resolve(self) -> Copyable:
         return self
 
-    def begin(self, target: Path, owner: Identity) -> None:
+    def begin(self, target: Tree) -> None:
         """Copy what a postmaster needs to start. Raises ChangedError where it is damaged."""
-        with self._undamaged():
+        with self._undamaged() as data:
             os.utime(self.path)  # for pruning
-            copying.make_dirs(target, self.dirs, owner)
-            copying.copy_files(self.path / DATA, target, self.early, owner)
+            for name in self.dirs:
+                late = _is_late(name) and target.gid is not None
+                target.make_directory(name, _LOOK_INTO if late else 0o700)
+            copying.copy_files(data, target, self.early)
+        if self.conf is not None:
+            target.write(CONF, self.conf.encode(errors="surrogateescape"))
+        # From here on the server's user can rename directories, so these stay open.
+        target.hold(_GLOBAL, *filter(_is_late, self.dirs))
+        target.hand_over(*(name for name in self.dirs if not _is_late(name)))
 
-    def first(self, target: Path, owner: Identity) -> None:
+    def first(self, target: Tree) -> None:
         """Copy the database `postgres`. Raises ChangedError where the image is damaged."""
-        with self._undamaged():
-            copying.copy_files(self.path / DATA, target, self.postgres, owner)
+        with self._undamaged() as data:
+            copying.copy_files(data, target, self.postgres)
+        target.hand_over(_OF_POSTGRES)
 
-    def rest(self, target: Path, owner: Identity) -> None:
+    def rest(self, target: Tree) -> None:
         """Copy the templates. Raises ChangedError where the image is damaged."""
-        with self._undamaged():
+        with self._undamaged() as data:
             # By one thread: the server and its first client need the other core.
-            copying.copy_files(self.path / DATA, target, self.templates, owner, threads=1)
+            copying.copy_files(data, target, self.templates, threads=1)
+        target.hand_over(*(name for name in self.dirs if _is_late(name) and name != _OF_POSTGRES))
 
-    def warm(self, target: Path, owner: Identity) -> None:
+    def warm(self, target: Tree) -> None:
         """Put the relation cache files in place, unless the server has made its own already."""
-        for name, size in self.relcache:
-            try:
-                copying.copy_files(self.path / WARM, target, [(name, size)], owner)
-            except (FileExistsError, ChangedError):
-                continue  # only a shortcut
+        files = self.relcache
+        if not files:
+            return
+        with suppress(FileNotFoundError), Tree.open(self.path / WARM) as kept:
+            for file in files:
+                with suppress(FileExistsError, ChangedError):  # only a shortcut
+                    copying.copy_files(kept, target, [file])
 
     @property
     def relcache(self) -> tuple[tuple[str, int], ...]:
         """The relation cache files known so far, with their sizes."""
-        if self.control not in _relcaches and (self.path / WARM).is_dir():
-            _relcaches[self.control] = copying.list_tree(self.path / WARM).files
+        if self.control not in _relcaches:
+            with suppress(OSError), Tree.open(self.path / WARM) as kept:
+                _relcaches[self.control] = copying.list_tree(kept).files
         return _relcaches.get(self.control, ())
 
-    def learn(self, data: Path) -> None:
-        """Keep the relation cache files of a cluster on this image that did nothing but connect.
+    def learn(self, data: Tree) -> None:
+        """Keep the relation cache files of a server on this image that did nothing but connect.
 
         What is in them follows from the catalogs alone, so they fit every copy.
         """
-        with self._locked():
-            fresh = self.path / f"{WARM}.building"
-            shutil.rmtree(fresh, ignore_errors=True)
+        with self._locked(), Tree.open(self.path) as place:
+            fresh = f"{WARM}.building"
+            place.remove(fresh)
             try:
-                imagebuild.keep_relcache(data, fresh)
-                if fresh.exists() and not (self.path / WARM).exists():
-                    fresh.rename(self.path / WARM)
-            except OSError:  # no room: only a shortcut
-                shutil.rmtree(fresh, ignore_errors=True)
+                _copy_relcache(data, place, fresh)
+                if place.status(WARM) is None:
+                    place.rename(fresh, WARM)
+            except (OSError, ChangedError):  # no room: only a shortcut
+                place.remove(fresh)
 
     @contextmanager
-    def _undamaged(self) -> Iterator[None]:
+    def _undamaged(self) -> Iterator[Tree]:
         with self._locked(shared=True):
-            if imagebuild.control_hash(self.path / DATA) != self.control:
-                raise ChangedError(f"{self.path / DATA / CONTROL} is not what was published")
-            yield
+            try:
+                data = Tree.open(self.path / DATA)
+            except OSError as error:
+                raise ChangedError(f"{self.path / DATA}: {error.strerror}") from error
+            with data:
+                if control_hash(data) != self.control:
+                    raise ChangedError(f"{data.path}/{CONTROL} is not what was published")
+                yield data
 
     def discard(self) -> None:
         """Remove a damaged image."""
-        with self._locked():
-            shutil.rmtree(self.path, ignore_errors=True)
+        with self._locked(), Tree.open(self.path.parent) as images:
+            images.remove(self.path.name)
 
-    def set_password(self, target: Path, verifier: str) -> bool:
+    def set_password(self, target: Tree, verifier: str) -> bool:
         """Put the superuser's verifier into a copy that no server has started on.
 
         initdb stored one of the same length, in a row that nothing points into and with page
@@ -205,9 +276,7 @@ class Image:
         if self.password is None or len(verifier) != VERIFIER_LENGTH:
             return False
         name, offset = self.password
-        with open(target / name, "r+b") as file:
-            file.seek(offset)
-            file.write(verifier.encode("ascii"))
+        target.patch(name, offset, verifier.encode("ascii"))
         return True
 
     def _locked(self, *, shared: bool = False) -> AbstractContextManager[object]:
@@ -218,32 +287,56 @@ class Image:
 
 
 _relcaches: dict[str, tuple[tuple[str, int], ...]] = {}
+_BASE, _GLOBAL = "base/", "global"
+_OF_POSTGRES = f"{_BASE}{POSTGRES_OID}"
+
+
+def _is_late(directory: str) -> bool:
+    """Whether a directory's files are copied while the server starts."""
+    return directory.startswith(_BASE)
 
 
 def divided(
     path: Path,
     listing: Listing,
     control: str,
-    password: tuple[str, int] | None,
-    lock: Path | None,
+    *,
+    conf: str | None = None,
+    password: tuple[str, int] | None = None,
+    lock: Path | None = None,
 ) -> Image:
     """An image, its files divided into those that are copied at once and those that can wait."""
-    first = f"base/{POSTGRES_OID}/"
     files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
-    early = tuple(one for one in files if not one[0].startswith("base/"))
-    postgres = tuple(one for one in files if one[0].startswith(first))
+    early = tuple(one for one in files if not one[0].startswith(_BASE))
+    postgres = tuple(one for one in files if one[0].startswith(f"{_OF_POSTGRES}/"))
     taken = {*early, *postgres}
     rest = tuple(one for one in files if one not in taken)
-    return Image(path, listing.dirs, early, postgres, rest, control, password, lock)
+    return Image(path, listing.dirs, early, postgres, rest, control, conf, password, lock)
 
 
-def of_home(path: Path, installation: Installation) -> Image:
-    """An image that is nobody else's: the home of a cluster that was shut down cleanly.
+def control_hash(data: Tree) -> str:
+    """The hash of the control file, which holds the state and the system's identifier."""
+    try:
+        return hashlib.sha256(data.read(CONTROL, _CONTROL_BYTES)).hexdigest()
+    except OSError:
+        return ""
 
-    It lasts as long as that home. What is in a tablespace is copied into it.
-    """
-    data = path / DATA
-    imagebuild.drop_spare_wal(installation, data)
-    return divided(
-        path, copying.list_tree(data, NEVER_COPIED), imagebuild.control_hash(data), None, None
-    )
+
+def _copy_relcache(data: Tree, place: Tree, name: str) -> None:
+    """Copy a data directory's relation cache files to a new directory. Raises OSError."""
+    databases = [f"{_BASE}{last}" for last, status in data.entries("base") if _is_dir(status)]
+    found = []
+    for above in (_GLOBAL, *databases):
+        status = data.status(f"{above}/{RELCACHE}")
+        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size < _RELCACHE_BYTES:
+            found.append((above, status.st_size))
+    place.make_directory(name)
+    place.make_directory(f"{name}/base")
+    for above, _ in found:
+        place.make_directory(f"{name}/{above}")
+    with place.below(name) as kept:
+        copying.copy_files(data, kept, [(f"{above}/{RELCACHE}", size) for above, size in found])
+
+
+def _is_dir(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode)

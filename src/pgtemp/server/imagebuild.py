@@ -6,12 +6,12 @@ cleared away by the next. Called with the image's lock held.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
+import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +19,25 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError
 from pgtemp.host import copying, paths, processes, room
+from pgtemp.host.copying import Listing
 from pgtemp.host.identity import Identity
+from pgtemp.host.tree import Tree
 from pgtemp.server import programcopy, warden
 from pgtemp.server.crash import clear_crashed
+from pgtemp.server.image import CONF, NEVER_COPIED, WARM, Image, control_hash, divided
 from pgtemp.server.installation import Installation
+from pgtemp.server.remains import DATA
 
 SUPERUSER = "postgres"
-MANIFEST, DATA, WARM = "manifest.json", "data", "warm"
-RELCACHE = "pg_internal.init"
-CONTROL = "global/pg_control"
-# Left out of every copy: what belongs to a running server, and the logs of an earlier one.
-NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
+MANIFEST = "manifest.json"
+_INITDB, _PASSWORD = "initdb", "password"
+# Of the caller's directory in which another user has one: that user may pass.
+_ENTERED = 0o711
+_MAPS = ("_fsm", "_vm")
+_SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
+_REDO_SEGMENT, _CHECKSUMS = "Latest checkpoint's REDO WAL file", "Data page checksum version"
+_CONTROLDATA_SECONDS = 30.0
+_CONF_BYTES, _GLOBAL_BYTES = 1 << 20, 16 << 20
 _INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
 _GIVE_A_NAME = (
@@ -81,101 +89,148 @@ def build(
         path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=room.CACHE_REMEDY
     )
     with _published(path, lock) as (building, guard):
-        data = building / DATA
-        owner.own(building)
-        _initdb(installation, arguments, data, owner, lock, guard)
-        drop_spare_wal(installation, data)
-        drop_maps(data)
-        _shorten(data / "postgresql.conf")
-        _take_back(building, owner)
-        _write_manifest(installation, building)
+        # What initdb makes is copied: its user may still have a file open there for writing.
+        building.make_directory(_INITDB, _ENTERED if owner.switch else 0o700)
+        with building.below(_INITDB) as work:
+            _initdb(installation, arguments, work, owner, lock, guard)
+            with Tree.open(Path(work.path, DATA)) as data:
+                conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
+            made = shut_down(
+                path=Path(work.path), installation=installation, owner=owner, conf=_shortened(conf)
+            )
+            _copy(made, building)
+        building.remove(_INITDB)
 
 
-def copy(installation: Installation, data: Path, path: Path, lock: int) -> None:
-    """Make an image of a data directory whose server was shut down, and publish it at `path`.
+def publish(made: Image, path: Path, lock: int) -> None:
+    """Publish an image at `path`, for other processes too.
 
     Raises:
         ClusterError: the cache cannot be written.
     """
     with _published(path, lock) as (building, _):
-        us = Identity(os.geteuid(), os.getegid(), "", switch=False)
-        listing = copying.list_tree(data, NEVER_COPIED)
-        (building / DATA).mkdir(mode=0o700)
-        copying.make_dirs(building / DATA, listing.dirs, us)
-        files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
-        copying.copy_files(data, building / DATA, files, us)
-        drop_spare_wal(installation, building / DATA)
-        keep_relcache(data, building / WARM)
-        _write_manifest(installation, building)
+        _copy(made, building)
 
 
-def keep_relcache(data: Path, target: Path) -> None:
-    """Copy a data directory's relation cache files; what is in them follows from the catalogs."""
-    for file in data.glob(f"**/{RELCACHE}"):
-        kept = target / file.relative_to(data)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(file.read_bytes())
+def shut_down(path: Path, installation: Installation, owner: Identity, conf: str) -> Image:
+    """An image that is nobody else's: a directory whose server was shut down cleanly.
+
+    Left out are the WAL segments that are spare, and the free space and visibility maps, which are
+    made again as needed and are a quarter of the files. What is in a tablespace is copied into it.
+
+    Args:
+        path: has the data directory; the image lasts as long as it.
+        owner: the user of the data directory.
+        conf: the text for postgresql.conf.
+
+    Raises:
+        ClusterError: the directory holds something that is not copied.
+    """
+    state = _controldata(installation, path / DATA, owner)
+    needed = f"pg_wal/{state[_REDO_SEGMENT]}"
+    with Tree.open(path / DATA) as data:
+        listing = copying.list_tree(data, (*NEVER_COPIED, CONF))
+        files = tuple(
+            (name, size)
+            for name, size in listing.files
+            if not name.endswith(_MAPS) and (name == needed or not _SEGMENT.fullmatch(name))
+        )
+        password = _find_verifier(data) if state[_CHECKSUMS] == "0" else None
+        return divided(
+            path, Listing(listing.dirs, files), control_hash(data), conf=conf, password=password
+        )
+
+
+def _copy(made: Image, building: Tree) -> None:
+    """Copy an image, with its relation cache files, to a directory that becomes one."""
+    building.make_directory(DATA)
+    with building.below(DATA) as data:
+        with Tree.open(made.path / DATA) as source:
+            for name in made.dirs:
+                data.make_directory(name)
+            copying.copy_files(source, data, made.files)
+        assert made.conf is not None
+        data.write(CONF, made.conf.encode(errors="surrogateescape"))
+        files = (*made.files, (CONF, os.stat(CONF, dir_fd=data.fd).st_size))
+    if made.relcache:
+        with Tree.open(made.path / WARM) as kept:
+            listing = copying.list_tree(kept)
+            building.make_directory(WARM)
+            with building.below(WARM) as warm:
+                for name in listing.dirs:
+                    warm.make_directory(name)
+                copying.copy_files(kept, warm, listing.files)
+    manifest = {
+        "dirs": made.dirs,
+        "files": files,
+        "control": made.control,
+        "password": made.password,
+    }
+    building.write(MANIFEST, json.dumps(manifest).encode())
 
 
 @contextmanager
-def _published(path: Path, lock: int) -> Iterator[tuple[Path, Callable[[int], None]]]:
+def _published(path: Path, lock: int) -> Iterator[tuple[Tree, Callable[[int], None]]]:
     """A directory beside `path` to build in, which becomes `path` where all goes well.
 
     Yields it, and what is to be told of a program that works in it.
     """
     building = path.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        with (
-            room.writing(path.parent, room.CACHE_REMEDY),
-            warden.guarded([str(building)], lock, gently=True) as guard,
-        ):
-            building.mkdir(mode=0o700)
-            yield building, guard
-            building.rename(path)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with room.writing(path.parent, room.CACHE_REMEDY), Tree.open(path.parent) as images:
+        images.remove(building.name)
+        images.remove(path.name)
+        try:
+            with warden.guarded(
+                [str(building / _INITDB), str(building)], lock, gently=True
+            ) as guard:
+                images.make_directory(building.name, _ENTERED if os.geteuid() == 0 else 0o700)
+                with images.below(building.name) as tree:
+                    yield tree, guard
+                    os.fchmod(tree.fd, 0o700)  # no other user has to pass any more
+                images.rename(building.name, path.name)
+        except BaseException:
+            images.remove(building.name)
+            raise
 
 
 def _initdb(
     installation: Installation,
     arguments: list[str],
-    data: Path,
+    work: Tree,
     owner: Identity,
     lock: int,
     guard: Callable[[int], None],
 ) -> None:
-    initdb, copies = installation.program("initdb"), data.with_name("programs")
+    """Run initdb on `data` in a directory of the caller's, where only `data` is its user's."""
+    initdb, data = installation.program("initdb"), Path(work.path, DATA)
     if not owner.has_name:
         if paths.is_noexec(data.parent):
             raise OptionError(
                 f"user {owner.name} has no name, so initdb has to be run from the cache "
-                f"{data.parents[2]}, which is mounted noexec",
+                f"{data.parents[3]}, which is mounted noexec",
                 remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_GIVE_A_NAME}",
             )
+        copies = data.with_name("programs")
         initdb = programcopy.for_nobody(initdb.parent, ("initdb", "postgres"), copies) / "initdb"
     argv: list[str | Path] = [initdb, "--pgdata", data, "--username", SUPERUSER]
     argv += ["--auth=trust", "--no-sync", "--no-instructions", "--no-clean", *arguments]
     # A password nobody knows: it makes room for the verifier that each copy gets.
-    unknown = data.with_name("password")
-    unknown.write_text(secrets.token_hex())
-    owner.own(unknown)
-    argv.append(f"--pwfile={unknown}")
+    with Tree(os.dup(work.fd), work.path, owner.uid, owner.gid if owner.switch else None) as theirs:
+        theirs.write(_PASSWORD, secrets.token_hex().encode())
+        theirs.make_directory(DATA)
+        theirs.hand_over(DATA)
+    argv.append(f"--pwfile={data.with_name(_PASSWORD)}")
     try:
         result = processes.run(argv, identity=owner, pass_fds=[lock], guard=guard)
     except BaseException:
         clear_crashed(str(data))
         raise
-    unknown.unlink()
-    shutil.rmtree(copies, ignore_errors=True)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         clear_crashed(str(data))
         remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
         if room.says_full(result.stderr) and not remedies:  # /dev/shm may be what is full
-            where = data.parent.parent
+            where = data.parents[2]
             raise DiskFullError(
                 f"{where} has too little room for initdb: {room.left(where)}",
                 remedy=room.CACHE_REMEDY,
@@ -188,69 +243,35 @@ def _initdb(
         )
 
 
-def drop_spare_wal(installation: Installation, data: Path) -> None:
-    """Keep the one WAL segment that holds the shutdown checkpoint; the others are spare."""
-    needed = _controldata(installation, data, "Latest checkpoint's REDO WAL file")
-    for segment in (data / "pg_wal").glob("[0-9A-F]" * 24):
-        if segment.name != needed:
-            segment.unlink()
-
-
-def drop_maps(data: Path) -> None:
-    """Remove free space and visibility maps: made anew as needed, and a quarter of the files."""
-    for name in ("*_fsm", "*_vm"):
-        for file in data.glob(f"**/{name}"):
-            file.unlink()
-
-
-def _controldata(installation: Installation, data: Path, what: str) -> str:
-    """A line of what pg_controldata says."""
-    result = processes.run([installation.program("pg_controldata"), data])
-    match = re.search(rf"^{what}:\s+(\S+)$", result.stdout, re.M)
-    if match is None:
-        raise ClusterError(f"pg_controldata says no {what!r} of {data}")
-    return match[1]
-
-
-def _shorten(conf: Path) -> None:
-    """Leave out the comments: the file is parsed at each start, and read by people."""
-    lines = (line.partition("#")[0].rstrip() for line in conf.read_text().splitlines())
-    conf.write_text("# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip()))
-
-
-def _take_back(building: Path, owner: Identity) -> None:
-    """Give the files to the caller, so that the user of the servers cannot change the image."""
-    if owner.switch:
-        for directory, _, files in os.walk(building):
-            for name in [".", *files]:
-                os.chown(os.path.join(directory, name), os.geteuid(), os.getegid())
-
-
-def control_hash(data: Path) -> str:
-    """The hash of the control file, which holds the state and the system's identifier."""
+def _controldata(installation: Installation, data: Path, owner: Identity) -> dict[str, str]:
+    """What pg_controldata, run as the user of the data directory, says of it."""
+    program = installation.program("pg_controldata")
     try:
-        return hashlib.sha256((data / CONTROL).read_bytes()).hexdigest()
-    except OSError:
-        return ""
+        result = processes.run([program, data], identity=owner, seconds=_CONTROLDATA_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"pg_controldata did not finish with {data}") from error
+    said = dict(re.findall(r"^([^:]+):\s+(\S.*)$", result.stdout, re.M))
+    if missing := {_REDO_SEGMENT, _CHECKSUMS} - said.keys():
+        raise ClusterError(
+            f"pg_controldata says no {min(missing)!r} of {data}",
+            remedy="see its words below",
+            details=result.stderr.splitlines()[-3:],
+        )
+    return said
 
 
-def _find_verifier(data: Path, checksums: bool) -> tuple[str, int] | None:
-    """Where the superuser's verifier is: in one place alone, and not under a page checksum."""
+def _shortened(conf: str) -> str:
+    """Leave out the comments: the file is parsed at each start, and read by people."""
+    lines = (line.partition("#")[0].rstrip() for line in conf.splitlines())
+    return "# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip())
+
+
+def _find_verifier(data: Tree) -> tuple[str, int] | None:
+    """Where the superuser's verifier is, if it is in one place alone."""
     found = [
-        (str(file.relative_to(data)), match.start())
-        for file in sorted((data / "global").iterdir())
-        for match in _VERIFIER.finditer(file.read_bytes())
+        (f"global/{last}", match.start())
+        for last, status in data.entries("global")
+        if stat.S_ISREG(status.st_mode) and status.st_size < _GLOBAL_BYTES
+        for match in _VERIFIER.finditer(data.read(f"global/{last}", _GLOBAL_BYTES))
     ]
-    return found[0] if len(found) == 1 and not checksums else None
-
-
-def _write_manifest(installation: Installation, building: Path) -> None:
-    listing = copying.list_tree(building / DATA, NEVER_COPIED)
-    checksums = _controldata(installation, building / DATA, "Data page checksum version") != "0"
-    manifest = {
-        "dirs": listing.dirs,
-        "files": listing.files,
-        "control": control_hash(building / DATA),
-        "password": _find_verifier(building / DATA, checksums),
-    }
-    (building / MANIFEST).write_text(json.dumps(manifest))
+    return found[0] if len(found) == 1 else None

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +23,14 @@ from pgtemp.host import locks, paths, room
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
+from pgtemp.host.tree import remove
 from pgtemp.server import imagebuild
 from pgtemp.server.image import Image, divided
 from pgtemp.server.imagebuild import MANIFEST
 from pgtemp.server.installation import Installation
 
 _log = logging.getLogger("pgtemp")
-SCHEMA = 4  # of the image's layout and of what is done to a data directory
+SCHEMA = 5  # of the image's layout and of what is done to a data directory
 UNUSED_DAYS = 30
 MOST_BYTES = 4 << 30
 RUN_SECONDS = 86400  # what a run that was killed has left
@@ -72,7 +72,9 @@ class Cached(Ensured):
         programs = self.installation
         arguments = imagebuild.arguments(programs, self.initdb_args)
         libc = os.confstr("CS_GNU_LIBC_VERSION") if _TELLS_LIBC else ""
-        key = key_of(programs.identity, libc or "", *arguments)
+        # A user can change what initdb makes as that user, so no other user's server starts on it.
+        made_as = [str(self.owner.uid)] if self.owner.switch else []
+        key = key_of(programs.identity, libc or "", *arguments, *made_as)
         return ensure(
             f"{programs.major}-{key}",
             f"initdb of PostgreSQL {programs.version}, once on this machine",
@@ -144,7 +146,7 @@ def _load(path: Path) -> Image | None:
             lock = path.with_suffix(".lock")
             password = manifest["password"] and (*manifest["password"],)
             control = manifest["control"]
-            _loaded[path, written] = divided(path, listing, control, password, lock)
+            _loaded[path, written] = divided(path, listing, control, password=password, lock=lock)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return _loaded[path, written]
@@ -165,7 +167,7 @@ def _prune(images: Path) -> None:
 def _remove(path: Path) -> None:
     lock = path.with_suffix(".lock")
     with locks.locked(lock):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         if _OF_A_RUN in path.name:  # nobody will ask for it again
             lock.unlink(missing_ok=True)
 
@@ -177,7 +179,7 @@ def sweep() -> list[Path]:
         lock = building.with_name(building.name.partition(".building")[0] + ".lock")
         with suppress(OSError), locks.locked_at_once(lock) as free:  # or it is another user's
             if free:
-                shutil.rmtree(building, ignore_errors=True)
+                remove(building)
                 left.append(building)
     return left
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.host import paths, proc, room
-from pgtemp.server.crash import DIRECTORY, all_postgres, open_file
+from pgtemp.host.tree import DIRECTORY, open_file
+from pgtemp.server.crash import all_postgres
 from pgtemp.server.remains import (
     DATA,
     LEASE,

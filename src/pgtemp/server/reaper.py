@@ -17,10 +17,11 @@ import select
 import sys
 import time
 
+from pgtemp.host.tree import removal
 from pgtemp.server.crash import clear_crashed, end_group, libc
 from pgtemp.server.framing import decode
 from pgtemp.server.held import INT, QUIT, Server
-from pgtemp.server.remains import DATA, removal, sweep
+from pgtemp.server.remains import DATA, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,82 +10,24 @@ import fcntl
 import os
 import time
 
-from pgtemp.server.crash import DIRECTORY, clear, open_file, quietly
+from pgtemp.host.tree import ASIDE, DIRECTORY, open_file, quietly, removal
+from pgtemp.server.crash import clear
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREFIX = "pgtemp-"
-ASIDE = ".gone"
 LEASE = "lease"
 NEW = ".new"  # of a file that gets its name when it is whole
 DATA = "data"
 SHELF = "shelf"
+SOCKET = "socket"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
 # A directory without a lease is being made right now, or was left half-made; only after this many
 # seconds is it taken for the latter.
 HALF_MADE = 3600.0
-
-
-def removal(path: str) -> Iterator[None]:
-    """Remove `path`, one entry a step; never follows a link, never fails."""
-    above, name = os.path.split(path)
-    try:
-        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        try:
-            top = os.open(name, DIRECTORY, dir_fd=parent)
-        except OSError:
-            quietly(lambda: os.unlink(name, dir_fd=parent))
-            return
-        try:
-            yield from _empty(top)
-        finally:
-            os.close(top)
-        quietly(lambda: os.rmdir(name, dir_fd=parent))
-    finally:
-        os.close(parent)
-
-
-def _empty(top: int) -> Iterator[None]:
-    """Remove all that is in a directory.
-
-    By descriptors: whoever may write to it cannot lead a removal by root elsewhere. A directory
-    that is not empty is moved up to the top before it is looked into, so that however deep a tree
-    is, nothing recurses and two descriptors are enough.
-    """
-    moved = 0
-    waiting = [""]
-    while waiting:
-        name = waiting.pop()
-        try:
-            here = os.open(name, DIRECTORY, dir_fd=top) if name else os.dup(top)
-        except OSError:
-            continue
-        try:
-            with os.scandir(here) as entries:
-                found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-            for child, is_dir in found:
-                if not is_dir:
-                    quietly(lambda: os.unlink(child, dir_fd=here))  # noqa: B023 - called at once
-                elif not name:
-                    waiting.append(child)
-                else:
-                    moved += 1
-                    aside = f"{ASIDE}-{moved}"
-                    quietly(lambda: os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top))  # noqa: B023
-                    waiting.append(aside)
-                yield
-        except OSError:
-            continue
-        finally:
-            os.close(here)
-            if name:
-                quietly(lambda: os.rmdir(name, dir_fd=top))  # noqa: B023 - called at once
 
 
 def sweep(base: str) -> Iterator[None]:
@@ -102,7 +44,7 @@ def sweep(base: str) -> Iterator[None]:
 def sweep_home(path: str, everyone: bool = False) -> Iterator[None]:
     """The same for one home. `everyone`: also what other users' owners have left."""
     if os.path.islink(path):  # a short way to a home's socket
-        quietly(lambda: _drop_dead_link(path))
+        quietly(_drop_dead_link, path)
         return
     try:
         home = os.open(path, DIRECTORY)

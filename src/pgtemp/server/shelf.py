@@ -21,8 +21,9 @@ import os
 import select
 import stat
 
+from pgtemp.host.tree import remove
 from pgtemp.server.framing import decode, encode
-from pgtemp.server.remains import DATA, SHELF, removal
+from pgtemp.server.remains import DATA, SHELF
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Shelf:
         empty = self._on(f"{oid}.stub")
         os.rename(self._at(oid), empty)
         os.rename(self._on(restored), self._at(oid))
-        _remove(empty)
+        remove(empty)
 
     def work(self) -> None:
         """Make one directory what it was."""
@@ -90,21 +91,21 @@ class Shelf:
         try:
             self._make_good(self._on(oid))
         except OSError:  # such as a full disk
-            _remove(self._on(oid))
+            remove(self._on(oid))
         else:
             self._ready.append(oid)
 
     def clear(self) -> None:
         """Keep nothing but the original."""
         for oid in (*self._ready, *self.waiting, *self._taken):
-            _remove(self._on(oid))
+            remove(self._on(oid))
         self._ready.clear()
         self.waiting.clear()
         self._taken.clear()
 
     def leave(self, _: str) -> None:
         """Keep nothing at all."""
-        _remove(self._path)
+        remove(self._path)
 
     def _make_good(self, directory: str) -> None:
         sizes, original = self._sizes, self._on(_ORIGINAL)
@@ -112,7 +113,7 @@ class Shelf:
         for name, status in _files(directory):
             size = sizes.get(name)
             if size is None or not stat.S_ISREG(status.st_mode):
-                _remove(f"{directory}/{name}")
+                remove(f"{directory}/{name}")
             elif status.st_mtime_ns == _MARK and status.st_size == size:
                 missing.discard(name)
         for name in missing:
@@ -152,11 +153,6 @@ def _copy(source: str, target: str, size: int) -> None:
             os.close(writing)
     finally:
         os.close(reading)
-
-
-def _remove(path: str) -> None:
-    for _ in removal(path):
-        pass
 
 
 def serve(channel: _socket.socket, home: str) -> None:

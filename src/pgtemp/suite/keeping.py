@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import identity, locks, proc
+from pgtemp.host.tree import remove
 from pgtemp.server import home
 from pgtemp.server.remains import LEASE
 from pgtemp.suiteoptions import SuiteOptions
@@ -53,4 +53,4 @@ def _forget(folder: Path, besides: str) -> None:
         if not proc.lives(int(name.rpartition("-")[2])) and not any(
             locks.is_locked(lease) for lease in run.glob(f"*/{LEASE}")
         ):
-            shutil.rmtree(run, ignore_errors=True)
+            remove(run)

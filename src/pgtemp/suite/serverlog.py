@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgtemp.server import condition
+
 # What makes a server log every statement with its time, in one line.
 STATEMENTS = {"log_min_duration_statement": "0", "log_parameter_max_length": "1000"}
 _MOST_BYTES = 4 << 20
@@ -44,13 +46,7 @@ def read(log: Path, offset: int, dbname: str) -> Slice:
     Args:
         offset: bytes to leave out.
     """
-    try:
-        with open(log, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(offset, size - _MOST_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return Slice([], [])
+    text = condition.read_log(log, offset, _MOST_BYTES).decode("utf-8", "replace")
     entries = _entries(text.splitlines())
     if not any(_LINE.match(entry) for entry in entries):
         return Slice(entries, [])
