@@ -14,7 +14,10 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable, Iterator
+else:
+    import _signal
 
 SIGKILL, SIGTERM = 9, 15
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
@@ -23,6 +26,8 @@ _PATIENCE = 1000  # moments that a program gets to clean up
 IPC_RMID = 0
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# Enough to open what is below a directory, without the right to list it (macOS has no O_PATH).
+_PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The C half, since `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
 
@@ -50,6 +55,21 @@ def open_file(name: str, directory: int) -> int:
     return file
 
 
+def open_passage(path: str) -> int:
+    """A descriptor for opening the entries of a directory; no part of `path` may be a link.
+
+    `path` is absolute. Raises OSError.
+    """
+    here = os.open("/", _PASSAGE)
+    for name in filter(None, path.split("/")):
+        try:
+            below = os.open(name, _PASSAGE, dir_fd=here)
+        finally:
+            os.close(here)
+        here = below
+    return here
+
+
 def open_data(data_dir: str) -> int:
     """A descriptor of a data directory in a home; neither may be a link. Raises OSError."""
     home, name = os.path.split(data_dir)
@@ -61,12 +81,20 @@ def open_data(data_dir: str) -> int:
 
 
 def all_postgres() -> Iterator[tuple[int, str]]:
-    """Every process of PostgreSQL that can be looked at, and the directory it works in."""
+    """Every server process of PostgreSQL that we may inspect, and the directory it works in.
+
+    PostgreSQL starts only as the owner of its data directory. A process of another user that works
+    there is not a server, whatever the name of its program.
+    """
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
                 cwd = os.readlink(f"/proc/{name}/cwd")
-                if os.path.basename(os.readlink(f"/proc/{name}/exe")).startswith("postgres"):
+                program = os.readlink(f"/proc/{name}/exe")
+                owner = os.stat(f"/proc/{name}/cwd").st_uid
+                if os.path.basename(program).startswith("postgres") and (
+                    os.stat(f"/proc/{name}").st_uid == owner
+                ):
                     yield int(name), cwd
             except OSError:
                 continue
@@ -85,18 +113,36 @@ def postgres_in(data_dir: str) -> list[int]:
 
 
 def _working_in(data: int) -> list[int]:
-    """Every server process has its data directory as working directory, and its owner as user."""
-    here = os.fstat(data)
-    found = []
-    for pid, _ in all_postgres():
-        try:
-            there = os.stat(f"/proc/{pid}/cwd")
-            uid = os.stat(f"/proc/{pid}").st_uid
-        except OSError:
-            continue
-        if os.path.samestat(here, there) and uid == here.st_uid:
-            found.append(pid)
-    return found
+    return [pid for pid, _ in all_postgres() if _works_in(data, pid)]
+
+
+def _works_in(data: int, pid: int) -> bool:
+    """Whether a process works in `data` and has its owner as user."""
+    try:
+        here, there = os.fstat(data), os.stat(f"/proc/{pid}/cwd")
+        return os.path.samestat(here, there) and os.stat(f"/proc/{pid}").st_uid == here.st_uid
+    except OSError:
+        return False
+
+
+def _kill(data: int, pid: int) -> None:
+    """Kill a server process of `data`.
+
+    Another process may have got the pid since the search, which takes as long as there are
+    processes. So the descriptor of the process comes first, and the check after it.
+    """
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # a system without pidfd
+        quietly(lambda: os.kill(pid, SIGKILL))
+        return
+    try:
+        if _works_in(data, pid):
+            quietly(lambda: _signal.pidfd_send_signal(process, SIGKILL))
+    finally:
+        os.close(process)
 
 
 def clear_crashed(data_dir: str) -> None:
@@ -117,7 +163,7 @@ def clear(data: int) -> None:
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
-            quietly(lambda: os.kill(pid, SIGKILL))  # noqa: B023 - called at once
+            _kill(data, pid)
         if not orphans:
             break
         killed.update(orphans)

@@ -6,15 +6,20 @@ crash.py, whose distrust of paths it shares. Liveness is told by a lock, never b
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 
 from pgtemp.server.crash import DIRECTORY, clear, open_file, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
+
+    # Work in small steps; its result says what failed.
+    Steps = Generator[None, None, OSError | None]
 
 PREFIX = "pgtemp-"
 ASIDE = ".gone"
@@ -27,13 +32,15 @@ DISCARD = b"discard\n"
 # A directory without a lease is being made right now, or was left half-made; only after this many
 # seconds is it taken for the latter.
 HALF_MADE = 3600.0
+_BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
 
 
 def removal(path: str) -> Iterator[None]:
     """Remove `path`, one entry a step; never follows a link, never fails."""
     above, name = os.path.split(path)
     try:
-        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = os.open(above, _BASE)
     except OSError:
         return
     try:
@@ -43,97 +50,142 @@ def removal(path: str) -> Iterator[None]:
             quietly(lambda: os.unlink(name, dir_fd=parent))
             return
         try:
-            yield from _empty(top)
+            yield from _remove(parent, name, top)
         finally:
             os.close(top)
-        quietly(lambda: os.rmdir(name, dir_fd=parent))
     finally:
         os.close(parent)
 
 
-def _empty(top: int) -> Iterator[None]:
-    """Remove all that is in a directory.
+def _remove(parent: int, name: str, top: int) -> Steps:
+    """Remove an open directory and all that is in it; the first failure, if it remains.
+
+    A directory that has taken its name since stays.
+    """
+    failure = yield from _empty(top)
+    try:
+        if _is_entry(top, parent, name):
+            os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        return failure or error
+    return None
+
+
+def _empty(top: int) -> Steps:
+    """Remove all that is in a directory; the first failure.
 
     By descriptors: whoever may write to it cannot lead a removal by root elsewhere. A directory
     that is not empty is moved up to the top before it is looked into, so that however deep a tree
-    is, nothing recurses and two descriptors are enough.
+    is, nothing recurses and two descriptors are enough. A file system that is mounted below stays:
+    what is mounted deeper cannot be moved, and what is mounted at the top is another device.
     """
-    moved = 0
+    failure: OSError | None = None
+    device = os.fstat(top).st_dev
     waiting = [""]
     while waiting:
         name = waiting.pop()
         try:
             here = os.open(name, DIRECTORY, dir_fd=top) if name else os.dup(top)
-        except OSError:
+        except OSError as error:
+            failure = failure or error
             continue
         try:
+            if os.fstat(here).st_dev != device:
+                raise OSError(errno.EBUSY, "a file system is mounted in it")
             with os.scandir(here) as entries:
                 found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
             for child, is_dir in found:
-                if not is_dir:
-                    quietly(lambda: os.unlink(child, dir_fd=here))  # noqa: B023 - called at once
-                elif not name:
-                    waiting.append(child)
-                else:
-                    moved += 1
-                    aside = f"{ASIDE}-{moved}"
-                    quietly(lambda: os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top))  # noqa: B023
-                    waiting.append(aside)
+                try:
+                    if not is_dir:
+                        os.unlink(child, dir_fd=here)
+                    elif not name:
+                        waiting.append(child)
+                    else:
+                        # A name that nobody can take beforehand.
+                        aside = f"{ASIDE}-{os.urandom(8).hex()}"
+                        os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top)
+                        waiting.append(aside)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    failure = failure or error
                 yield
-        except OSError:
-            continue
+        except OSError as error:
+            failure = failure or error
         finally:
             os.close(here)
             if name:
                 quietly(lambda: os.rmdir(name, dir_fd=top))  # noqa: B023 - called at once
+    return failure
 
 
 def sweep(base: str) -> Iterator[None]:
     """Take away what owners that are gone have left in `base`: processes, then directories."""
     try:
-        names = [name for name in os.listdir(base) if name.startswith(PREFIX)]
-    except OSError:
-        return
-    for name in names:
-        yield
-        yield from sweep_home(os.path.join(base, name))
-
-
-def sweep_home(path: str, everyone: bool = False) -> Iterator[None]:
-    """The same for one home. `everyone`: also what other users' owners have left."""
-    if os.path.islink(path):  # a short way to a home's socket
-        quietly(lambda: _drop_dead_link(path))
-        return
-    try:
-        home = os.open(path, DIRECTORY)
+        parent = os.open(base, _BASE)
     except OSError:
         return
     try:
+        for name in os.listdir(parent):
+            if name.startswith(PREFIX):
+                yield
+                yield from sweep_home(parent, name)
+    finally:
+        os.close(parent)
+
+
+def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
+    """The same for one home, an entry of `parent`.
+
+    All is done through the descriptor of the directory that was inspected, never by its path.
+
+    Args:
+        everyone: also what other users' owners have left.
+
+    Returns:
+        Why the home is still there; None where it is gone, or no longer waits for a sweep.
+    """
+    try:
+        home = os.open(name, DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        quietly(lambda: _drop_dead_link(parent, name))
+        return error
+    try:
+        if os.fstat(home).st_dev != os.fstat(parent).st_dev:
+            return OSError(errno.EBUSY, "a file system is mounted there")
         try:
             lease = open_file(LEASE, home)
         except FileNotFoundError:
-            yield from _sweep_half_made(path)
-            return
+            return (yield from _sweep_half_made(parent, name, home, everyone))
         try:
-            yield from _sweep_abandoned(path, home, lease, everyone)
+            return (yield from _sweep_abandoned(parent, name, home, lease, everyone))
         finally:
             os.close(lease)
-    except OSError:
-        return  # somebody else's, or gone by now
+    except OSError as error:
+        return error
     finally:
         os.close(home)
 
 
-def _drop_dead_link(path: str) -> None:
-    if not os.path.exists(path) and os.lstat(path).st_uid == os.getuid():
-        os.unlink(path)
+def _drop_dead_link(parent: int, name: str) -> None:
+    """Drop a link to a home's socket (home.py) if it leads nowhere; only our own is followed."""
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid():
+        try:
+            os.stat(name, dir_fd=parent)
+        except FileNotFoundError:
+            os.unlink(name, dir_fd=parent)
 
 
-def _sweep_abandoned(path: str, home: int, lease: int, everyone: bool) -> Iterator[None]:
-    if os.fstat(lease).st_uid != os.getuid() and not everyone:
-        return
-    if is_held(lease):
-        return  # its owner lives
+def _sweep_abandoned(parent: int, name: str, home: int, lease: int, everyone: bool) -> Steps:
+    status = os.fstat(lease)
+    # A user may be able to link to another user's file, and call it a lease.
+    if not everyone and (status.st_uid != os.getuid() or status.st_nlink != 1):
+        return _ANOTHERS
+    if is_held(lease) or not _is_entry(lease, home, LEASE):
+        return BlockingIOError(errno.EAGAIN, "its owner is alive")
     try:
         data = os.open(DATA, DIRECTORY, dir_fd=home)
     except OSError:
@@ -145,8 +197,27 @@ def _sweep_abandoned(path: str, home: int, lease: int, everyone: bool) -> Iterat
             os.close(data)
     if says_keep(lease):
         os.unlink(LEASE, dir_fd=home)
-    elif os.path.samestat(os.fstat(home), os.lstat(path)):
-        yield from removal(path)
+        return None
+    return (yield from _remove(parent, _set_aside(parent, name, home), home))
+
+
+def _set_aside(parent: int, name: str, home: int) -> str:
+    """Rename what is to be removed; the name that it has now.
+
+    The lease goes with the first files. If this removal is cut short, the next sweep continues it.
+    """
+    aside = name.removesuffix(ASIDE) + ASIDE
+    quietly(lambda: os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent))
+    return aside if _is_entry(home, parent, aside) else name
+
+
+def _is_entry(opened: int, directory: int, name: str) -> bool:
+    """Whether an open file or directory still has that name."""
+    try:
+        there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(os.fstat(opened), there)
 
 
 def is_held(lease: int) -> bool:
@@ -163,22 +234,23 @@ def says_keep(lease: int) -> bool:
     return os.pread(lease, len(KEEP), 0) == KEEP
 
 
-def is_half_made(home: str) -> bool:
+def is_half_made(home: int, name: str) -> bool:
     """Whether a directory without a lease is one that nobody makes or removes any more.
 
     What was set aside never is kept. Other directories may have such a name (a kept home, the
-    folder of failed tests, a cache), but there is something in them.
+    folder of failed tests, a cache), but there is something in them. Raises OSError.
     """
-    try:
-        old = time.time() - os.lstat(home).st_mtime > HALF_MADE
-        return home.endswith(ASIDE) or (old and set(os.listdir(home)) <= {LEASE + NEW})
-    except OSError:
+    if name.endswith(ASIDE):
+        return True
+    if time.time() - os.fstat(home).st_mtime <= HALF_MADE:
         return False
+    with os.scandir(home) as entries:
+        return all(entry.name == LEASE + NEW for entry in entries)
 
 
-def _sweep_half_made(home: str) -> Iterator[None]:
-    uid = os.lstat(home).st_uid
-    # What was set aside is the server's user's, where root runs it.
-    mine = uid == os.getuid() or (os.getuid() == 0 and home.endswith(ASIDE))
-    if mine and is_half_made(home):
-        yield from removal(home)
+def _sweep_half_made(parent: int, name: str, home: int, everyone: bool) -> Steps:
+    if os.fstat(home).st_uid != os.getuid() and not everyone:
+        return _ANOTHERS
+    if not is_half_made(home, name):
+        return BlockingIOError(errno.EAGAIN, "it is being made")
+    return (yield from _remove(parent, name, home))
