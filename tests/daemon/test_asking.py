@@ -172,7 +172,6 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
     with ExitStack() as stack:
         theirs = stack.enter_context(held_home(open_dir, "theirs"))
         honest = stack.enter_context(held_home(open_dir, "zz-honest"))
-        stack.enter_context(answering(honest, json.dumps(HONEST).encode()))
         os.chown(theirs, uid, uid)
         reading, writing = os.pipe()
         child = os.fork()
@@ -191,8 +190,18 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
         os.read(reading, 5)
         for end in (reading, writing):
             os.close(end)
+        listening = stack.enter_context(listen_in(honest))
+
+        def answer_last() -> None:
+            client, _ = listening.accept()
+            with client:
+                os.waitpid(child, 0)  # it has been hung up on
+                client.sendall(json.dumps(HONEST).encode())
+
+        answering_last = threading.Thread(target=answer_last)
+        answering_last.start()
         answers = control.ask([theirs, honest])
-        os.waitpid(child, 0)
+        answering_last.join()
     assert list(answers) == [honest]
 
 

@@ -82,6 +82,7 @@ def ask(homes: Iterable[Path]) -> dict[Path, Answer]:
                     asked.said += data
                     continue
                 waiting.unregister(asked.socket)
+                asked.socket.close()
                 if data is not None:
                     whole.append(asked)
     answers = {asked.home: _read(asked.said) for asked in whole}
