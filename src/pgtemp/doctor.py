@@ -117,7 +117,8 @@ def _loopback(_: ServerOptions) -> _Finding:
 def _cache(_: ServerOptions) -> _Finding:
     place = paths.cache_dir()
     images = sorted((place / "images").glob("*/manifest.json"))
-    size = room.size_of(place) >> 20
+    with inventory.opened(place.resolve()) as directory:
+        size = room.size_of(directory) >> 20
     kind = paths.filesystem_type(place)
     found = f"{place} ({kind}, {room.left(place)}), "
     found += f"{len(images)} images, {size} MB with the programs"
@@ -156,7 +157,7 @@ def _supervision(_: ServerOptions) -> _Finding:
 
 
 def _leftovers(_: ServerOptions) -> _Finding:
-    left = [one for one in inventory.homes() if not one.lives]
+    left = [one for one in inventory.homes() if not one.lives and one.is_ours]
     if not left:
         return "ok", "none", ""
     size = sum(one.size for one in left) >> 20

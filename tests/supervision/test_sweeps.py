@@ -308,7 +308,7 @@ def test_another_users_servers(other_user: str) -> None:
 
         def look() -> bytes:
             (found,) = (one for one in inventory.homes() if one.path == path)
-            return f"{found.open} {found.lives} {found.sweep()}".encode()
+            return f"{found.open} {found.lives} {found.sweep().removed}".encode()
 
         assert _as_user(other_user, look) == b"False True False"
         assert connection.execute("SELECT 7").fetchone() == (7,)

@@ -13,7 +13,7 @@ from pgtemp.cli import show
 from pgtemp.daemon import owners
 from pgtemp.host import identity
 from pgtemp.server import imagecache, inventory
-from pgtemp.server.inventory import Found
+from pgtemp.server.inventory import Found, Swept
 
 _directories = click.argument(
     "directories", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path)
@@ -47,7 +47,7 @@ def ls(directories: Sequence[Path], json_wanted: bool) -> int:
     else:
         click.echo("nobody has a server here")
     if closed:
-        users = ", ".join(sorted({identity.name_of(one.uid) for one in closed}))
+        users = show.plain(", ".join(sorted({identity.name_of(one.uid) for one in closed})))
         click.echo(f"of other users ({users}): {len(closed)} directories, closed to you")
     if left:
         size = show.size(sum(one.size for one in left))
@@ -72,35 +72,46 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
 
     Each start of a server does that too, where it makes its own. DIRECTORIES are looked into as
     well (data_dir_prefix). What somebody holds, and what was kept on purpose, stays.
+
+    A directory that the system does not let you remove (of another user, immutable, mounted) is
+    left alone, and the reason is printed; this is not an error. If the removal of a directory of
+    yours fails in another way, the exit status is 1.
     """
-    found, stays = [], []
+    found, failed = [], False
     for one in inventory.homes(directories):
         if one.lives:
             continue
         facts = _described(one)
-        facts["removed"] = not dry_run and one.sweep()
+        swept = None if dry_run else one.sweep()
+        facts["removed"] = swept is not None and swept.removed
+        if swept is not None:
+            facts |= {"reason": swept.reason, "failed": swept.failed}
+            failed = failed or swept.failed
         found.append(facts)
-        if not dry_run and not facts["removed"] and one.is_ours:
-            stays.append(one)
         if not json_wanted:
-            _print_swept(facts, dry_run=dry_run)
+            _print_swept(facts, swept)
     caches = [] if dry_run else [str(path) for path in imagecache.sweep()]
     if json_wanted:
         show.json_object({"found": found, "cache": caches, "dry_run": dry_run})
     else:
         for path in caches:
-            click.echo(f"removed {path}, which was never finished")
+            click.echo(f"removed {show.plain(str(path))}, which was never finished")
         if not found and not caches:
             click.echo("nothing was left")
-    return 1 if stays else 0
+    return 1 if failed else 0
 
 
-def _print_swept(facts: dict[str, Any], *, dry_run: bool) -> None:
-    done = "kept the data of" if facts["keep"] else "removed"
-    word = done if facts["removed"] else "found" if dry_run else "could not remove"
+def _print_swept(facts: dict[str, Any], swept: Swept | None) -> None:
+    if swept is None:
+        word = "found"
+    elif swept.removed:
+        word = "kept the data of" if facts["keep"] else "removed"
+    else:
+        word = "could not remove" if swept.failed else "left alone"
     processes = f", {len(facts['processes'])} processes" if facts["processes"] else ""
-    of = f", of {facts['user']}" if word == "could not remove" else ""
-    click.echo(f"{word} {facts['path']} ({show.size(facts['bytes'])}{processes}{of})")
+    line = f"{word} {facts['path']} ({show.size(facts['bytes'])}{processes}, of {facts['user']})"
+    reason = f": {swept.reason}" if swept is not None and swept.reason is not None else ""
+    click.echo(show.plain(line + reason))
 
 
 def _described(one: Found) -> dict[str, Any]:

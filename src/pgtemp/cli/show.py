@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,18 +27,27 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         numbers = all(row[column].replace(" ", "")[:1].isdigit() for row in rows)
         shown.add_column(title, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(_plain(cell) for cell in row))
+        shown.add_row(*(Text(plain(cell)) for cell in row))
     console.print(shown)
 
 
-def _plain(text: str) -> Text:
-    """What others have written is neither markup nor an order to the terminal."""
-    return Text("".join(letter if letter.isprintable() else "?" for letter in text))
+def plain(text: str) -> str:
+    """A text of other users: with what may control a terminal, or cannot be encoded, escaped.
+
+    That includes line breaks, the marks that change the direction of text, and the bytes of a name
+    that are not UTF-8.
+    """
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def json_object(said: dict[str, Any]) -> None:
-    """Print an object."""
-    click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    """Print an object, in ASCII: any terminal and any encoding can take it."""
+    click.echo(json.dumps(said, indent=2, allow_nan=False))
 
 
 def size(count: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pgtemp.daemon import control
+from pgtemp.daemon.control import Answer
 from pgtemp.host import identity, proc
 from pgtemp.server.inventory import Found
 from pgtemp.uri import redact
@@ -40,16 +42,19 @@ class Owner:
 
 def of(homes: Iterable[Found]) -> list[Owner]:
     """The owners of homes that live, oldest first."""
-    grouped: dict[int | None, list[Found]] = {}
-    for one in homes:
-        if one.lives and one.open:
-            grouped.setdefault(one.owner, []).append(one)
-    found = [_owner(pid, theirs) for pid, theirs in grouped.items()]
+    alive = [one for one in homes if one.lives and one.open]
+    answers = control.ask(one.path for one in alive)
+    # Without an owner, the homes of two users have nothing in common.
+    grouped: dict[tuple[int | None, int], list[Found]] = {}
+    for one in alive:
+        whose = one.uid if one.owner is None else -1
+        grouped.setdefault((one.owner, whose), []).append(one)
+    found = [_owner(pid, theirs, answers) for (pid, _), theirs in grouped.items()]
     return sorted(found, key=lambda owner: -(owner.age or 0))
 
 
-def _owner(pid: int | None, theirs: Sequence[Found]) -> Owner:
-    said = next((answer for one in theirs if (answer := control.ask(one.path))), {})
+def _owner(pid: int | None, theirs: Sequence[Found], answers: Mapping[Path, Answer]) -> Owner:
+    answer = next((answers[one.path] for one in theirs if one.path in answers), None)
     words = proc.command(pid).split(" ") if pid is not None else []
     return Owner(
         pid=pid,
@@ -59,6 +64,6 @@ def _owner(pid: int | None, theirs: Sequence[Found]) -> Owner:
         servers=sum(bool(one.processes) for one in theirs),
         databases=sum(one.databases for one in theirs),
         size=sum(one.size for one in theirs),
-        uri=said.get("uri"),
-        leases=said.get("leases"),
+        uri=answer.uri if answer is not None else None,
+        leases=answer.leases if answer is not None else None,
     )

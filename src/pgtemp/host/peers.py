@@ -27,7 +27,7 @@ _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 before its id: family, pr
 _ANY = 0xFFFFFFFF
 _UID_AND_INODE = struct.Struct("=II")
 _ID_AT, _ID_LENGTH, _UID_AT = 4, 36, 64  # in inet_diag_msg; the id's interface and cookie follow
-CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 _MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address, in its IPv6 form
 
 
@@ -41,8 +41,8 @@ def check_listener(connected: socket.socket, uid: int) -> None:
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return
-    got = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-    found = CREDENTIALS.unpack(got)[1]
+    got = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    found = _CREDENTIALS.unpack(got)[1]
     if found != uid:
         raise ConnectionRefusedError(
             errno.ECONNREFUSED, f"a process of uid {found} listens there, not of uid {uid}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_LONGEST = 2048  # bytes of a command line
+
 
 def lives(pid: int) -> bool:
     """Whether there is a process of that id, whoever's it is."""
@@ -43,10 +45,16 @@ def age(pid: int) -> float | None:
 
 
 def command(pid: int) -> str:
-    """The command line of a process, in one line; "" where that cannot be told."""
+    """The command line of a process, in one line; "" where that cannot be told.
+
+    A process may make its command line as long as it likes. A long one ends with a whole argument,
+    so that half a URL, in which a password cannot be recognized, is not shown.
+    """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            said = file.read().replace(b"\0", b" ").decode("utf-8", "replace")
+            said = file.read(_LONGEST + 1)
     except OSError:
         return ""
-    return " ".join(said.split())
+    if len(said) > _LONGEST:
+        said = said.rpartition(b"\0")[0] + b"\0..."
+    return " ".join(said.replace(b"\0", b" ").decode("utf-8", "replace").split())

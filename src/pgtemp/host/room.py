@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
@@ -23,6 +23,8 @@ ASIDE = "spare"  # the file
 _ASIDE_BYTES = 2 << 20  # for a checkpoint, and a segment of PostgreSQL's log
 _NOTHING = 1 << 20  # bytes; with less, no server can do anything
 _NO_LIMIT = 1 << 62  # bytes; a ramfs, or a tmpfs of size=0, reports no blocks at all
+# Levels of directories that `size_of` enters, more than PostgreSQL has; each takes a descriptor.
+_DEEPEST = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # In PostgreSQL's words; the second is of a file that grew by a part of a page.
 _FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote only ")
@@ -144,21 +146,26 @@ def _free_files(status: os.statvfs_result) -> int | None:
     return status.f_favail if status.f_files else None
 
 
-def size_of(path: Path) -> int:
-    """Bytes that a directory and all in it take; what vanishes meanwhile does not count."""
-    size, waiting = 0, [os.fspath(path)]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                found = list(entries)
-        except OSError:
-            continue
-        for entry in found:
-            try:
+def size_of(directory: int, levels: int = _DEEPEST) -> int:
+    """Bytes that the files in an open directory take; what vanishes meanwhile does not count.
+
+    No link is followed and no other file system is entered: the directory may be another user's.
+    """
+    size, below = 0, []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
+                    below.append(entry.name)
                 else:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
-            except OSError:
-                continue
+    device = os.fstat(directory).st_dev
+    for name in below if levels else ():
+        with suppress(OSError):
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            try:
+                if os.fstat(inner).st_dev == device:
+                    size += size_of(inner, levels - 1)
+            finally:
+                os.close(inner)
     return size

@@ -16,16 +16,15 @@ import errno
 import os
 import stat
 
+from pgtemp.host.openat import DIRECTORY, READ, quietly
+from pgtemp.host.removal import removal_at
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     StrPath = str | os.PathLike[str]
 
-ASIDE = ".gone"  # ends the name of what is being removed
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # PostgreSQL itself makes these links: initdb --waldir, CREATE TABLESPACE.
 _OF_POSTGRES = ("pg_wal", "pg_tblspc/")
@@ -201,7 +200,7 @@ class Tree:
                 os.fchmod(there, 0o700)
                 os.fchown(there, self.uid, self.gid)
 
-    def open_file(self, name: str, flags: int = _READ) -> int:
+    def open_file(self, name: str, flags: int = READ) -> int:
         """The descriptor of a regular file, for reading.
 
         Raises:
@@ -215,7 +214,7 @@ class Tree:
 
         A pipe in place of a file does not block, and reads as an empty file.
         """
-        fd = os.open(last, _READ, dir_fd=above)
+        fd = os.open(last, READ, dir_fd=above)
         return self._checked(fd, name) if self.is_foreign else fd
 
     def read(self, name: str, most: int) -> bytes:
@@ -322,93 +321,3 @@ class _Place:
 def kind_of(mode: int) -> str:
     """The kind of a file, for messages."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
-
-
-def open_file(name: str, directory: int) -> int:
-    """A descriptor of a regular file, for reading.
-
-    Raises:
-        OSError: it is missing; FileNotFoundError if it is of another kind.
-    """
-    file = os.open(name, _READ, dir_fd=directory)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise FileNotFoundError(name)
-    return file
-
-
-def remove(path: StrPath) -> None:
-    """Remove a path whose parent directory is trusted; what resists is left."""
-    for _ in removal(path):
-        pass
-
-
-def removal(path: StrPath) -> Iterator[None]:
-    """Remove a path whose parent directory is trusted, one entry a step; never fails."""
-    above, name = os.path.split(path)
-    try:
-        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        yield from removal_at(parent, name)
-    finally:
-        os.close(parent)
-
-
-def removal_at(parent: int, name: str) -> Iterator[None]:
-    """Remove a name in an open directory, one entry a step; never follows a link, never fails."""
-    try:
-        top = os.open(name, DIRECTORY, dir_fd=parent)
-    except OSError:
-        quietly(os.unlink, name, dir_fd=parent)
-        return
-    try:
-        yield from _empty(top)
-    finally:
-        os.close(top)
-    quietly(os.rmdir, name, dir_fd=parent)
-
-
-def _empty(top: int) -> Iterator[None]:
-    """Remove all that is in a directory.
-
-    A directory that is not empty is moved up to the top before it is read, so that however deep a
-    tree is, nothing recurses and two descriptors are enough.
-    """
-    moved = 0
-    waiting = [""]
-    while waiting:
-        name = waiting.pop()
-        try:
-            here = os.open(name, DIRECTORY, dir_fd=top) if name else os.dup(top)
-        except OSError:
-            continue
-        try:
-            with os.scandir(here) as entries:
-                found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-            for child, is_dir in found:
-                if not is_dir:
-                    quietly(os.unlink, child, dir_fd=here)
-                elif not name:
-                    waiting.append(child)
-                else:
-                    moved += 1
-                    aside = f"{ASIDE}-{moved}"
-                    quietly(os.rename, child, aside, src_dir_fd=here, dst_dir_fd=top)
-                    waiting.append(aside)
-                yield
-        except OSError:
-            continue
-        finally:
-            os.close(here)
-            if name:
-                quietly(os.rmdir, name, dir_fd=top)
-
-
-def quietly(do: Callable[..., object], *arguments: object, **named: object) -> None:
-    """Call something that may have been done already, or that the caller may not do."""
-    try:
-        do(*arguments, **named)
-    except OSError:
-        pass

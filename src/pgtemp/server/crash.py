@@ -1,9 +1,8 @@
 """What a killed server or program leaves running, and in the kernel; and ending it.
 
-Shared by the warden's process, so it imports nothing that is slow, and of pgtemp only
-`host/tree.py`. A process is told by the directory it works in and by its user, never by a pid that
-was written down. Paths are not trusted: whoever runs a server can put a link into its directory,
-and root comes by here.
+Shared by the warden's process, so it imports nothing that is slow. A process is told by the
+directory it works in and by its user, never by a pid that was written down. Paths are not trusted:
+the user of a server can put a link into its directory, and root removes that directory.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ import _ctypes
 import os
 import time
 
-from pgtemp.host.tree import DIRECTORY, open_file, quietly
+from pgtemp.host.openat import DIRECTORY, open_file, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Iterator
+else:
+    import _signal
 
 SIGKILL, SIGTERM = 9, 15
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
@@ -44,12 +46,20 @@ def open_data(data_dir: str) -> int:
 
 
 def all_postgres() -> Iterator[tuple[int, str]]:
-    """Every process of PostgreSQL that can be looked at, and the directory it works in."""
+    """Every server process of PostgreSQL that we may inspect, and the directory it works in.
+
+    PostgreSQL starts only as the owner of its data directory. A process of another user that works
+    there is not a server, whatever the name of its program.
+    """
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
                 cwd = os.readlink(f"/proc/{name}/cwd")
-                if os.path.basename(os.readlink(f"/proc/{name}/exe")).startswith("postgres"):
+                program = os.readlink(f"/proc/{name}/exe")
+                owner = os.stat(f"/proc/{name}/cwd").st_uid
+                if os.path.basename(program).startswith("postgres") and (
+                    os.stat(f"/proc/{name}").st_uid == owner
+                ):
                     yield int(name), cwd
             except OSError:
                 continue
@@ -68,18 +78,36 @@ def postgres_in(data_dir: str) -> list[int]:
 
 
 def _working_in(data: int) -> list[int]:
-    """Every server process has its data directory as working directory, and its owner as user."""
-    here = os.fstat(data)
-    found = []
-    for pid, _ in all_postgres():
-        try:
-            there = os.stat(f"/proc/{pid}/cwd")
-            uid = os.stat(f"/proc/{pid}").st_uid
-        except OSError:
-            continue
-        if os.path.samestat(here, there) and uid == here.st_uid:
-            found.append(pid)
-    return found
+    return [pid for pid, _ in all_postgres() if _works_in(data, pid)]
+
+
+def _works_in(data: int, pid: int) -> bool:
+    """Whether a process works in `data` and has its owner as user."""
+    try:
+        here, there = os.fstat(data), os.stat(f"/proc/{pid}/cwd")
+        return os.path.samestat(here, there) and os.stat(f"/proc/{pid}").st_uid == here.st_uid
+    except OSError:
+        return False
+
+
+def _kill(data: int, pid: int) -> None:
+    """Kill a server process of `data`.
+
+    Another process may have got the pid since the search, which takes as long as there are
+    processes. So the descriptor of the process comes first, and the check after it.
+    """
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # a system without pidfd
+        quietly(os.kill, pid, SIGKILL)
+        return
+    try:
+        if _works_in(data, pid):
+            quietly(_signal.pidfd_send_signal, process, SIGKILL)
+    finally:
+        os.close(process)
 
 
 def clear_crashed(data_dir: str) -> None:
@@ -100,7 +128,7 @@ def clear(data: int) -> None:
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
-            quietly(os.kill, pid, SIGKILL)
+            _kill(data, pid)
         if not orphans:
             break
         killed.update(orphans)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from pgtemp.host.tree import ASIDE
+from pgtemp.host.removal import ASIDE
 from pgtemp.server import shelf
 from pgtemp.server.crash import libc
 from pgtemp.server.framing import encode

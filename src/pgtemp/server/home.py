@@ -27,7 +27,8 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 from pgtemp.host import locks, paths, proc, room
 from pgtemp.host.identity import Identity
-from pgtemp.host.tree import Tree, remove
+from pgtemp.host.removal import remove
+from pgtemp.host.tree import Tree
 from pgtemp.server.remains import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
 
 LOG = "server.log"

@@ -23,7 +23,7 @@ from pgtemp.host import locks, paths, room
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
-from pgtemp.host.tree import remove
+from pgtemp.host.removal import remove
 from pgtemp.server import imagebuild
 from pgtemp.server.image import Image, divided
 from pgtemp.server.imagebuild import MANIFEST

@@ -17,7 +17,7 @@ import select
 import sys
 import time
 
-from pgtemp.host.tree import removal
+from pgtemp.host.removal import removal
 from pgtemp.server.crash import clear_crashed, end_group, libc
 from pgtemp.server.framing import decode
 from pgtemp.server.held import INT, QUIT, Server
@@ -246,12 +246,15 @@ class Reaper:
 
     def _do_chores(self) -> None:
         # In small portions: a request that comes meanwhile waits for a few unlinks at most.
+        # In turn, since a program of a server's user may go on filling what is being removed.
         for _ in range(32):
             if self.chores:
                 try:
                     next(self.chores[0])
+                    self.chores.append(self.chores[0])
                 except Exception:  # its end, or whatever it met: all servers depend on us
-                    del self.chores[0]
+                    pass
+                del self.chores[0]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import os
 import select
 import stat
 
-from pgtemp.host.tree import remove
+from pgtemp.host.removal import remove
 from pgtemp.server.framing import decode, encode
 from pgtemp.server.remains import DATA, SHELF
 

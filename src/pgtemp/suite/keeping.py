@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import identity, locks, proc
-from pgtemp.host.tree import remove
+from pgtemp.host.removal import remove
 from pgtemp.server import home
 from pgtemp.server.remains import LEASE
 from pgtemp.suiteoptions import SuiteOptions

@@ -1,0 +1,414 @@
+"""Directories that another user of the machine has made or changes: `ls` and `sweep` are safe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pgtemp.cli.group import cli
+from pgtemp.host import proc
+from pgtemp.server import crash, inventory, remains
+from pgtemp.server.remains import DATA, HALF_MADE, LEASE, sweep_home
+from support import run_pgtemp
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+NAMES = [
+    b"pgtemp-two\nlines",
+    b"pgtemp-\x1b[2J\x1b]0;title\x07",
+    "pgtemp-\u202egnp.exe\u2066".encode(),
+    "pgtemp-\x9b31m".encode(),
+    b"pgtemp-\xff\xfe\x80",
+    b"pgtemp-[red]x[link=file:etc][bold]",
+    "pgtemp-日本-é".encode(),
+]
+
+
+def plant(home: Path, lease: str = "discard\n1 1\n") -> Path:
+    """A directory as an owner leaves it that was killed together with its warden."""
+    (home / DATA / "base").mkdir(parents=True)
+    (home / LEASE).write_text(lease)
+    return home
+
+
+def found_in(directory: Path) -> list[inventory.Found]:
+    """The homes in a directory, without those elsewhere on the machine."""
+    homes = inventory.homes([directory])
+    return [found for found in homes if found.path.parent == directory]
+
+
+def exhaust(steps: remains.Steps) -> OSError | None:
+    """The result of a removal that is done step by step."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: OSError | None = done.value
+            return result
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def victim_in(directory: Path) -> Path:
+    """A directory that looks abandoned, which no sweep of another directory may touch."""
+    return plant(directory / "pgtemp-x")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_names_are_escaped(open_dir: Path, encoding: str) -> None:
+    """Each directory is one printable line, in any encoding; JSON has the name as it is."""
+    paths = [plant(open_dir / os.fsdecode(name)) for name in NAMES]
+    env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for command in (["ls"], ["sweep", "--dry-run"]):
+        said = subprocess.run(
+            [sys.executable, "-m", "pgtemp", *command, str(open_dir)],
+            capture_output=True, check=False, env={**os.environ, **env}, timeout=60,
+        )  # fmt: skip
+        assert said.returncode == 0, said.stderr
+        text = said.stdout.decode(encoding)
+        assert text.replace("\n", "").isprintable()
+        if command != ["ls"]:
+            assert len([line for line in text.splitlines() if str(open_dir) in line]) == len(paths)
+            assert "pgtemp-two\\nlines" in text
+            assert "[red]x[link=file:etc][bold]" in text
+    shown = json.loads(run_pgtemp("ls", "--json", str(open_dir)).stdout)
+    assert {str(path) for path in paths} <= {one["path"] for one in shown["left"]}
+    said = run_pgtemp("sweep", "--json", str(open_dir), env=env)
+    assert said.stdout.isascii()
+    swept = json.loads(said.stdout)["found"]
+    assert {str(path) for path in paths} <= {one["path"] for one in swept if one["removed"]}
+    assert list(open_dir.iterdir()) == []
+
+
+def test_names_of_databases_that_are_not_numbers(open_dir: Path) -> None:
+    """Directories called like other scripts' digits, links and long numbers do not end `ls`."""
+    base = plant(open_dir / "pgtemp-digits") / DATA / "base"
+    for name in ("\N{SUPERSCRIPT TWO}", "\N{ROMAN NUMERAL TEN}", "9" * 250):
+        (base / name).mkdir()
+    (open_dir / "16999").mkdir()
+    (open_dir / "16999" / "pg_filenode.map").touch()
+    (base / "16999").symlink_to(open_dir / "16999")
+    (found,) = found_in(open_dir)
+    assert found.databases == 0
+    assert run_pgtemp("ls", str(open_dir)).returncode == 0
+
+
+def test_a_long_command_line_ends_before_half_a_password() -> None:
+    """No part of a URL is shown whose end, by which a password is recognized, is cut off."""
+    filler, uri = "x" * 1900, "postgresql://me:geheim" + "g" * 200 + "@localhost/x"
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, filler, uri, "://:" * 20000]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        said = proc.command(process.pid)
+        process.communicate()
+    assert said.startswith(sys.executable)
+    assert said.endswith(" ...")
+    assert "geheim" not in said
+
+
+def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> None:
+    """Only the directory that was inspected is emptied and removed, whatever has its name now."""
+    for kind in ("directory", "link"):
+        left = plant(open_dir / f"pgtemp-{kind}")
+        precious = open_dir / f"precious-{kind}"
+        (precious / DATA).mkdir(parents=True)
+        (precious / "file").touch()
+        with opened(open_dir) as parent:
+            steps = sweep_home(parent, left.name)
+            next(steps)
+            (name,) = open_dir.glob(f"pgtemp-{kind}*")
+            name.rename(open_dir / f"away-{kind}")
+            if kind == "link":
+                name.symlink_to(precious)
+            else:
+                precious.rename(name)
+            exhaust(steps)
+        assert (name / "file").exists()
+        assert (name / DATA).exists()
+        assert os.listdir(open_dir / f"away-{kind}") == []
+        name.rename(open_dir / f"was-{kind}")
+
+
+def test_an_empty_directory_that_takes_the_name(open_dir: Path) -> None:
+    """It is not removed in place of the one that was inspected."""
+    left = plant(open_dir / "pgtemp-empty")
+    with opened(open_dir) as parent:
+        steps = sweep_home(parent, left.name)
+        next(steps)
+        (name,) = open_dir.glob("pgtemp-empty*")
+        name.rename(open_dir / "away")
+        name.mkdir()
+        exhaust(steps)
+    assert name.exists()
+    name.rmdir()
+
+
+@pytest.mark.parametrize("place", ["parent", "above"])
+def test_a_link_on_the_way_to_a_directory(open_dir: Path, place: str) -> None:
+    """A parent that becomes a link after the search leads no removal, and no size, elsewhere."""
+    elsewhere = open_dir / "elsewhere"
+    victim = victim_in(elsewhere / "b")
+    (victim / "file").write_bytes(bytes(1 << 20))
+    plant(open_dir / "a" / "b" / "pgtemp-x")
+    (found,) = found_in(open_dir / "a" / "b")
+    if place == "parent":
+        (open_dir / "a" / "b").rename(open_dir / "old")
+        (open_dir / "a" / "b").symlink_to(elsewhere / "b")
+    else:
+        (open_dir / "a").rename(open_dir / "old")
+        (open_dir / "a").symlink_to(elsewhere)
+    assert (found.path / "file").exists()
+    assert found.size == 0
+    assert not found.sweep().removed
+    assert (victim / LEASE).exists()
+
+
+def test_links_inside_are_not_followed(open_dir: Path) -> None:
+    """Neither for a size nor for databases nor in a removal."""
+    outside = open_dir / "outside"
+    (outside / "base" / "16999").mkdir(parents=True)
+    (outside / "base" / "16999" / "pg_filenode.map").write_bytes(bytes(1 << 20))
+    for name in ("data", "base", "lease-is-a-link"):
+        home = open_dir / f"pgtemp-{name}"
+        plant(home)
+        if name == "data":
+            shutil.rmtree(home / DATA)
+            (home / DATA).symlink_to(outside)
+        else:
+            (home / DATA / "base").rmdir()
+            (home / DATA / "base").symlink_to(outside / "base")
+    for found in found_in(open_dir):
+        assert found.databases == 0
+        assert found.size < 1 << 20
+        assert found.sweep().removed
+    assert (outside / "base" / "16999" / "pg_filenode.map").exists()
+
+
+def test_a_name_for_what_is_moved_cannot_be_taken_beforehand(open_dir: Path) -> None:
+    """A tree with entries called like those that a removal makes goes whole."""
+    left = plant(open_dir / "pgtemp-names")
+    for number in range(1, 20):
+        (left / f".gone-{number}" / "x").mkdir(parents=True)
+        (left / DATA / f"{number}" / "deep" / "deeper").mkdir(parents=True)
+    with opened(open_dir) as parent:
+        assert exhaust(sweep_home(parent, left.name)) is None
+    assert not left.exists()
+
+
+def test_a_removal_that_was_cut_short(open_dir: Path) -> None:
+    """The next sweep continues it, even if the lease is removed already."""
+    left = plant(open_dir / "pgtemp-short")
+    (left / DATA / "deep" / "deeper").mkdir(parents=True)
+    with opened(open_dir) as parent:
+        steps = sweep_home(parent, left.name)
+        while any(open_dir.glob("*/lease")):
+            next(steps)
+        steps.close()
+        assert len(list(open_dir.iterdir())) == 1
+        for _ in remains.sweep(str(open_dir)):
+            pass
+    assert list(open_dir.iterdir()) == []
+
+
+def test_a_lease_that_was_replaced(open_dir: Path) -> None:
+    """A kept directory that `pgtemp open` takes over at this moment keeps its new lease."""
+    left = plant(open_dir / "pgtemp-kept", "keep\n1 1\n")
+    with opened(open_dir) as parent, opened(left) as home, open(left / LEASE) as old:
+        (left / "lease.new").write_text("keep\n2 2\n")
+        (left / "lease.new").rename(left / LEASE)
+        steps = remains._sweep_abandoned(parent, left.name, home, old.fileno(), True)
+        assert exhaust(steps) is not None
+    assert (left / LEASE).read_text() == "keep\n2 2\n"
+
+
+def sweep_here(directory: Path) -> Result:
+    """`pgtemp sweep DIRECTORY` in this process; its exit status is the `return_value`."""
+    return CliRunner().invoke(cli, ["sweep", str(directory)], standalone_mode=False)
+
+
+def as_other(user: str, work: Callable[[], object]) -> None:
+    """Do something as another user, in a child."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            entry = pwd.getpwnam(user)
+            os.setgroups([])
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -> None:
+    """Root takes all of them; an ordinary user leaves them alone, each time with status 0."""
+    old = HALF_MADE * 2
+
+    def make() -> None:
+        plant(open_dir / "pgtemp-left").chmod(0o755)
+        (open_dir / "pgtemp-left" / LEASE).chmod(0o644)
+        for name in ("pgtemp-half", "pgtemp-x.gone"):
+            (open_dir / name).mkdir(mode=0o755)
+            os.utime(open_dir / name, (old, old))
+        (open_dir / "pgtemp-x.gone" / "file").touch()
+        (open_dir / "pgtemp-link").symlink_to("/nonexistent")
+
+    as_other(other_user, make)
+
+    def sweep_as_nobody() -> None:
+        for _ in range(2):
+            result = sweep_here(open_dir)
+            assert result.return_value == 0, result.output
+            assert result.output.count("left alone") == 3, result.output
+            assert other_user in result.output
+            assert "belongs to another user" in result.output
+
+    as_other("nobody", sweep_as_nobody)
+    with opened(open_dir) as parent:
+        for one in list(open_dir.iterdir()):
+            exhaust(sweep_home(parent, one.name))  # as a warden does, of its own user alone
+    assert len(list(open_dir.iterdir())) == 4
+    said = run_pgtemp("sweep", str(open_dir))
+    assert (said.returncode, said.stdout.count(f"removed {open_dir}")) == (0, 3)
+    assert [one.name for one in open_dir.iterdir()] == ["pgtemp-link"]
+
+
+@needs_root
+def test_an_immutable_directory(open_dir: Path) -> None:
+    """Each sweep leaves it alone, with a reason and status 0, until it can be removed."""
+    left = plant(open_dir / "pgtemp-immutable")
+    changed = subprocess.run(["chattr", "+i", left / DATA], capture_output=True, check=False)
+    if changed.returncode != 0:
+        pytest.skip(f"nothing can be made immutable here: {changed.stderr.decode()}")
+    try:
+        for _ in range(2):
+            said = run_pgtemp("sweep", str(open_dir))
+            assert said.returncode == 0
+            assert f"left alone {left}" in said.stdout
+            assert os.strerror(errno.EPERM) in said.stdout
+    finally:
+        (found,) = open_dir.iterdir()
+        subprocess.run(["chattr", "-i", found / DATA], check=True)
+    assert run_pgtemp("sweep", str(open_dir)).returncode == 0
+    assert list(open_dir.iterdir()) == []
+
+
+@needs_root
+@pytest.mark.parametrize("at", ["", DATA, f"{DATA}/base"])
+def test_a_file_system_that_is_mounted_in_a_directory(open_dir: Path, at: str) -> None:
+    """It is neither entered nor emptied, and no error."""
+    left = plant(open_dir / "pgtemp-mounted")
+    script = (
+        'mount -t tmpfs tmpfs "$1" && mkdir -p "$1/data/base" && touch "$1/lease" "$1/precious" '
+        '&& "$0" -m pgtemp sweep "$2" && "$0" -m pgtemp sweep "$2" && find "$2" -name precious'
+    )
+    said = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, sys.executable, left / at, open_dir],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    if "unshare" in said.stderr or "mount:" in said.stderr:
+        pytest.skip(f"nothing can be mounted: {said.stderr.strip()}")
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert f"left alone {left}" in said.stdout
+    assert said.stdout.endswith("/precious\n")
+
+
+def test_what_is_ours_and_fails_is_an_error(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1, with the reason: a failure that is no refusal, such as that of a disk."""
+    left = plant(open_dir / "pgtemp-broken")
+
+    def fail(name: str, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rmdir", fail)
+        result = sweep_here(open_dir)
+    assert result.return_value == 1
+    assert f"could not remove {left}" in result.output
+    assert os.strerror(errno.EIO) in result.output
+
+
+@pytest.fixture
+def impostor(open_dir: Path) -> Path:
+    """A program called postgres that is none."""
+    program = open_dir / "postgres"
+    shutil.copy2(shutil.which("cat") or "/bin/cat", program)
+    return program
+
+
+def lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a `cat` still says what it is told; a process that was killed may not be gone yet."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"x")
+    return process.stdout.read(1) == b"x"
+
+
+def test_a_program_of_another_user_that_works_there(
+    open_dir: Path, impostor: Path, other_user: str
+) -> None:
+    """It leads root's sweep to no directory, and is not killed, though it is called postgres."""
+    backup = plant(open_dir / "nested" / "pgtemp-backup")
+    for directory in (open_dir / "nested", backup, backup / DATA):
+        directory.chmod(0o755)
+    entry = pwd.getpwnam(other_user)
+    with subprocess.Popen(
+        [impostor], cwd=backup / DATA, user=entry.pw_uid, group=entry.pw_gid, **PIPES
+    ) as process:
+        assert lives(process)
+        assert backup not in [one.path for one in inventory.homes()]
+        assert run_pgtemp("sweep").returncode == 0
+        assert (backup / LEASE).exists()
+        assert run_pgtemp("sweep", str(backup.parent)).returncode == 0
+        assert not backup.exists()
+        assert lives(process)
+
+
+def test_a_pid_that_was_reused_is_not_killed(open_dir: Path, impostor: Path) -> None:
+    """The process that has the pid when the signal is sent must still work in the directory."""
+    data, other = open_dir / "data", open_dir / "other"
+    data.mkdir()
+    other.mkdir()
+    with subprocess.Popen([impostor], cwd=other, **PIPES) as process, opened(data) as directory:
+        assert lives(process)
+        crash._kill(directory, process.pid)
+        assert lives(process)
+        with opened(other) as its_own:
+            crash._kill(its_own, process.pid)
+        assert process.wait(60) == -crash.SIGKILL
+
+
+def test_only_postgres_is_killed(open_dir: Path) -> None:
+    """A shell or an editor that works in an abandoned data directory is not a server."""
+    left = plant(open_dir / "pgtemp-shell")
+    (found,) = found_in(open_dir)
+    with subprocess.Popen(["cat"], cwd=left / DATA, **PIPES) as process:
+        assert lives(process)
+        assert found.sweep().removed
+        assert lives(process)
