@@ -55,7 +55,10 @@ UNION ALL
 SELECT 'database', datname::text, datname::text, d.xmin::text FROM pg_database d
 UNION ALL
 SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_inserted,
-  tup_updated, tup_deleted, stats_reset) FROM pg_stat_database WHERE datname = current_database()
+  tup_updated, tup_deleted, stats_reset, (SELECT max(oid) FROM pg_class),
+  (SELECT max(oid) FROM pg_type), (SELECT max(oid) FROM pg_proc),
+  (SELECT max(oid) FROM pg_namespace), (SELECT max(oid) FROM pg_largeobject_metadata))
+  FROM pg_stat_database WHERE datname = current_database()
 """
 # The row version (xmin) of a database also changes when it is opened, changed and closed again.
 # VACUUM updates the row in place, which keeps it. That of an object changes with the object; but
@@ -160,8 +163,9 @@ class Residue:
         """Whether objects were made or changed in the maintenance database, or rows deleted."""
         ((statement,),) = connection.ask(_OBJECTS, self._began).fetchall()
         row = connection.execute(statement.encode()).fetchone()
-        deleted = counters.split()[3:]  # and when the counters were reset
-        return f"{row} {deleted}"
+        # Rows deleted, when the counters were reset, and the newest objects: a walsender is not
+        # counted as a session, and its rows are not if it says so (track_counts).
+        return f"{row} {counters.split()[3:]}"
 
     def _stamp(self, name: str) -> str:
         """A file's change time, which no program can set, tells whether it was written."""
