@@ -64,3 +64,31 @@ def test_a_word_before_the_handshake_is_over(
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(part())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_only_what_passes_the_inspection_is_passed_on(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Of what had arrived before the two ends were joined, and of what arrives later."""
+
+    async def part() -> None:
+        (end, client), (peer, server) = await accepted(), await accepted()
+        server.setblocking(False)
+        client.sendall(b"sEcRet ")
+        while not end._arrived:
+            await asyncio.sleep(0)
+        heard: list[bytes] = []
+        end.inspect, end.listen = bytes.lower, heard.append
+        end.join(peer, end=True)
+        client.sendall(b"WORDS")
+        client.close()
+        arrived = b""
+        while data := await asyncio.get_running_loop().sock_recv(server, 1000):
+            arrived += data
+        for one in (end, peer, server):
+            one.close()
+        assert arrived == b"secret words" == b"".join(heard)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(part())

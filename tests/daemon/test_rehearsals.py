@@ -93,7 +93,7 @@ def test_who_watches_statements_sees_those_of_clients_alone(
                 seen = ((Path(data[0]).parent / "server.log").read_text(),)
         assert row is not None and seen is not None
         assert "pg_stat_activity" in seen[0]  # the client's own
-        assert "pg_seclabel" not in seen[0]
+        assert "pg_catalog.pg_seclabel" not in seen[0]
         return bool(row[0])
 
     assert eventually(is_rehearsed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
-from pgtemp import PgTempDB
+from pgtemp import ClusterError, PgTempDB
 from pgtemp.databases import admin, connections, provision, tenants, workshop
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.residue import Residue
+from pgtemp.databases.supply import Databases
 from pgtemp.databases.tenants import TenantCluster
 from pgtemp.options import ServerOptions
 from pgtemp.server.cluster import Cluster
@@ -52,3 +54,76 @@ def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
             assert residue.found(connection) == []
             admin.ensure_database(connection, "stays", db.user)
             assert residue.found(connection) == [("database", "stays")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ClusterError("the server does not answer"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        OSError("input/output error"),
+        RuntimeError("any other\nfault"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_server_that_cannot_be_looked_through_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Whatever the reason, which is logged on one line; the next lease gets another server."""
+
+    def found(residue: Residue, connection: connections.Connection) -> list[tuple[str, str]]:
+        raise error
+
+    plan, _ = workshop.build(provision.plan(ServerOptions(), ()), "app", Recipe())
+    supply = Databases(plan, ready=0, attributes="SUPERUSER", announce=print)
+    try:
+        place = supply.claim().result()
+        place.lease(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Residue, "found", found)
+            supply.release(place, used=True)
+        (record,) = [one for one in caplog.records if "could not be checked" in one.message]
+        assert type(error).__name__ in record.message and "\n" not in record.message
+        assert supply.claim().result().tenants is not place.tenants
+    finally:
+        supply.close()
+
+
+def test_names_in_other_encodings_are_read_as_they_are() -> None:
+    """A role and a database, named in a SQL_ASCII database, whose names are not UTF-8."""
+    with PgTempDB() as db:
+        to = ConnectionInfo(
+            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin.MAINTENANCE
+        )
+        with connections.connected(to) as connection:
+            residue = Residue(db.data_dir, lambda name: name == "ascii")
+            residue.accept(connection)
+            connection.execute(
+                "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
+                " TEMPLATE template0"
+            )
+            with psycopg.connect(
+                host=to.host, port=to.port, user=to.user, dbname="ascii",
+                client_encoding="SQL_ASCII", autocommit=True,
+            ) as other:  # fmt: skip
+                other.execute(b'CREATE ROLE "r\xff"')
+                other.execute(b'CREATE DATABASE "d\xff"')
+            found = residue.found(connection)
+            assert found == [("database", "d\udcff"), ("role", "r\udcff")]
+            assert residue.clean(connection, found) == found
+            assert "d\udcff" in admin.databases(connection)
+
+
+def test_administrative_connections_see_the_catalogs_alone() -> None:
+    """Whatever search path a client has given the maintenance database or the role."""
+    with PgTempDB() as db:
+        to = ConnectionInfo(
+            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin.MAINTENANCE
+        )
+        with connections.connected(to) as connection:
+            connection.execute("ALTER DATABASE postgres SET search_path = public, pg_catalog")
+            connection.execute("ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog")
+        admins = connections.Admins(to, lambda: None)
+        with admins.connection() as connection:
+            assert connection.execute("SHOW search_path").fetchone() == ("pg_catalog",)
+        admins.close()

@@ -15,7 +15,16 @@ from pgtemp.wire.messages import (
     startup_message,
     untyped,
 )
-from pgtemp.wire.startup import MAX_STARTUP, Cancel, Event, NeedMore, Negotiation, Reply, Startup
+from pgtemp.wire.startup import (
+    MAX_STARTUP,
+    Cancel,
+    Event,
+    NeedMore,
+    Negotiation,
+    Reply,
+    Startup,
+    clip,
+)
 
 SSL, GSS = untyped(SSL_CODE), untyped(GSSENC_CODE)
 HELLO = startup_message({"user": "me", "database": "app", "application_name": "x"})
@@ -142,3 +151,22 @@ def test_of_a_name_given_twice_the_last_counts() -> None:
 def test_without_a_database_it_is_the_users_name() -> None:
     (event,) = events(startup_message({"user": "me"}))
     assert isinstance(event, Startup) and event.dbname == "me"
+
+
+@pytest.mark.parametrize(
+    ("name", "clipped"),
+    [
+        ("n" * 63, "n" * 63),
+        ("n" * 64, "n" * 63),
+        ("n" * 62 + "\u00e4", "n" * 62),
+        ("n" * 61 + "\u00e4x", "n" * 61 + "\u00e4"),
+        ("\u20ac" * 30, "\u20ac" * 21),
+        ("\U0001f418" * 16, "\U0001f418" * 15),
+    ],
+)
+def test_a_long_name_is_truncated_as_postgresql_does_it(name: str, clipped: str) -> None:
+    """To 63 bytes of whole characters; a database's name is left, since it may name a session."""
+    (event,) = events(startup_message({"user": name, "database": name}))
+    assert isinstance(event, Startup)
+    assert (event.user, event.dbname) == (clipped, name)
+    assert clip(name) == clip(clipped) == clipped

@@ -28,9 +28,10 @@ from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host.peers import Peers
-from pgtemp.wire import replies
+from pgtemp.wire import replication, replies
 from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.messages import ProtocolError
+from pgtemp.wire.replication import Inspection
 from pgtemp.wire.startup import Cancel, Negotiation, NoTlsError, Reply, Secure, Startup
 from pgtemp.wire.tls import NO_TLS, Tls
 
@@ -39,7 +40,6 @@ STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
 _NOBODY_THERE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE)
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _PROBE = "pg_isready"
-_NO_WALSENDER = ("", "database", "false", "off", "no", "0")
 
 
 class Gateway:
@@ -141,13 +141,13 @@ class Gateway:
             wish = wishes.read(startup)
         except PgTempError as error:
             raise refusal(error) from error
-        self._check_replication(startup)
+        inspection = self._inspection(startup)
         lease = await self._leases.enter(wish, startup, client)
         first_words = replies.ClientStart()
         try:
             backend = await self._backend(lease, wish, startup, door)
             try:
-                await self._relay(client, wish, startup, lease, backend, first_words)
+                await self._relay(client, wish, startup, lease, backend, first_words, inspection)
             except RefusedError as why:
                 _refuse(client, why)
             finally:
@@ -175,15 +175,12 @@ class Gateway:
                 "57P03", f"the server cannot be reached: {error.strerror}", hint
             ) from error
 
-    def _check_replication(self, startup: Startup) -> None:
-        """A base backup would see everybody's databases."""
-        asked = startup.parameters.get("replication", "").lower()
-        if self._shares_servers and asked not in _NO_WALSENDER:
-            raise RefusedError(
-                "0A000",
-                "physical replication is not for a server that is shared",
-                "start pgtemp with --isolation cluster",
-            )
+    def _inspection(self, startup: Startup) -> Inspection | None:
+        """What inspects a client's messages: those of a walsender in a shared server."""
+        made = replication.inspection(startup.parameters) if self._shares_servers else None
+        if made is not None and made.refused:
+            raise _not_shared(made.refused)
+        return made
 
     async def _relay(
         self,
@@ -193,12 +190,13 @@ class Gateway:
         lease: Lease,
         backend: Backend,
         first_words: replies.ClientStart,
+        inspection: Inspection | None,
     ) -> None:
         """Let the client hear what the server said so far, and relay until one of them ends."""
         server, login, statement = backend.server, backend.login, FirstStatement()
         socket, uid = lease.place.socket, lease.place.cluster.blueprint.owner.uid
+        refused: asyncio.Future[RefusedError] = asyncio.get_running_loop().create_future()
         client.write(backend.greeting)
-        server.write(startup.rest)
         with ExitStack() as until_the_end:
 
             def register() -> None:
@@ -220,8 +218,18 @@ class Gateway:
                     if client.transport.is_closing():
                         server.transport.close()
 
-            client.listen = hear
-            hear(startup.rest)
+            def inspect(data: bytes) -> bytes:
+                assert inspection is not None
+                data = inspection.feed(data)
+                if inspection.refused and not refused.done():
+                    refused.set_result(_not_shared(inspection.refused))
+                return data
+
+            client.listen, rest = hear, startup.rest
+            if inspection is not None:
+                client.inspect, rest = inspect, inspect(rest)
+            server.write(rest)
+            hear(rest)
             if login.done:
                 register()
             else:
@@ -229,10 +237,12 @@ class Gateway:
             abandoned.end_with(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
-                both: set[asyncio.Future[Any]] = {relaying, lease.over}
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                ends: set[asyncio.Future[Any]] = {relaying, lease.over, refused}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 relaying.cancel()
+            if refused.done():
+                raise refused.result()
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
             if not login.done and not client.transport.is_closing():
@@ -243,6 +253,14 @@ class Gateway:
                 return
             if replies.broke_off(server.last):
                 raise await whole(lambda: crashed(lease.place.cluster))
+
+
+def _not_shared(what: str) -> RefusedError:
+    return RefusedError(
+        "0A000",
+        f"{what} is not allowed in a shared server: it may read other clients' databases",
+        "start pgtemp with --isolation cluster, which gives each client a server of its own",
+    )
 
 
 def _refuse(client: Endpoint, why: RefusedError) -> None:

@@ -63,6 +63,12 @@ class Lease:
         opened = self.opening.done() and not self.opening.cancelled()
         return opened and self.opening.exception() is None and not self.place.alive
 
+    def distrust(self) -> None:
+        """Give no other lease a place in its server; one that it shares with others."""
+        opened = self.opening.done() and not self.opening.cancelled()
+        if opened and self.opening.exception() is None and self.place.tenants is not None:
+            self.place.tenants.spoil()
+
     def traffic(self) -> int:
         """Bytes so far, either way."""
         return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)

@@ -255,7 +255,7 @@ class Leases:
     async def _give_back(self, lease: Lease) -> None:
         try:
             await whole(lambda: self._isolation.release(lease.place, lease.wish, used=lease.used))
-        except PgTempError as error:
+        except Exception as error:  # no other task is told of it
             _log.error("lease %d: %s", lease.number, error)
         finally:
             if self._turns is not None:
@@ -287,9 +287,13 @@ class Leases:
 
     async def _what_is_left(self) -> None:
         """Wait until what those who have gone left in the server was found."""
-        leaving = [lease.ended for lease in self._live if lease.leaving]
+        leaving = {lease.ended: lease for lease in self._live if lease.leaving}
         if leaving and self._options.shares_servers:
-            await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
+            _, late = await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
+            for ended in late:
+                if (lease := leaving[ended]).ending:
+                    _log.warning("lease %d: what it left is not known in time", lease.number)
+                    lease.distrust()
 
     async def _while_edited(self, wish: Wish) -> None:
         """Wait while somebody edits the template that is wanted."""

@@ -40,6 +40,7 @@ class Endpoint(asyncio.Protocol):
         self._tls: Tls | None = None
         self._socket = -1  # the transport's descriptor, where bytes may be written to it directly
         self.listen: Callable[[bytes], None] | None = None
+        self.inspect: Callable[[bytes], bytes] | None = None  # returns what may be passed on
         self.at_end: Callable[[], object] | None = None  # when its end was passed on
         self._pieces: list[bytes] = []  # what came last, put together when somebody asks
         self.received = 0  # bytes that were passed on
@@ -107,6 +108,7 @@ class Endpoint(asyncio.Protocol):
         self._peer = None
         self.at_end = None
         self.listen = None
+        self.inspect = None
         self._go_on()
 
     @property
@@ -198,10 +200,7 @@ class Endpoint(asyncio.Protocol):
             if len(self._arrived) > HIGH_WATER:  # until somebody is there to take it
                 self.transport.pause_reading()
             return
-        self.received += len(data)
-        self._peer.write(data)
-        if self.listen is not None:  # while the peer is at work
-            self.listen(data)
+        self._pass_on(data)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -246,6 +245,8 @@ class Endpoint(asyncio.Protocol):
     def _pass_on(self, data: bytes) -> None:
         assert self._peer is not None
         self.received += len(data)
+        if self.inspect is not None:
+            data = self.inspect(data)
         self._peer.write(data)
         if self.listen is not None:  # while the peer is at work
             self.listen(data)

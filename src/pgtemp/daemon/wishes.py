@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from pgtemp.databases.isolation import Wish
 from pgtemp.errors import NoDatabaseError
-from pgtemp.wire.startup import Startup
+from pgtemp.wire.startup import Startup, clip
 
 SETTING = "pgtemp.session"
 
@@ -37,7 +37,7 @@ def read(startup: Startup) -> Wish:
             f'database "{startup.dbname}" {wrong}',
             remedy="write /DBNAME, /DBNAME~SESSION or /DBNAME~template",
         )
-    return Wish(startup.user, dbname, said.pop() if said else None)
+    return Wish(startup.user, clip(dbname), said.pop() if said else None)
 
 
 def names_session(startup: Startup) -> bool:

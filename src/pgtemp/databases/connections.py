@@ -21,6 +21,8 @@ from typing import Any, LiteralString
 
 import psycopg
 from psycopg import errors
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
 from psycopg.conninfo import make_conninfo
 
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
@@ -30,13 +32,16 @@ from pgtemp.uri import ConnectionInfo
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
 _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "hostaddr": "",
-    "options": "-c plan_cache_mode=force_generic_plan",
     "require_auth": "",
     "target_session_attrs": "any",
     "sslmode": "disable",
     "gssencmode": "disable",
     "client_encoding": "UTF8",
 }
+_OPTIONS = "-c plan_cache_mode=force_generic_plan"
+# Beats ALTER ROLE and ALTER DATABASE ... SET: objects that a client made in the maintenance
+# database must not take the place of the catalogs and their functions.
+_CATALOGS_ONLY = "-c search_path=pg_catalog"
 # In which a warden tells that a server has died whose connections have broken.
 _MOMENTS, _MOMENT = 20, 0.01
 
@@ -46,6 +51,17 @@ _COMES_BACK = re.compile(
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
 _numbers = itertools.count()
+
+
+class _Text(Loader):
+    """Reads text that need not be valid in the connection's encoding.
+
+    PostgreSQL does not convert between equal encodings, so that names of roles and databases, which
+    all databases share, arrive as they were written in a database of another encoding.
+    """
+
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode("utf-8", "surrogateescape")
 
 
 class Connection(psycopg.Connection[Any]):
@@ -81,15 +97,18 @@ class Connection(psycopg.Connection[Any]):
         return self.execute(b"EXECUTE %s(%s)" % (name, given) if values else b"EXECUTE " + name)
 
 
-def connect(to: ConnectionInfo) -> Connection:
+def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
     """An autocommit connection of pgtemp's own; waits for a server that has crashed and comes back.
+
+    Args:
+        options: further settings of the session, as of the program `postgres`.
 
     Raises psycopg's errors.
     """
     deadline = time.monotonic() + _RECOVERY_SECONDS
     while True:
         try:
-            return Connection.connect(
+            connection = Connection.connect(
                 host=to.host,
                 port=to.port,
                 user=to.user,
@@ -98,8 +117,12 @@ def connect(to: ConnectionInfo) -> Connection:
                 application_name="pgtemp",
                 prepare_threshold=None,
                 requirepeer=server_user(to.host),
+                options=f"{_OPTIONS} {options}",
                 **_NOT_FROM_THE_ENVIRONMENT,
             )
+            for name in ("text", "name"):
+                connection.adapters.register_loader(name, _Text)
+            return connection
         except psycopg.OperationalError as error:
             # One that cannot come back ends, and then the words are others.
             if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
@@ -232,7 +255,7 @@ class Admins:
             if not has_news(connection):
                 return connection
             connection.close()
-        return connect(self._to)
+        return connect(self._to, options=_CATALOGS_ONLY)
 
     def elsewhere(self, dbname: str) -> ConnectionInfo:
         """The same way to another database."""

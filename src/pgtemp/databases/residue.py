@@ -2,6 +2,11 @@
 
 All of these are cluster-wide, so that a database does not isolate them and dropping it does not
 take them away. They are found by comparing the shared catalogs with what they were.
+
+Every server also has the databases `template0`, `template1` and `postgres`. The first two accept no
+connections, and a change of that is found. `postgres` has to accept pgtemp's own, so objects in it
+are looked for: in its catalogs, whenever the server's counters say that another session was there
+or that a row was changed. Names are compared as bytes, whatever their encoding.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
+from pgtemp.databases import admin
 from pgtemp.databases.connections import Connection
 from pgtemp.host.tree import Tree
 
@@ -23,8 +29,13 @@ UNION ALL
 SELECT 'membership', concat_ws(' ', roleid::regrole, 'of', member::regrole, 'by',
   grantor::regrole), NULL, m::text FROM pg_auth_members m
 UNION ALL
-SELECT 'comment', concat_ws(' ', classoid::regclass, objoid), NULL, description
-  FROM pg_shdescription WHERE classoid <> 'pg_database'::regclass
+SELECT 'comment', concat_ws(' ', classoid::regclass, objoid), datname::text, description
+  FROM pg_shdescription LEFT JOIN pg_database d
+  ON classoid = 'pg_database'::regclass AND d.oid = objoid
+UNION ALL
+SELECT 'security label', concat_ws(' ', provider, classoid::regclass, objoid), datname::text, label
+  FROM pg_shseclabel LEFT JOIN pg_database d
+  ON classoid = 'pg_database'::regclass AND d.oid = objoid
 UNION ALL
 SELECT 'setting', concat_ws(' ', nullif(setrole, 0)::regrole, datname), datname::text,
   setconfig::text FROM pg_db_role_setting LEFT JOIN pg_database d ON d.oid = setdatabase
@@ -35,13 +46,32 @@ SELECT 'privilege on setting', parname, NULL, paracl::text FROM pg_parameter_acl
 UNION ALL
 SELECT 'replication origin', roname, NULL, roident::text FROM pg_replication_origin
 UNION ALL
-SELECT 'replication slot', slot_name::text, NULL, '' FROM pg_replication_slots
-  WHERE database IS NULL
+SELECT 'replication slot', slot_name::text, database::text, '' FROM pg_replication_slots
 UNION ALL
-SELECT 'database', datname::text, datname::text, concat_ws(' ', datdba, datistemplate,
-  datallowconn, datconnlimit, datacl::text) FROM pg_database
+SELECT 'prepared transaction', gid, database::text, '' FROM pg_prepared_xacts
+UNION ALL
+SELECT 'subscription', subname::text, datname::text, ''
+  FROM pg_subscription LEFT JOIN pg_database d ON d.oid = subdbid
+UNION ALL
+SELECT 'database', datname::text, datname::text, d.xmin::text FROM pg_database d
+UNION ALL
+SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_inserted,
+  tup_updated, tup_deleted, stats_reset, (SELECT max(oid) FROM pg_class),
+  (SELECT max(oid) FROM pg_type), (SELECT max(oid) FROM pg_proc),
+  (SELECT max(oid) FROM pg_namespace), (SELECT max(oid) FROM pg_largeobject_metadata))
+  FROM pg_stat_database WHERE datname = current_database()
 """
-_ROLE, _SYSTEM = "role", "ALTER SYSTEM"
+# The row version (xmin) of a database also changes when it is opened, changed and closed again.
+# VACUUM updates the row in place, which keeps it. That of an object changes with the object; but
+# ANALYZE writes statistics, and contents of large objects belong to rows that are looked at.
+_OBJECTS = """
+SELECT format('SELECT EXISTS (%s)', string_agg(format(
+  'SELECT FROM %s WHERE age(xmin) <= age(%L::xid)', oid::regclass, $1::text), ' UNION ALL '))
+FROM pg_class
+WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind = 'r' AND NOT relisshared
+  AND relname NOT IN ('pg_statistic', 'pg_statistic_ext_data', 'pg_largeobject')
+"""
+_ROLE, _SYSTEM, _COUNTERS = "role", "ALTER SYSTEM", "counters"
 # What a superuser may have written there, by a program if need be, is read at the next reload.
 _FILES = (
     ("postgresql.auto.conf", _SYSTEM),
@@ -62,9 +92,14 @@ class Residue:
     ours: Callable[[str], bool]
     _before: State = field(default_factory=dict)
     _touched: int = 0
+    _began: str = ""  # the first transaction id after `accept`
+    _counters: str = ""  # of the maintenance database
+    _objects: str = ""  # whether objects in it were changed
 
     def accept(self, connection: Connection) -> None:
         """Take what there is now for what there should be."""
+        found = connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::xid::text")
+        ((self._began,),) = found.fetchall()
         self._before = self._now(connection)
         self.settings_were_touched(connection)
 
@@ -108,8 +143,8 @@ class Residue:
         try:
             for name in added:
                 connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
-        except psycopg.Error:
-            pass  # something that it owns is left as well
+        except (psycopg.Error, UnicodeError):
+            pass  # it owns something that is left as well, or its name cannot be sent
         return self.found(connection)
 
     def _now(self, connection: Connection) -> State:
@@ -119,10 +154,22 @@ class Residue:
             for kind, name, database, row in rows
             if database is None or not self.ours(database)
         }
+        counters = state.pop((_COUNTERS, admin.MAINTENANCE), "")
+        if counters != self._counters:
+            self._counters, self._objects = counters, self._changed(connection, counters)
+        state["objects in database", admin.MAINTENANCE] = self._objects
         return state | {(what, ""): self._stamp(name) for name, what in _FILES}
 
+    def _changed(self, connection: Connection, counters: str) -> str:
+        """Whether objects were made or changed in the maintenance database, or rows deleted."""
+        ((statement,),) = connection.ask(_OBJECTS, self._began).fetchall()
+        row = connection.execute(statement.encode()).fetchone()
+        # Rows deleted, when the counters were reset, and the newest objects: a walsender is not
+        # counted as a session, and its rows are not if it says so (track_counts).
+        return f"{row} {counters.split()[3:]}"
+
     def _stamp(self, name: str) -> str:
-        """A file's time and size tell whether somebody has written it."""
+        """A file's change time, which no program can set, tells whether it was written."""
         try:
             with Tree.open(self.data_dir) as data:
                 status = data.status(name)
@@ -130,4 +177,4 @@ class Residue:
             return ""
         if status is None:
             return ""
-        return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"
+        return f"{status.st_ctime_ns} {status.st_size} {status.st_ino}"

@@ -16,7 +16,7 @@ from pgtemp.databases.place import Place
 from pgtemp.databases.pool import Pool
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.template import unique_name
-from pgtemp.databases.tenants import TenantCluster, alive
+from pgtemp.databases.tenants import TenantCluster, alive, printable
 from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import room
 from pgtemp.server.cluster import Cluster
@@ -189,10 +189,13 @@ class Databases:
         try:
             if used and not tenants.stale and not self._keep:
                 tenants.look(place.dbname)
-        except PgTempError as error:
+        except Exception as error:  # nothing is known of what was left
             tenants.spoil()
             if alive(tenants.cluster):
-                _log.warning("%s", error)
+                _log.warning(
+                    "the server is replaced, since it could not be checked for what a lease left: "
+                    "%s: %s", type(error).__name__, printable(str(error)),
+                )  # fmt: skip
         finally:
             tenants.occupied.discard(place.dbname)
             if not used:

@@ -17,6 +17,11 @@ from pgtemp.server.cluster import Cluster
 _log = logging.getLogger("pgtemp")
 
 
+def printable(text: str) -> str:
+    """A text for the log, on one line whatever a client has put into it."""
+    return text if text.isprintable() else ascii(text)
+
+
 def alive(cluster: Cluster) -> bool:
     """Whether a server runs; says so in the log where it does not."""
     try:
@@ -57,6 +62,8 @@ class TenantCluster:
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
             self._residue = Residue(self.cluster.data_dir, self._owns)
             with self._admins.connection() as connection:
+                if not keep:
+                    admin.close_door(connection, admin.BASE)  # no client is to change it
                 self._residue.accept(connection)
                 self.watched = watching.is_watched(connection)
         except BaseException:
@@ -96,11 +103,11 @@ class TenantCluster:
             raise
 
     def drop(self, dbname: str) -> None:
-        """Drop a database, whoever is in it. Raises PgTempError; the server is stale then."""
+        """Drop a database, whoever is in it. After any error the server is stale."""
         try:
             if not self.stale or self._keep:
                 self._clones.dispose(dbname)
-        except PgTempError:
+        except Exception:
             self.spoil()
             raise
         finally:
@@ -142,7 +149,7 @@ class TenantCluster:
         """Find what a tenant who leaves has left beside its database, and clean up if possible.
 
         Roles are dropped where there is no other tenant that they could belong to. At anything
-        else the server is stale. Raises PgTempError.
+        else the server is stale. Any exception means that nothing is known of what was left.
         """
         with self._looking, self._admins.connection() as connection:
             admin.empty(connection, dbname)  # what is still at work could still make things
@@ -153,7 +160,7 @@ class TenantCluster:
             found = self._residue.found(connection)
             if not found:
                 return
-            names = ", ".join(f"{kind} {name}".rstrip() for kind, name in found)
+            names = ", ".join(f"{kind} {printable(name)}".rstrip() for kind, name in found)
             if self.occupied <= {dbname}:
                 self._clones.dispose(dbname)  # the roles may own what is in it
                 found = self._residue.clean(connection, found)

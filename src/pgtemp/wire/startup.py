@@ -18,6 +18,7 @@ from pgtemp.wire.messages import (
 )
 
 MAX_STARTUP = 10_000  # bytes; PostgreSQL's MAX_STARTUP_PACKET_LENGTH
+MAX_NAME = 63  # bytes; PostgreSQL's NAMEDATALEN - 1
 _TLS_HANDSHAKE = 0x16
 
 
@@ -173,7 +174,16 @@ def _parameters(body: bytes) -> dict[str, str]:
     for name in ("user", "database"):
         if not parameters.get(name, "").isprintable() and _undecodable(parameters[name]):
             raise ProtocolError(f"the name of the {name} is not UTF-8", "22021")
+    parameters["user"] = clip(parameters["user"])
     return parameters
+
+
+def clip(name: str) -> str:
+    """A name as PostgreSQL truncates it: to 63 bytes of whole characters (pg_mbcliplen).
+
+    CREATE ROLE and CREATE DATABASE do so, and a login does so with the names in a StartupMessage.
+    """
+    return name.encode("utf-8", "surrogateescape")[:MAX_NAME].decode("utf-8", "ignore")
 
 
 def _undecodable(text: str) -> bool:

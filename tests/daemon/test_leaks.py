@@ -1,0 +1,247 @@
+"""What a lease leaves in a shared server, and is hard to see: the next gets another server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from rawclient import Client, RefusedError
+from support import Daemon, at, one
+
+DaemonType = type[Daemon]
+SERVER = "SELECT pg_postmaster_start_time()::text"
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE pid <> pg_backend_pid() AND datname = 'postgres'"
+)
+
+
+@contextmanager
+def inside(
+    lease: psycopg.Connection,
+    dbname: str = "postgres",
+    encoding: str = "UTF8",
+    replication: str = "false",
+) -> Iterator[psycopg.Connection]:
+    """A connection past the daemon to a database of a lease's server, as its programs have it."""
+    where = [str(one_of(lease, f"SHOW {name}")) for name in ("unix_socket_directories", "port")]
+    with psycopg.connect(
+        host=where[0], port=where[1], user="postgres", dbname=dbname,
+        client_encoding=encoding, replication=replication, autocommit=True,
+    ) as connection:  # fmt: skip
+        yield connection
+
+
+def one_of(connection: psycopg.Connection, query: str) -> object:
+    row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+    assert row is not None
+    return row[0]
+
+
+def leave(served: Daemon, dbname: str, *statements: bytes | str, encoding: str = "UTF8") -> bool:
+    """Whether the next lease gets another server, after one executed these past the daemon."""
+    with psycopg.connect(at(served, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        with inside(lease, dbname, encoding) as connection:
+            for statement in statements:
+                connection.execute(statement)  # type: ignore[arg-type]
+    return one(at(served, "app"), SERVER) != server
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Daemon]:
+    """A daemon of many tests; none of them left a traceback in its log."""
+    served = Daemon(
+        "--log-level", "info", "-o", "wal_level=logical", "-o", "max_prepared_transactions=9"
+    )
+    Daemon.running.discard(served)  # the other fixture's are ended with each test
+    yield served
+    status, errors = served.end()
+    assert status == 0 and "Traceback" not in errors and "never retrieved" not in errors
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE t (n int)"],
+        ["CREATE TABLE t (n int)", "SELECT pg_stat_reset()"],
+        ["SET track_counts = off", "CREATE FUNCTION f() RETURNS int RETURN 1"],
+        ["SELECT lo_create(0)"],
+        ["CREATE PUBLICATION p"],
+        ["CREATE CAST (text AS bigint) WITH INOUT"],
+        ["CREATE EVENT TRIGGER e ON ddl_command_end EXECUTE FUNCTION f()"],
+        ["GRANT ALL ON SCHEMA public TO PUBLIC"],
+        ["ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC"],
+        ["REVOKE EXECUTE ON FUNCTION pg_catalog.now() FROM PUBLIC"],
+        ["COMMENT ON SCHEMA public IS 'left behind'"],
+        ["DROP SCHEMA public"],
+        ["CREATE TABLE t (n int)", "BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 't'"],
+        ["SELECT pg_create_logical_replication_slot('left_behind', 'pgoutput')"],
+        ["COMMENT ON DATABASE postgres IS 'left behind'"],
+        [
+            "CREATE VIEW pg_authid AS SELECT * FROM pg_catalog.pg_authid WHERE oid = 10",
+            "ALTER DATABASE postgres SET search_path = public, pg_catalog",
+            TERMINATE,
+            "CREATE ROLE left_behind SUPERUSER",
+        ],
+    ],
+    ids=lambda statements: statements[-1],
+)
+def test_what_is_left_in_the_maintenance_database(shared: Daemon, statements: list[str]) -> None:
+    """Objects, privileges, comments, rows; also if counters are off, reset or a view hides it."""
+    if statements[-1].startswith("CREATE EVENT TRIGGER"):
+        body = "LANGUAGE plpgsql AS 'BEGIN END'"
+        statements = [f"CREATE FUNCTION f() RETURNS event_trigger {body}", *statements]
+    assert leave(shared, "postgres", *statements)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        b"CREATE TABLE t (n int)",
+        b"CREATE DOMAIN d AS int",
+        b"CREATE FUNCTION f() RETURNS int RETURN 1",
+        b"CREATE SCHEMA s",
+        b"SELECT lo_create(0)",
+    ],
+)
+def test_what_a_walsender_leaves_in_the_maintenance_database(
+    shared: Daemon, statement: bytes
+) -> None:
+    """The server's counters know neither the session nor its rows."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        with inside(lease, replication="database") as walsender:
+            for text in (b"SET track_counts = off", statement):
+                done = walsender.pgconn.exec_(text)
+                assert not done.error_message
+    assert one(at(shared, "app"), SERVER) != server
+
+
+def test_a_visit_to_the_maintenance_database_leaves_nothing(shared: Daemon) -> None:
+    """A session that changed nothing there does not cost a server."""
+    one(at(shared, "app"), SERVER)
+    assert not leave(shared, "postgres", "SELECT count(*) FROM pg_proc")
+    assert not leave(shared, "postgres", "BEGIN; CREATE TABLE t (n int); ROLLBACK")
+
+
+def test_template1_accepts_no_connections(shared: Daemon) -> None:
+    """But CREATE DATABASE takes it for its template, and a client gets a lease by that name."""
+    with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
+        leave(shared, "template1", "CREATE TABLE t (n int)")
+    with psycopg.connect(at(shared, "template1"), autocommit=True) as lease:
+        assert str(one_of(lease, "SELECT current_database()")).startswith("lease_")
+        lease.execute("CREATE DATABASE made_by_hand")
+        lease.execute("DROP DATABASE made_by_hand")
+
+
+@pytest.mark.parametrize("dbname", ["template0", "template1", "pgtemp_template"])
+def test_a_template_that_was_opened_changed_and_closed_again(shared: Daemon, dbname: str) -> None:
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        lease.execute(f"ALTER DATABASE {dbname} ALLOW_CONNECTIONS true")  # type: ignore[arg-type]
+        with inside(lease, dbname) as connection:
+            connection.execute("CREATE TABLE left_behind (n int)")
+        lease.execute(f"ALTER DATABASE {dbname} ALLOW_CONNECTIONS false")  # type: ignore[arg-type]
+    with psycopg.connect(at(shared, "app")) as lease:
+        assert one_of(lease, SERVER) != server
+        assert one_of(lease, "SELECT to_regclass('left_behind') IS NULL")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        b'CREATE ROLE "r\377" SUPERUSER',
+        b"COMMENT ON ROLE postgres IS 'r\377'",
+        b"ALTER ROLE postgres SET application_name = 'r\377'",
+        b'CREATE DATABASE "d\377"',
+        b"BEGIN; CREATE TABLE t (n int); PREPARE TRANSACTION 'p\377'",
+    ],
+)
+def test_names_that_are_not_utf8(shared: Daemon, statement: bytes) -> None:
+    """Such a name, made in a SQL_ASCII database, is found, and so is what is left after it."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        lease.execute(
+            "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
+            " TEMPLATE template0"
+        )
+        with inside(lease, "ascii", "SQL_ASCII") as connection:
+            connection.execute(statement)
+        if b"PREPARE" not in statement:
+            lease.execute("DROP DATABASE ascii")
+    for _ in range(2):
+        before, server = server, one(at(shared, "app"), SERVER)
+        assert server != before
+        with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+            server = one_of(lease, SERVER)
+            lease.execute("ALTER SYSTEM SET work_mem = '77MB'")
+            lease.execute("CREATE ROLE left_behind SUPERUSER")
+    roles = "SELECT count(*) FROM pg_roles WHERE rolname !~ '^(pg_|postgres)'"
+    assert one(at(shared, "app"), roles) == 0
+
+
+@pytest.mark.parametrize("name", ["n" * 64, "n" * 200, "ä" * 40, "n" * 62 + "ä" + "n"])
+def test_users_with_long_names_cost_no_server(shared: Daemon, name: str) -> None:
+    """Such a client is the role that PostgreSQL truncates the name to; the server stays."""
+    clipped = name.encode()[:63].decode(errors="ignore")
+    server = one(at(shared, "app"), SERVER)
+    for _ in range(3):
+        with psycopg.connect(at(shared, name, name), autocommit=True) as lease:
+            assert one_of(lease, "SELECT current_user::text") == clipped
+            assert one_of(lease, SERVER) == server
+    assert one(at(shared, "app"), SERVER) == server
+
+
+def test_databases_and_sessions_with_long_names(daemon: DaemonType, shared: Daemon) -> None:
+    """A database's name is truncated, a session's is not."""
+    long = "d" * 80
+    with Client(("127.0.0.1", shared.port), user="me", database=f"{long}~{long}1") as first:
+        first.query("CREATE TABLE t (n int)")
+        assert one(at(shared, f"{long[:63]}~{long}1", "me"), "SELECT count(*) FROM t") == 0
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            one(at(shared, f"{long}~{long}2", "me"), "SELECT count(*) FROM t")
+    own = daemon("--isolation", "cluster", "--pool", "0")
+    assert one(at(own, long, long), "SELECT current_database() || current_user") == "d" * 126
+
+
+def test_a_user_whose_name_is_not_utf8_is_refused(shared: Daemon) -> None:
+    """With the reason, and before anything is made for it."""
+    server = one(at(shared, "app"), SERVER)
+    for parameters in ({"user": "r\udcff"}, {"user": "me", "database": "d\udcff"}):
+        with pytest.raises(RefusedError) as refused:
+            Client(("127.0.0.1", shared.port), **parameters)
+        assert refused.value.sqlstate == "22021"
+    assert one(at(shared, "app"), SERVER) == server
+
+
+def test_a_file_whose_size_and_time_are_as_before(shared: Daemon) -> None:
+    """A program can set a file's modification time; its change time it cannot."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        path = Path(str(one_of(lease, "SHOW hba_file")))
+        before = path.stat()
+        text = path.read_text()
+        path.write_text(text.replace("trust", "t\rust"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+    assert one(at(shared, "app"), SERVER) != server
+
+
+def test_a_lease_whose_rest_cannot_be_looked_for_in_time(shared: Daemon) -> None:
+    """While a lock keeps pgtemp from the catalogs, the next client gets another server."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        with inside(lease) as connection:
+            connection.execute("BEGIN; LOCK TABLE pg_replication_origin, pg_subscription")
+            lease.execute("CREATE ROLE left_behind SUPERUSER")
+            lease.close()
+            with psycopg.connect(at(shared, "app"), autocommit=True) as other:
+                assert one_of(other, SERVER) != server
+                roles = "SELECT count(*) FROM pg_roles WHERE rolname = 'left_behind'"
+                assert one_of(other, roles) == 0
