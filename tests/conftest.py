@@ -111,9 +111,9 @@ def programs() -> Installation:
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that the user PostgreSQL runs as can enter (pytest's own are closed to it)."""
+    """A directory like /tmp, which the user PostgreSQL runs as can enter, unlike pytest's own."""
     path = Path(tempfile.mkdtemp(prefix="test-of-open-"))
-    path.chmod(0o777)
+    path.chmod(0o1777)
     yield path
     # What was removed behind the test's back may be gone while it is looked at.
     eventually(lambda: not [name for name in os.listdir(path) if name.endswith(".gone")])

@@ -43,7 +43,7 @@ class Disk:
             self._mount_image()
         else:
             files = ",nr_inodes=4000" if self.kind == "inodes" else ""
-            options = f"size={self.size}m,mode=777{files}"
+            options = f"size={self.size}m,mode=1777{files}"
             argv = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
             if subprocess.run(argv, check=False).returncode != 0:
                 pytest.skip("nothing can be mounted here")
@@ -68,7 +68,7 @@ class Disk:
         if subprocess.run(["mount", self._loop, str(self.path)], check=False).returncode != 0:
             self._detach()
             pytest.skip("no loop device can be mounted here")
-        self.path.chmod(0o777)
+        self.path.chmod(0o1777)
 
     def _detach(self) -> None:
         if self._loop:

@@ -7,12 +7,14 @@ daemon say there are two more.
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import time
 from contextlib import suppress
 from typing import Self
 
+from pgtemp.host import ports
 from pgtemp.wire.messages import TERMINATE, Frames, cancel_request, frame, startup_message
 
 SECONDS = 60.0  # for whatever a client waits for
@@ -70,6 +72,24 @@ def dial(address: tuple[str, int] | str) -> socket.socket:
         made.close()
         raise ViolationError(f"cannot connect to {address}: {error}") from error
     return made
+
+
+def from_port(port: int, server: int) -> socket.socket:
+    """A client from a port that another client may just have left."""
+    made = socket.socket()
+    made.settimeout(SECONDS)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", port))
+    made.connect(("127.0.0.1", server))
+    return made
+
+
+def unused_port() -> int:
+    """One that the kernel gives to no other client meanwhile, as it gives those from 32768 on."""
+    while True:
+        port = random.randrange(12000, 22000)
+        if ports.bind_error("127.0.0.1", port) is None:
+            return port
 
 
 def reset(connection: socket.socket) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
 import psycopg
+import pytest
 
 from pgtemp.host import paths, ports
 from pgtemp.server.remains import PREFIX
@@ -33,6 +36,33 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def homes() -> set[Path]:
     """The directories of servers that there are, in the usual places."""
     return {home for base in paths.sweep_bases() for home in base.glob(f"{PREFIX}*")}
+
+
+STRANGER = 54321  # the uid of a user that runs nothing here
+
+
+@contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """What this thread makes in the block belongs to another user: sockets, files (setfsuid(2))."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as another user")
+    libc = ctypes.CDLL(None)
+    libc.setfsuid(uid)
+    try:
+        yield
+    finally:
+        libc.setfsuid(os.geteuid())
+
+
+@contextmanager
+def many_files() -> Iterator[None]:
+    """This process may have as many files open as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def children(pid: int) -> dict[int, str]:

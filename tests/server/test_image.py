@@ -20,8 +20,8 @@ from support import children, eventually
 
 
 def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache for this test alone."""
-    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(tmp))
+    """An empty cache for this test alone, in a directory."""
+    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(tmp / "cache"))
 
 
 def build(programs: Installation, **arguments: str) -> Image:
@@ -35,7 +35,7 @@ def test_the_second_start_never_runs_initdb(
     fresh(open_dir, monkeypatch)
     with PgTempDB(bin_dir=programs.bin_dir):
         pass
-    (built,) = (open_dir / "images").glob("*/manifest.json")
+    (built,) = (open_dir / "cache" / "images").glob("*/manifest.json")
     script = (
         "from pgtemp import PgTempDB\n"
         "from pgtemp.server import imagebuild\n"
@@ -44,7 +44,7 @@ def test_the_second_start_never_runs_initdb(
         f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-    assert [built] == list((open_dir / "images").glob("*/manifest.json"))
+    assert [built] == list((open_dir / "cache" / "images").glob("*/manifest.json"))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_processes_that_build_at_once_make_one_image(
         "import sys\nfrom pgtemp import PgTempDB\nprint('go', flush=True)\n"
         f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
     )
-    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     builders = [
         subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE)
         for _ in range(16)
     ]
-    images = open_dir / "images"
+    images = open_dir / "cache" / "images"
     at_work: list[subprocess.Popen[bytes]] = []
 
     def found() -> bool:
@@ -124,7 +124,9 @@ def test_a_failed_build_leaves_nothing(
     with pytest.raises(ClusterError, match="initdb") as caught:
         PgTempDB(bin_dir=programs.bin_dir, initdb_args={"locale": "xx_XX"}).start()
     assert "xx_XX" in str(caught.value)
-    assert [path for path in (open_dir / "images").iterdir() if path.suffix != ".lock"] == []
+    assert [
+        path for path in (open_dir / "cache" / "images").iterdir() if path.suffix != ".lock"
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U", "auth-l", "usern"])

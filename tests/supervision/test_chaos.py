@@ -32,8 +32,8 @@ MORE_AT_ONCE, MORE_LATER = (100, 40, 24), (40, 40, 6)
 def disk() -> Iterator[tuple[Path, bool]]:
     """A directory for servers, and whether it is a small disk, which only root can mount."""
     path = Path(tempfile.mkdtemp(prefix="test-of-chaos-"))
-    path.chmod(0o777)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700m,mode=777", "tmpfs", str(path)]
+    path.chmod(0o1777)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700m,mode=1777", "tmpfs", str(path)]
     small = (
         os.geteuid() == 0
         and subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode == 0

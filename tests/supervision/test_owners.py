@@ -141,9 +141,9 @@ def test_an_owner_killed_while_starting_leaves_nothing(
 def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> None:
     """The first start of all: initdb ends, what it made goes, its lock is free only then."""
     script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
-    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     owner = subprocess.Popen([sys.executable, "-c", script], env=env)
-    images = open_dir / "images"
+    images = open_dir / "cache" / "images"
 
     def at_work() -> list[int]:
         return [pid for pid, cwd in all_postgres() if cwd.startswith(str(images))]
@@ -166,9 +166,9 @@ def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> No
 def test_ctrl_c_in_initdb(open_dir: Path, programs: Installation) -> None:
     """initdb cleans up, in the kernel too; the next start makes the image."""
     script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
-    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     owner = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.DEVNULL)
-    images = open_dir / "images"
+    images = open_dir / "cache" / "images"
     found: list[int] = []
 
     def at_work() -> bool:
@@ -195,9 +195,9 @@ with Cluster() as cluster:
     imagebuild._copy = lambda *args: os.kill(os.getpid(), 9)
     cluster.template("app", build, key="1")
 """
-    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir)}
+    env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == -9
-    images = open_dir / "images"
+    images = open_dir / "cache" / "images"
     assert eventually(lambda: not list(images.glob("*.building*")))
     assert len(list(images.glob("*/manifest.json"))) == 1
 

@@ -212,8 +212,8 @@ def test_a_small_dev_shm(any_version: str, apart: Apart, open_dir: Path) -> None
 def test_a_small_dev_shm_and_a_long_tmpdir(door: list[str], apart: Apart, open_dir: Path) -> None:
     """A data directory whose path is too long for a socket has its socket elsewhere."""
     long = open_dir / ("l" * (150 - len(str(open_dir)) - 1))
-    long.mkdir(mode=0o777)
-    long.chmod(0o777)
+    long.mkdir()
+    long.chmod(0o1777)
     works(run(door))  # makes the image
     works(apart(SMALL_SHM, door, {"TMPDIR": str(long)}, look=f"/dev/shm {long}"))
     assert not list(long.iterdir())
@@ -353,9 +353,9 @@ def test_a_copy_where_nothing_can_be_run(
     """Programs are not copied to a cache from which they could not be run."""
     cache = open_dir / "noexec"
     cache.mkdir()
-    cache.chmod(0o777)
+    cache.chmod(0o1777)
     mount = f"mount -t tmpfs -o noexec,mode=1777 tmpfs {cache}"
-    env = {"PGTEMP_CACHE_DIR": str(cache)}
+    env = {"PGTEMP_CACHE_DIR": str(cache / "below")}
     refuses(
         apart(mount, DOORS["library"], {**env, "PGTEMP_BIN": str(closed_programs)}),
         f"{open_dir}/closed,", "noexec", "PGTEMP_CACHE_DIR",

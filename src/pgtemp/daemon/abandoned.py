@@ -36,15 +36,6 @@ def _look(client: Endpoint, server: Endpoint, peers: Peers) -> None:
         server.abort()
 
 
-def user(client: Endpoint, peers: Peers) -> int | None:
-    """The user at the other end of a TCP connection; None where it is closed."""
-    peer = client.transport.get_extra_info("peername")
-    ours = client.transport.get_extra_info("sockname")
-    if not isinstance(peer, tuple) or not isinstance(ours, tuple):
-        return None
-    return peers.uid((str(peer[0]), int(peer[1])), (str(ours[0]), int(ours[1])))
-
-
 def _is_held(client: Endpoint, peers: Peers) -> bool:
     if client.transport.is_closing():
         return False
@@ -52,7 +43,7 @@ def _is_held(client: Endpoint, peers: Peers) -> bool:
     if ours.family != socket.AF_UNIX:
         peer = client.transport.get_extra_info("peername")
         told = TELLS_PEERS and peer is not None and ports.is_loopback(peer[0])
-        return not told or user(client, peers) is not None
+        return not told or peers.is_held(ours)
     poll = select.poll()
     poll.register(ours.fileno(), 0)  # that both directions are shut is told unasked
     return not poll.poll(0)

@@ -1,8 +1,13 @@
-"""How many clients there may be: who is too many is told so, not hung up on by the system."""
+"""How many clients there may be: a client that is too many is refused with an error.
+
+Clients of other users get at most a quarter of the room, whatever they send and however slowly they
+send it. A client is a stranger until the door has admitted it or its connection is closed. While
+strangers hold a quarter of the room, the door checks each new client at accept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pgtemp.daemon.refusals import RefusedError
@@ -23,14 +28,29 @@ class Crowd:
 
     def __init__(self, isolation: str) -> None:
         self.starting = 0
+        self._strangers: set[Newcomer] = set()
         self._served = 0
         self._most = max(2, (descriptors.limit() - _OWN_FILES) // _FILES_EACH[isolation])
 
-    def check_door(self, inside: int) -> None:
-        """Raise RefusedError where nobody else can be listened to."""
+    def enter(self, refusal: Callable[[], RefusedError | None], inside: int) -> Newcomer:
+        """Count a client that has just connected as one that starts.
+
+        Args:
+            refusal: asks the door why it does not admit the client; None if it does.
+            inside: how many clients there are.
+
+        Raises:
+            RefusedError: the client is one too many, or the door does not admit it.
+        """
         if self.starting >= MAX_STARTING:
             raise RefusedError("53300", "too many clients are starting", "connect again")
         _check_files(inside, self._most)
+        newcomer = Newcomer(self._strangers, refusal)
+        if len(self._strangers) > min(MAX_STARTING, self._most) // 4 and (why := newcomer.refusal):
+            newcomer.leave()
+            raise why
+        self.starting += 1
+        return newcomer
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -44,6 +64,33 @@ class Crowd:
             yield
         finally:
             self._served -= 1
+
+
+class Newcomer:
+    """A client that has connected, a stranger so far."""
+
+    def __init__(
+        self, strangers: set[Newcomer], refusal: Callable[[], RefusedError | None]
+    ) -> None:
+        self._strangers = strangers
+        self._strangers.add(self)
+        self._ask = refusal
+        self._asked = False
+        self._refusal: RefusedError | None = None
+
+    @property
+    def refusal(self) -> RefusedError | None:
+        """Why the door does not admit the client; None if it does. The door is asked once."""
+        if not self._asked:
+            self._asked = True
+            self._refusal = self._ask()
+            if self._refusal is None:
+                self.leave()
+        return self._refusal
+
+    def leave(self) -> None:
+        """The client is admitted, or its connection is closed."""
+        self._strangers.discard(self)
 
 
 def _check_files(clients: int, most: int) -> None:

@@ -14,13 +14,12 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pgtemp.daemon import abandoned
 from pgtemp.daemon.refusals import RefusedError
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.errors import OptionError
 from pgtemp.host import ports
-from pgtemp.host.peers import TELLS_PEERS, Peers
+from pgtemp.host.peers import OVERFLOW_UID, TELLS_PEERS, Peers
 
 BACKLOG = 1024
 
@@ -57,25 +56,34 @@ def _anybody(client: Endpoint) -> None:
 
 
 def _other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
-    """Only the user who runs the daemon comes in, and root.
+    """Only the user who runs the daemon is admitted, and root.
 
     Over trusted loopback any local user could run shell commands as the server's user, with
     COPY FROM PROGRAM.
     """
     if not TELLS_PEERS:
         return None
-    uid = abandoned.user(client, peers)  # who has hung up already cannot be told
-    if uid in (0, os.getuid()):
+    uid = None  # the descriptor of a transport that is closing may be another socket's by now
+    if not client.transport.is_closing():
+        uid = peers.uid(client.transport.get_extra_info("socket"))
+    if uid in (0, os.geteuid()):
         return None
+    other = "a user that the kernel does not identify" if uid is None else f"uid {uid}"
     return RefusedError(
         "28000",
-        f"pgtemp serves the user who runs it (uid {os.getuid()}), not uid {uid}",
+        f"pgtemp serves the user who runs it (uid {os.geteuid()}), not {other}",
         "start a pgtemp of your own, on another port, or this one with --password-file",
     )
 
 
 def listen(options: DaemonOptions) -> list[socket.socket]:
     """Sockets that listen on all addresses asked for. Raises OptionError."""
+    if options.password_file is None and TELLS_PEERS and os.geteuid() == OVERFLOW_UID:
+        raise OptionError(
+            f"pgtemp runs as uid {OVERFLOW_UID}, and the kernel reports users that it does not "
+            "know by that number, too, so pgtemp cannot identify its clients over TCP",
+            remedy="run it as another user, or with --password-file or --no-tcp",
+        )
     bound: list[socket.socket] = []
     try:
         for address in _addresses(options):

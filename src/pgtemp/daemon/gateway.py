@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import abandoned, wishes
 from pgtemp.daemon.backend import Backend, connect, furnish
 from pgtemp.daemon.cancels import Cancels
-from pgtemp.daemon.crowd import MORE_FILES, Crowd
+from pgtemp.daemon.crowd import MORE_FILES, Crowd, Newcomer
 from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
@@ -66,15 +65,15 @@ class Gateway:
         try:
             if self._closing:
                 raise RefusedError("57P03", "pgtemp is shutting down")
-            self._crowd.check_door(len(self._clients))
+            newcomer = self._crowd.enter(lambda: door.refusal(client), len(self._clients))
         except RefusedError as why:
             _refuse(client, why)
             client.close()
             return
-        self._crowd.starting += 1
-        task = asyncio.ensure_future(self._serve(client, door))
+        task = asyncio.ensure_future(self._serve(client, door, newcomer))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
+        task.add_done_callback(lambda _: newcomer.leave())
 
     def facts(self) -> list[dict[str, Any]]:
         """What there is to tell of each lease."""
@@ -89,9 +88,9 @@ class Gateway:
         await self._leases.close()
         self.peers.close()
 
-    async def _serve(self, client: Endpoint, door: Door) -> None:
+    async def _serve(self, client: Endpoint, door: Door, newcomer: Newcomer) -> None:
         try:
-            startup = await self._start_up(client, door)
+            startup = await self._start_up(client, door, newcomer)
             if startup is not None:
                 with self._crowd.served():
                     await self._lease(client, startup, door)
@@ -112,11 +111,11 @@ class Gateway:
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
-    async def _start_up(self, client: Endpoint, door: Door) -> Startup | None:
+    async def _start_up(self, client: Endpoint, door: Door, newcomer: Newcomer) -> Startup | None:
         """Who wants what; None where that was all."""
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                opening = await _negotiate(client, door)
+                opening = await _negotiate(client, door, newcomer)
                 if isinstance(opening, Cancel):
                     if not await self._cancels.route(opening.key):
                         _log.info("a cancel request with a key that nobody has")
@@ -268,9 +267,8 @@ def _refuse(client: Endpoint, why: RefusedError) -> None:
     client.write(why.reply)
 
 
-async def _negotiate(client: Endpoint, door: Door) -> Startup | Cancel | None:
+async def _negotiate(client: Endpoint, door: Door, newcomer: Newcomer) -> Startup | Cancel | None:
     negotiation = Negotiation(tls=door.tls is not None)
-    refusal = functools.cache(lambda: door.refusal(client))
     while data := await client.read():
         negotiation.receive(data)
         try:
@@ -281,12 +279,12 @@ async def _negotiate(client: Endpoint, door: Door) -> Startup | Cancel | None:
         if isinstance(event, Cancel):
             return event
         if isinstance(event, Startup):
-            if (why := refusal()) is not None:
+            if (why := newcomer.refusal) is not None:
                 raise why
             return event
         if isinstance(event, Reply):
             client.write(event.data)
-            refusal()  # asked for now, while the client is at work
+            _ = newcomer.refusal  # asked for now, while the client is at work
         if isinstance(event, Secure):
             assert door.tls is not None
             client.write(event.reply)

@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from pgtemp.errors import OptionError
-from pgtemp.host import room
+from pgtemp.host import room, trusted
 from pgtemp.host.identity import Identity
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
@@ -23,6 +23,8 @@ TMPFS_ROOM = 256 * 1024 * 1024
 _SHARED_MEMORY = Path("/dev/shm")
 # sockaddr_un.sun_path has 108 bytes on Linux and 104 on macOS, with the final zero.
 SOCKET_PATH_BYTES = 103
+_CACHE_REMEDY = "name a directory of yours in PGTEMP_CACHE_DIR"
+_PREFIX_REMEDY = "name another directory (data_dir_prefix)"
 
 
 def cache_dir() -> Path:
@@ -32,19 +34,17 @@ def cache_dir() -> Path:
     as has to reach what is in it. PGTEMP_CACHE_DIR names another.
 
     Raises:
-        OptionError: it cannot be made or written.
+        OptionError: it cannot be made or written, or other users could change it (trusted.py).
     """
-    path = usual_cache_dir()
-    if os.environ.get("PGTEMP_CACHE_DIR"):
-        return _made(path, "PGTEMP_CACHE_DIR")
-    if os.geteuid() == 0:
-        return _made(path, "the cache")
-    if path != _stand_in():
-        try:
-            return _made(path, "the cache")
-        except OptionError:  # a home that cannot be written
-            pass
-    return _private(_stand_in())
+    named = bool(os.environ.get("PGTEMP_CACHE_DIR"))
+    what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
+    reason = _make(path, what, _CACHE_REMEDY)
+    if reason and not named and os.geteuid() != 0:  # a home that cannot be written
+        path = _stand_in()
+        reason = _make(path, what, _CACHE_REMEDY)
+    if reason:
+        raise OptionError(f"{what} {path}: {reason}", remedy=_CACHE_REMEDY)
+    return path
 
 
 def usual_cache_dir() -> Path:
@@ -57,7 +57,7 @@ def usual_cache_dir() -> Path:
 
 
 def _stand_in() -> Path:
-    return temporary_dir() / f"pgtemp-cache-{os.getuid()}"
+    return temporary_dir() / f"pgtemp-cache-{os.geteuid()}"
 
 
 def _of_user(find: Callable[[str], str]) -> Path | None:
@@ -69,17 +69,25 @@ def _of_user(find: Callable[[str], str]) -> Path | None:
     return path if path.is_absolute() else None
 
 
-def _made(path: Path, what: str) -> Path:
+def _make(path: Path, what: str, remedy: str) -> str | None:
+    """Make a trusted directory unless it exists; why that cannot be, None if it is done.
+
+    Raises:
+        OptionError: other users could change it.
+    """
     try:
-        make_dirs(path)
-        if os.access(path, os.W_OK | os.X_OK):
-            return path
-        reason = "it cannot be written"
+        if not path.is_dir():
+            nearest = next(one for one in path.parents if one.exists())
+            if os.access(nearest, os.W_OK | os.X_OK):
+                # Before anything is made: a link of another user's on the way leads elsewhere.
+                trusted.check(path, what, remedy, sticky=False)
+            make_dirs(path)
+        if not os.access(path, os.W_OK | os.X_OK):
+            return trusted.find_flaw(path, sticky=False) or "it cannot be written"
+        trusted.check(path, what, remedy, sticky=False)
     except OSError as error:
-        reason = error.strerror or str(error)
-    raise OptionError(
-        f"{what} {path}: {reason}", remedy="name a directory of yours in PGTEMP_CACHE_DIR"
-    )
+        return error.strerror or str(error)
+    return None
 
 
 def make_dirs(path: Path) -> None:
@@ -88,21 +96,24 @@ def make_dirs(path: Path) -> None:
     Root's umask may be 077; the user PostgreSQL is run as has to get there all the same.
     """
     for directory in [*reversed(path.parents), path]:
-        if not directory.is_dir():
-            directory.mkdir(mode=0o755, exist_ok=True)
+        if directory.is_dir():
+            continue
+        try:
+            directory.mkdir(mode=0o755)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
+        else:
             if os.geteuid() == 0:
-                directory.chmod(0o755)
+                _open_to_all(directory)
 
 
-def _private(path: Path) -> Path:
-    path = _made(path, "the cache")
-    status = path.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OptionError(
-            f"the cache {path} belongs to somebody else",
-            remedy="name a directory of yours in PGTEMP_CACHE_DIR",
-        )
-    return path
+def _open_to_all(directory: Path) -> None:
+    made = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchmod(made, 0o755)
+    finally:
+        os.close(made)
 
 
 def check_umask() -> None:
@@ -127,7 +138,7 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
         keep: the data is to be kept, so it must not be on tmpfs.
 
     Raises:
-        OptionError: the directory asked for cannot be used.
+        OptionError: the directory asked for cannot be used, or other users could change it.
     """
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)
@@ -142,15 +153,18 @@ def temporary_dir() -> Path:
     """The directory for temporary files: TMPDIR where that can be written, else /tmp and the like.
 
     Raises:
-        OptionError: none can be written.
+        OptionError: none can be written, or other users could change it.
     """
     try:
-        return Path(tempfile.gettempdir()).resolve()
+        path = Path(tempfile.gettempdir())
     except FileNotFoundError:
         raise OptionError(
             "no directory for temporary files can be written: not TMPDIR, /tmp, nor /var/tmp",
             remedy="set TMPDIR to one that can",
         ) from None
+    remedy = "set TMPDIR to a directory of yours"
+    trusted.check(path, "the directory for temporary files", remedy, sticky=True)
+    return path.resolve()
 
 
 def _given_base(prefix: Path, *, keep: bool) -> Path:
@@ -165,6 +179,7 @@ def _given_base(prefix: Path, *, keep: bool) -> Path:
             f"{base} is on {filesystem_type(base)}, where nothing is kept for long",
             remedy="name a directory on disk (data_dir_prefix), or leave persist out",
         )
+    trusted.check(base, "the directory", _PREFIX_REMEDY, sticky=True)
     return base
 
 
@@ -176,19 +191,16 @@ def _kept_base() -> Path:
             "the user has no home directory, where kept data would go",
             remedy="set HOME, or name a directory (data_dir_prefix)",
         )
-    try:
-        make_dirs(base)
-    except OSError as error:
+    if reason := _make(base, "the directory for kept data", _PREFIX_REMEDY):
         raise OptionError(
-            f"{base}, where kept data goes, cannot be made: {error.strerror}",
-            remedy="name another directory (data_dir_prefix)",
-        ) from error
+            f"{base}, where kept data goes, cannot be made: {reason}", remedy=_PREFIX_REMEDY
+        )
     return _given_base(base, keep=True)
 
 
 def sweep_bases() -> list[Path]:
     """Where homes may have been left by owners that are gone."""
-    return [base for base in [_SHARED_MEMORY, *_temporary()] if base.is_dir()]
+    return [base for base in [_SHARED_MEMORY, *_temporary()] if base.is_dir() and _is_safe(base)]
 
 
 def _temporary() -> list[Path]:
@@ -196,6 +208,10 @@ def _temporary() -> list[Path]:
         return [temporary_dir()]
     except OptionError:  # none is needed where everything else was named
         return []
+
+
+def _is_safe(base: Path) -> bool:
+    return trusted.find_flaw(base, sticky=True) is None
 
 
 def socket_base(owner: Identity) -> Path:
@@ -212,10 +228,12 @@ def socket_base(owner: Identity) -> Path:
             len(os.fsencode(base)) < SOCKET_PATH_BYTES - 40
             and os.access(base, os.W_OK | os.X_OK)
             and owner.blocked_at(base) is None
+            and _is_safe(base)
         ):
             return base
     raise OptionError(
-        "no directory that can be written has a path short enough for a unix socket",
+        "no directory that can be written and that other users cannot change has a path short "
+        "enough for a unix socket",
         remedy="set TMPDIR to a directory with a path below 60 bytes",
     )
 
@@ -247,4 +265,5 @@ def _has_room(base: Path) -> bool:
         os.access(base, os.W_OK | os.X_OK)
         and filesystem_type(base) == "tmpfs"
         and room.free_bytes(base) >= TMPFS_ROOM
+        and _is_safe(base)
     )

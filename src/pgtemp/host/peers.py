@@ -1,12 +1,24 @@
-"""Who is at the other end of a loopback TCP connection.
+"""The user at the other end of a loopback TCP connection.
 
 The kernel is asked about the one connection (sock_diag(7)), which takes a fiftieth of a
-millisecond; where it does not answer, its table of all connections is read, which takes two.
+millisecond. If it does not answer, its table of all connections is read, which takes two.
 
 Both whole endpoints have to match, since a port may be in use on several loopback addresses at
-once; and the socket must have an inode, since the kernel gives those that nobody holds any more to
-root. A client may reach an IPv4 address through an IPv6 socket, as Java does; the kernel then tells
-both ends in their IPv6 form.
+once; and the socket must have an inode, since the kernel reports those that no process holds any
+more as root's. A client may reach an IPv4 address through an IPv6 socket, as Java does; the kernel
+then reports both ends in their IPv6 form.
+
+The kernel answers by address, and the port of a client that has closed is free for another
+process's connection at once. Two checks make the answer one about this connection:
+
+- The other end has completed its handshake. A client in SYN_SENT may have the endpoints of our
+  connection: after a close its port is free before our end notices (FIN_WAIT2 may end after a
+  second, tcp(7), TCP_LINGER2; or the reset is still on its way).
+- Our end is not closed after the answer. Until then the kernel gives each segment with these
+  endpoints to our socket (tcp_v4_rcv looks for a connection before it looks for a listener), so no
+  other client can complete a handshake from there. Once a reset or both FINs have closed our
+  socket, getpeername(2) fails with ENOTCONN. It has to be called on the descriptor: the transports
+  of asyncio and uvloop return the name they read at first, even after a reset.
 """
 
 from __future__ import annotations
@@ -15,20 +27,47 @@ import errno
 import socket
 import struct
 import sys
+from typing import Protocol
 
 from pgtemp.host.ports import tcp_rows
 
 Endpoint = tuple[str, int]
-# Elsewhere the kernel tells nobody.
+# Other systems have no way to ask.
 TELLS_PEERS = sys.platform == "linux"
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, pid
 _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 before its id: family, protocol, -, -, states
 _ANY = 0xFFFFFFFF
 _UID_AND_INODE = struct.Struct("=II")
-_ID_AT, _ID_LENGTH, _UID_AT = 4, 36, 64  # in inet_diag_msg; the id's interface and cookie follow
+# In inet_diag_msg; the id's interface and cookie follow.
+_STATE_AT, _ID_AT, _ID_LENGTH, _UID_AT = 1, 4, 36, 64
+# States after the handshake (net/tcp_states.h): ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
+# LAST_ACK, CLOSING.
+_CONNECTED = (1, 4, 5, 8, 9, 11)
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 _MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address, in its IPv6 form
+
+
+class Connection(Protocol):
+    """A connected TCP socket, or what a transport gives for one."""
+
+    @property
+    def family(self) -> int: ...
+
+    def fileno(self) -> int: ...
+
+
+def _overflow_uid() -> int:
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except OSError:
+        return 65534  # DEFAULT_OVERFLOWUID, linux/highuid.h
+
+
+# The kernel reports every user that our user namespace does not map as this one
+# (user_namespaces(7)), so it identifies no user, not even the one that has this number.
+OVERFLOW_UID = _overflow_uid()
 
 
 def check_listener(connected: socket.socket, uid: int) -> None:
@@ -50,17 +89,40 @@ def check_listener(connected: socket.socket, uid: int) -> None:
 
 
 class Peers:
-    """Tells who is at the other end. For one thread at a time."""
+    """Asks the kernel for the users at the other ends. For one thread at a time."""
 
     def __init__(self) -> None:
         self._kernel: socket.socket | None = None
 
-    def uid(self, peer: Endpoint, ours: Endpoint) -> int | None:
-        """The user at the other end; None where that cannot be told.
+    def uid(self, connection: Connection) -> int | None:
+        """The user at the other end; None if it cannot be determined."""
+        uid = self._verified(connection)
+        return None if uid == OVERFLOW_UID else uid
+
+    def is_held(self, connection: Connection) -> bool:
+        """Whether a process holds the other end, of whichever user."""
+        return self._verified(connection) is not None
+
+    def _verified(self, connection: Connection) -> int | None:
+        ours = socket.socket(connection.family, socket.SOCK_STREAM, fileno=connection.fileno())
+        try:
+            uid = self.holder(ours.getpeername()[:2], ours.getsockname()[:2])
+            ours.getpeername()
+        except OSError:  # our end is closed
+            return None
+        finally:
+            ours.detach()
+        return uid
+
+    def holder(self, peer: Endpoint, ours: Endpoint) -> int | None:
+        """The user that holds an end of a connection of which this process has no descriptor.
+
+        None means that no process holds it. The answer may be about a connection that came after
+        the one that is meant.
 
         Args:
-            peer: address and port of the other end.
-            ours: address and port of this end.
+            peer: address and port of that end.
+            ours: address and port of the other end.
         """
         try:
             if self._kernel is None:
@@ -93,9 +155,9 @@ def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
         raise OSError(code, "sock_diag")
     message = answer[_HEADER.size :]
     uid, inode = _UID_AND_INODE.unpack_from(message, _UID_AT)
-    # Where there is no such connection, the kernel may answer with somebody who listens.
+    # If there is no such connection, the kernel may answer with a socket that listens.
     found = _plain(message[_ID_AT : _ID_AT + _ID_LENGTH]) == connection
-    return uid if found and inode else None
+    return uid if found and inode and message[_STATE_AT] in _CONNECTED else None
 
 
 def _plain(connection: bytes) -> bytes:
@@ -119,7 +181,9 @@ def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
     pairs = [[_written(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
     rows = tcp_rows("6" if ":" in peer[0] else "46")
     theirs = [row for row in rows if row[1:3] in pairs and row[9] != "0"]
-    return int(theirs[0][7]) if len(theirs) == 1 else None
+    if len(theirs) != 1 or int(theirs[0][3], 16) not in _CONNECTED:
+        return None
+    return int(theirs[0][7])
 
 
 def _written(address: str, port: int) -> str:

@@ -43,7 +43,7 @@ def left_open(database: Database) -> list[str]:
             for address, client_port, *told in rows:
                 if address is None or not TELLS_PEERS:  # by the unix socket
                     unsure = True
-                elif peers.uid((address, client_port), (address, port)) is None:
+                elif peers.holder((address, client_port), (address, port)) is None:
                     continue
                 open_ones.append(_described(*told))
             if not unsure or time.monotonic() > deadline:

@@ -1,0 +1,200 @@
+"""Other users of the machine: none is served over TCP, and none keeps the owner's clients out.
+
+The tests act as another user by setfsuid(2): the kernel reports the user that made a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+import uvloop
+
+from pgtemp.daemon import doors
+from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemonoptions import DaemonOptions
+from pgtemp.errors import OptionError
+from pgtemp.host.peers import OVERFLOW_UID, Peers
+from pgtemp.wire.messages import SSL_CODE, frame, startup_message, untyped
+from rawclient import SECONDS, dial, from_port, read_to_the_end, reset, unused_port
+from support import STRANGER, Daemon, acting_as, eventually, many_files
+
+DaemonType = type[Daemon]
+Loop = Callable[[], asyncio.AbstractEventLoop]
+HELLO = startup_message({"user": "intruder", "database": "test"})
+
+
+def serves(served: Daemon) -> bool:
+    """Whether the owner's client is served."""
+    with psycopg.connect(served.uri, connect_timeout=30) as connection:
+        return connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def dial_as(uid: int, port: int) -> socket.socket:
+    with acting_as(uid):
+        return dial(("127.0.0.1", port))
+
+
+@contextmanager
+def stopped(served: Daemon) -> Iterator[None]:
+    """The daemon sees nothing of what happens in the block before its end."""
+    served.process.send_signal(signal.SIGSTOP)
+    state = Path(f"/proc/{served.process.pid}/stat")
+    assert eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+    try:
+        yield
+    finally:
+        served.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("accepted", [False, True], ids=["queued", "accepted"])
+def test_a_client_port_that_is_used_again(
+    daemon: DaemonType, open_dir: Path, accepted: bool
+) -> None:
+    """A reset connection's statement never runs, although the owner's next one has its port.
+
+    The daemon is stopped in between, so that in each round it asks the kernel too late.
+    """
+    served = daemon("--log-level", "info")
+    mark = open_dir / "mark"
+    attack = HELLO + frame(b"Q", f"COPY (SELECT 1) TO '{mark}'".encode() + b"\0")
+    for _ in range(20):
+        port = unused_port()
+        with ExitStack() as held:
+            if accepted:
+                with acting_as(STRANGER):
+                    strangers = from_port(port, served.port)
+                assert serves(served)  # so that it has accepted the one before
+            held.enter_context(stopped(served))
+            if not accepted:
+                with acting_as(STRANGER):
+                    strangers = from_port(port, served.port)
+            strangers.sendall(attack)
+            reset(strangers)
+            owners = from_port(port, served.port)
+            held.close()
+        with owners:
+            owners.sendall(startup_message({"user": "postgres", "database": "test"}))
+            said = b""
+            while not said.endswith(b"Z\0\0\0\x05I"):
+                said += owners.recv(1 << 16)
+                assert said[:1] == b"R"
+    _, errors = served.end()
+    assert not mark.exists()
+    assert "intruder" not in errors, errors
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("others", [True, False])
+def test_the_door_checks_the_connection_that_is_served(loop: Loop, others: bool) -> None:
+    """On both loops, of which neither reads a peer's name again after it was reset."""
+
+    async def knock(held: ExitStack) -> None:
+        arrived: asyncio.Queue[Endpoint] = asyncio.Queue()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Endpoint(arrived.put_nowait), "127.0.0.1", 0
+        )
+        held.callback(server.close)
+        target = server.sockets[0].getsockname()
+        peers = Peers()
+        held.callback(peers.close)
+        door = doors.of_tcp(DaemonOptions(), peers, None)
+        port = unused_port()
+        with acting_as(STRANGER) if others else nullcontext():
+            client = from_port(port, target[1])
+        first = await arrived.get()
+        held.callback(first.abort)
+        assert (door.refusal(first) is not None) == others
+        reset(client)
+        held.enter_context(from_port(port, target[1]))  # the loop has not seen the reset yet
+        assert not first.transport.is_closing()
+        refused = door.refusal(first)
+        assert refused is not None and "does not identify" in str(refused)
+        second = await arrived.get()
+        held.callback(second.abort)
+        assert door.refusal(second) is None
+        second.abort()
+        assert door.refusal(second) is not None, "its descriptor may be another connection's"
+
+    async def within_time() -> None:
+        with ExitStack() as held:
+            async with asyncio.timeout(SECONDS):
+                await knock(held)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(within_time())
+
+
+@pytest.mark.parametrize("uid", [STRANGER, OVERFLOW_UID])
+def test_another_user_is_refused(daemon: DaemonType, uid: int) -> None:
+    """With a remedy; the overflow uid identifies no user."""
+    served = daemon()
+    with dial_as(uid, served.port) as client:
+        client.sendall(HELLO)
+        said = read_to_the_end(client)
+    assert b"C28000\0" in said and b"--password-file" in said
+    assert (b"does not identify" in said) == (uid == OVERFLOW_UID)
+    assert serves(served)
+
+
+def test_a_daemon_of_the_overflow_uid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot tell its own clients from others, so it does not listen over TCP; one error."""
+    monkeypatch.setattr("os.geteuid", lambda: OVERFLOW_UID)
+    with pytest.raises(OptionError, match="cannot identify its clients") as caught:
+        doors.listen(DaemonOptions())
+    assert "--password-file" in caught.value.remedy and "--no-tcp" in caught.value.remedy
+
+
+SILENCE = {
+    "nothing": b"",
+    "one byte": HELLO[:1],
+    "most of a startup": HELLO[:-1],
+    "encryption asked for": untyped(SSL_CODE),
+    "refused, and stays": HELLO,
+    "encryption refused": untyped(SSL_CODE) + HELLO[:7],
+}
+
+
+@pytest.mark.parametrize("said", SILENCE.values(), ids=SILENCE)
+def test_silent_clients_of_another_user(daemon: DaemonType, said: bytes) -> None:
+    """They get a quarter of the room; the next are refused at accept, and the owner is served."""
+    served = daemon()
+    with many_files(), ExitStack() as held:
+        for number in range(1, 1011):
+            client = held.enter_context(dial_as(STRANGER, served.port))
+            with suppress(ConnectionError):  # it is refused already
+                client.sendall(said)
+            if number % 200 == 0:
+                assert serves(served)
+        assert b"C28000\0" in client.recv(1000)
+        assert all(serves(served) for _ in range(5))
+    status, errors = served.end()
+    assert status == 0 and "Traceback" not in errors
+
+
+def test_silent_clients_of_another_user_and_few_files(daemon: DaemonType) -> None:
+    """A quarter is one of the files the daemon may open, if those are fewer."""
+    served = daemon("--pool", "1", before=("sh", "-c", 'ulimit -n 96; exec "$@"', "sh"))
+    with ExitStack() as held:
+        for _ in range(100):
+            client = held.enter_context(dial_as(STRANGER, served.port))
+        assert b"C28000\0" in client.recv(1000)
+        assert serves(served)
+
+
+def test_silent_clients_of_the_owner(daemon: DaemonType) -> None:
+    """They may hold more than a quarter of the room: none is refused."""
+    served = daemon()
+    with many_files(), ExitStack() as held:
+        crowd = [held.enter_context(dial(("127.0.0.1", served.port))) for _ in range(400)]
+        assert serves(served)
+        for client in crowd:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(1)

@@ -1,0 +1,250 @@
+"""Which directories pgtemp uses: those that other users cannot change, on the whole way."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pgtemp import OptionError
+from pgtemp.host import identity, paths, trusted
+from support import STRANGER, acting_as, run_pgtemp
+
+Spoil = Callable[[Path], None]
+
+
+def flaw(path: Path, *, sticky: bool = True) -> str:
+    return trusted.find_flaw(path, sticky=sticky) or ""
+
+
+def to_stranger(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    os.chown(path, STRANGER, STRANGER)
+
+
+def to_all(path: Path) -> None:
+    path.chmod(0o777)
+
+
+def to_a_group(path: Path) -> None:
+    """Of which other users may be members."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory to any group")
+    os.chown(path, -1, STRANGER)
+    path.chmod(0o775)
+
+
+def to_one_by_acl(path: Path) -> None:
+    """The mode has no bit for others, and that of the group is the list's mask (acl(5))."""
+    anyone = 0xFFFFFFFF
+    entries = [(1, 7, anyone), (2, 7, STRANGER), (4, 0, anyone), (16, 7, anyone), (32, 0, anyone)]
+    listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", listed)
+    except OSError as error:
+        pytest.skip(f"no access control list can be set: {error}")
+    assert path.stat().st_mode & 0o777 == 0o770
+
+
+every_way = pytest.mark.parametrize("spoil", [to_stranger, to_all, to_a_group, to_one_by_acl])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory of the owner's, with a directory `deep/er` in it."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    yield tmp_path
+
+
+def test_usual_directories_are_trusted(place: Path) -> None:
+    """The owner's own, the system's, sticky ones, and what is missing in them."""
+    for path in (place, place / "no" / "such", Path("/tmp"), Path("/dev/shm"), Path("/usr/share")):
+        assert flaw(path) == ""
+
+
+@every_way
+def test_a_directory_that_others_can_change(place: Path, spoil: Spoil) -> None:
+    """The error names it; it counts on the way as well, by links and by `..`, too."""
+    spoil(place / "deep")
+    (place / "link").symlink_to("deep/er")
+    (place / "er").mkdir()
+    (place / "far").symlink_to(place / "deep" / "back")
+    (place / "deep" / "back").symlink_to("../er")
+    for path in ("deep", "deep/er", "deep/new", "link", "link/new", "deep/../er", "far"):
+        assert flaw(place / path).startswith(f"{place / 'deep'}"), path
+    assert flaw(place / "er") == ""
+
+
+def test_a_sticky_directory(place: Path) -> None:
+    """It may be on the way, and may hold servers; it may not be the cache."""
+    (place / "deep").chmod(0o1777)
+    assert flaw(place / "deep") == flaw(place / "deep" / "er", sticky=False) == ""
+    assert flaw(place / "deep", sticky=False).startswith(f"{place / 'deep'} is writable")
+
+
+def test_an_entry_that_another_user_made_in_a_sticky_directory(open_dir: Path) -> None:
+    """A directory or a link, even one that leads to a directory of the owner's."""
+    with acting_as(STRANGER):
+        (open_dir / "made").mkdir()
+        (open_dir / "link").symlink_to("/usr")
+    for name in ("made", "link"):
+        assert flaw(open_dir / name / "new") == f"{open_dir / name} belongs to user {STRANGER}"
+
+
+def test_links_that_go_round(place: Path) -> None:
+    """They are told as the kernel tells them."""
+    (place / "one").symlink_to("two")
+    (place / "two").symlink_to("one")
+    assert "Too many levels" in flaw(place / "one")
+
+
+def as_user(uid: int, gid: int, code: str, *arguments: str, **env: str) -> str:
+    """What Python prints for another user, for whom it is loaded before: it may be closed to it."""
+    load = (
+        "import ctypes, os, sys; from pathlib import Path; from pgtemp.host import paths, trusted"
+    )
+    become = f"os.setgroups([]); os.setgid({gid}); os.setuid({uid})"
+    argv = [sys.executable, "-c", f"{load}\n{become}\n{code}", *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env, cwd="/")
+    return done.stdout.strip() or done.stderr.strip().rpartition("\n")[2]
+
+
+def test_a_users_private_group_may_write(other_user: str) -> None:
+    """As with the umask 002 of Debian and Fedora; not once another user is in the group."""
+    home = Path(f"~{other_user}").expanduser()
+    home.chmod(0o775)
+    found = home.stat()
+
+    def as_owner() -> str:
+        code = f"print(trusted.find_flaw(Path({str(home)!r}), sticky=False))"
+        return as_user(found.st_uid, found.st_gid, code)
+
+    assert as_owner() == "None"
+    assert flaw(home) == f"{home} belongs to user {other_user}", "root's rule is about root"
+    os.chown(home, 0, found.st_gid)
+    assert as_owner() == "None", "a directory of root's that the owner alone may write to"
+    assert "mode 0775" in flaw(home)
+    subprocess.run(["usermod", "--append", "--groups", other_user, "nobody"], check=True)
+    try:
+        assert "mode 0775" in as_owner()
+    finally:
+        subprocess.run(["gpasswd", "--delete", "nobody", other_user], check=True)
+        os.chown(home, found.st_uid, found.st_gid)
+
+
+@every_way
+@pytest.mark.parametrize("option", ["PGTEMP_CACHE_DIR", "PGTEMP_DATA_DIR_PREFIX"])
+def test_a_directory_that_is_named(place: Path, option: str, spoil: Spoil) -> None:
+    """One error with the remedy, and nothing is made there."""
+    spoil(place / "deep")
+    said = run_pgtemp("run", "--", "true", env={option: str(place / "deep" / "er")})
+    assert said.returncode == 2 and said.stdout == "", said
+    assert said.stderr.count("\n") == 1 and f": {place / 'deep'} " in said.stderr
+    name = {"PGTEMP_DATA_DIR_PREFIX": "data_dir_prefix"}.get(option, option)
+    remedy = said.stderr.partition(";")[2]
+    assert name in remedy and "chmod" in remedy
+    assert list((place / "deep" / "er").iterdir()) == []
+
+
+@every_way
+def test_the_temporary_directory(
+    place: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, by a link as well, and no socket is put there."""
+    (place / "deep" / "er").chmod(0o1777)
+    (place / "link").symlink_to("deep/er")
+    monkeypatch.setattr("tempfile.tempdir", str(place / "link"))
+    assert paths.temporary_dir() == (place / "deep" / "er").resolve()
+    spoil(place / "deep")
+    with pytest.raises(OptionError, match="set TMPDIR"):
+        paths.temporary_dir()
+    assert paths.socket_base(identity.choose(None)) == Path("/tmp")
+    assert place / "deep" / "er" not in paths.sweep_bases()
+
+
+CACHE = "print(paths.cache_dir())"
+
+
+def test_a_cache_without_a_home(open_dir: Path) -> None:
+    """It is in the temporary directory, unless another user has made it there before."""
+    env = {"TMPDIR": str(open_dir), "HOME": "/"}
+    with acting_as(STRANGER + 1):
+        (open_dir / f"pgtemp-cache-{STRANGER}").mkdir(0o755)
+    said = as_user(STRANGER, STRANGER, CACHE, **env)
+    assert f"belongs to user {STRANGER + 1}" in said and "PGTEMP_CACHE_DIR" in said
+    (open_dir / f"pgtemp-cache-{STRANGER}").rename(open_dir / "aside")
+    assert as_user(STRANGER, STRANGER, CACHE, **env) == f"{open_dir}/pgtemp-cache-{STRANGER}"
+
+
+def test_a_home_that_others_can_change(open_dir: Path) -> None:
+    """Neither the cache nor kept data goes there."""
+    with acting_as(STRANGER):
+        (open_dir / "home").mkdir()
+    (open_dir / "home").chmod(0o777)
+    env = {"HOME": str(open_dir / "home")}
+    for code in (CACHE, "print(paths.scratch_base(None, keep=True))"):
+        said = as_user(STRANGER, STRANGER, code, **env)
+        assert f"{open_dir}/home is writable by other users" in said, said
+    assert list((open_dir / "home").iterdir()) == []
+    (open_dir / "home").chmod(0o755)
+    assert as_user(STRANGER, STRANGER, CACHE, **env) == f"{open_dir}/home/.cache/pgtemp"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_link_in_place_of_the_cache(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Root opens no directory that another user's link leads to, even if it comes just in time."""
+    closed = open_dir / "closed"
+    closed.mkdir()
+    closed.chmod(0o700)
+    cache = open_dir / "cache"
+
+    def attack() -> None:
+        with acting_as(STRANGER):
+            cache.symlink_to(closed)
+
+    mkdir = Path.mkdir
+
+    def mkdir_too_late(path: Path, *arguments: int, **named: int) -> None:
+        attack()
+        mkdir(path, *arguments, **named)  # type: ignore[arg-type]
+
+    if late:
+        monkeypatch.setattr(Path, "mkdir", mkdir_too_late)
+    else:
+        attack()
+    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(cache))
+    with pytest.raises(OptionError, match=f"belongs to user {STRANGER}"):
+        paths.cache_dir()
+    assert closed.stat().st_mode & 0o777 == 0o700 and list(closed.iterdir()) == []
+
+
+ALONE = f"""
+libc = ctypes.CDLL(None)
+libc.prctl(4, 1)  # PR_SET_DUMPABLE, so that /proc/self is the user's own
+if libc.unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit("not allowed")
+Path("/proc/self/uid_map").write_text("{STRANGER} {STRANGER} 1")
+"""
+
+
+def test_a_user_namespace_without_root(open_dir: Path) -> None:
+    """The system's directories are trusted there, although they seem to belong to the overflow uid.
+
+    Entries of a sticky directory that seem so are not: they may be those of any user.
+    """
+    with acting_as(STRANGER + 1):
+        (open_dir / "made").mkdir()
+    os.chown(open_dir, STRANGER, -1)
+    code = f"{ALONE}print([trusted.find_flaw(Path(one), sticky=True) for one in sys.argv[1:]])"
+    said = as_user(STRANGER, STRANGER, code, "/usr", "/tmp", f"{open_dir}/made")
+    if said == "not allowed":
+        pytest.skip("no user namespaces are allowed here")
+    assert said.startswith(f"[None, None, '{open_dir}/made belongs to user "), said
