@@ -11,6 +11,7 @@ from pgtemp.host import room
 
 _LOG_TAIL = 12
 _TAIL_BYTES = 16 << 10
+_CAREFUL = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def status(data_dir: Path, pid: int) -> str:
@@ -20,7 +21,7 @@ def status(data_dir: Path, pid: int) -> str:
     the file of an earlier server.
     """
     try:  # without a file object, since this is asked for each lease
-        file = os.open(f"{data_dir}/postmaster.pid", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(f"{data_dir}/postmaster.pid", os.O_RDONLY | _CAREFUL)
     except OSError:
         return ""
     try:
