@@ -1,6 +1,7 @@
 """pgtemp's own connections: one for a block, or one for each thread at work, kept open.
 
-On the server's private socket, and with nothing of what libpq takes from the environment.
+On the server's private socket, and with nothing of what libpq takes from the environment. Each wait
+for the server ends (see answers.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg import errors
+from psycopg.abc import PQGen
 
+from pgtemp.databases.answers import (
+    ANSWER_SECONDS,
+    LOCK_SECONDS,
+    NoAnswerError,
+    check_running,
+    limited,
+)
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
 from pgtemp.host import room
 from pgtemp.uri import ConnectionInfo
@@ -29,7 +38,8 @@ from pgtemp.uri import ConnectionInfo
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
 _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "hostaddr": "",
-    "options": "-c plan_cache_mode=force_generic_plan",
+    "options": f"-c plan_cache_mode=force_generic_plan -c lock_timeout={LOCK_SECONDS:g}s",
+    "connect_timeout": int(ANSWER_SECONDS),
     "require_auth": "",
     "target_session_attrs": "any",
     "sslmode": "disable",
@@ -45,10 +55,31 @@ _COMES_BACK = re.compile(
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
 _numbers = itertools.count()
+T = TypeVar("T")
 
 
 class Connection(psycopg.Connection[Any]):
-    """One of pgtemp's own."""
+    """One of pgtemp's own. A statement that gets no answer in time closes it."""
+
+    _seconds = ANSWER_SECONDS
+
+    @contextmanager
+    def given(self, seconds: float) -> Iterator[None]:
+        """Let each statement of a block take so many seconds."""
+        self._seconds = seconds
+        try:
+            yield
+        finally:
+            self._seconds = ANSWER_SECONDS
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """As psycopg's, within the time that a statement has. Raises NoAnswerError."""
+        try:
+            waiting = limited(gen, self._seconds, lambda: check_running(self.home))
+            return super().wait(waiting, *args, **kwargs)
+        except NoAnswerError:
+            self.pgconn.finish()
+            raise
 
     @cached_property
     def _known(self) -> dict[str, bytes]:
@@ -83,7 +114,7 @@ class Connection(psycopg.Connection[Any]):
 def connect(to: ConnectionInfo) -> Connection:
     """An autocommit connection of pgtemp's own; waits for a server that has crashed and comes back.
 
-    Raises psycopg's errors.
+    Raises psycopg's errors; NoAnswerError if the server does not answer.
     """
     deadline = time.monotonic() + _RECOVERY_SECONDS
     while True:
@@ -98,6 +129,8 @@ def connect(to: ConnectionInfo) -> Connection:
                 prepare_threshold=None,
                 **_NOT_FROM_THE_ENVIRONMENT,
             )
+        except errors.ConnectionTimeout as error:
+            raise NoAnswerError(f"the server let nobody in within {ANSWER_SECONDS:g} s") from error
         except psycopg.OperationalError as error:
             # One that cannot come back ends, and then the words are others.
             if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
@@ -127,6 +160,10 @@ def _told(to: ConnectionInfo) -> Iterator[None]:
             place = Path(to.host).resolve()
             raise DiskFullError(
                 f"{place} is full ({room.left(place)}): {words.splitlines()[0]}", remedy=room.REMEDY
+            ) from error
+        if isinstance(error, NoAnswerError):
+            raise ClusterError(
+                f"PostgreSQL at {to.host}: {words}", remedy="start a new server"
             ) from error
         raise ClusterError(f"PostgreSQL at {to.host} refused: {words}") from error
 
@@ -162,11 +199,20 @@ def _libpq_environment() -> frozenset[tuple[str, str]]:
     return frozenset([("", ""), *(pair for pair in os.environ.items() if pair[0].startswith("PG"))])
 
 
+def was_lost(error: BaseException | None) -> bool:
+    """Whether a connection broke; without an SQLSTATE, the error is one of libpq."""
+    lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    return lost and not isinstance(error, NoAnswerError)
+
+
 class Admins:
     """Administrative connections that stay open, one for each thread at work.
 
     Args:
         check: raises where the server has died, which says more than what a connection hears of it.
+
+    Attributes:
+        unanswered: whether the server has left one of them without an answer.
     """
 
     def __init__(self, to: ConnectionInfo, check: Callable[[], None]) -> None:
@@ -174,6 +220,7 @@ class Admins:
         self._check = check
         self._idle: deque[Connection] = deque()
         self._owner = os.getpid()
+        self.unanswered = False
         self.closing = threading.Event()
 
     @contextmanager
@@ -200,8 +247,8 @@ class Admins:
             yield
         except ClusterError as error:
             of = error.__cause__
-            lost = isinstance(of, psycopg.OperationalError) and of.sqlstate is None
-            for _ in range(_MOMENTS if lost else 0):
+            self.unanswered |= isinstance(of, NoAnswerError | errors.LockNotAvailable)
+            for _ in range(_MOMENTS if was_lost(of) else 0):
                 try:
                     self._check()
                 except PgTempError as death:

@@ -238,10 +238,16 @@ class Databases:
         with self._moving:
             if self._closed:
                 raise ClusterError("pgtemp is shutting down")
-            if self._current is None or self._current.stale:
-                self._current = TenantCluster(self._plan, keep=self._keep)
-                self._servers.add(self._current)
-            return self._current
+            before = self._current
+            if before is not None:
+                before.check()
+                if not before.stale:
+                    return before
+            self._current = current = TenantCluster(self._plan, keep=self._keep)
+            self._servers.add(current)
+        if before is not None:
+            self._stop_if_empty(before)
+        return current
 
 
 def _tenants(place: Place) -> TenantCluster:
@@ -251,6 +257,6 @@ def _tenants(place: Place) -> TenantCluster:
 
 def _has(tenants: TenantCluster, dbname: str) -> bool:
     try:
-        return alive(tenants.cluster) and tenants.has(dbname)
+        return tenants.answers and tenants.has(dbname)
     except PgTempError:  # it is just being ended
         return False
