@@ -18,6 +18,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import control, credentials, doors
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemon.shares import THREADS
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import provision
 from pgtemp.databases.apart import Apart
@@ -31,7 +32,6 @@ from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, redact
 
 _FORCED = 130
-_THREADS = 32  # for what blocks: mostly waiting for PostgreSQL
 _CONNECTIONS = 1000
 _LOGIN_SECONDS = "10s"
 
@@ -75,7 +75,7 @@ async def run(
         listening = doors.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "pgtemp-work"))
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "pgtemp-work"))
         # A lease's time is not that of its server.
         plan = await whole(lambda: provision.plan(_for_servers(options), (), secret))
         isolation = _isolation(options, plan, announce)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pgtemp.aio import whole
 from pgtemp.daemon import abandoned, wishes
 from pgtemp.daemon.backend import Backend, connect, furnish
 from pgtemp.daemon.cancels import Cancels
@@ -22,9 +21,12 @@ from pgtemp.daemon.crowd import MORE_FILES, Crowd
 from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
+from pgtemp.daemon.logins import Login, unanswered
 from pgtemp.daemon.refusals import RefusedError, crashed, refusal
 from pgtemp.daemon.relay import Endpoint, relay
+from pgtemp.daemon.shares import in_turn
 from pgtemp.daemonoptions import DaemonOptions
+from pgtemp.databases.answers import NoAnswerError
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host.peers import Peers
@@ -166,14 +168,13 @@ class Gateway:
             dbname = await furnish(self._isolation, lease.place, wish)
             return await connect(lease.place, startup, dbname, by_password=door.by_password)
         except PgTempError as error:
+            if isinstance(error.__cause__, NoAnswerError):
+                lease.place.forsake()
             raise refusal(error) from error
         except OSError as error:
             if error.errno in _NOBODY_THERE:  # rather than a lack of ours, of descriptors say
                 lease.place.forsake()
-            hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
-            raise RefusedError(
-                "57P03", f"the server cannot be reached: {error.strerror}", hint
-            ) from error
+            raise _unreachable(error) from error
 
     def _check_replication(self, startup: Startup) -> None:
         """A base backup would see everybody's databases."""
@@ -197,6 +198,7 @@ class Gateway:
         """Let the client hear what the server said so far, and relay until one of them ends."""
         server, login, statement = backend.server, backend.login, FirstStatement()
         socket = lease.place.socket
+        silent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client.write(backend.greeting)
         server.write(startup.rest)
         with ExitStack() as until_the_end:
@@ -214,6 +216,7 @@ class Gateway:
 
             def learn(data: bytes) -> None:
                 login.feed(data)
+                waiting.succeed()
                 if login.done:
                     server.listen = None
                     register()
@@ -226,13 +229,19 @@ class Gateway:
                 register()
             else:
                 server.listen = learn
+                waiting = Login(lease.place, lambda: silent.set_result(None))
+                until_the_end.callback(waiting.cancel)
+                if backend.greeting:  # what comes next may be the client's to say
+                    waiting.succeed()
             abandoned.end_with(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
-                both: set[asyncio.Future[Any]] = {relaying, lease.over}
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                ends: set[asyncio.Future[Any]] = {relaying, lease.over, silent}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 relaying.cancel()
+            if silent.done():
+                raise _unreachable(unanswered())
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
             if not login.done and not client.transport.is_closing():
@@ -242,7 +251,12 @@ class Gateway:
             if client.has_finished:
                 return
             if replies.broke_off(server.last):
-                raise await whole(lambda: crashed(lease.place.cluster))
+                raise await in_turn(lease.place, lambda: crashed(lease.place.cluster))
+
+
+def _unreachable(error: OSError) -> RefusedError:
+    hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
+    return RefusedError("57P03", f"the server cannot be reached: {error.strerror}", hint)
 
 
 def _refuse(client: Endpoint, why: RefusedError) -> None:

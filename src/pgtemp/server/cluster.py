@@ -71,6 +71,7 @@ class Cluster:
         existing: a home that was kept, to start on in place.
         verifier: what to store as the superuser's password, where the source allows that without
             SQL; `has_password` tells whether it did.
+        let_in: when it last let a client in, by `time.monotonic()`, as far as that is noted.
     """
 
     blueprint: Blueprint
@@ -80,6 +81,7 @@ class Cluster:
     home: home.Home = field(init=False)
     port: int = field(init=False, default=SOCKET_PORT)
     pid: int = field(init=False, default=0)
+    let_in: float = field(init=False, default=0.0)
     log_path: Path = field(init=False)
     _process: warden.Process | None = field(init=False, default=None)
     _stopping: threading.Lock = field(init=False, default_factory=threading.Lock)
