@@ -10,6 +10,7 @@ from __future__ import annotations
 import _ctypes
 import os
 import stat
+import sys
 import time
 
 TYPE_CHECKING = False
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SIGKILL, SIGTERM = 9, 15
+_SIGCONT = 19 if sys.platform == "darwin" else 18
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
 _TRIES, _MOMENT = 200, 0.005
 _PATIENCE = 1000  # moments that a program gets to clean up
@@ -97,6 +99,25 @@ def _working_in(data: int) -> list[int]:
         if os.path.samestat(here, there) and uid == here.st_uid:
             found.append(pid)
     return found
+
+
+def unblock(data_dir: str) -> None:
+    """Let the processes that work in `data_dir` go on: continue those that are stopped, and kill
+    programs that they run (COPY PROGRAM), for which a backend waits whatever signal it gets."""
+    backends = set(postgres_in(data_dir))
+    for pid in backends:
+        quietly(lambda: os.kill(pid, _SIGCONT))  # noqa: B023 - called at once
+    for name in os.listdir("/proc") if backends else ():
+        # A backend leads a process group, in which its programs are.
+        if name.isdigit() and int(name) not in backends and _group_of(int(name)) in backends:
+            quietly(lambda: os.kill(int(name), SIGKILL))  # noqa: B023 - called at once
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
 
 
 def clear_crashed(data_dir: str) -> None:
