@@ -87,6 +87,7 @@ class Gateway:
         self._closing = True
         for task in self._clients:
             task.cancel()
+        self._isolation.interrupt()  # the clients' tasks hear of their end first, though
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._leases.close()
         self.peers.close()

@@ -201,7 +201,7 @@ class Apart:
         """Seal what was edited; from now on it is what the name stands for."""
         with self._changing:
             bench = self._editing.pop(place)
-        if not used:
+        if not used or self._closed:
             bench.close()
             return
         try:
@@ -224,6 +224,13 @@ class Apart:
             self._announce(f"dumped {wish.dbname} to {to}")
         except PgTempError as error:
             _log.error("%s", error)
+
+    def interrupt(self) -> None:
+        self._closed = True
+        for place in list(self._editing):
+            place.cluster.abandon()
+        for stock in self._all():
+            stock.supply.interrupt(discard=self._options.dump is None)
 
     def close(self) -> None:
         with self._changing:

@@ -178,6 +178,12 @@ class TenantCluster:
             self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
 
+    def abandon(self) -> None:
+        """Let the warden end the server; all that waits for it fails."""
+        self.spoil()
+        self._admins.closing.set()
+        self.cluster.abandon()
+
     def stop(self) -> None:
         """End the server with all that is in it, but for what is kept."""
         if self.kept:

@@ -20,7 +20,7 @@ from pgtemp.host import paths, ports, processes, room
 from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.server import condition, home, warden
-from pgtemp.server.crash import clear_crashed
+from pgtemp.server.crash import clear_crashed, unblock
 from pgtemp.server.image import Copyable, Source
 from pgtemp.server.installation import Installation
 
@@ -188,10 +188,19 @@ class Cluster:
 
     def abandon(self) -> None:
         """Let the warden end the server on its own, without waiting for it."""
-        process, self._process = self._process, None
+        if not self._stopping.acquire(blocking=False):
+            return  # another thread stops it
+        try:
+            process, self._process = self._process, None
+        finally:
+            self._stopping.release()
         if process is not None:
             process.abandon()
             self.home.release()
+
+    def unblock(self) -> None:
+        """Continue its stopped processes, and kill programs that its backends wait for."""
+        unblock(str(self.data_dir))
 
     def fileno(self) -> int:
         """A descriptor that can be read when there is news for `check`."""
@@ -204,9 +213,10 @@ class Cluster:
             ClusterError: it has, or does; carries the end of its log.
             WardenError: it has died with its warden.
         """
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
-        if self._process.wait(0) is not None:
+        if process.wait(0) is not None:
             raise self._died()
         if self._status() == "stopping":  # it may do so for as long as anybody is connected
             raise ClusterError(
