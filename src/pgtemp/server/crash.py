@@ -120,21 +120,25 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def clear_crashed(data_dir: str) -> None:
-    """End what a killed postmaster left running in `data_dir`, and its SysV segment."""
+def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
+    """End what a killed postmaster left running in `data_dir`, and its SysV segment.
+
+    Args:
+        postmaster: its id, by which its segment is told even if its notes are lost.
+    """
     try:
         data = open_data(data_dir)
     except OSError:
         return
     try:
-        clear(data)
+        clear(data, postmaster)
     finally:
         os.close(data)
 
 
-def clear(data: int) -> None:
+def clear(data: int, postmaster: int = 0) -> None:
     """The same, for the descriptor of a data directory."""
-    killed: set[int] = set()
+    killed: set[int] = {postmaster} if postmaster else set()
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
