@@ -67,7 +67,7 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
         by_password: come by TCP, where servers ask for a password, which is the client's to say.
 
     Raises:
-        OSError: the server cannot be reached.
+        OSError: the server cannot be reached; TimeoutError if it does not answer.
         ProtocolError: with that name the packet is longer than a server takes.
         ClusterError: it asks for no password; nobody else gets a place in it.
     """
@@ -106,7 +106,22 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     except BaseException:
         raw.close()
         raise
-    return Backend(server, ServerStart())
+    backend = Backend(server, ServerStart())
+    try:
+        async with login(place):
+            await _read(backend)
+    except BaseException:
+        server.close()
+        raise
+    return backend
+
+
+async def _read(backend: Backend) -> bytes:
+    """Read what the server says, and keep it for the client; b"" at the end."""
+    data = await backend.server.read()
+    backend.greeting += data
+    backend.login.feed(data)
+    return data
 
 
 async def _await_question(backend: Backend, place: Place) -> None:
@@ -115,9 +130,7 @@ async def _await_question(backend: Backend, place: Place) -> None:
     Whoever has a superuser's connection can have pg_hba.conf say that no password is needed.
     """
     frames = Frames(wanted=b"R", most=_MOST_GREETING)
-    while data := await backend.server.read():
-        backend.greeting += data
-        backend.login.feed(data)
+    while data := await _read(backend):
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return

@@ -21,8 +21,7 @@ from pgtemp.daemon.crowd import MORE_FILES, Crowd
 from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
-from pgtemp.daemon.logins import Login, unanswered
-from pgtemp.daemon.refusals import RefusedError, crashed, refusal
+from pgtemp.daemon.refusals import RefusedError, UnreachableError, crashed, refusal
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.daemon.shares import in_turn
 from pgtemp.daemonoptions import DaemonOptions
@@ -38,7 +37,9 @@ from pgtemp.wire.tls import NO_TLS, Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
-_NOBODY_THERE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE)
+_NOBODY_THERE = (
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE, errno.ETIMEDOUT,
+)  # fmt: skip
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _PROBE = "pg_isready"
 _NO_WALSENDER = ("", "database", "false", "off", "no", "0")
@@ -145,6 +146,15 @@ class Gateway:
         except PgTempError as error:
             raise refusal(error) from error
         self._check_replication(startup)
+        try:
+            await self._serve_in_lease(client, wish, startup, door)
+        except UnreachableError as why:
+            _log.info("tried once more: %s", why)
+            await self._serve_in_lease(client, wish, startup, door)
+
+    async def _serve_in_lease(
+        self, client: Endpoint, wish: Wish, startup: Startup, door: Door
+    ) -> None:
         lease = await self._leases.enter(wish, startup, client)
         first_words = replies.ClientStart()
         try:
@@ -161,7 +171,11 @@ class Gateway:
             await self._leases.leave(lease, client)
 
     async def _backend(self, lease: Lease, wish: Wish, startup: Startup, door: Door) -> Backend:
-        """The connection that was opened ahead, else a new one."""
+        """The connection that was opened ahead, else a new one.
+
+        Raises:
+            RefusedError: an UnreachableError if no other client gets a place in that server.
+        """
         ahead, lease.backend = lease.backend, None
         if ahead is not None:
             return ahead
@@ -170,12 +184,16 @@ class Gateway:
             return await connect(lease.place, startup, dbname, by_password=door.by_password)
         except PgTempError as error:
             if isinstance(error.__cause__, NoAnswerError):
-                lease.place.forsake()
+                lease.place.give_up()
+                raise UnreachableError("57P03", error.cause, error.remedy) from error
             raise refusal(error) from error
         except OSError as error:
-            if error.errno in _NOBODY_THERE:  # rather than a lack of ours, of descriptors say
-                lease.place.forsake()
-            raise _unreachable(error) from error
+            words = f"the server cannot be reached: {error.strerror}"
+            if error.errno in _NOBODY_THERE:
+                lease.place.give_up()
+                raise UnreachableError("57P03", words, "connect again") from error
+            hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
+            raise RefusedError("57P03", words, hint) from error
 
     def _check_replication(self, startup: Startup) -> None:
         """A base backup would see everybody's databases."""
@@ -199,7 +217,6 @@ class Gateway:
         """Let the client hear what the server said so far, and relay until one of them ends."""
         server, login, statement = backend.server, backend.login, FirstStatement()
         socket = lease.place.socket
-        silent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client.write(backend.greeting)
         server.write(startup.rest)
         with ExitStack() as until_the_end:
@@ -217,7 +234,6 @@ class Gateway:
 
             def learn(data: bytes) -> None:
                 login.feed(data)
-                waiting.succeed()
                 if login.done:
                     server.listen = None
                     register()
@@ -230,19 +246,13 @@ class Gateway:
                 register()
             else:
                 server.listen = learn
-                waiting = Login(lease.place, lambda: silent.set_result(None))
-                until_the_end.callback(waiting.cancel)
-                if backend.greeting:  # what comes next may be the client's to say
-                    waiting.succeed()
             abandoned.end_with(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
-                ends: set[asyncio.Future[Any]] = {relaying, lease.over, silent}
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                both: set[asyncio.Future[Any]] = {relaying, lease.over}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 relaying.cancel()
-            if silent.done():
-                raise _unreachable(unanswered())
             if not relaying.done() and lease.over.done():
                 raise lease.over.result()
             if not login.done and not client.transport.is_closing():
@@ -253,11 +263,6 @@ class Gateway:
                 return
             if replies.broke_off(server.last):
                 raise await in_turn(lease.place, lambda: crashed(lease.place.cluster))
-
-
-def _unreachable(error: OSError) -> RefusedError:
-    hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
-    return RefusedError("57P03", f"the server cannot be reached: {error.strerror}", hint)
 
 
 def _refuse(client: Endpoint, why: RefusedError) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pgtemp.databases.place import Place
@@ -19,59 +19,45 @@ LOGIN_SECONDS = 5.0
 _LATE_SECONDS = 1.0  # of a timer. Then it was this process that stood still
 
 
-class Login:
-    """One client that waits to be let in.
+class _Watch:
+    """A look, once a login is due, whether its server lets other clients in."""
 
-    Args:
-        give_up: called when the server is found to be unreachable.
-    """
+    def __init__(self, place: Place, limit: asyncio.Timeout) -> None:
+        self._place, self._limit = place, limit
+        self._began = time.monotonic()
+        self._look_in(LOGIN_SECONDS)
 
-    def __init__(self, place: Place, give_up: Callable[[], object]) -> None:
-        self._place, self._give_up = place, give_up
-        self._since = time.monotonic()
-        self._timer = self._look_in(LOGIN_SECONDS)
-
-    def succeed(self) -> None:
-        """Note that the server answers."""
-        self._place.cluster.let_in = time.monotonic()
-        self.cancel()
-
-    def cancel(self) -> None:
-        """Wait no longer."""
-        self._timer.cancel()
-
-    def _look_in(self, seconds: float) -> asyncio.TimerHandle:
+    def _look_in(self, seconds: float) -> None:
         due = time.monotonic() + seconds
-        return asyncio.get_running_loop().call_later(seconds, self._look, due)
+        self.timer = asyncio.get_running_loop().call_later(seconds, self._look, due)
 
     def _look(self, due: float) -> None:
         now = time.monotonic()
-        left = max(self._since, self._place.cluster.let_in) + LOGIN_SECONDS - now
+        left = max(self._began, self._place.cluster.let_in) + LOGIN_SECONDS - now
         if now > due + _LATE_SECONDS:
             left = LOGIN_SECONDS
         if left > 0:
-            self._timer = self._look_in(left)
+            self._look_in(left)
         else:
-            self._place.forsake()
-            self._give_up()
+            self._place.give_up()
+            self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 @asynccontextmanager
 async def login(place: Place) -> AsyncIterator[None]:
-    """A block in which a server answers a login. Raises TimeoutError if it does not."""
-    loop = asyncio.get_running_loop()
+    """A block in which a server answers a login.
+
+    Raises:
+        TimeoutError: it does not; it counts as unreachable from now on.
+    """
     try:
         async with asyncio.timeout(None) as limit:
-            waiting = Login(place, lambda: limit.reschedule(loop.time()))
+            watch = _Watch(place, limit)
             try:
                 yield
-                waiting.succeed()
+                place.cluster.let_in = time.monotonic()
             finally:
-                waiting.cancel()
+                watch.timer.cancel()
     except TimeoutError as error:
-        raise unanswered() from error
-
-
-def unanswered() -> TimeoutError:
-    """The error for a server that lets no client in."""
-    return TimeoutError(errno.ETIMEDOUT, f"it let no client in for {LOGIN_SECONDS:g} s")
+        words = f"it let no client in for {LOGIN_SECONDS:g} s"
+        raise TimeoutError(errno.ETIMEDOUT, words) from error

@@ -63,9 +63,13 @@ class Place:
         """Whether its server runs and can be reached."""
         return not self.unreachable and alive(self.cluster)
 
-    def forsake(self) -> None:
-        """Mark its server unreachable: no other client gets a place in it."""
+    def give_up(self) -> None:
+        """Note that its server cannot be reached: no client gets it, or another place in it."""
         self.unreachable = True
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Let no other client get a place in its server."""
         if self.tenants is not None:
             self.tenants.spoil()
             alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
