@@ -172,7 +172,6 @@ def test_a_lease_that_ends_in_a_stopped_server(
 
 @BOTH
 @pytest.mark.parametrize("block", [block_postmaster, lock_catalogs])
-@pytest.mark.slow
 def test_a_server_that_is_not_stopped_but_does_not_answer(
     daemon: DaemonType, isolation: str, block: Callable[[Tenant], None]
 ) -> None:

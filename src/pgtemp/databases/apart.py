@@ -218,6 +218,9 @@ class Apart:
     def _dump(self, place: Place, wish: Wish) -> None:
         assert self._options.dump is not None
         to = _numbered(self._options.dump, place.number)
+        if not place.alive:
+            _log.error("%s was not dumped to %s: its server does not answer", wish.dbname, to)
+            return
         info = provision.private_info(place.cluster, self._plan.superuser, place.dbname)
         try:
             transfer.dump(self._plan.installation, info, to)

@@ -12,6 +12,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from pgtemp.databases.answers import ANSWER_SECONDS
 from pgtemp.errors import TransferError
 from pgtemp.host import processes, room
 from pgtemp.host.progress import step
@@ -83,7 +84,10 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with step(f"dumping {source.dbname} to {path.name}"):
         program = installation.program("pg_dump")
-        result = processes.run([program, "-d", source.conninfo, "-f", fresh])
+        result = processes.run(
+            [program, "-d", source.conninfo, "-f", fresh],
+            env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
+        )
     if result.returncode != 0:
         cause = f"{source.dbname} could not be dumped to {path}"
         failed = _failed(cause, result, path.parent, "make room, or name another file")
