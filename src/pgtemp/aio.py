@@ -32,12 +32,12 @@ async def whole(do: Callable[[], T], undo: Callable[[], object] | None = None) -
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        if await _to_its_end(working) and undo is not None:
-            await _to_its_end(asyncio.ensure_future(asyncio.to_thread(undo)))
+        if await to_its_end(working) and undo is not None:
+            await to_its_end(asyncio.ensure_future(asyncio.to_thread(undo)))
         raise
 
 
-async def _to_its_end(working: asyncio.Future[T]) -> bool:
+async def to_its_end(working: asyncio.Future[T]) -> bool:
     """Wait for it, however often we are cancelled meanwhile; True if it did what it should."""
     while not working.done():
         try:

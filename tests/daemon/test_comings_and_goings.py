@@ -147,21 +147,27 @@ def _answers(uri: str) -> bool:
 def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) -> None:
     """Nobody who has sent a whole start-up packet is hung up on without a word."""
     served = daemon()
-    with psycopg.connect(at(served, "test~s")) as connection:
+    for _ in range(5):  # so that pgtemp has its own connections, and needs no more
+        one(at(served, "test"), "SELECT 1")
+    with psycopg.connect(at(served, "test~s"), autocommit=True) as connection:
         row = connection.execute("SHOW unix_socket_directories").fetchone()
         assert row is not None
         postmaster = postmaster_of(at(served, "test~s"))
-    connections = Path("/proc/net/unix")
-    with socket.create_connection(("127.0.0.1", served.port)) as client:
-        os.kill(postmaster, signal.SIGSTOP)
-        before = connections.read_text().count(row[0])
-        client.sendall(startup_message({"user": "postgres", "database": "test"}))
-        assert eventually(lambda: connections.read_text().count(row[0]) > before)
-        os.kill(postmaster, signal.SIGKILL)
-        client.settimeout(30)
-        answer = b""
-        while data := client.recv(1024):
-            answer += data
+        # Neither does it answer while it reads a pipe, nor can that be seen.
+        connection.execute("COPY (SELECT 1) TO PROGRAM 'rm pg_hba.conf; mkfifo pg_hba.conf'")
+        connection.execute("SELECT pg_reload_conf()")
+        reads = Path(f"/proc/{postmaster}/wchan")
+        assert eventually(lambda: reads.read_text() in ("wait_for_partner", "fifo_open"))
+        connections = Path("/proc/net/unix")
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            before = connections.read_text().count(row[0])
+            client.sendall(startup_message({"user": "postgres", "database": "test~s"}))
+            assert eventually(lambda: connections.read_text().count(row[0]) > before)
+            os.kill(postmaster, signal.SIGKILL)
+            client.settimeout(30)
+            answer = b""
+            while data := client.recv(1024):
+                answer += data
     assert answer[:1] == b"E" and b"C57P03\0" in answer, answer
     assert eventually(lambda: _answers(at(served, "test")), 20)
 

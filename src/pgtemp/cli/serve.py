@@ -14,7 +14,7 @@ import click
 from pgtemp.cli import logs
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
-from pgtemp.daemon.daemon import Announcement, run
+from pgtemp.daemon.daemon import Announcement, exit_status, run
 from pgtemp.daemonoptions import DEFAULT_HOST, DEFAULT_PORT, DaemonOptions
 from pgtemp.errors import OptionError
 from pgtemp.host import ports
@@ -46,7 +46,7 @@ def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) 
     show_progress()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         number = runner.run(run(options, ready=_print_ready, announce=_print_line))
-    return 130 if number == signal.SIGINT else 0
+    return exit_status(number)
 
 
 def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:

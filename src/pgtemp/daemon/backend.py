@@ -8,8 +8,9 @@ import os
 import socket
 from dataclasses import dataclass
 
-from pgtemp.aio import whole
+from pgtemp.daemon.logins import login
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemon.shares import in_turn
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
@@ -55,7 +56,9 @@ class Backend:
 async def furnish(isolation: Isolation, place: Place, wish: Wish) -> str:
     """Make a place fit for who connects; the database's real name. Raises PgTempError."""
     dbname = isolation.furnished(place, wish)
-    return dbname if dbname is not None else await whole(lambda: isolation.furnish(place, wish))
+    if dbname is not None:
+        return dbname
+    return await in_turn(place, lambda: isolation.furnish(place, wish))
 
 
 async def connect(place: Place, startup: Startup, dbname: str, *, by_password: bool) -> Backend:
@@ -65,7 +68,7 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
         by_password: come by TCP, where servers ask for a password, which is the client's to say.
 
     Raises:
-        OSError: the server cannot be reached.
+        OSError: the server cannot be reached; TimeoutError if it does not answer.
         ProtocolError: with that name the packet is longer than a server takes.
         ClusterError: it asks for no password; nobody else gets a place in it.
     """
@@ -73,25 +76,30 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     check_length(len(packet))
     loop = asyncio.get_running_loop()
     if by_password:
-        server = Endpoint()
-        await loop.create_connection(lambda: server, *place.address)
-        backend = Backend(server, ServerStart())
-        try:
-            if not place.alive:  # its port may be somebody else's by now
-                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-            server.write(packet)
-            await _await_question(backend, place)
-        except BaseException:
-            server.close()
-            raise
+        async with login(place):
+            _, server = await loop.create_connection(Endpoint, *place.address)
+            backend = Backend(server, ServerStart())
+            try:
+                if not place.alive:  # its port may be somebody else's by now
+                    raise ConnectionRefusedError(
+                        errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
+                    )
+                server.write(packet)
+                await _await_question(backend, place)
+            except BaseException:
+                server.close()
+                raise
         return backend
     raw = socket.socket(socket.AF_UNIX)
     try:
         raw.setblocking(False)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         # A unix socket connects at once, so the server is at work before the loop comes round.
-        while (code := raw.connect_ex(place.socket)) == errno.EAGAIN:
-            await asyncio.sleep(_QUEUE_SECONDS)  # the server's queue is full
+        code = raw.connect_ex(place.socket)
+        if code == errno.EAGAIN:  # the server's queue is full
+            async with login(place):
+                while (code := raw.connect_ex(place.socket)) == errno.EAGAIN:
+                    await asyncio.sleep(_QUEUE_SECONDS)
         if code:
             raise OSError(code, os.strerror(code))
         check_listener(raw, place.cluster.blueprint.owner.uid)
@@ -100,7 +108,22 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     except BaseException:
         raw.close()
         raise
-    return Backend(server, ServerStart())
+    backend = Backend(server, ServerStart())
+    try:
+        async with login(place):
+            await _read(backend)
+    except BaseException:
+        server.close()
+        raise
+    return backend
+
+
+async def _read(backend: Backend) -> bytes:
+    """Read what the server says, and keep it for the client; b"" at the end."""
+    data = await backend.server.read()
+    backend.greeting += data
+    backend.login.feed(data)
+    return data
 
 
 async def _await_question(backend: Backend, place: Place) -> None:
@@ -109,9 +132,7 @@ async def _await_question(backend: Backend, place: Place) -> None:
     Whoever has a superuser's connection can have pg_hba.conf say that no password is needed.
     """
     frames = Frames(wanted=b"R", most=_MOST_GREETING)
-    while data := await backend.server.read():
-        backend.greeting += data
-        backend.login.feed(data)
+    while data := await _read(backend):
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
@@ -123,9 +144,13 @@ async def _await_question(backend: Backend, place: Place) -> None:
                 )
 
 
-async def log_in(backend: Backend) -> bool:
-    """Hear the server out until the client could speak; False if it refused or said too much."""
-    await _hear(backend, backend.login)
+async def log_in(backend: Backend, place: Place) -> bool:
+    """Hear the server out until the client could speak; False if it refused or said too much.
+
+    Raises TimeoutError if it does not answer.
+    """
+    async with login(place):
+        await _hear(backend, backend.login)
     return backend.login.done and not backend.login.failed
 
 

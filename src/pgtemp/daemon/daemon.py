@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
@@ -18,6 +19,7 @@ from pgtemp.aio import whole
 from pgtemp.daemon import control, credentials, doors
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemon.shares import THREADS
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases import provision
 from pgtemp.databases.apart import Apart
@@ -31,7 +33,8 @@ from pgtemp.server.installation import Installation
 from pgtemp.uri import ConnectionInfo, redact
 
 _FORCED = 130
-_THREADS = 32  # for what blocks: mostly waiting for PostgreSQL
+# A server in a state that nothing here foresees must not hold up the end: the warden ends it.
+_END_SECONDS = 4.0
 _CONNECTIONS = 1000
 _LOGIN_SECONDS = "10s"
 
@@ -68,14 +71,16 @@ async def run(
         # A pipe may have to be waited for, and a signal is to end that.
         secret, certificate = credentials.password(options), credentials.certificate(options)
         stopping: asyncio.Future[int] = loop.create_future()
-        at_the_end.enter_context(_signals(loop, stopping))
+        patient = options.persist or options.dump is not None  # what is to be kept takes its time
+        seconds = None if patient else _END_SECONDS
+        at_the_end.enter_context(_signals(loop, stopping, seconds))
 
         descriptors.raise_limit()
         # start up: listening comes first, so that a port that is taken costs nothing
         listening = doors.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "pgtemp-work"))
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "pgtemp-work"))
         # A lease's time is not that of its server.
         plan = await whole(lambda: provision.plan(_for_servers(options), (), secret))
         isolation = _isolation(options, plan, announce)
@@ -112,11 +117,17 @@ async def run(
             at_the_end.callback(server.close)
         if isolation.pillar is not None:
             _watch(loop, isolation.pillar, stopping)
+            at_the_end.callback(loop.remove_reader, isolation.pillar.fileno())
         gc.collect()
         gc.freeze()  # what is there now stays, and need not be looked at while clients wait
         ready(announcement)
         return await stopping
         # shut down: the exit stack goes backwards, from listening to the isolation
+
+
+def exit_status(number: int) -> int:
+    """That of a process which a signal has stopped."""
+    return 130 if number == signal.SIGINT else 0
 
 
 def _for_servers(options: DaemonOptions) -> DaemonOptions:
@@ -189,12 +200,21 @@ def _socket_dir() -> Iterator[str]:
 
 
 @contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int]) -> Iterator[None]:
-    """The first signal stops; the second does not wait. What was before comes back."""
+def _signals(
+    loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int], seconds: float | None
+) -> Iterator[None]:
+    """The first signal stops, within so many seconds; the second does not wait.
+
+    What was before comes back.
+    """
 
     def stop(number: int) -> None:
         if stopping.done():
             os._exit(_FORCED)  # the warden ends all servers
+        if seconds is not None:
+            limit = threading.Timer(seconds, os._exit, [exit_status(number)])
+            limit.daemon = True
+            limit.start()
         stopping.set_result(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pgtemp.aio import whole
 from pgtemp.daemon import abandoned, wishes
 from pgtemp.daemon.backend import Backend, connect, furnish
 from pgtemp.daemon.cancels import Cancels
@@ -21,9 +20,11 @@ from pgtemp.daemon.crowd import MORE_FILES, Crowd, Newcomer
 from pgtemp.daemon.doors import Door
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.leases import Leases
-from pgtemp.daemon.refusals import RefusedError, crashed, refusal
+from pgtemp.daemon.refusals import RefusedError, UnreachableError, crashed, refusal
 from pgtemp.daemon.relay import Endpoint, relay
+from pgtemp.daemon.shares import in_turn
 from pgtemp.daemonoptions import DaemonOptions
+from pgtemp.databases.answers import NoAnswerError
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
 from pgtemp.host.peers import Peers
@@ -36,7 +37,9 @@ from pgtemp.wire.tls import NO_TLS, Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
-_NOBODY_THERE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE)
+_NOBODY_THERE = (
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE, errno.ETIMEDOUT,
+)  # fmt: skip
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _PROBE = "pg_isready"
 
@@ -84,6 +87,7 @@ class Gateway:
         self._closing = True
         for task in self._clients:
             task.cancel()
+        self._isolation.interrupt()  # the clients' tasks hear of their end first, though
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._leases.close()
         self.peers.close()
@@ -141,6 +145,20 @@ class Gateway:
         except PgTempError as error:
             raise refusal(error) from error
         inspection = self._inspection(startup)
+        try:
+            await self._serve_in_lease(client, wish, startup, door, inspection)
+        except UnreachableError as why:
+            _log.info("tried once more: %s", why)
+            await self._serve_in_lease(client, wish, startup, door, inspection)
+
+    async def _serve_in_lease(
+        self,
+        client: Endpoint,
+        wish: Wish,
+        startup: Startup,
+        door: Door,
+        inspection: Inspection | None,
+    ) -> None:
         lease = await self._leases.enter(wish, startup, client)
         first_words = replies.ClientStart()
         try:
@@ -157,7 +175,11 @@ class Gateway:
             await self._leases.leave(lease, client)
 
     async def _backend(self, lease: Lease, wish: Wish, startup: Startup, door: Door) -> Backend:
-        """The connection that was opened ahead, else a new one."""
+        """The connection that was opened ahead, else a new one.
+
+        Raises:
+            RefusedError: an UnreachableError if no other client gets a place in that server.
+        """
         ahead, lease.backend = lease.backend, None
         if ahead is not None:
             return ahead
@@ -165,14 +187,17 @@ class Gateway:
             dbname = await furnish(self._isolation, lease.place, wish)
             return await connect(lease.place, startup, dbname, by_password=door.by_password)
         except PgTempError as error:
+            if isinstance(error.__cause__, NoAnswerError):
+                lease.place.give_up()
+                raise UnreachableError("57P03", error.cause, error.remedy) from error
             raise refusal(error) from error
         except OSError as error:
-            if error.errno in _NOBODY_THERE:  # rather than a lack of ours, of descriptors say
-                lease.place.forsake()
+            words = f"the server cannot be reached: {error.strerror}"
+            if error.errno in _NOBODY_THERE:
+                lease.place.give_up()
+                raise UnreachableError("57P03", words, "connect again") from error
             hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
-            raise RefusedError(
-                "57P03", f"the server cannot be reached: {error.strerror}", hint
-            ) from error
+            raise RefusedError("57P03", words, hint) from error
 
     def _inspection(self, startup: Startup) -> Inspection | None:
         """What inspects a client's messages: those of a walsender in a shared server."""
@@ -251,7 +276,7 @@ class Gateway:
             if client.has_finished:
                 return
             if replies.broke_off(server.last):
-                raise await whole(lambda: crashed(lease.place.cluster))
+                raise await in_turn(lease.place, lambda: crashed(lease.place.cluster))
 
 
 def _not_shared(what: str) -> RefusedError:

@@ -20,6 +20,7 @@ from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.refusals import RefusedError, refusal
 from pgtemp.daemon.rehearsal import Rehearsals
 from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.databases.isolation import TEMPLATE, Isolation, Wish
 from pgtemp.databases.place import Place
@@ -254,7 +255,10 @@ class Leases:
 
     async def _give_back(self, lease: Lease) -> None:
         try:
-            await whole(lambda: self._isolation.release(lease.place, lease.wish, used=lease.used))
+            await in_turn_at_last(
+                lease.place,
+                lambda: self._isolation.release(lease.place, lease.wish, used=lease.used),
+            )
         except Exception as error:  # no other task is told of it
             _log.error("lease %d: %s", lease.number, error)
         finally:

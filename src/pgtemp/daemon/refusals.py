@@ -23,6 +23,10 @@ class RefusedError(Exception):
         self.reply = replies.fatal(sqlstate, message, hint=hint, detail=detail)
 
 
+class UnreachableError(RefusedError):
+    """A client whose server cannot be reached; another one may be."""
+
+
 def crashed(cluster: Cluster) -> RefusedError:
     """What somebody is told whose connection was taken along by a crash."""
     cause, log = "PostgreSQL has ended all connections after a crash", cluster.log_tail()

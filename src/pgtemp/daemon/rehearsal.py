@@ -20,9 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pgtemp.aio import whole
 from pgtemp.daemon import wishes
 from pgtemp.daemon.backend import Backend, connect, furnish, log_in, plan_ahead
+from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.databases.place import Place
 from pgtemp.databases.watching import WATCHING
@@ -198,7 +198,7 @@ class Rehearsals:
         try:
             dbname = await furnish(self._isolation, place, stage.wish)
             backend = await connect(place, stage.startup, dbname, by_password=False)
-            if await log_in(backend):
+            if await log_in(backend, place):
                 watched = place.watched or _is_watched(stage.startup)
                 busy = bool(stage.plan)  # it may be at it for ever
                 if watched or await self._plan_ahead(stage, backend):
@@ -213,7 +213,8 @@ class Rehearsals:
         """Whether any statement could be planned; ProtocolError if what was learned could not."""
         plan = stage.plan
         if not plan:
-            return await plan_ahead(backend, ANY_PLAN)
+            async with asyncio.timeout(_PLAN_SECONDS):
+                return await plan_ahead(backend, ANY_PLAN)
         with suppress(TimeoutError):
             async with asyncio.timeout(_PLAN_SECONDS):
                 if await plan_ahead(backend, undone(plan)):
@@ -229,7 +230,7 @@ class Rehearsals:
     ) -> None:
         if backend is not None:
             backend.close()
-        await whole(lambda: self._isolation.release(place, stage.wish, used=used))
+        await in_turn_at_last(place, lambda: self._isolation.release(place, stage.wish, used=used))
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

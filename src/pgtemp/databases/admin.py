@@ -9,6 +9,7 @@ from typing import LiteralString
 from psycopg import errors, sql
 
 from pgtemp.databases import connections
+from pgtemp.databases.answers import seconds_to_copy
 from pgtemp.databases.connections import Connection
 from pgtemp.databases.secret import Secret
 from pgtemp.host import room
@@ -151,7 +152,8 @@ def clone(
     deadline = time.monotonic() + IN_USE_SECONDS
     while True:
         try:
-            connection.execute(statement)
+            with connection.given(seconds_to_copy(size)):
+                connection.execute(statement)
             break
         except errors.ObjectInUse:
             # Nothing tells when somebody leaves a database; the server itself waits five seconds.

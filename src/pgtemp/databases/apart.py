@@ -201,7 +201,7 @@ class Apart:
         """Seal what was edited; from now on it is what the name stands for."""
         with self._changing:
             bench = self._editing.pop(place)
-        if not used:
+        if not used or self._closed:
             bench.close()
             return
         try:
@@ -218,12 +218,22 @@ class Apart:
     def _dump(self, place: Place, wish: Wish) -> None:
         assert self._options.dump is not None
         to = _numbered(self._options.dump, place.number)
+        if not place.alive:
+            _log.error("%s was not dumped to %s: its server does not answer", wish.dbname, to)
+            return
         info = provision.private_info(place.cluster, self._plan.superuser, place.dbname)
         try:
             transfer.dump(self._plan.installation, info, to)
             self._announce(f"dumped {wish.dbname} to {to}")
         except PgTempError as error:
             _log.error("%s", error)
+
+    def interrupt(self) -> None:
+        self._closed = True
+        for place in list(self._editing):
+            place.cluster.abandon()
+        for stock in self._all():
+            stock.supply.interrupt(discard=self._options.dump is None)
 
     def close(self) -> None:
         with self._changing:

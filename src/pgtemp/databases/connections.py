@@ -1,6 +1,7 @@
 """pgtemp's own connections: one for a block, or one for each thread at work, kept open.
 
-On the server's private socket, and with nothing of what libpq takes from the environment.
+On the server's private socket, and with nothing of what libpq takes from the environment. Each wait
+for the server ends (see answers.py).
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg import errors
-from psycopg.abc import Buffer
+from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import Loader
 from psycopg.conninfo import make_conninfo
 
+from pgtemp.databases.answers import (
+    ANSWER_SECONDS,
+    LOCK_SECONDS,
+    NoAnswerError,
+    check_running,
+    limited,
+)
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
 from pgtemp.host import identity, room
 from pgtemp.uri import ConnectionInfo
@@ -32,13 +40,14 @@ from pgtemp.uri import ConnectionInfo
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
 _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "hostaddr": "",
+    "connect_timeout": int(ANSWER_SECONDS),
     "require_auth": "",
     "target_session_attrs": "any",
     "sslmode": "disable",
     "gssencmode": "disable",
     "client_encoding": "UTF8",
 }
-_OPTIONS = "-c plan_cache_mode=force_generic_plan"
+_OPTIONS = f"-c plan_cache_mode=force_generic_plan -c lock_timeout={LOCK_SECONDS:g}s"
 # Beats ALTER ROLE and ALTER DATABASE ... SET: objects that a client made in the maintenance
 # database must not take the place of the catalogs and their functions.
 _CATALOGS_ONLY = "-c search_path=pg_catalog"
@@ -51,6 +60,7 @@ _COMES_BACK = re.compile(
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
 _numbers = itertools.count()
+T = TypeVar("T")
 
 
 class _Text(Loader):
@@ -65,7 +75,27 @@ class _Text(Loader):
 
 
 class Connection(psycopg.Connection[Any]):
-    """One of pgtemp's own."""
+    """One of pgtemp's own. A statement that gets no answer in time closes it."""
+
+    _seconds = ANSWER_SECONDS
+
+    @contextmanager
+    def given(self, seconds: float) -> Iterator[None]:
+        """Let each statement of a block take so many seconds."""
+        self._seconds = seconds
+        try:
+            yield
+        finally:
+            self._seconds = ANSWER_SECONDS
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """As psycopg's, within the time that a statement has. Raises NoAnswerError."""
+        try:
+            waiting = limited(gen, self._seconds, lambda: check_running(self.home))
+            return super().wait(waiting, *args, **kwargs)
+        except NoAnswerError:
+            self.pgconn.finish()
+            raise
 
     @cached_property
     def _known(self) -> dict[str, bytes]:
@@ -103,7 +133,7 @@ def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
     Args:
         options: further settings of the session, as of the program `postgres`.
 
-    Raises psycopg's errors.
+    Raises psycopg's errors; NoAnswerError if the server does not answer.
     """
     deadline = time.monotonic() + _RECOVERY_SECONDS
     while True:
@@ -123,6 +153,8 @@ def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
             for name in ("text", "name"):
                 connection.adapters.register_loader(name, _Text)
             return connection
+        except errors.ConnectionTimeout as error:
+            raise NoAnswerError(f"the server let nobody in within {ANSWER_SECONDS:g} s") from error
         except psycopg.OperationalError as error:
             # One that cannot come back ends, and then the words are others.
             if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
@@ -167,6 +199,10 @@ def _told(to: ConnectionInfo) -> Iterator[None]:
             raise DiskFullError(
                 f"{place} is full ({room.left(place)}): {words.splitlines()[0]}", remedy=room.REMEDY
             ) from error
+        if isinstance(error, NoAnswerError):
+            raise ClusterError(
+                f"PostgreSQL at {to.host}: {words}", remedy="start a new server"
+            ) from error
         raise ClusterError(f"PostgreSQL at {to.host} refused: {words}") from error
 
 
@@ -201,11 +237,20 @@ def _libpq_environment() -> frozenset[tuple[str, str]]:
     return frozenset([("", ""), *(pair for pair in os.environ.items() if pair[0].startswith("PG"))])
 
 
+def was_lost(error: BaseException | None) -> bool:
+    """Whether a connection broke; without an SQLSTATE, the error is one of libpq."""
+    lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    return lost and not isinstance(error, NoAnswerError)
+
+
 class Admins:
     """Administrative connections that stay open, one for each thread at work.
 
     Args:
         check: raises where the server has died, which says more than what a connection hears of it.
+
+    Attributes:
+        unanswered: whether the server has left one of them without an answer.
     """
 
     def __init__(self, to: ConnectionInfo, check: Callable[[], None]) -> None:
@@ -213,6 +258,7 @@ class Admins:
         self._check = check
         self._idle: deque[Connection] = deque()
         self._owner = os.getpid()
+        self.unanswered = False
         self.closing = threading.Event()
 
     @contextmanager
@@ -239,8 +285,8 @@ class Admins:
             yield
         except ClusterError as error:
             of = error.__cause__
-            lost = isinstance(of, psycopg.OperationalError) and of.sqlstate is None
-            for _ in range(_MOMENTS if lost else 0):
+            self.unanswered |= isinstance(of, NoAnswerError | errors.LockNotAvailable)
+            for _ in range(_MOMENTS if was_lost(of) else 0):
                 try:
                     self._check()
                 except PgTempError as death:

@@ -61,6 +61,13 @@ class Isolation(Protocol):
         """Make ready for one more connection; the name of the database to log in to."""
 
     def release(self, place: Place, wish: Wish, *, used: bool) -> None: ...
+    def interrupt(self) -> None:
+        """End what calls wait for, since the daemon ends: servers of which nothing is kept.
+
+        Of the others, let processes go on that were stopped. Does not wait. Only `release` and
+        `close` may be called after it.
+        """
+
     def close(self) -> None: ...
 
     @property

@@ -23,6 +23,7 @@ class Place:
         supply: where it came from; None where it did not come from one.
         epoch: that of `tenants` when it was made.
         watched: whether its server loads libraries, which may watch every statement.
+        unreachable: whether its server did not answer.
         furnishing: held while it is made fit for somebody.
     """
 
@@ -34,6 +35,7 @@ class Place:
     tenants: TenantCluster | None = None
     epoch: int = 0
     watched: bool = False
+    unreachable: bool = False
     furnishing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -49,7 +51,7 @@ class Place:
     @property
     def usable(self) -> bool:
         """Whether whoever comes next can still have it."""
-        return self.supply is None or self.supply.usable(self)
+        return not self.unreachable and (self.supply is None or self.supply.usable(self))
 
     @property
     def outdated(self) -> bool:
@@ -58,11 +60,16 @@ class Place:
 
     @property
     def alive(self) -> bool:
-        """Whether its server runs."""
-        return alive(self.cluster)
+        """Whether its server runs and can be reached."""
+        return not self.unreachable and alive(self.cluster)
+
+    def give_up(self) -> None:
+        """Note that its server cannot be reached: no client gets it, or another place in it."""
+        self.unreachable = True
+        self.forsake()
 
     def forsake(self) -> None:
-        """Its server cannot be reached: nobody else gets a place in it."""
+        """Let no other client get a place in its server."""
         if self.tenants is not None:
             self.tenants.spoil()
             alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
@@ -87,4 +94,5 @@ class Supply(Protocol):
     def furnished(self, place: Place, user: str) -> bool: ...
     def furnish(self, place: Place, user: str, dbname: str) -> None: ...
     def release(self, place: Place, *, used: bool) -> None: ...
+    def interrupt(self, *, discard: bool) -> None: ...
     def close(self) -> None: ...

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pgtemp.databases import admin, connections, extensions, transfer
+from pgtemp.databases.answers import LONG_SECONDS
 from pgtemp.databases.connections import Connection
 from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
@@ -116,7 +117,7 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
         furnish_database(cluster, plan, options.dbname, options.user)
         to = private_info(cluster, plan.superuser, options.dbname)
         if options.extensions:
-            with connections.connected(to) as connection:
+            with connections.connected(to) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
             to = private_info(cluster, options.user, options.dbname)

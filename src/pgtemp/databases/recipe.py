@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.databases import connections, extensions, transfer
+from pgtemp.databases.answers import LONG_SECONDS
 from pgtemp.errors import OptionError, TransferError
 from pgtemp.host import processes
 from pgtemp.host.progress import step
@@ -131,7 +132,7 @@ class Recipe:
             PgTempError: it failed. A callable's own error comes as it is.
         """
         if self.extensions:
-            with connections.connected(private) as connection:
+            with connections.connected(private) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, self.extensions, programs.major)
         for one in _each(self.build):
             if callable(one):

@@ -21,13 +21,14 @@ import secrets
 import socket
 import threading
 from contextlib import suppress
+from typing import Any
 
 from psycopg import Error
 
 from pgtemp.databases import admin
 from pgtemp.databases.connections import Admins, Connection
 from pgtemp.errors import ClusterError, PgTempError
-from pgtemp.host import room
+from pgtemp.host import proc, room
 from pgtemp.host.tree import Tree
 from pgtemp.server import warden
 from pgtemp.server.framing import decode, encode
@@ -37,7 +38,9 @@ _log = logging.getLogger("pgtemp")
 _AFTER = 4  # databases that are dropped in the usual way; who has no more needs no shelf
 _MOST, _MOST_BYTES = 4, 64 << 20  # directories on the shelf; of large ones, one
 _STUB_BYTES = 1 << 16
-_ANSWER_SECONDS = 60.0
+# It renames directories, and copies 64 MB at most.
+_ANSWER_SECONDS, _MOST_ANSWER = 10.0, 64 << 10
+_LOOK_SECONDS = 0.5
 # Whoever replays the server's log would copy the stub, and have no files.
 _REPLAYED = """
 SELECT FROM pg_stat_get_wal_senders() UNION ALL
@@ -138,11 +141,7 @@ class Reuse:
     def close(self) -> None:
         """End the process; the server with all that is in it goes by itself."""
         with self._talking:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = None
-        if self._process is not None:
-            self._process.abandon()
+            self._abandon()
 
     def _has_use(self, connection: Connection, attributes: bool, size: int) -> bool:
         with self._changing:
@@ -174,7 +173,6 @@ class Reuse:
             owner = os.fstat(data.fd)
         switch = os.geteuid() != owner.st_uid
         self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(_ANSWER_SECONDS)
         with theirs, open(os.devnull) as nothing:
             self._process = warden.current().hold(
                 [], keep=False, lease=nothing.fileno(), log=theirs.fileno()
@@ -215,23 +213,45 @@ class Reuse:
             if self._channel is None:
                 return False
             try:
+                self._channel.settimeout(_ANSWER_SECONDS)
                 self._channel.sendall(encode({"do": what, "oid": oid, "answer": answer}))
                 if not answer:
                     return True
-                while (said := decode(self._buffer)) is None:
-                    data = self._channel.recv(65536)
-                    if not data:
-                        raise ConnectionError("its process has ended")
-                    self._buffer += data
+                said = self._answer(self._channel)
             except OSError as error:
                 _log.info("directories of databases are not used again: %s", error)
                 self._refused = True
-                self._channel.close()
-                self._channel = None
+                self._abandon()
                 return False
         if said["error"]:
             _log.debug("a directory could not be used again: %s", said["error"])
         return not said["error"]
+
+    def _answer(self, channel: socket.socket) -> dict[str, Any]:
+        """What the process says. Raises OSError if it says nothing, or too much, in time."""
+        assert self._process is not None
+        seconds = _ANSWER_SECONDS
+        while (said := decode(self._buffer)) is None:
+            channel.settimeout(_LOOK_SECONDS)
+            try:
+                data = channel.recv(65536)
+            except TimeoutError:
+                seconds -= _LOOK_SECONDS
+                if seconds <= 0 or proc.is_stopped(self._process.pid):
+                    raise
+                continue
+            self._buffer += data
+            if not data or len(self._buffer) > _MOST_ANSWER:
+                raise ConnectionError("its process has ended")
+        return said
+
+    def _abandon(self) -> None:
+        """Have the process ended; with `_talking` held."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+        if self._process is not None:
+            self._process.abandon()
 
 
 def _oid_of(connection: Connection, name: str) -> str:

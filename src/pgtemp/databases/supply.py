@@ -41,6 +41,7 @@ class Clusters:
         self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
         self._watched: bool | None = None  # of all of them, since they are made alike
+        self._live: set[Place] = set()
         self._pool: Pool[Place] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
 
     def provision(self) -> Place:
@@ -51,7 +52,9 @@ class Clusters:
         cluster = Cluster(blueprint)
         cluster.start(meanwhile=self._begin)
         watched = bool(self._watched)
-        return Place(cluster, "", self._plan.users, supply=self, watched=watched)
+        place = Place(cluster, "", self._plan.users, supply=self, watched=watched)
+        self._live.add(place)
+        return place
 
     def _begin(self, cluster: Cluster) -> None:
         provision.give_password(cluster, self._plan)
@@ -60,6 +63,7 @@ class Clusters:
                 self._watched = watching.is_watched(connection)
 
     def dispose(self, place: Place) -> None:
+        self._live.discard(place)
         if place.number and self._plan.options.persist:
             try_note(place.cluster.home.path, Note(self._plan.options.user, place.dbname))
             place.cluster.stop()
@@ -100,6 +104,15 @@ class Clusters:
             self._pool.retire(place)
         else:
             self._pool.give_back(place)
+
+    def interrupt(self, *, discard: bool) -> None:
+        """Hand out nothing more, and end the servers, or let them go on that were stopped."""
+        self._pool.refuse()
+        for place in list(self._live):
+            if discard and not self._plan.options.persist:
+                place.cluster.abandon()
+            else:
+                place.cluster.unblock()
 
     def close(self) -> None:
         self._pool.close()
@@ -212,6 +225,16 @@ class Databases:
         """Whether somebody who has a lease made a database of this name."""
         return any(one.occupied and _has(one, dbname) for one in list(self._servers))
 
+    def interrupt(self, *, discard: bool) -> None:
+        """Hand out nothing more, and end the servers, or let them go on that were stopped."""
+        self._closed = True
+        self._pool.refuse()
+        for tenants in list(self._servers):
+            if discard and not self._keep:
+                tenants.abandon()
+            else:
+                tenants.cluster.unblock()
+
     def close(self) -> None:
         """Give nothing more; the server goes with its last database."""
         with self._moving:
@@ -241,10 +264,16 @@ class Databases:
         with self._moving:
             if self._closed:
                 raise ClusterError("pgtemp is shutting down")
-            if self._current is None or self._current.stale:
-                self._current = TenantCluster(self._plan, keep=self._keep)
-                self._servers.add(self._current)
-            return self._current
+            before = self._current
+            if before is not None:
+                before.check()
+                if not before.stale:
+                    return before
+            self._current = current = TenantCluster(self._plan, keep=self._keep)
+            self._servers.add(current)
+        if before is not None:
+            self._stop_if_empty(before)
+        return current
 
 
 def _tenants(place: Place) -> TenantCluster:
@@ -254,6 +283,6 @@ def _tenants(place: Place) -> TenantCluster:
 
 def _has(tenants: TenantCluster, dbname: str) -> bool:
     try:
-        return alive(tenants.cluster) and tenants.has(dbname)
+        return tenants.answers and tenants.has(dbname)
     except PgTempError:  # it is just being ended
         return False

@@ -19,7 +19,7 @@ import psycopg
 from psycopg import errors
 
 from pgtemp.databases import admin, connections
-from pgtemp.databases.connections import Admins, Ahead, Connection
+from pgtemp.databases.connections import Admins, Ahead, Connection, was_lost
 from pgtemp.databases.recipe import Recipe
 from pgtemp.databases.reuse import Reuse
 from pgtemp.databases.untouched import untouched
@@ -155,10 +155,8 @@ class Clones:
 
 
 def _was_ended(error: BaseException | None) -> bool:
-    # Without a code it is libpq's: the connection broke before the server could say anything.
-    return isinstance(error, errors.AdminShutdown | errors.CrashShutdown) or (
-        isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-    )
+    # Or the connection broke before the server could say anything.
+    return isinstance(error, errors.AdminShutdown | errors.CrashShutdown) or was_lost(error)
 
 
 def build(

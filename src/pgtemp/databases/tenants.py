@@ -12,9 +12,11 @@ from pgtemp.databases.provision import Plan
 from pgtemp.databases.residue import Residue
 from pgtemp.databases.template import Clones
 from pgtemp.errors import PgTempError
+from pgtemp.host import proc
 from pgtemp.server.cluster import Cluster
 
 _log = logging.getLogger("pgtemp")
+_GLANCE_SECONDS = 2.0  # for a question whose answer only makes an error message better
 
 
 def printable(text: str) -> str:
@@ -23,11 +25,14 @@ def printable(text: str) -> str:
 
 
 def alive(cluster: Cluster) -> bool:
-    """Whether a server runs; says so in the log where it does not."""
+    """Whether a server runs and is not stopped; logs a warning if not."""
     try:
         cluster.check()
     except PgTempError as error:
         _log.warning("%s", error)
+        return False
+    if proc.is_stopped(cluster.pid):
+        _log.warning("PostgreSQL (pid %d) is stopped (SIGSTOP)", cluster.pid)
         return False
     return True
 
@@ -80,6 +85,14 @@ class TenantCluster:
         return name in self.names or name in self.kept or self._clones.owns(name)
 
     @property
+    def answers(self) -> bool:
+        """Whether it runs, and has answered all that pgtemp asked."""
+        if self._admins.unanswered:
+            _log.warning("PostgreSQL (pid %d) does not answer", self.cluster.pid)
+            return False
+        return alive(self.cluster)
+
+    @property
     def stale(self) -> bool:
         """Whether it is no longer as it should be, so that nobody moves in any more."""
         return self._stale
@@ -89,8 +102,10 @@ class TenantCluster:
         self._stale = True
 
     def check(self) -> None:
-        """See whether it still runs; where not, it is stale."""
-        if not self._stale and not alive(self.cluster):
+        """Mark it stale if it does not run or does not answer."""
+        if self._stale:
+            return
+        if not self.answers:
             self.spoil()
 
     def clone(self, dbname: str) -> None:
@@ -142,7 +157,7 @@ class TenantCluster:
 
     def has(self, dbname: str) -> bool:
         """Whether there is a database of this name. Raises PgTempError."""
-        with self._admins.connection() as connection:
+        with self._admins.connection() as connection, connection.given(_GLANCE_SECONDS):
             return admin.exists(connection, dbname)
 
     def look(self, dbname: str) -> None:
@@ -169,6 +184,12 @@ class TenantCluster:
             # A role that is gone is made again for the next who comes with its name.
             self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
+
+    def abandon(self) -> None:
+        """Let the warden end the server; all that waits for it fails."""
+        self.spoil()
+        self._admins.closing.set()
+        self.cluster.abandon()
 
     def stop(self) -> None:
         """End the server with all that is in it, but for what is kept."""

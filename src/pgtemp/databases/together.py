@@ -58,6 +58,15 @@ class Together:
     def release(self, place: Place, wish: Wish, *, used: bool) -> None:
         """It goes on."""
 
+    def interrupt(self) -> None:
+        options = self._plan.options
+        if self.pillar is None:
+            pass
+        elif options.dump is None and not options.persist:
+            self.pillar.abandon()
+        else:
+            self.pillar.unblock()
+
     def close(self) -> None:
         """End the server. Raises TransferError where the dump of it failed."""
         cluster, options = self.pillar, self._plan.options

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pgtemp.databases.answers import ANSWER_SECONDS
 from pgtemp.databases.connections import conninfo
 from pgtemp.errors import TransferError
 from pgtemp.host import processes, room
@@ -93,7 +94,11 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
             output = os.open(fresh, _NEW, 0o600, dir_fd=directory)
             try:
                 program = installation.program("pg_dump")
-                result = processes.run([program, "-d", conninfo(source)], output=output)
+                result = processes.run(
+                    [program, "-d", conninfo(source)],
+                    env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
+                    output=output,
+                )
                 if result.returncode != 0:
                     raise _failed(cause, result, path.parent, "make room, or name another file")
                 os.rename(fresh, path.name, src_dir_fd=directory, dst_dir_fd=directory)

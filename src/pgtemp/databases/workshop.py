@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgtemp.databases import admin, connections, provision
+from pgtemp.databases.answers import LONG_SECONDS
 from pgtemp.databases.kept import read_note
 from pgtemp.databases.provision import Plan
 from pgtemp.databases.recipe import Recipe
@@ -83,7 +84,7 @@ class Workshop:
         """Seal the database and shut the server down; the image lasts until `close`."""
         # Clones come with a relation cache, since somebody was connected; and who only reads one
         # changes nothing in it, not even a hint (untouched.py).
-        with connections.connected(self._inside()) as connection:
+        with connections.connected(self._inside()) as connection, connection.given(LONG_SECONDS):
             connection.execute("VACUUM (FREEZE)")
         with provision.administered(self.cluster, self._plan) as connection:
             connection.execute("SELECT 1")

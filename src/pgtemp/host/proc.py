@@ -18,6 +18,15 @@ def lives(pid: int) -> bool:
     return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal such as SIGSTOP; False where that cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] == b"T"
+    except OSError:
+        return False
+
+
 def started(pid: int) -> int:
     """When a process was started, in ticks since boot, which with its pid tells it from all others.
 

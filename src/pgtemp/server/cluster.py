@@ -21,7 +21,7 @@ from pgtemp.host.copying import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.host.tree import Tree
 from pgtemp.server import condition, home, warden
-from pgtemp.server.crash import clear_crashed
+from pgtemp.server.crash import clear_crashed, unblock
 from pgtemp.server.image import CONF, Copyable, Source
 from pgtemp.server.installation import Installation
 
@@ -73,6 +73,7 @@ class Cluster:
         existing: a home that was kept, to start on in place.
         verifier: what to store as the superuser's password, where the source allows that without
             SQL; `has_password` tells whether it did.
+        let_in: when it last let a client in, by `time.monotonic()`, as far as that is noted.
     """
 
     blueprint: Blueprint
@@ -82,6 +83,7 @@ class Cluster:
     home: home.Home = field(init=False)
     port: int = field(init=False, default=SOCKET_PORT)
     pid: int = field(init=False, default=0)
+    let_in: float = field(init=False, default=0.0)
     log_path: Path = field(init=False)
     _process: warden.Process | None = field(init=False, default=None)
     _stopping: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -196,10 +198,19 @@ class Cluster:
 
     def abandon(self) -> None:
         """Let the warden end the server on its own, without waiting for it."""
-        process, self._process = self._process, None
+        if not self._stopping.acquire(blocking=False):
+            return  # another thread stops it
+        try:
+            process, self._process = self._process, None
+        finally:
+            self._stopping.release()
         if process is not None:
             process.abandon()
             self.home.release()
+
+    def unblock(self) -> None:
+        """Continue its stopped processes, and kill programs that its backends wait for."""
+        unblock(str(self.data_dir))
 
     def fileno(self) -> int:
         """A descriptor that can be read when there is news for `check`."""
@@ -212,9 +223,10 @@ class Cluster:
             ClusterError: it has, or does; carries the end of its log.
             WardenError: it has died with its warden.
         """
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
-        if self._process.wait(0) is not None:
+        if process.wait(0) is not None:
             raise self._died()
         if self._status() == "stopping":  # it may do so for as long as anybody is connected
             raise ClusterError(

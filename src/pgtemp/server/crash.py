@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _ctypes
 import os
+import sys
 import time
 
 from pgtemp.host.openat import DIRECTORY, open_file, quietly
@@ -16,11 +17,12 @@ from pgtemp.host.openat import DIRECTORY, open_file, quietly
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 else:
     import _signal
 
 SIGKILL, SIGTERM = 9, 15
+_SIGCONT = 19 if sys.platform == "darwin" else 18
 # What was killed is not gone at once: a process disappears from /proc before its memory is let go.
 _TRIES, _MOMENT = 200, 0.005
 _PATIENCE = 1000  # moments that a program gets to clean up
@@ -90,8 +92,8 @@ def _works_in(data: int, pid: int) -> bool:
         return False
 
 
-def _kill(data: int, pid: int) -> None:
-    """Kill a server process of `data`.
+def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
+    """Send a signal to a process, if it is still the one that is meant.
 
     Another process may have got the pid since the search, which takes as long as there are
     processes. So the descriptor of the process comes first, and the check after it.
@@ -101,34 +103,68 @@ def _kill(data: int, pid: int) -> None:
     except ProcessLookupError:
         return
     except (AttributeError, OSError):  # a system without pidfd
-        quietly(os.kill, pid, SIGKILL)
+        quietly(os.kill, pid, number)
         return
     try:
-        if _works_in(data, pid):
-            quietly(_signal.pidfd_send_signal, process, SIGKILL)
+        if is_meant(pid):
+            quietly(_signal.pidfd_send_signal, process, number)
     finally:
         os.close(process)
 
 
-def clear_crashed(data_dir: str) -> None:
-    """End what a killed postmaster left running in `data_dir`, and its SysV segment."""
+def unblock(data_dir: str) -> None:
+    """Let the server in `data_dir` react to signals.
+
+    Continues its processes that are stopped, and kills programs that backends run (COPY PROGRAM):
+    a backend waits for its program whatever signal it gets.
+    """
     try:
         data = open_data(data_dir)
     except OSError:
         return
     try:
-        clear(data)
+        uid, backends = os.fstat(data).st_uid, set(_working_in(data))
+        for pid in backends:
+            _signal_one(pid, _SIGCONT, lambda pid: _works_in(data, pid))
+        for name in os.listdir("/proc") if backends else ():
+            # A backend leads a process group, in which its programs are.
+            if name.isdigit() and int(name) not in backends and _is_of(int(name), backends, uid):
+                _signal_one(int(name), SIGKILL, lambda pid: _is_of(pid, backends, uid))
     finally:
         os.close(data)
 
 
-def clear(data: int) -> None:
+def _is_of(pid: int, groups: set[int], uid: int) -> bool:
+    """Whether a process is in one of some process groups, and a user's."""
+    try:
+        return os.getpgid(pid) in groups and os.stat(f"/proc/{pid}").st_uid == uid
+    except OSError:
+        return False
+
+
+def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
+    """End what a killed postmaster left running in `data_dir`, and its SysV segment.
+
+    Args:
+        postmaster: its id, by which its segment is told even if its notes are lost.
+    """
+    try:
+        data = open_data(data_dir)
+    except OSError:
+        return
+    try:
+        clear(data, postmaster)
+    finally:
+        os.close(data)
+
+
+def clear(data: int, postmaster: int = 0) -> None:
     """The same, for the descriptor of a data directory."""
-    killed: set[int] = set()
+    killed: set[int] = {postmaster} if postmaster else set()
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
-            _kill(data, pid)
+            _signal_one(pid, SIGKILL, lambda pid: _works_in(data, pid))
         if not orphans:
             break
         killed.update(orphans)

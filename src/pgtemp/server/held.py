@@ -12,7 +12,7 @@ import time
 
 from pgtemp.host.removal import ASIDE
 from pgtemp.server import shelf
-from pgtemp.server.crash import libc
+from pgtemp.server.crash import libc, unblock
 from pgtemp.server.framing import encode
 
 TYPE_CHECKING = False
@@ -24,12 +24,18 @@ else:
     import _signal
 
 INT, QUIT, KILL = _signal.SIGINT, _signal.SIGQUIT, _signal.SIGKILL
+CONT = _signal.SIGCONT
 # (signal, its name, seconds to wait for the postmaster after it). Data that is thrown away needs
-# no shutdown checkpoint; data that is kept gets the time a checkpoint of a large one may take.
+# no shutdown checkpoint, and no more than the moment in which a postmaster removes its shared
+# memory. Data that is kept gets the time a checkpoint of a large one may take. A fast shutdown
+# waits for all backends, so SIGCONT goes to each process of the server if some do not end.
 LADDERS = {
-    "discard": ((QUIT, "SIGQUIT", 5.0), (KILL, "SIGKILL", 5.0)),
-    "keep": ((INT, "SIGINT", 60.0), (QUIT, "SIGQUIT", 5.0), (KILL, "SIGKILL", 5.0)),
-}
+    "discard": ((QUIT, "SIGQUIT", 2.0), (KILL, "SIGKILL", 5.0)),
+    "keep": (
+        (INT, "SIGINT", 1.0), (CONT, "SIGCONT", 59.0),
+        (QUIT, "SIGQUIT", 5.0), (KILL, "SIGKILL", 5.0),
+    ),
+}  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _NICE = 5  # of what looks after a shelf: whoever waits for a database comes first
 _MOST_FDS = 1 << 20
@@ -132,8 +138,11 @@ class Server:
         for number, name, seconds in self.steps or ():
             try:
                 os.kill(self.pid, number)
+                os.kill(self.pid, CONT)  # a stopped process obeys SIGKILL only
             except ProcessLookupError:
                 return
+            if number == CONT and "data_dir" in self.spec:
+                unblock(self.spec["data_dir"])
             self.used.append(name)
             self.deadline = time.monotonic() + seconds
             return

@@ -225,10 +225,10 @@ class Reaper:
                     self._died(server, os.waitstatus_to_exitcode(status))
 
     def _died(self, server: Server, code: int) -> None:
-        server.pid, server.deadline = 0, None
+        pid, server.pid, server.deadline = server.pid, 0, None
         server.tell(exit=code)  # first: whoever has lost a connection wants to know why
         if code < 0 and "data_dir" in server.spec:
-            clear_crashed(server.spec["data_dir"])
+            clear_crashed(server.spec["data_dir"], pid)
         if server in self.ending:
             self.ending.remove(server)
             self._remove(server)

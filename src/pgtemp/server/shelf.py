@@ -134,10 +134,11 @@ def _files(directory: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def _copy(source: str, target: str, size: int) -> None:
     """Write a file in place: its blocks are there already."""
-    reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # O_NONBLOCK: a pipe that was put there is an error, not a wait.
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    reading = os.open(source, os.O_RDONLY | careful)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        writing = os.open(target, flags, 0o600)
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)
         try:
             left = size
             while left > 0:

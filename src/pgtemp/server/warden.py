@@ -161,8 +161,11 @@ class Process:
 
     def _receive(self, seconds: float) -> bool:
         """Take in what the warden says within so many seconds; False when it said nothing."""
+        descriptor = self._channel.fileno()
+        if descriptor < 0:
+            raise WardenError("the server was given up", remedy=_REMEDY)
         poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
+        poll.register(descriptor, select.POLLIN)
         if not poll.poll(max(0.0, seconds) * 1000):
             return False
         with self._reading:

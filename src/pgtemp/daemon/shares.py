@@ -1,0 +1,87 @@
+"""Worker threads, of which each server may use a few only.
+
+A call into a server blocks its thread until the server answers or the call's deadline has passed.
+If one server could use all threads, its tenant would keep all other clients out. So a call waits
+for its turn on the event loop, where a wait takes no thread and ends when the client hangs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pgtemp.aio import to_its_end, whole
+from pgtemp.databases.place import Place
+from pgtemp.errors import ClusterError
+
+T = TypeVar("T")
+THREADS = 128  # of the daemon; the executor starts as many as are in use at once
+_SHARE = 4  # of one server; on two cores, more are no faster
+_TURN_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class _Turns:
+    """The turns of one server, and the number of calls that have or want one."""
+
+    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SHARE))
+    calls: int = 0
+
+
+_turns: dict[Path, _Turns] = {}  # by the server's home
+
+
+async def in_turn(place: Place, do: Callable[[], T]) -> T:
+    """Run `do`, which concerns the server of a place, in a thread; see `aio.whole`.
+
+    Raises:
+        ClusterError: other calls kept the server's threads for too long.
+    """
+    async with _turn(place, _TURN_SECONDS):
+        return await whole(do)
+
+
+async def in_turn_at_last(place: Place, do: Callable[[], T]) -> T:
+    """The same for what must be done: it has no deadline, and is done even if cancelled."""
+    waiting = asyncio.ensure_future(_without_deadline(place, do))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        await to_its_end(waiting)
+        raise
+
+
+async def _without_deadline(place: Place, do: Callable[[], T]) -> T:
+    async with _turn(place, None):
+        return await asyncio.to_thread(do)
+
+
+@asynccontextmanager
+async def _turn(place: Place, seconds: float | None) -> AsyncIterator[None]:
+    home = place.cluster.home.path
+    turns = _turns.setdefault(home, _Turns())
+    turns.calls += 1
+    try:
+        await _acquire(turns.free, seconds)
+        try:
+            yield
+        finally:
+            turns.free.release()
+    finally:
+        turns.calls -= 1
+        if not turns.calls:
+            del _turns[home]
+
+
+async def _acquire(free: asyncio.Semaphore, seconds: float | None) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await free.acquire()
+    except TimeoutError:
+        raise ClusterError(
+            f"the server did not answer earlier calls within {seconds:g} s", remedy="connect again"
+        ) from None
