@@ -89,13 +89,15 @@ _NOT_FILES = {"admin", "bench", "workshop", "Tree", "above", "images", "place"}
 # The modules of which every function works on descriptors, or as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
+    "host/openat.py": "opens one name in an open directory",
+    "host/removal.py": "removes one name in an open directory",
     "server/shelf.py": "runs in a process of the server's user",
     "server/programcopy.py": "copies programs within the cache",
 }
 # The functions that use paths, and of what: never below a data directory, nor in an image.
 _PATHS = {
     "cli/main.py:_fill_gaps": "/dev/null",
-    "daemon/control.py:ask": "the run directory of a daemon, by a descriptor",
+    "daemon/control.py:_connect": "the run directory of a daemon, by a descriptor",
     "daemon/credentials.py:password": "a file that an option names",
     "daemon/credentials.py:write_root": "the daemon's own run directory",
     "databases/kept.py:store": "the folder of kept data, which is the caller's",
@@ -117,10 +119,13 @@ _PATHS = {
     "host/paths.py:check_umask": "/proc",
     "host/paths.py:filesystem_type": "/proc",
     "host/paths.py:make_dirs": "the cache and the folder of kept data",
+    "host/paths.py:_open_to_all": "the cache and the folder of kept data, by a descriptor",
+    "host/peers.py:_overflow_uid": "/proc",
     "host/ports.py:holder": "/proc",
     "host/ports.py:tcp_rows": "/proc",
     "host/proc.py:age": "/proc",
     "host/proc.py:command": "/proc",
+    "host/proc.py:is_stopped": "/proc",
     "host/proc.py:started": "/proc",
     "host/processes.py:_is_on_terminal": "the terminal",
     "host/room.py:put_aside": "a file in a run directory itself, which is the owner's",
@@ -132,6 +137,7 @@ _PATHS = {
     "server/crash.py:_segments_removed": "/proc",
     "server/crash.py:all_postgres": "/proc",
     "server/crash.py:open_data": "a data directory itself, by a descriptor",
+    "server/crash.py:unblock": "/proc",
     "server/held.py:Server._become_postmaster": "/dev/null",
     "server/held.py:Server.set_aside": "run directories and links to them",
     "server/home.py:_let_pass": "a run directory itself, by a descriptor",
@@ -150,7 +156,8 @@ _PATHS = {
     "server/installation.py:_in_wheel": "folders of programs",
     "server/installation.py:_search": "folders of programs",
     "server/inventory.py:Found.databases": "names alone",
-    "server/inventory.py:_look": "a run directory itself, by a descriptor",
+    "server/inventory.py:_below": "directories in a run directory, by descriptors",
+    "server/inventory.py:opened": "a run directory itself, by a descriptor",
     "server/inventory.py:homes": "names of run directories",
     "server/remains.py:_drop_dead_link": "links to run directories",
     "server/remains.py:_sweep_abandoned": "a run directory, by a descriptor",

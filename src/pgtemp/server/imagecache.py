@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import ClusterError
-from pgtemp.host import locks, paths, room
+from pgtemp.host import locks, paths, room, trusted
 from pgtemp.host.copying import ChangedError, Listing
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
@@ -102,7 +102,7 @@ def name_of(major: int, identity: str, run: str | None) -> str:
 
 def forget(run: str) -> None:
     """Remove the images that were kept for one run of a program alone, which is at its end."""
-    for lock in (paths.usual_cache_dir() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
+    for lock in (_trusted_cache() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
         _remove(lock.with_suffix(""))
 
 
@@ -175,13 +175,19 @@ def _remove(path: Path) -> None:
 def sweep() -> list[Path]:
     """Remove what builders that were killed have left in the cache; what that was."""
     left = []
-    for building in paths.usual_cache_dir().glob("*/*.building*"):
+    for building in _trusted_cache().glob("*/*.building*"):
         lock = building.with_name(building.name.partition(".building")[0] + ".lock")
         with suppress(OSError), locks.locked_at_once(lock) as free:  # or it is another user's
             if free:
                 remove(building)
                 left.append(building)
     return left
+
+
+def _trusted_cache() -> Path:
+    """The cache, or a path where there is nothing if other users can change the cache."""
+    path = paths.usual_cache_dir()
+    return path if trusted.find_flaw(path, sticky=False) is None else Path(os.devnull)
 
 
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
