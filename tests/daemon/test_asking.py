@@ -172,7 +172,8 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
     with ExitStack() as stack:
         theirs = stack.enter_context(held_home(open_dir, "theirs"))
         honest = stack.enter_context(held_home(open_dir, "zz-honest"))
-        os.chown(theirs, uid, uid)
+        for path in (theirs, theirs / SOCKET):
+            os.chown(path, uid, uid)
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:

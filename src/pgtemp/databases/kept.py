@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,12 +91,18 @@ def act_as_owner(directory: StrPath) -> None:
     belongs to another user, is not concerned.
 
     Raises:
-        OptionError: no data was kept there.
+        OptionError: no data was kept there, or that user cannot run this program.
     """
     path = home.kept_at(Path(directory))
     with Tree.reach(path) as tree:
         uid = os.fstat(tree.fd).st_uid
     if os.geteuid() == 0 != uid:
+        user = identity.choose_uid(uid)
+        if blocked := user.blocked_at(Path(sys.executable).resolve()):
+            raise OptionError(
+                f"{path} belongs to {user.name}, who cannot enter {blocked}, where Python is",
+                remedy=f"install pgtemp where {user.name} can run it, and open it as that user",
+            )
         identity.become(uid)
 
 
