@@ -30,7 +30,7 @@ from bench.agents import Agent, House, await_gone, processes_in
 from bench.databases import tables
 from bench.report import Failed, Table, machine
 from pgtemp import Cluster, Database, PgTempDB
-from pgtemp.host import room
+from pgtemp.host import disk_space
 
 T = TypeVar("T")
 
@@ -283,16 +283,16 @@ def memory(run: Run) -> None:
             for name, make in (("empty", cluster.database), ("of fifty tables", fifty.database)):
                 with ExitStack() as stack:
                     _keep(stack, make, 10)
-                    before = room.size_of(cluster.server.data_dir)
+                    before = disk_space.size_of(cluster.server.data_dir)
                     _keep(stack, make, 40)
-                    grown = room.size_of(cluster.server.data_dir) - before
+                    grown = disk_space.size_of(cluster.server.data_dir) - before
                     table.add(f"an idle database, {name}", grown / 40 / 2**20)
     run.done(table, "memory", "an idle cluster beside another")
 
 
 def _weight(db: PgTempDB) -> float:
     home = db.data_dir.parent
-    return sum(map(connections.memory, processes_in(home))) + room.size_of(home) / 2**20
+    return sum(map(connections.memory, processes_in(home))) + disk_space.size_of(home) / 2**20
 
 
 def _keep(stack: ExitStack, make: Callable[[], Database], count: int) -> None:

@@ -27,8 +27,8 @@ import platformdirs
 
 from bench.report import Failed
 from pgtemp import PgTempDB
-from pgtemp.host import identity, ports, proc
-from pgtemp.server import installation
+from pgtemp.host import identity, ports, procfs
+from pgtemp.programs import installation
 
 PEERS = Path(__file__).parent / "peers"
 ROOT = PEERS.parents[1]
@@ -328,7 +328,7 @@ def await_gone(pid: int, places: Sequence[str], most: float) -> bool:
     Also what a directory was renamed to, to be removed behind somebody's back.
     """
     until = time.perf_counter() + most
-    while proc.lives(pid) or any(glob.glob(f"{one}*") for one in places):
+    while procfs.lives(pid) or any(glob.glob(f"{one}*") for one in places):
         if time.perf_counter() > until:
             return False
     return True

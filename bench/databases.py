@@ -22,7 +22,7 @@ import psycopg
 
 from bench.report import Table
 from pgtemp import Cluster, Database, Template
-from pgtemp.host.room import free_bytes
+from pgtemp.host.disk_space import free_bytes
 
 COUNT = 40  # databases in a sample
 PACE = 0.05  # seconds between claims that the pool can follow

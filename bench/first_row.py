@@ -28,7 +28,9 @@ import psycopg
 from bench.report import Table
 from pgtemp import PgTempDB
 from pgtemp.host import identity, paths, processes
-from pgtemp.server import conf, imagecache, installation
+from pgtemp.images import cache
+from pgtemp.programs import installation
+from pgtemp.server import config
 
 SHM = Path("/dev/shm")
 TARGET = 6.0  # times faster than initdb + pg_ctl, and than testing.postgresql
@@ -112,7 +114,7 @@ def overlay_floor(version: str) -> float:
     """The best way PERFORMANCE.md knows: an overlay mount, trust, no password, no warden."""
     owner = identity.choose(None)
     programs = installation.find(None, version).within_reach(owner)
-    lower = imagecache.Cached(programs, {}, owner).resolve().path / "data"
+    lower = cache.Cached(programs, {}, owner).resolve().path / "data"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):
         raise OSError(ctypes.get_errno(), "no mount namespace")
@@ -120,7 +122,7 @@ def overlay_floor(version: str) -> float:
     for name in ("upper", "work", "data", "lower"):
         (home / name).mkdir(mode=0o700)
     shutil.copytree(lower, home / "lower", dirs_exist_ok=True)
-    text = conf.postgresql_conf(
+    text = config.postgresql_conf(
         (home / "lower/postgresql.conf").read_text(),
         major=programs.major, given="", settings={}, existing_first=True,
     )  # fmt: skip

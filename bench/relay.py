@@ -32,7 +32,7 @@ import psycopg
 
 from bench.report import Table, machine
 from pgtemp.host import ports
-from pgtemp.server import installation
+from pgtemp.programs import installation
 
 _DAEMON = """
 from dataclasses import replace

@@ -33,7 +33,7 @@ from bench.databases import tables
 from bench.report import Table, machine
 from pgtemp import Cluster, PgTempDB
 from pgtemp.host import identity, paths, ports, processes
-from pgtemp.server import installation
+from pgtemp.programs import installation
 
 BASE = "bare loop, two creators"
 COUNT = 40  # databases in a sample of the bare loop

@@ -24,7 +24,7 @@ import psycopg
 
 from bench.report import Table
 from pgtemp.host import ports
-from pgtemp.server.crash import postgres_in
+from pgtemp.supervisor.crash import postgres_in
 
 _START = """
 import time

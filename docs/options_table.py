@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pgtemp.daemonoptions import DaemonOptions
-from pgtemp.options import ServerOptions, default_of
-from pgtemp.suiteoptions import suite_fields
+from pgtemp.options.daemon import DaemonOptions
+from pgtemp.options.pytest import suite_fields
+from pgtemp.options.server import ServerOptions, default_of
 
 
 def table() -> str:
@@ -16,7 +16,7 @@ def table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `options.py`, `daemonoptions.py` and `suiteoptions.py` by `make docs`. Keyword",
+        "Made from `src/pgtemp/options/` by `make docs`. Keyword",
         "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats",
         "the environment variable, which beats the default.",
         "",

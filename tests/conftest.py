@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pgtemp.host import identity, locks
-from pgtemp.server import installation
-from pgtemp.server.crash import postgres_in
-from pgtemp.server.installation import Installation
-from pgtemp.server.remains import LEASE, PREFIX
+from pgtemp.programs import installation
+from pgtemp.programs.installation import Installation
+from pgtemp.supervisor.crash import postgres_in
+from pgtemp.supervisor.leftovers import LEASE, PREFIX
 from project import MIGRATE, Project
 from support import Daemon, eventually, homes
 

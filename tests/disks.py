@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pgtemp.server.remains import PREFIX
+from pgtemp.supervisor.leftovers import PREFIX
 from support import eventually
 
 _LITTLE_BYTES, _LITTLE_FILES = 3 << 20, 40

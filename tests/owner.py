@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
-from pgtemp.server.crash import all_postgres
-from pgtemp.server.remains import ASIDE
+from pgtemp.supervisor.crash import all_postgres
+from pgtemp.supervisor.leftovers import ASIDE
 
 _SECONDS = 60.0
 _BEGINNING = """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
-from pgtemp.databases.kept import NOTE
+from pgtemp.allocation.persisted import NOTE
 
 MIGRATE = """
     import psycopg

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 
 from pgtemp.host import paths, ports
-from pgtemp.server.remains import PREFIX
+from pgtemp.supervisor.leftovers import PREFIX
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import leftovers
 from pgtemp import Cluster, ClusterError, OptionError, Snapshot, TransferError
-from pgtemp.databases import admin
+from pgtemp.sql import admin_sql
 from support import eventually
 
 
@@ -219,7 +219,7 @@ def test_snapshot_restore_and_fork_carry_everything(cluster: Cluster, tmp_path: 
 def test_a_snapshot_of_a_database_in_use_says_who(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "IN_USE_SECONDS", 0.2)
+    monkeypatch.setattr(admin_sql, "IN_USE_SECONDS", 0.2)
     with cluster.database() as db, db.connect(application_name="the culprit") as connection:
         connection.execute("SELECT 'its last query'")
         with pytest.raises(ClusterError, match="the culprit: SELECT 'its last query'"):

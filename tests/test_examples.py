@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp.host import identity
-from pgtemp.server.installation import Installation
+from pgtemp.programs.installation import Installation
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -12,9 +12,9 @@ import pytest
 
 from pgtemp import PgTempDB
 from pgtemp.cli.serve import serve
-from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.errors import OptionError
-from pgtemp.options import ServerOptions
+from pgtemp.options.daemon import DaemonOptions
+from pgtemp.options.server import ServerOptions
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from conftest import leftovers
 from pgtemp import ClusterError, OptionError, PgTempDB, TransferError
 from pgtemp.host import ports
-from pgtemp.server.crash import postgres_in
+from pgtemp.supervisor.crash import postgres_in
 from support import eventually, homes
 
 

@@ -6,7 +6,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pgtemp.cluster import Cluster, Template
     from pgtemp.database import Database, Snapshot
-    from pgtemp.databases.recipe import Build, Recipe
     from pgtemp.errors import (
         ClusterError,
         InstallationError,
@@ -16,8 +15,9 @@ if TYPE_CHECKING:
         TransferError,
         WardenError,
     )
-    from pgtemp.options import ServerOptions
+    from pgtemp.options.server import ServerOptions
     from pgtemp.pgtempdb import PgTempDB
+    from pgtemp.templates.recipe import Build, Recipe
     from pgtemp.uri import ConnectionInfo
 
 __all__ = [
@@ -39,12 +39,12 @@ __all__ = [
     "WardenError",
 ]
 _HOMES = {
-    "Build": "pgtemp.databases.recipe",
+    "Build": "pgtemp.templates.recipe",
     "Cluster": "pgtemp.cluster",
     "ConnectionInfo": "pgtemp.uri",
     "Database": "pgtemp.database",
     "PgTempDB": "pgtemp.pgtempdb",
-    "Recipe": "pgtemp.databases.recipe",
+    "Recipe": "pgtemp.templates.recipe",
     "ServerOptions": "pgtemp.options",
     "Snapshot": "pgtemp.database",
     "Template": "pgtemp.cluster",

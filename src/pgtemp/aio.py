@@ -19,8 +19,8 @@ import psycopg
 
 from pgtemp import cluster, database, pgtempdb
 from pgtemp.database import Snapshot
-from pgtemp.databases.recipe import Build, Recipe
-from pgtemp.options import ServerOptions, StrPath, takes_options
+from pgtemp.options.server import ServerOptions, StrPath, takes_options
+from pgtemp.templates.recipe import Build, Recipe
 from pgtemp.uri import ConnectionInfo
 
 T = TypeVar("T")

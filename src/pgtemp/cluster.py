@@ -26,14 +26,15 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 
 from pgtemp.database import Database
-from pgtemp.databases import provision, template, workshop
-from pgtemp.databases.admin import BASE
-from pgtemp.databases.provision import Plan
-from pgtemp.databases.recipe import Build, Recipe
-from pgtemp.databases.template import Clones
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.options import ServerOptions, StrPath, takes_options
+from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.pgtempdb import PgTempDB
+from pgtemp.sql import server_setup
+from pgtemp.sql.admin_sql import BASE
+from pgtemp.sql.server_setup import Plan
+from pgtemp.templates import builder, clones
+from pgtemp.templates.clones import Clones
+from pgtemp.templates.recipe import Build, Recipe
 from pgtemp.uri import ConnectionInfo
 from pgtemp.works import Works
 
@@ -98,9 +99,9 @@ class Cluster:
         """
         with self._changing:
             if self._plan is None:
-                plan = provision.plan(self._options, ())
+                plan = server_setup.plan(self._options, ())
                 if self._extensions != Recipe():
-                    plan = workshop.lasting(plan, "extensions", self._extensions) or plan
+                    plan = builder.lasting(plan, "extensions", self._extensions) or plan
                 self._plan, self._owner = plan, os.getpid()
                 _running.add(self)
         return self
@@ -168,7 +169,7 @@ class Cluster:
     def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
         """Each name is built once, however many ask; everybody gets the error of one that fails."""
         self._check_owner()
-        template.check_name(name)
+        clones.check_name(name)
         if parent is not None and recipe.data_dir is not None:
             raise OptionError(
                 f"{recipe.data_dir} is a data directory, and cannot start from {parent.name!r}",
@@ -197,12 +198,12 @@ class Cluster:
 
     def _build(self, plan: Plan, name: str, recipe: Recipe, parent: Template | None) -> Template:
         begin = plan if parent is None else parent._plan
-        kept = workshop.lasting(begin, name, recipe) if begin is not None else None
+        kept = builder.lasting(begin, name, recipe) if begin is not None else None
         if kept is not None:
-            works, dbname = self._works_on(plan, kept), workshop.TEMPLATE
+            works, dbname = self._works_on(plan, kept), builder.TEMPLATE
         else:
             works = parent._works if parent is not None else self._main_works()
-            dbname = template.build(
+            dbname = clones.build(
                 works.admins,
                 works.server.installation,
                 recipe,

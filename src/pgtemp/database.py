@@ -9,12 +9,12 @@ from typing import Any, Self
 import psycopg
 from psycopg import errors
 
-from pgtemp.databases import admin, transfer
-from pgtemp.databases.pool import Pool
-from pgtemp.databases.template import Clones, in_use, unique_name
+from pgtemp.allocation.pool import Pool
 from pgtemp.errors import ClusterError
-from pgtemp.options import StrPath
+from pgtemp.options.server import StrPath
 from pgtemp.pgtempdb import PgTempDB
+from pgtemp.sql import admin_sql, dump_restore
+from pgtemp.templates.clones import Clones, in_use, unique_name
 from pgtemp.uri import ConnectionInfo, redact
 from pgtemp.works import Works
 
@@ -107,17 +107,17 @@ class Database:
         """
         programs = self.works.server.installation
         if command is not None:
-            return transfer.psql(programs, self._private(), command)
-        transfer.psql_on_terminal(programs, self._private())
+            return dump_restore.psql(programs, self._private(), command)
+        dump_restore.psql_on_terminal(programs, self._private())
         return ""
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
-        transfer.dump(self.works.server.installation, self._private(), path)
+        dump_restore.dump(self.works.server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump, all of it or nothing. Raises TransferError."""
-        transfer.load(self.works.server.installation, self._private(), path)
+        dump_restore.load(self.works.server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
         """Keep the database as it is now, until it is closed; nobody else may be connected to it.
@@ -136,10 +136,10 @@ class Database:
         works, fresh = self.works, unique_name("restored")
         with works.admins.connection() as connection:
             # The old one goes only when the new one is there.
-            admin.clone(connection, fresh, snapshot.dbname, works.server.user)
+            admin_sql.clone(connection, fresh, snapshot.dbname, works.server.user)
             try:
-                admin.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
-                admin.rename(connection, fresh, self.dbname)
+                admin_sql.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
+                admin_sql.rename(connection, fresh, self.dbname)
             except BaseException:
                 self._pool.retire(fresh)
                 raise
@@ -203,7 +203,7 @@ class Database:
         name = unique_name(prefix)
         with self.works.admins.connection() as connection:
             try:
-                admin.clone(connection, name, self.dbname, self.works.server.user)
+                admin_sql.clone(connection, name, self.dbname, self.works.server.user)
             except errors.ObjectInUse as error:
                 raise in_use(connection, self.dbname) from error
         return name

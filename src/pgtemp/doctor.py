@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pgtemp.errors import PgTempError
-from pgtemp.host import identity, paths, ports, processes, room
-from pgtemp.options import ServerOptions
+from pgtemp.host import disk_space, identity, paths, ports, processes
+from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.server import installation, inventory
+from pgtemp.programs import installation
+from pgtemp.supervisor import inventory
 
 Verdict = Literal["ok", "warning", "failed"]
 _FICLONE = 0x40049409  # linux/fs.h
@@ -90,7 +91,7 @@ def _locale(_: ServerOptions) -> _Finding:
 def _scratch(options: ServerOptions) -> _Finding:
     base = paths.scratch_base(options.data_dir_prefix, keep=False)
     kind = paths.filesystem_type(base)
-    found = f"{base} ({kind}, {room.left(base)})"
+    found = f"{base} ({kind}, {disk_space.left(base)})"
     if kind in ("tmpfs", "ramfs"):
         return "ok", found, ""
     least = paths.TMPFS_ROOM >> 20
@@ -118,9 +119,9 @@ def _cache(_: ServerOptions) -> _Finding:
     place = paths.cache_dir()
     images = sorted((place / "images").glob("*/manifest.json"))
     with inventory.opened(place.resolve()) as directory:
-        size = room.size_of(directory) >> 20
+        size = disk_space.size_of(directory) >> 20
     kind = paths.filesystem_type(place)
-    found = f"{place} ({kind}, {room.left(place)}), "
+    found = f"{place} ({kind}, {disk_space.left(place)}), "
     found += f"{len(images)} images, {size} MB with the programs"
     if kind in _NETWORK:
         cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"

@@ -14,16 +14,17 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp.databases import kept, provision, transfer
-from pgtemp.databases.kept import Note, write_note
-from pgtemp.databases.secret import Secret, random_secret
+from pgtemp.allocation import persisted
+from pgtemp.allocation.persisted import Note, write_note
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
-from pgtemp.options import ServerOptions, StrPath, takes_options
-from pgtemp.server import warden
-from pgtemp.server.cluster import Cluster
-from pgtemp.server.image import Source
-from pgtemp.server.installation import Installation
+from pgtemp.images.image import Source
+from pgtemp.options.server import ServerOptions, StrPath, takes_options
+from pgtemp.programs.installation import Installation
+from pgtemp.server.postmaster import Cluster
+from pgtemp.sql import dump_restore, server_setup
+from pgtemp.sql.passwords import Secret, random_secret
+from pgtemp.supervisor import supervision
 from pgtemp.uri import ConnectionInfo, parse, redact
 
 T = TypeVar("T")
@@ -104,14 +105,14 @@ class PgTempDB:
         """
         with self._changing:
             if self._cluster is None:
-                warden.current()  # first of all, since it takes as long as what comes before it
+                supervision.current()  # first: it takes as long as the steps before it is needed
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
-                plan = provision.plan(self.options, addresses)
+                plan = server_setup.plan(self.options, addresses)
                 if self._source is not None:
                     blueprint = replace(plan.blueprint, source=self._source)
                     plan = replace(plan, blueprint=blueprint)
                 secret = self._secret()
-                cluster = provision.provision(plan, secret)
+                cluster = server_setup.provision(plan, secret)
                 self._info = ConnectionInfo(
                     host=self._host if self.options.tcp else str(cluster.socket_dir),
                     port=cluster.port,
@@ -141,7 +142,7 @@ class PgTempDB:
             _running.discard(self)
             try:
                 if self.options.dump is not None:
-                    transfer.dump(
+                    dump_restore.dump(
                         cluster.blueprint.installation, self._private(cluster), self.options.dump
                     )
             finally:
@@ -159,7 +160,7 @@ class PgTempDB:
             TransferError: it failed; a file of that name stays as it was.
         """
         cluster = self._running_cluster()
-        transfer.dump(cluster.blueprint.installation, self._private(cluster), path)
+        dump_restore.dump(cluster.blueprint.installation, self._private(cluster), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump: SQL with psql, pg_dump's other formats with pg_restore.
@@ -168,7 +169,7 @@ class PgTempDB:
             TransferError: it failed; the database is as it was before.
         """
         cluster = self._running_cluster()
-        transfer.load(cluster.blueprint.installation, self._private(cluster), path)
+        dump_restore.load(cluster.blueprint.installation, self._private(cluster), path)
 
     def store(self, directory: StrPath, databases: Mapping[str, str]) -> None:
         """Shut the server down and keep its data in a directory, for `pgtemp open`.
@@ -181,7 +182,7 @@ class PgTempDB:
             ClusterError: the directory cannot be written; nothing of it is left.
         """
         note = Note(self.options.user, next(iter(databases)), databases)
-        kept.store(self._running_cluster(), Path(directory).absolute(), note)
+        persisted.store(self._running_cluster(), Path(directory).absolute(), note)
 
     def check(self) -> None:
         """Raise ClusterError, with the end of its log, if the server has died."""
@@ -280,7 +281,7 @@ class PgTempDB:
         return Secret(given) if given is not None else random_secret()
 
     def _private(self, cluster: Cluster) -> ConnectionInfo:
-        return provision.private_info(cluster, self.options.user, self.options.dbname)
+        return server_setup.private_info(cluster, self.options.user, self.options.dbname)
 
     def _running_cluster(self) -> Cluster:
         return _running_or_error(self._cluster)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pgtemp.suite import pytestoptions
-from pgtemp.suite.run import Run, new_name
+from pgtemp.testing import pytest_config
+from pgtemp.testing.run import Run, new_name
 
 if TYPE_CHECKING:
     from pgtemp.cluster import Cluster
     from pgtemp.database import Database
-    from pgtemp.databases.recipe import Build, Recipe
-    from pgtemp.suite.case import Case
-    from pgtemp.suite.needs import Needs
-    from pgtemp.suite.suite import Suite
+    from pgtemp.templates.recipe import Build, Recipe
+    from pgtemp.testing.databases_of_a_test import Case
+    from pgtemp.testing.requirements import Needs
+    from pgtemp.testing.suite import Suite
 
 _SUITE = pytest.StashKey["Suite"]()
 _CASE = pytest.StashKey["Case"]()
@@ -41,7 +41,7 @@ def pgtemp_template(pytestconfig: pytest.Config) -> Build | Recipe | None:
 
     None is an empty database. The default is the option `--pgtemp-template`.
     """
-    return tuple(pytestoptions.chosen(pytestconfig).template) or None
+    return tuple(pytest_config.chosen(pytestconfig).template) or None
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def pgtemp_module(
 
 @pytest.fixture(scope="session")
 def _pgtemp_suite(pytestconfig: pytest.Config) -> Suite:
-    from pgtemp.suite.suite import Suite
+    from pgtemp.testing.suite import Suite
 
     suite = Suite(
-        pytestoptions.chosen(pytestconfig), pytestconfig.rootpath, pytestconfig.stash[_RUN]
+        pytest_config.chosen(pytestconfig), pytestconfig.rootpath, pytestconfig.stash[_RUN]
     )
     # Closed when the session has ended: the last test is reported after its fixtures' end.
     pytestconfig.stash[_SUITE] = suite
@@ -104,9 +104,9 @@ def _claims(
     template: Build | Recipe | None,
 ) -> Iterator[Callable[..., Database]]:
     """Claims for a test or a module, which get their defaults from its mark."""
-    from pgtemp.suite.case import Case
-    from pgtemp.suite.leaks import left_open
-    from pgtemp.suite.needs import needs_of
+    from pgtemp.testing.databases_of_a_test import Case
+    from pgtemp.testing.leaks import left_open
+    from pgtemp.testing.requirements import needs_of
 
     node = request.node
     case = node.stash.setdefault(_CASE, Case(suite, node.nodeid))
@@ -129,7 +129,7 @@ def _claims(
 
 
 def _needs_of_mark(mark: pytest.Mark | None) -> Needs:
-    from pgtemp.suite.needs import needs_of
+    from pgtemp.testing.requirements import needs_of
 
     if mark is not None and mark.args:
         raise pytest.UsageError("@pytest.mark.pgtemp takes keyword arguments only")
@@ -151,7 +151,7 @@ def _warn(node: Any, left: list[str]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    pytestoptions.add(parser)
+    pytest_config.add(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -174,7 +174,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and terminal.isatty:
-        from pgtemp.suite.terminal import show_steps
+        from pgtemp.testing.terminal import show_steps
 
         show_steps(terminal)
 
@@ -184,13 +184,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the servers; what workers have kept for their run alone goes with it."""
     stash = session.config.stash
     if (suite := stash.get(_SUITE, None)) is not None:
-        from pgtemp.suite.terminal import close
+        from pgtemp.testing.terminal import close
 
         close(suite, session.config)
     if stash.get(_HAS_WORKERS, False):
-        from pgtemp.server import imagecache
+        from pgtemp.images import cache
 
-        imagecache.forget(stash[_RUN].name)
+        cache.forget(stash[_RUN].name)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -224,7 +224,7 @@ def _case_of_module(item: pytest.Item) -> Case | None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    from pgtemp.suite.terminal import commands_in
+    from pgtemp.testing.terminal import commands_in
 
     if commands := commands_in(terminalreporter, _OPENS):
         terminalreporter.section("databases kept by pgtemp")

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pgtemp.databases import admin, connections
-from pgtemp.databases.connections import Admins, Ahead
-from pgtemp.databases.pool import Pool
-from pgtemp.databases.template import Clones
+from pgtemp.allocation.pool import Pool
 from pgtemp.pgtempdb import PgTempDB
+from pgtemp.sql import admin_connections, admin_sql
+from pgtemp.sql.admin_connections import Admins, Ahead
+from pgtemp.templates.clones import Clones
 from pgtemp.uri import ConnectionInfo
 
 # In which a test that has got a database connects to it.
@@ -39,7 +39,7 @@ class Works:
                 host=str(server.socket_dir),
                 port=server.port,
                 user=server.user,
-                dbname=admin.MAINTENANCE,
+                dbname=admin_sql.MAINTENANCE,
             ),
             server.check,
         )
@@ -56,7 +56,7 @@ class Works:
 
     def open_ahead(self, dbname: str) -> Ahead:
         """A connection to a database in it, as its user would open it. Raises psycopg's errors."""
-        return connections.open_ahead(self.info_of(dbname).uri)
+        return admin_connections.open_ahead(self.info_of(dbname).uri)
 
     def now(self) -> int:
         """The time of the server's files, in nanoseconds since the epoch.

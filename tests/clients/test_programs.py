@@ -13,8 +13,8 @@ import pytest
 
 from clients.toolchain import copy_of, need, run
 from pgtemp.host import identity
-from pgtemp.server import installation
-from pgtemp.server.installation import Installation
+from pgtemp.programs import installation
+from pgtemp.programs.installation import Installation
 from support import Daemon, eventually
 
 pytestmark = pytest.mark.slow

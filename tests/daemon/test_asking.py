@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pgtemp.daemon import control, owners
+from pgtemp.daemon import control_socket, running_owners
 from pgtemp.host import locks
-from pgtemp.server import inventory
-from pgtemp.server.remains import LEASE, SOCKET
+from pgtemp.supervisor import inventory
+from pgtemp.supervisor.leftovers import LEASE, SOCKET
 from support import run_pgtemp
 
 HONEST = {"uri": "postgresql://me@localhost:1/test", "version": "18", "leases": [{"lease": 7}]}
@@ -40,7 +40,7 @@ def listen_in(home: Path) -> socket.socket:
     directory = os.open(home / SOCKET, os.O_RDONLY)
     try:
         listening = socket.socket(socket.AF_UNIX)
-        listening.bind(f"/proc/self/fd/{directory}/{control.NAME}")
+        listening.bind(f"/proc/self/fd/{directory}/{control_socket.NAME}")
         listening.listen()
         return listening
     finally:
@@ -65,14 +65,14 @@ def answering(home: Path, answer: bytes, times: int = 1) -> Iterator[None]:
             yield
         finally:
             with socket.socket(socket.AF_UNIX) as last, suppress(OSError):
-                last.connect(f"{home}/{SOCKET}/{control.NAME}")
+                last.connect(f"{home}/{SOCKET}/{control_socket.NAME}")
             thread.join()
-            (home / SOCKET / control.NAME).unlink()
+            (home / SOCKET / control_socket.NAME).unlink()
 
 
-def said_by(home: Path, answer: bytes, times: int = 1) -> control.Answer | None:
+def said_by(home: Path, answer: bytes, times: int = 1) -> control_socket.Answer | None:
     with answering(home, answer, times):
-        return control.ask([home]).get(home)
+        return control_socket.ask([home]).get(home)
 
 
 def test_all_are_asked_at_once(open_dir: Path) -> None:
@@ -96,7 +96,7 @@ def test_all_are_asked_at_once(open_dir: Path) -> None:
 
         accepting = threading.Thread(target=accept, daemon=True)
         accepting.start()
-        answers = control.ask([*homes, honest])
+        answers = control_socket.ask([*homes, honest])
         accepting.join(30)
         assert not accepting.is_alive()
         assert list(answers) == [honest]
@@ -163,7 +163,7 @@ def test_what_is_answered_is_shown_as_valid_json(open_dir: Path) -> None:
 def test_an_answer_without_end(open_dir: Path) -> None:
     """It is given up, not kept in memory."""
     with held_home(open_dir, "x") as home:
-        assert said_by(home, b" " * (1 << 16), times=(control._MOST >> 16) + 8) is None
+        assert said_by(home, b" " * (1 << 16), times=(control_socket._MOST >> 16) + 8) is None
 
 
 def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other_user: str) -> None:
@@ -201,7 +201,7 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
 
         answering_last = threading.Thread(target=answer_last)
         answering_last.start()
-        answers = control.ask([theirs, honest])
+        answers = control_socket.ask([theirs, honest])
         answering_last.join()
     assert list(answers) == [honest]
 
@@ -210,7 +210,7 @@ def test_what_is_no_socket(open_dir: Path) -> None:
     """A pipe, a file, a directory, a link that leads to itself: no answer, and no waiting."""
     for name in ("pipe", "file", "directory", "loop"):
         with held_home(open_dir, name) as home:
-            there = home / SOCKET / control.NAME
+            there = home / SOCKET / control_socket.NAME
             if name == "pipe":
                 os.mkfifo(there)
             elif name == "file":
@@ -219,7 +219,7 @@ def test_what_is_no_socket(open_dir: Path) -> None:
                 there.mkdir()
             else:
                 there.symlink_to(there)
-            assert control.ask([home]) == {}
+            assert control_socket.ask([home]) == {}
 
 
 def test_a_link_to_another_socket(open_dir: Path) -> None:
@@ -227,10 +227,10 @@ def test_a_link_to_another_socket(open_dir: Path) -> None:
     private = open_dir / "private"
     (private / SOCKET).mkdir(parents=True)
     with listen_in(private) as victim, held_home(open_dir, "link") as home:
-        (home / SOCKET / control.NAME).symlink_to(private / SOCKET / control.NAME)
-        assert control.ask([home]) == {}
+        (home / SOCKET / control_socket.NAME).symlink_to(private / SOCKET / control_socket.NAME)
+        assert control_socket.ask([home]) == {}
         (open_dir / "pgtemp-whole").symlink_to(private)
-        assert control.ask([open_dir / "pgtemp-whole"]) == {}
+        assert control_socket.ask([open_dir / "pgtemp-whole"]) == {}
         victim.setblocking(False)
         with pytest.raises(BlockingIOError):
             victim.accept()
@@ -254,10 +254,10 @@ def test_a_crowded_socket(open_dir: Path) -> None:
             filling = stack.enter_context(socket.socket(socket.AF_UNIX))
             filling.setblocking(False)
             try:
-                filling.connect(f"{home}/{SOCKET}/{control.NAME}")
+                filling.connect(f"{home}/{SOCKET}/{control_socket.NAME}")
             except BlockingIOError:
                 full = True
-        assert control.ask([home]) == {}
+        assert control_socket.ask([home]) == {}
 
 
 def test_homes_without_an_owner_are_not_thrown_together(open_dir: Path, other_user: str) -> None:
@@ -265,5 +265,5 @@ def test_homes_without_an_owner_are_not_thrown_together(open_dir: Path, other_us
     with held_home(open_dir, "ours") as ours, held_home(open_dir, "theirs") as theirs:
         os.chown(theirs, pwd.getpwnam(other_user).pw_uid, -1)
         homes = inventory.homes([open_dir])
-        found = owners.of(one for one in homes if one.path in (ours, theirs))
+        found = running_owners.of(one for one in homes if one.path in (ours, theirs))
         assert {one.user for one in found} == {pwd.getpwuid(os.geteuid()).pw_name, other_user}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgtemp.server.installation import Installation
+from pgtemp.programs.installation import Installation
 from support import Daemon
 
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from pgtemp.host import ports
-from pgtemp.server.remains import PREFIX
+from pgtemp.supervisor.leftovers import PREFIX
 from pgtemp.wire.messages import (
     startup_message,
 )

@@ -16,11 +16,11 @@ import psycopg
 import pytest
 import uvloop
 
-from pgtemp.daemon import doors
+from pgtemp.daemon import listeners
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.daemonoptions import DaemonOptions
 from pgtemp.errors import OptionError
-from pgtemp.host.peers import OVERFLOW_UID, Peers
+from pgtemp.host.peer_credentials import OVERFLOW_UID, Peers
+from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.messages import SSL_CODE, frame, startup_message, untyped
 from rawclient import SECONDS, dial, from_port, read_to_the_end, reset, unused_port
 from support import STRANGER, Daemon, acting_as, eventually, many_files
@@ -104,7 +104,7 @@ def test_the_door_checks_the_connection_that_is_served(loop: Loop, others: bool)
         target = server.sockets[0].getsockname()
         peers = Peers()
         held.callback(peers.close)
-        door = doors.of_tcp(DaemonOptions(), peers, None)
+        door = listeners.of_tcp(DaemonOptions(), peers, None)
         port = unused_port()
         with acting_as(STRANGER) if others else nullcontext():
             client = from_port(port, target[1])
@@ -147,7 +147,7 @@ def test_a_daemon_of_the_overflow_uid(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot tell its own clients from others, so it does not listen over TCP; one error."""
     monkeypatch.setattr("os.geteuid", lambda: OVERFLOW_UID)
     with pytest.raises(OptionError, match="cannot identify its clients") as caught:
-        doors.listen(DaemonOptions())
+        listeners.listen(DaemonOptions())
     assert "--password-file" in caught.value.remedy and "--no-tcp" in caught.value.remedy
 
 

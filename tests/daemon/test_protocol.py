@@ -24,7 +24,7 @@ import psycopg
 import pytest
 
 from conftest import VERSIONS, need_version
-from pgtemp.server.installation import Installation
+from pgtemp.programs.installation import Installation
 from pgtemp.wire.messages import (
     CANCEL_CODE,
     GSSENC_CODE,

@@ -15,7 +15,7 @@ import pytest
 from psycopg import pq
 
 from conftest import need_version
-from pgtemp.server.installation import Installation
+from pgtemp.programs.installation import Installation
 from pgtemp.wire.messages import TERMINATE, frame, startup_message
 from rawclient import Client, SqlError, dial, error_fields, read_to_the_end
 from support import Daemon, eventually, own_memory

@@ -16,9 +16,9 @@ import psycopg
 import pytest
 
 from conftest import leftovers
-from pgtemp.host import proc
-from pgtemp.server.crash import postgres_in
-from pgtemp.server.installation import Installation
+from pgtemp.host import procfs
+from pgtemp.programs.installation import Installation
+from pgtemp.supervisor.crash import postgres_in
 from pgtemp.wire.messages import startup_message
 from support import Daemon, at, children, eventually, one
 
@@ -54,7 +54,7 @@ def stop(*pids: int) -> None:
     """Stop processes, and wait until they stand still."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    assert eventually(lambda: all(proc.is_stopped(pid) for pid in pids))
+    assert eventually(lambda: all(procfs.is_stopped(pid) for pid in pids))
 
 
 def postmaster_of(tenant: Tenant) -> int:

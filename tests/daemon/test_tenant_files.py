@@ -20,8 +20,8 @@ import psycopg
 import pytest
 
 from pgtemp import ClusterError, PgTempDB, TransferError
-from pgtemp.databases import transfer
 from pgtemp.host import identity
+from pgtemp.sql import dump_restore
 from pgtemp.uri import ConnectionInfo
 from rawclient import unused_port
 from support import STRANGER, Daemon, acting_as, eventually
@@ -244,7 +244,7 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
     with PgTempDB() as db:
         to = ConnectionInfo(host=str(db.socket_dir), port=db.port, user=db.user, dbname=db.dbname)
         with pytest.raises(TransferError, match=r"is a link of uid|is no regular file"):
-            transfer.dump(db.installation, to, path)
+            dump_restore.dump(db.installation, to, path)
     assert [name for name in os.listdir(open_dir) if name != "dump.sql"] == []
 
 

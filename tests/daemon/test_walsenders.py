@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from pgtemp.server.installation import Installation
+from pgtemp.programs.installation import Installation
 from pgtemp.wire.messages import Frames, frame, startup_message
 from rawclient import Client, dial, error_fields, read_to_the_end
 from support import Daemon, at, one

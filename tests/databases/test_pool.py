@@ -7,8 +7,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from pgtemp.databases import pool as pool_module
-from pgtemp.databases.pool import Pool
+from pgtemp.allocation import pool as pool_module
+from pgtemp.allocation.pool import Pool
 from support import eventually
 
 

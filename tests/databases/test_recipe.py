@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp import OptionError
-from pgtemp.databases.recipe import Recipe
+from pgtemp.templates.recipe import Recipe
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from conftest import need_version
 from pgtemp import Cluster, Template
-from pgtemp.databases import reuse
 from pgtemp.host import identity
+from pgtemp.templates import recycle
 from support import children, eventually
 
 _SCHEMA = """
@@ -84,7 +84,7 @@ def content(place: Path) -> dict[str, str]:
 
 def begin(app: Template) -> None:
     """Dispose of so many that directories are kept from now on."""
-    for number in range(reuse._AFTER + 1):
+    for number in range(recycle._AFTER + 1):
         app._clones.make(f"first_{number}")
         app._clones.dispose(f"first_{number}")
 

@@ -6,29 +6,31 @@ import psycopg
 import pytest
 
 from pgtemp import ClusterError, PgTempDB
-from pgtemp.databases import admin, connections, provision, tenants, workshop
-from pgtemp.databases.recipe import Recipe
-from pgtemp.databases.residue import Residue
-from pgtemp.databases.supply import Databases
-from pgtemp.databases.tenants import TenantCluster
-from pgtemp.options import ServerOptions
-from pgtemp.server.cluster import Cluster
+from pgtemp.allocation import shared_server
+from pgtemp.allocation.allocators import Databases
+from pgtemp.allocation.leaks import Residue
+from pgtemp.allocation.shared_server import TenantCluster
+from pgtemp.options.server import ServerOptions
+from pgtemp.server.postmaster import Cluster
+from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.templates import builder
+from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
 
 
 def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is found to be stale while another thread looks whether it runs, which it does."""
-    plan, _ = workshop.build(provision.plan(ServerOptions(), ()), "app", Recipe())
+    plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
     made = TenantCluster(plan, keep=False)
     try:
-        runs = tenants.alive
+        runs = shared_server.alive
 
         def alive_but_stale(cluster: Cluster) -> bool:
             made.spoil()
             return runs(cluster)
 
         assert not made.stale
-        monkeypatch.setattr(tenants, "alive", alive_but_stale)
+        monkeypatch.setattr(shared_server, "alive", alive_but_stale)
         made.check()
         assert made.stale
     finally:
@@ -39,20 +41,23 @@ def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
     """It is listed, and by the time that somebody asks whose it is, it was dropped."""
     with PgTempDB() as db:
         to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin.MAINTENANCE
+            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
-        with connections.connected(to) as connection, connections.connected(to) as other:
+        with (
+            admin_connections.connected(to) as connection,
+            admin_connections.connected(to) as other,
+        ):
 
             def ours(name: str) -> bool:
                 if name == "goes":
-                    admin.drop(other, name, to)
+                    admin_sql.drop(other, name, to)
                 return False
 
             residue = Residue(db.data_dir, ours)
             residue.accept(connection)
-            admin.ensure_database(connection, "goes", db.user)
+            admin_sql.ensure_database(connection, "goes", db.user)
             assert residue.found(connection) == []
-            admin.ensure_database(connection, "stays", db.user)
+            admin_sql.ensure_database(connection, "stays", db.user)
             assert residue.found(connection) == [("database", "stays")]
 
 
@@ -71,10 +76,10 @@ def test_a_server_that_cannot_be_looked_through_is_replaced(
 ) -> None:
     """Whatever the reason, which is logged on one line; the next lease gets another server."""
 
-    def found(residue: Residue, connection: connections.Connection) -> list[tuple[str, str]]:
+    def found(residue: Residue, connection: admin_connections.Connection) -> list[tuple[str, str]]:
         raise error
 
-    plan, _ = workshop.build(provision.plan(ServerOptions(), ()), "app", Recipe())
+    plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
     supply = Databases(plan, ready=0, attributes="SUPERUSER", announce=print)
     try:
         place = supply.claim().result()
@@ -93,9 +98,9 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
     """A role and a database, named in a SQL_ASCII database, whose names are not UTF-8."""
     with PgTempDB() as db:
         to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin.MAINTENANCE
+            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
-        with connections.connected(to) as connection:
+        with admin_connections.connected(to) as connection:
             residue = Residue(db.data_dir, lambda name: name == "ascii")
             residue.accept(connection)
             connection.execute(
@@ -111,19 +116,19 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
             found = residue.found(connection)
             assert found == [("database", "d\udcff"), ("role", "r\udcff")]
             assert residue.clean(connection, found) == found
-            assert "d\udcff" in admin.databases(connection)
+            assert "d\udcff" in admin_sql.databases(connection)
 
 
 def test_administrative_connections_see_the_catalogs_alone() -> None:
     """Whatever search path a client has given the maintenance database or the role."""
     with PgTempDB() as db:
         to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin.MAINTENANCE
+            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
-        with connections.connected(to) as connection:
+        with admin_connections.connected(to) as connection:
             connection.execute("ALTER DATABASE postgres SET search_path = public, pg_catalog")
             connection.execute("ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog")
-        admins = connections.Admins(to, lambda: None)
+        admins = admin_connections.Admins(to, lambda: None)
         with admins.connection() as connection:
             assert connection.execute("SHOW search_path").fetchone() == ("pg_catalog",)
         admins.close()

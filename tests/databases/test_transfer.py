@@ -11,7 +11,7 @@ import pytest
 
 from conftest import need_version
 from pgtemp import OptionError, PgTempDB, TransferError
-from pgtemp.server import installation
+from pgtemp.programs import installation
 
 SCHEMA = """
 CREATE SCHEMA sales; CREATE SCHEMA "Odd Name";

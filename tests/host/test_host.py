@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pgtemp import OptionError, PgTempDB
-from pgtemp.host import copying, identity, locks, paths
-from pgtemp.host.copying import ChangedError
+from pgtemp.host import file_copy, identity, locks, paths
+from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.tree import Tree
 
 
@@ -26,10 +26,10 @@ def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
     (source / "left out").write_text("x")
     target.mkdir()
     with Tree.open(source) as there, Tree.open(target) as here:
-        listing = copying.list_tree(there, ["left out"])
+        listing = file_copy.list_tree(there, ["left out"])
         for name in listing.dirs:
             here.make_directory(name)
-        copying.copy_files(there, here, listing.files)
+        file_copy.copy_files(there, here, listing.files)
     (source / "left out").unlink()
     assert subprocess.run(["diff", "-r", source, target], check=False).returncode == 0
     assert listing.size == sum(i * 100 for i in range(150))
@@ -44,7 +44,7 @@ def test_a_file_of_another_size_is_seen(tmp_path: Path, size: int) -> None:
         source.below("to") as target,
         pytest.raises(ChangedError, match="bytes instead of 10"),
     ):
-        copying.copy_files(source, target, [("a", 10)])
+        file_copy.copy_files(source, target, [("a", 10)])
 
 
 def test_a_lock_is_seen_from_another_process(tmp_path: Path) -> None:

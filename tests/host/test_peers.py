@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pgtemp.host import peers
+from pgtemp.host import peer_credentials
 from rawclient import from_port, reset, unused_port
 from support import STRANGER, acting_as
 
@@ -19,11 +19,13 @@ Ask = Callable[[tuple[str, int], tuple[str, int]], int | None]
 
 def asked(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
     """By sock_diag alone."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, peers._NETLINK_SOCK_DIAG) as kernel:
-        return peers._ask(kernel, peer, ours)
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW, peer_credentials._NETLINK_SOCK_DIAG
+    ) as kernel:
+        return peer_credentials._ask(kernel, peer, ours)
 
 
-WAYS = pytest.mark.parametrize("ask", [asked, peers._look_up])
+WAYS = pytest.mark.parametrize("ask", [asked, peer_credentials._look_up])
 
 
 @WAYS
@@ -101,7 +103,7 @@ def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError
 
-    monkeypatch.setattr(peers, "_ask", fail)
+    monkeypatch.setattr(peer_credentials, "_ask", fail)
 
 
 @contextmanager
@@ -123,7 +125,7 @@ def test_a_port_that_another_client_has_taken_over(
     """The next connection from the same port says nothing about the one that was reset."""
     if table:
         by_table(monkeypatch)
-    told = peers.Peers()
+    told = peer_credentials.Peers()
     with connected() as (server, client, first):
         endpoint = client.getsockname()
         assert told.uid(first) == os.getuid()
@@ -145,8 +147,8 @@ def test_a_client_that_leaves_while_the_kernel_is_asked(
     """The answer counts only if the connection is open after it."""
     if way == "_look_up":
         by_table(monkeypatch)
-    ask = getattr(peers, way)
-    told = peers.Peers()
+    ask = getattr(peer_credentials, way)
+    told = peer_credentials.Peers()
     with connected() as (_, client, accepted):
 
         def ask_and_leave(*question: object) -> object:
@@ -154,7 +156,7 @@ def test_a_client_that_leaves_while_the_kernel_is_asked(
             reset(client)
             return answer
 
-        monkeypatch.setattr(peers, way, ask_and_leave)
+        monkeypatch.setattr(peer_credentials, way, ask_and_leave)
         assert told.uid(accepted) is None
     told.close()
 
@@ -174,12 +176,15 @@ def test_the_overflow_uid_is_no_user(monkeypatch: pytest.MonkeyPatch, table: boo
     """It stands for every user that the user namespace does not map; its connection is open."""
     if table:
         by_table(monkeypatch)
-    told = peers.Peers()
+    told = peer_credentials.Peers()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with acting_as(peers.OVERFLOW_UID):
+        with acting_as(peer_credentials.OVERFLOW_UID):
             client = socket.create_connection(server.getsockname())
         with client, server.accept()[0] as accepted:
-            assert told.holder(client.getsockname(), server.getsockname()) == peers.OVERFLOW_UID
+            assert (
+                told.holder(client.getsockname(), server.getsockname())
+                == peer_credentials.OVERFLOW_UID
+            )
             assert told.uid(accepted) is None
             assert told.is_held(accepted)
     told.close()
@@ -187,7 +192,7 @@ def test_the_overflow_uid_is_no_user(monkeypatch: pytest.MonkeyPatch, table: boo
 
 def test_without_the_kernels_answer_the_table_tells() -> None:
     """The two ways give the same; a socket that no longer works is not used again."""
-    told = peers.Peers()
+    told = peer_credentials.Peers()
     with connected() as (_, _client, accepted):
         assert told.uid(accepted) == os.getuid()
         assert told._kernel is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pgtemp import ClusterError
-from pgtemp.host import copying, tree
-from pgtemp.host.copying import ChangedError
+from pgtemp.host import file_copy, tree
+from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.tree import ForeignFileError, Tree
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -110,10 +110,10 @@ def test_a_listing_names_what_is_not_copied(
     if plant in (a_socket, a_directory):  # a socket says nothing; the directory is another user's
         if plant is a_directory and os.geteuid() == 0:
             with pytest.raises(ForeignFileError, match="belongs to uid 0"):
-                copying.list_tree(theirs)
+                file_copy.list_tree(theirs)
         return
     with pytest.raises(ClusterError, match="base/planted"):
-        copying.list_tree(theirs)
+        file_copy.list_tree(theirs)
 
 
 @pytest.mark.parametrize("plant", PLANTED)
@@ -121,12 +121,12 @@ def test_what_is_swapped_after_the_listing_is_not_copied(
     theirs: Tree, secret: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
     """The copy fails, and holds no byte of the caller's own file."""
-    listing = copying.list_tree(theirs)
+    listing = file_copy.list_tree(theirs)
     at(theirs, "base/file").unlink()
     plant(at(theirs, "base/file"), secret)
     (tmp_path / "copy" / "base").mkdir(parents=True)
     with Tree.open(tmp_path / "copy") as copy, pytest.raises(ChangedError):
-        copying.copy_files(theirs, copy, listing.files)
+        file_copy.copy_files(theirs, copy, listing.files)
     assert b"own" not in (tmp_path / "copy" / "base" / "file").read_bytes()
 
 

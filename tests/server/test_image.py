@@ -13,9 +13,9 @@ import pytest
 
 from pgtemp import ClusterError, OptionError, PgTempDB
 from pgtemp.host import identity
-from pgtemp.server import imagecache
-from pgtemp.server.image import Image
-from pgtemp.server.installation import Installation
+from pgtemp.images import cache
+from pgtemp.images.image import Image
+from pgtemp.programs.installation import Installation
 from support import children, eventually
 
 
@@ -25,7 +25,7 @@ def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(programs: Installation, **arguments: str) -> Image:
-    return imagecache.Cached(programs, arguments, identity.choose(None)).resolve()
+    return cache.Cached(programs, arguments, identity.choose(None)).resolve()
 
 
 def test_the_second_start_never_runs_initdb(
@@ -145,7 +145,7 @@ def test_images_that_nobody_used_for_a_month_are_pruned(
         build(programs),
         build(programs, locale="C"),
     )
-    past = time.time() - (imagecache.UNUSED_DAYS + 1) * 86400
+    past = time.time() - (cache.UNUSED_DAYS + 1) * 86400
     os.utime(old.path, (past, past))
     build(programs, locale="POSIX")
     assert not old.path.exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pgtemp import InstallationError, OptionError
-from pgtemp.server import installation
-from pgtemp.server.installation import Installation
+from pgtemp.programs import installation
+from pgtemp.programs.installation import Installation
 
 
 def test_a_version_is_picked(any_version: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from chaos_steps import STEPS, WORDS, Step
 
-from pgtemp.server.remains import PREFIX
+from pgtemp.supervisor.leftovers import PREFIX
 from rawclient import SECONDS, Client, GoneError, HangError, RefusedError, SqlError, ViolationError
 from support import Daemon, children, eventually
 
@@ -46,7 +46,7 @@ UNION ALL SELECT 'schema ' || nspname FROM pg_namespace
 UNION ALL SELECT 'comment ' || description FROM pg_shdescription
 """
 # A client that hung up without a word, or lost its server, is noticed a moment later; and whoever
-# comes waits two seconds at most for what others have left to be found (daemon/leases.py).
+# comes waits two seconds at most for what others have left to be found (daemon/lease_manager.py).
 _NOTICED_SECONDS = 10.0
 # Disasters in which bystanders lose their connections, those in which a template that was edited
 # may be lost, too, and those in which everything takes longer.

@@ -18,8 +18,8 @@ from conftest import leftovers
 from owner import is_running
 from pgtemp import Cluster, ClusterError, PgTempDB
 from pgtemp.host import ports
-from pgtemp.server import warden
-from pgtemp.server.crash import all_postgres, clear_crashed, postgres_in
+from pgtemp.supervisor import supervision
+from pgtemp.supervisor.crash import all_postgres, clear_crashed, postgres_in
 from support import Daemon, children, eventually, homes
 
 LOOP = b"DO $$ BEGIN LOOP END LOOP; END $$"
@@ -40,7 +40,7 @@ def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
     data_dir = db.data_dir
     busy = db.connect()
     busy.pgconn.send_query(LOOP)
-    os.kill(warden.current().pid, signal.SIGKILL)
+    os.kill(supervision.current().pid, signal.SIGKILL)
     assert eventually(lambda: postgres_in(str(data_dir)) == [])
     busy.close()
     with PgTempDB() as another, another.connect() as connection:

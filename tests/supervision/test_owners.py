@@ -16,9 +16,9 @@ import pytest
 
 from owner import Owner, is_computing, is_running, segments_of
 from pgtemp.host import locks
-from pgtemp.server.crash import all_postgres, postgres_in
-from pgtemp.server.installation import Installation
-from pgtemp.server.remains import LEASE
+from pgtemp.programs.installation import Installation
+from pgtemp.supervisor.crash import all_postgres, postgres_in
+from pgtemp.supervisor.leftovers import LEASE
 from project import Project
 from support import Daemon, eventually, homes
 

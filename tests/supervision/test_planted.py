@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pgtemp.cli.group import cli
-from pgtemp.host import proc
-from pgtemp.server import crash, inventory, remains
-from pgtemp.server.remains import DATA, HALF_MADE, LEASE, sweep_home
+from pgtemp.host import procfs
+from pgtemp.supervisor import crash, inventory, leftovers
+from pgtemp.supervisor.leftovers import DATA, HALF_MADE, LEASE, sweep_home
 from support import run_pgtemp
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
@@ -49,7 +49,7 @@ def found_in(directory: Path) -> list[inventory.Found]:
     return [found for found in homes if found.path.parent == directory]
 
 
-def exhaust(steps: remains.Steps) -> OSError | None:
+def exhaust(steps: leftovers.Steps) -> OSError | None:
     """The result of a removal that is done step by step."""
     while True:
         try:
@@ -120,7 +120,7 @@ def test_a_long_command_line_ends_before_half_a_password() -> None:
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        said = proc.command(process.pid)
+        said = procfs.command(process.pid)
         process.communicate()
     assert said.startswith(sys.executable)
     assert said.endswith(" ...")
@@ -226,7 +226,7 @@ def test_a_removal_that_was_cut_short(open_dir: Path) -> None:
             next(steps)
         steps.close()
         assert len(list(open_dir.iterdir())) == 1
-        for _ in remains.sweep(str(open_dir)):
+        for _ in leftovers.sweep(str(open_dir)):
             pass
     assert list(open_dir.iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_a_lease_that_was_replaced(open_dir: Path) -> None:
     with opened(open_dir) as parent, opened(left) as home, open(left / LEASE) as old:
         (left / "lease.new").write_text("keep\n2 2\n")
         (left / "lease.new").rename(left / LEASE)
-        steps = remains._sweep_abandoned(parent, left.name, home, old.fileno(), True)
+        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno(), True)
         assert exhaust(steps) is not None
     assert (left / LEASE).read_text() == "keep\n2 2\n"
 

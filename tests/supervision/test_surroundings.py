@@ -20,7 +20,7 @@ import pytest
 import pgtemp
 from pgtemp.host.identity import Identity
 from pgtemp.host.ports import free_port
-from pgtemp.server import installation
+from pgtemp.programs import installation
 from support import eventually
 
 Result = subprocess.CompletedProcess[str]

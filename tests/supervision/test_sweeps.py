@@ -16,10 +16,11 @@ import pytest
 
 from owner import Owner, is_computing
 from pgtemp import PgTempDB
-from pgtemp.host import locks, proc
-from pgtemp.server import home, inventory
-from pgtemp.server.crash import postgres_in
-from pgtemp.server.remains import DATA, LEASE
+from pgtemp.host import locks, procfs
+from pgtemp.server import rundir
+from pgtemp.supervisor import inventory
+from pgtemp.supervisor.crash import postgres_in
+from pgtemp.supervisor.leftovers import DATA, LEASE
 from support import Daemon, eventually, run_pgtemp
 
 ABANDONED = """
@@ -126,7 +127,7 @@ def test_a_recycled_pid_is_a_stranger(open_dir: Path) -> None:
     """A lease, and a postmaster.pid, that name somebody else's process: it is left alone."""
     left = abandon(open_dir)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        started = proc.started(stranger.pid)
+        started = procfs.started(stranger.pid)
         (left / LEASE).write_text(f"discard\n{stranger.pid} {started}\n")
         (left / DATA / "postmaster.pid").write_text(f"{stranger.pid}\n{left / DATA}\n{started}\n")
         assert run_pgtemp("sweep", str(open_dir)).returncode == 0
@@ -277,7 +278,7 @@ def test_who_has_servers(open_dir: Path, daemon: type[Daemon]) -> None:
         assert f"{served.process.pid} " in shown
         assert "pgtemp sweep" in shown
         assert db.password not in shown
-    home.discard([str(again)])
+    rundir.discard([str(again)])
 
 
 def test_a_password_on_a_command_line_is_not_shown() -> None:

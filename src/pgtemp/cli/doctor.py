@@ -12,7 +12,7 @@ from pgtemp.cli import show
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
 from pgtemp.doctor import Check, examine
-from pgtemp.options import ServerOptions
+from pgtemp.options.server import ServerOptions
 
 _TAKEN = ("bin_dir", "version", "run_as", "data_dir_prefix")
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}

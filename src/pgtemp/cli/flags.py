@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 import click
 
 from pgtemp.errors import OptionError
-from pgtemp.options import ServerOptions, default_of
+from pgtemp.options.server import ServerOptions, default_of
 
 F = TypeVar("F", bound=Callable[..., object])
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 
 class _Json(logging.Formatter):
-    """One object a line; of a lease its facts too, by the names of `daemon/leases.py`."""
+    """One object a line; of a lease its facts too, by the names of `daemon/lease_manager.py`."""
 
     def format(self, record: logging.LogRecord) -> str:
         said = {

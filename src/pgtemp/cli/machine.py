@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from pgtemp.cli import show
-from pgtemp.daemon import owners
+from pgtemp.daemon import running_owners
 from pgtemp.host import identity
-from pgtemp.server import imagecache, inventory
-from pgtemp.server.inventory import Found, Swept
+from pgtemp.images import cache
+from pgtemp.supervisor import inventory
+from pgtemp.supervisor.inventory import Found, Swept
 
 _directories = click.argument(
     "directories", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path)
@@ -29,7 +30,7 @@ def ls(directories: Sequence[Path], json_wanted: bool) -> int:
     DIRECTORIES are looked into too (data_dir_prefix), for what was left there.
     """
     homes = inventory.homes(directories)
-    found = owners.of(homes)
+    found = running_owners.of(homes)
     left = [one for one in homes if not one.lives]
     closed = [one for one in homes if not one.open]
     if json_wanted:
@@ -55,7 +56,7 @@ def ls(directories: Sequence[Path], json_wanted: bool) -> int:
     return 0
 
 
-def _row(one: owners.Owner) -> Sequence[str]:
+def _row(one: running_owners.Owner) -> Sequence[str]:
     leases = str(len(one.leases)) if one.leases is not None else ""
     return (
         str(one.pid or "?"), one.user, show.age(one.age), str(one.servers),
@@ -90,7 +91,7 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
         found.append(facts)
         if not json_wanted:
             _print_swept(facts, swept)
-    caches = [] if dry_run else [str(path) for path in imagecache.sweep()]
+    caches = [] if dry_run else [str(path) for path in cache.sweep()]
     if json_wanted:
         show.json_object({"found": found, "cache": caches, "dry_run": dry_run})
     else:

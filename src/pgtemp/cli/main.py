@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from pgtemp.host import init
+from pgtemp.host import pid1
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -19,7 +19,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        sys.exit(init.run(_run))
+        sys.exit(pid1.run(_run))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
+from pgtemp.allocation.persisted import KeptDB, act_as_owner
 from pgtemp.cli.progress import show_progress
-from pgtemp.databases.kept import KeptDB, act_as_owner
 
 
 @click.command("open")

@@ -14,7 +14,7 @@ import click
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
 from pgtemp.host import processes
-from pgtemp.options import ServerOptions
+from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as of the shell, env and timeout

@@ -15,9 +15,9 @@ from pgtemp.cli import logs
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
 from pgtemp.daemon.daemon import Announcement, exit_status, run
-from pgtemp.daemonoptions import DEFAULT_HOST, DEFAULT_PORT, DaemonOptions
 from pgtemp.errors import OptionError
 from pgtemp.host import ports
+from pgtemp.options.daemon import DEFAULT_HOST, DEFAULT_PORT, DaemonOptions
 from pgtemp.uri import parse, redact
 
 _DEFAULT_URI = f"postgresql://{DEFAULT_HOST}:{DEFAULT_PORT}/postgres"

@@ -8,13 +8,13 @@ import os
 import socket
 from dataclasses import dataclass
 
+from pgtemp.allocation.allocation import Place
+from pgtemp.allocation.isolation import Isolation, Wish
 from pgtemp.daemon.logins import login
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn
-from pgtemp.databases.isolation import Isolation, Wish
-from pgtemp.databases.place import Place
 from pgtemp.errors import ClusterError
-from pgtemp.host.peers import check_listener
+from pgtemp.host.peer_credentials import check_listener
 from pgtemp.wire.messages import FORGET, TERMINATE, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length

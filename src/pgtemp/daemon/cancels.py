@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.host.peers import check_listener
+from pgtemp.host.peer_credentials import check_listener
 from pgtemp.wire.messages import cancel_request
 
 _SECONDS = 10.0

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgtemp.daemonoptions import DaemonOptions
-from pgtemp.databases.secret import Secret
 from pgtemp.errors import OptionError
-from pgtemp.options import StrPath
+from pgtemp.options.daemon import DaemonOptions
+from pgtemp.options.server import StrPath
+from pgtemp.sql.passwords import Secret
 from pgtemp.wire.tls import ALPN
 
 _log = logging.getLogger("pgtemp.daemon")

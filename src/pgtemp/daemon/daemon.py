@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from pgtemp.aio import whole
-from pgtemp.daemon import control, credentials, doors
+from pgtemp.allocation.isolation import Isolation
+from pgtemp.allocation.per_lease import Apart
+from pgtemp.allocation.single_server import Together
+from pgtemp.daemon import control_socket, credentials, listeners
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import THREADS
-from pgtemp.daemonoptions import DaemonOptions
-from pgtemp.databases import provision
-from pgtemp.databases.apart import Apart
-from pgtemp.databases.isolation import Isolation
-from pgtemp.databases.together import Together
 from pgtemp.errors import PgTempError, WardenError
-from pgtemp.host import descriptors, identity, ports, processes
-from pgtemp.server import home, warden
-from pgtemp.server.cluster import Cluster
-from pgtemp.server.installation import Installation
+from pgtemp.host import file_limits, identity, ports, processes
+from pgtemp.options.daemon import DaemonOptions
+from pgtemp.programs.installation import Installation
+from pgtemp.server import rundir
+from pgtemp.server.postmaster import Cluster
+from pgtemp.sql import server_setup
+from pgtemp.supervisor import supervision
 from pgtemp.uri import ConnectionInfo, redact
 
 _FORCED = 130
@@ -75,14 +76,14 @@ async def run(
         seconds = None if patient else _END_SECONDS
         at_the_end.enter_context(_signals(loop, stopping, seconds))
 
-        descriptors.raise_limit()
+        file_limits.raise_limit()
         # start up: listening comes first, so that a port that is taken costs nothing
-        listening = doors.listen(options) if options.tcp else []
+        listening = listeners.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
         loop.set_default_executor(ThreadPoolExecutor(THREADS, "pgtemp-work"))
         # A lease's time is not that of its server.
-        plan = await whole(lambda: provision.plan(_for_servers(options), (), secret))
+        plan = await whole(lambda: server_setup.plan(_for_servers(options), (), secret))
         isolation = _isolation(options, plan, announce)
         at_the_end.push_async_callback(whole, isolation.close)
         await _unless_stopped(whole(isolation.open), stopping)
@@ -95,23 +96,25 @@ async def run(
 
         # serve
         tls = certificate.context if certificate is not None else None
-        tcp = doors.of_tcp(options, gateway.peers, tls)
+        tcp = listeners.of_tcp(options, gateway.peers, tls)
         servers = [
             await loop.create_server(
-                lambda: Endpoint(gateway.door(tcp)), sock=bound, backlog=doors.BACKLOG
+                lambda: Endpoint(gateway.door(tcp)), sock=bound, backlog=listeners.BACKLOG
             )
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
         servers.append(
             await loop.create_unix_server(
-                lambda: Endpoint(gateway.door(doors.of_socket())), path, backlog=doors.BACKLOG
+                lambda: Endpoint(gateway.door(listeners.of_socket())),
+                path,
+                backlog=listeners.BACKLOG,
             )
         )
         announcement = _announcement(options, socket_dir, plan.installation, root)
         told = {"uri": redact(announcement.info.uri), "version": announcement.version}
         servers.append(
-            await control.listen(socket_dir, lambda: {**told, "leases": gateway.facts()})
+            await control_socket.listen(socket_dir, lambda: {**told, "leases": gateway.facts()})
         )
         for server in servers:
             at_the_end.callback(server.close)
@@ -172,7 +175,7 @@ async def _unless_stopped(work: Coroutine[Any, Any, None], stopping: asyncio.Fut
 
 
 def _isolation(
-    options: DaemonOptions, plan: provision.Plan, announce: Callable[[str], None]
+    options: DaemonOptions, plan: server_setup.Plan, announce: Callable[[str], None]
 ) -> Isolation:
     if options.single:
         return Together(plan, announce, options.role_attributes)
@@ -183,9 +186,9 @@ def _isolation(
 def _socket_dir() -> Iterator[str]:
     """A directory for the daemon's own unix socket, closed to other users."""
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
-    place = home.make(None, caller, keep=False)
+    place = rundir.make(None, caller, keep=False)
     try:  # the lease is held to the end: a warden that is killed must not take the door along
-        held = warden.current().hold(
+        held = supervision.current().hold(
             place.leftovers(keep=False), keep=False, lease=place.lease, log=place.lease
         )
         try:
@@ -194,7 +197,7 @@ def _socket_dir() -> Iterator[str]:
             try:
                 held.stop(keep=False, remove=place.leftovers(keep=False))
             except WardenError:
-                home.discard(place.leftovers(keep=False))
+                rundir.discard(place.leftovers(keep=False))
     finally:
         place.release()
 

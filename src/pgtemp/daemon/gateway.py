@@ -13,21 +13,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pgtemp.daemon import abandoned, wishes
+from pgtemp.allocation.isolation import Isolation, Wish
+from pgtemp.daemon import database_request, hangups
 from pgtemp.daemon.backend import Backend, connect, furnish
 from pgtemp.daemon.cancels import Cancels
-from pgtemp.daemon.crowd import MORE_FILES, Crowd, Newcomer
-from pgtemp.daemon.doors import Door
+from pgtemp.daemon.client_limits import MORE_FILES, Crowd, Newcomer
+from pgtemp.daemon.error_responses import RefusedError, UnreachableError, crashed, refusal
 from pgtemp.daemon.lease import Lease
-from pgtemp.daemon.leases import Leases
-from pgtemp.daemon.refusals import RefusedError, UnreachableError, crashed, refusal
+from pgtemp.daemon.lease_manager import Leases
+from pgtemp.daemon.listeners import Door
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.daemon.shares import in_turn
-from pgtemp.daemonoptions import DaemonOptions
-from pgtemp.databases.answers import NoAnswerError
-from pgtemp.databases.isolation import Isolation, Wish
 from pgtemp.errors import PgTempError
-from pgtemp.host.peers import Peers
+from pgtemp.host.peer_credentials import Peers
+from pgtemp.options.daemon import DaemonOptions
+from pgtemp.sql.answer_limits import NoAnswerError
 from pgtemp.wire import replication, replies
 from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.messages import ProtocolError
@@ -141,7 +141,7 @@ class Gateway:
 
     async def _lease(self, client: Endpoint, startup: Startup, door: Door) -> None:
         try:
-            wish = wishes.read(startup)
+            wish = database_request.read(startup)
         except PgTempError as error:
             raise refusal(error) from error
         inspection = self._inspection(startup)
@@ -258,7 +258,7 @@ class Gateway:
                 register()
             else:
                 server.listen = learn
-            abandoned.end_with(client, server, self.peers)
+            hangups.end_with(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
                 ends: set[asyncio.Future[Any]] = {relaying, lease.over, refused}

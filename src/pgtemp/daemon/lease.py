@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pgtemp.allocation.allocation import Place
+from pgtemp.allocation.isolation import Wish
 from pgtemp.daemon.backend import Backend
-from pgtemp.daemon.refusals import RefusedError
+from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.databases.isolation import Wish
-from pgtemp.databases.place import Place
 
 LINGER = "linger"  # the timer of a session that nobody is connected to
 

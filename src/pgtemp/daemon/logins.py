@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from pgtemp.databases.place import Place
+from pgtemp.allocation.allocation import Place
 
 LOGIN_SECONDS = 5.0
 _LATE_SECONDS = 1.0  # of a timer. Then it was this process that stood still

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgtemp.aio import to_its_end, whole
-from pgtemp.databases.place import Place
+from pgtemp.allocation.allocation import Place
 from pgtemp.errors import ClusterError
 
 T = TypeVar("T")

@@ -19,9 +19,9 @@ from django.db.backends.postgresql.creation import DatabaseCreation
 
 from pgtemp.cluster import Cluster, Template
 from pgtemp.database import Database
-from pgtemp.databases.recipe import Recipe
 from pgtemp.django import OPTIONS
-from pgtemp.options import ServerOptions
+from pgtemp.options.server import ServerOptions
+from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import parse
 
 # What decides, in an app, how a migrated database comes out. Permissions and content types are

@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from pgtemp.errors import OptionError
-from pgtemp.host import room, trusted
+from pgtemp.host import disk_space, trusted
 from pgtemp.host.identity import Identity
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
@@ -264,6 +264,6 @@ def _has_room(base: Path) -> bool:
     return (
         os.access(base, os.W_OK | os.X_OK)
         and filesystem_type(base) == "tmpfs"
-        and room.free_bytes(base) >= TMPFS_ROOM
+        and disk_space.free_bytes(base) >= TMPFS_ROOM
         and _is_safe(base)
     )

@@ -1,0 +1,1 @@
+"""What a lease is allocated, and where allocations come from."""

@@ -1,0 +1,202 @@
+"""Data that was kept: what it was, and a server on it again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import disk_space, file_copy, identity, ports
+from pgtemp.host.tree import Tree
+from pgtemp.images import image, initdb
+from pgtemp.options.server import StrPath
+from pgtemp.programs import installation
+from pgtemp.server import config, rundir
+from pgtemp.server.postmaster import Blueprint, Cluster
+from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.sql.passwords import random_secret
+from pgtemp.supervisor.leftovers import DATA
+from pgtemp.uri import ConnectionInfo
+
+_log = logging.getLogger("pgtemp")
+NOTE = "pgtemp.json"
+_NOTE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What stands beside data that is kept.
+
+    Attributes:
+        user: whose it was.
+        dbname: the database.
+        databases: what each of several databases is of.
+    """
+
+    user: str
+    dbname: str
+    databases: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_note(directory: Path, note: Note) -> None:
+    """Remember, beside data that is kept, whose it was.
+
+    Raises:
+        ClusterError: it cannot be written; the data can be opened all the same, as anybody's.
+    """
+    with disk_space.writing(directory / NOTE), Tree.open(directory) as tree:
+        _write_note(tree, note)
+
+
+def _write_note(tree: Tree, note: Note) -> None:
+    tree.write(NOTE, json.dumps(asdict(note)).encode())
+
+
+def try_note(directory: Path, note: Note) -> None:
+    """As `write_note`, but what goes wrong is only logged: the data itself is kept."""
+    try:
+        write_note(directory, note)
+    except ClusterError as error:
+        _log.error("%s", error)
+
+
+def store(cluster: Cluster, directory: Path, note: Note) -> None:
+    """Shut a server down and copy its data to a directory, which must not be there yet.
+
+    Raises:
+        ClusterError: it could not be written; nothing of it is left.
+    """
+    cluster.halt()
+    with disk_space.writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with Tree.open(cluster.data_dir) as data:
+            listing = file_copy.list_tree(data, image.NEVER_COPIED)
+            with rundir.stored(directory, cluster.blueprint.owner) as (tree, fresh):
+                for name in listing.dirs:
+                    fresh.make_directory(name)
+                file_copy.copy_files(data, fresh, listing.files)
+                fresh.hand_over(*listing.dirs, "")
+                _write_note(tree, note)
+
+
+def act_as_owner(directory: StrPath) -> None:
+    """As root, give up all rights but those of the user to whom kept data belongs.
+
+    That user can change the directory at any time. Root's own directory, in which only the data
+    belongs to another user, is not concerned.
+
+    Raises:
+        OptionError: no data was kept there, or that user cannot run this program.
+    """
+    path = rundir.kept_at(Path(directory))
+    with Tree.reach(path) as tree:
+        uid = os.fstat(tree.fd).st_uid
+    if os.geteuid() == 0 != uid:
+        user = identity.choose_uid(uid)
+        if blocked := user.blocked_at(Path(sys.executable).resolve()):
+            raise OptionError(
+                f"{path} belongs to {user.name}, who cannot enter {blocked}, where Python is",
+                remedy=f"install pgtemp where {user.name} can run it, and open it as that user",
+            )
+        identity.become(uid)
+
+
+class KeptDB:
+    """A server on kept data, in place; the data stays when it ends.
+
+    Args:
+        directory: what `--persist` printed, or the `data` directory in it.
+        dbname: the database to tell about; None is the one that the data was kept for.
+        port: TCP port; None chooses a free one.
+        bin_dir: folder of PostgreSQL's programs; None finds those of the data's version.
+
+    Raises:
+        OptionError: the directory is not one that was kept, or is in use.
+        PgTempError: the server could not be started.
+    """
+
+    def __init__(
+        self,
+        directory: StrPath,
+        *,
+        dbname: str | None = None,
+        port: int | None = None,
+        bin_dir: StrPath | None = None,
+    ) -> None:
+        path = rundir.kept_at(Path(directory))
+        self.directory = path
+        self.note = read_note(path)
+        self._dbname = dbname if dbname is not None else self.note.dbname
+        source = image.Directory(path / DATA)
+        owner, version = identity.choose_uid(source.uid), source.version
+        programs = installation.find(bin_dir, version).within_reach(owner)
+        self.version = programs.version
+        self._cluster = Cluster(
+            Blueprint(
+                installation=programs,
+                owner=owner,
+                source=source,
+                conf=_unchanged,
+                hba=config.HBA,
+                addresses=(ports.LOOPBACK,),
+                port=port,
+                keep=True,
+            ),
+            existing=path,
+        )
+        self.info: ConnectionInfo
+
+    def __enter__(self) -> Self:
+        user, dbname = self.note.user, self._dbname
+        self._cluster.start()
+        try:
+            secret = random_secret()
+            private = server_setup.private_info(self._cluster, user, admin_sql.MAINTENANCE)
+            with admin_connections.connected(private) as connection:
+                if not admin_sql.exists(connection, dbname):
+                    raise OptionError(
+                        f"there is no database {dbname!r} in {self.directory}",
+                        remedy="name one of those below",
+                        details=admin_sql.databases(connection),
+                    )
+                admin_sql.ensure_role(connection, user, secret)
+        except BaseException:
+            self._cluster.stop()
+            raise
+        self.info = ConnectionInfo(
+            host=ports.LOOPBACK,
+            port=self._cluster.port,
+            user=user,
+            password=secret.password,
+            dbname=dbname,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._cluster.stop()
+
+
+def read_note(directory: Path) -> Note:
+    """Whose data it was."""
+    try:
+        with Tree.reach(directory) as tree:
+            said = json.loads(tree.read(NOTE, _NOTE_BYTES))
+        return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Note(initdb.SUPERUSER, admin_sql.MAINTENANCE)
+
+
+def _unchanged(existing: str) -> str:
+    return existing

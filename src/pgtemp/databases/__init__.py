@@ -1,1 +1,0 @@
-"""What lives in a cluster, and who holds it."""

@@ -1,0 +1,1 @@
+"""Cached data directories that servers start on copies of."""

@@ -1,0 +1,202 @@
+"""The cache of images: each made once on this machine, by one process, under its lock.
+
+An image is built (initdb.py) in a sibling directory under a lock and published by a rename; a
+file that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
+Its name is the hash of everything that determines its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgtemp.errors import ClusterError
+from pgtemp.host import disk_space, locks, paths, trusted
+from pgtemp.host.file_copy import ChangedError, Listing
+from pgtemp.host.identity import Identity
+from pgtemp.host.progress import step
+from pgtemp.host.removal import remove
+from pgtemp.images import initdb
+from pgtemp.images.image import Image, divided
+from pgtemp.images.initdb import MANIFEST
+from pgtemp.programs.installation import Installation
+
+_log = logging.getLogger("pgtemp")
+SCHEMA = 5  # of the image's layout and of what is done to a data directory
+UNUSED_DAYS = 30
+MOST_BYTES = 4 << 30
+RUN_SECONDS = 86400  # what a run that was killed has left
+_OF_A_RUN = "-template-run-"
+_TELLS_LIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+
+class Ensured(ABC):
+    """An image that is made when it is needed, and made again when it is damaged."""
+
+    @abstractmethod
+    def resolve(self) -> Image:
+        """The image; made where there is none."""
+
+    def repair(self, damage: ChangedError) -> None:
+        _log.warning("the image is damaged and is built again: %s", damage)
+        self.resolve().discard()
+
+
+@dataclass(frozen=True, slots=True)
+class Cached(Ensured):
+    """The image that initdb makes, for some programs and arguments."""
+
+    installation: Installation
+    initdb_args: Mapping[str, str]
+    owner: Identity
+
+    @property
+    def identity(self) -> str:
+        return self.resolve().path.name
+
+    def resolve(self) -> Image:
+        """The image; runs initdb when there is none.
+
+        Raises:
+            OptionError: an argument is not initdb's, or decides something pgtemp decides.
+            ClusterError: initdb failed; carries its words.
+        """
+        programs = self.installation
+        arguments = initdb.arguments(programs, self.initdb_args)
+        libc = os.confstr("CS_GNU_LIBC_VERSION") if _TELLS_LIBC else ""
+        # A user can change what initdb makes as that user, so no other user's server starts on it.
+        made_as = [str(self.owner.uid)] if self.owner.switch else []
+        key = key_of(programs.identity, libc or "", *arguments, *made_as)
+        return ensure(
+            f"{programs.major}-{key}",
+            f"initdb of PostgreSQL {programs.version}, once on this machine",
+            lambda path, lock: initdb.build(programs, arguments, path, self.owner, lock),
+        )
+
+
+_loaded: dict[tuple[Path, int], Image] = {}
+
+
+def key_of(*parts: str) -> str:
+    """A name for an image, from all that determines its bytes."""
+    return hashlib.sha256("\0".join([str(SCHEMA), *parts]).encode()).hexdigest()[:24]
+
+
+def name_of(major: int, identity: str, run: str | None) -> str:
+    """The name of a template's image.
+
+    Args:
+        run: of a program for which alone it is kept.
+    """
+    kind = f"{_OF_A_RUN}{run}-" if run is not None else "-template-"
+    return f"{major}{kind}{identity}"
+
+
+def forget(run: str) -> None:
+    """Remove the images that were kept for one run of a program alone, which is at its end."""
+    for lock in (_trusted_cache() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
+        _remove(lock.with_suffix(""))
+
+
+def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
+    """The image of that name in the cache; built where there is none, by one process alone.
+
+    Args:
+        name: from `key_of`.
+        what: is going on, for who looks at progress.
+        build: makes the image at a path; gets the descriptor of the lock as well, for programs
+            that must not outlive it.
+
+    Raises:
+        PgTempError: the build's.
+    """
+    path = paths.cache_dir() / "images" / name
+    if (image := _load(path)) is not None:
+        return image
+    with ExitStack() as held:
+        with disk_space.writing(path.parent, disk_space.CACHE_REMEDY):
+            paths.make_dirs(path.parent)
+            lock = held.enter_context(locks.locked(path.with_suffix(".lock")))
+        if (image := _load(path)) is None:  # nobody built it while we waited
+            with step(what):
+                build(path, lock)
+            image = _load(path)
+    if image is None:
+        raise ClusterError(f"the image {path} cannot be read right after it was built")
+    _prune(path.parent)
+    return image
+
+
+def _load(path: Path) -> Image | None:
+    """Read from disk when it is not the one read before: another process may have rebuilt it."""
+    try:
+        written = (path / MANIFEST).stat().st_mtime_ns
+        if (path, written) not in _loaded:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            files = tuple((name, size) for name, size in manifest["files"])
+            listing = Listing(tuple(manifest["dirs"]), files)
+            lock = path.with_suffix(".lock")
+            password = manifest["password"] and (*manifest["password"],)
+            control = manifest["control"]
+            _loaded[path, written] = divided(path, listing, control, password=password, lock=lock)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _loaded[path, written]
+
+
+def _prune(images: Path) -> None:
+    """Remove images that nobody has used for a month, and the oldest where they grow too many."""
+    oldest, total = time.time() - UNUSED_DAYS * 86400, 0
+    found = sorted(_sizes(images), reverse=True)
+    for place, (when, size, path) in enumerate(found):
+        total += size
+        stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
+        if stale or (total > MOST_BYTES and place > 0):
+            with suppress(OSError):  # its lock cannot be made
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    lock = path.with_suffix(".lock")
+    with locks.locked(lock):
+        remove(path)
+        if _OF_A_RUN in path.name:  # nobody will ask for it again
+            lock.unlink(missing_ok=True)
+
+
+def sweep() -> list[Path]:
+    """Remove what builders that were killed have left in the cache; what that was."""
+    left = []
+    for building in _trusted_cache().glob("*/*.building*"):
+        lock = building.with_name(building.name.partition(".building")[0] + ".lock")
+        with suppress(OSError), locks.locked_at_once(lock) as free:  # or it is another user's
+            if free:
+                remove(building)
+                left.append(building)
+    return left
+
+
+def _trusted_cache() -> Path:
+    """The cache, or a path where there is nothing if other users can change the cache."""
+    path = paths.usual_cache_dir()
+    return path if trusted.find_flaw(path, sticky=False) is None else Path(os.devnull)
+
+
+def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
+    """When each image was last used, its size in bytes, and where it is."""
+    for manifest in images.glob(f"*/{MANIFEST}"):
+        if manifest.parent.suffix:  # one that is being built
+            continue
+        try:
+            size = sum(size for _, size in json.loads(manifest.read_bytes())["files"])
+            yield manifest.parent.stat().st_mtime, size, manifest.parent
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # somebody else has just removed it

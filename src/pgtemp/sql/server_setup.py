@@ -1,0 +1,273 @@
+"""From options to a running server with its user and database: what every door shares.
+
+`Plan` is worked out once (programs, user, image, settings) and serves for any number of servers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pgtemp.errors import OptionError
+from pgtemp.host import disk_space, identity, paths, ports
+from pgtemp.host.tree import Tree
+from pgtemp.images import cache, image, initdb
+from pgtemp.options.server import ServerOptions
+from pgtemp.programs import installation
+from pgtemp.server import config, rundir
+from pgtemp.server.postmaster import Blueprint, Cluster
+from pgtemp.sql import admin_connections, admin_sql, dump_restore, extensions
+from pgtemp.sql.admin_connections import Connection
+from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.passwords import Secret
+from pgtemp.supervisor.leftovers import DATA
+from pgtemp.uri import ConnectionInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How servers are made for some options.
+
+    Attributes:
+        superuser: of the servers, as whom pgtemp itself comes.
+        template: the database in the source that databases are made from; None is an empty one.
+        plain: whether databases are made with nothing in them.
+        secret: what everybody needs who comes by TCP; None where nobody does.
+    """
+
+    options: ServerOptions
+    blueprint: Blueprint
+    superuser: str
+    template: str | None = None
+    plain: bool = True
+    secret: Secret | None = None
+
+    @property
+    def users(self) -> set[str]:
+        """The roles that its servers have from the start."""
+        return {self.options.user, self.superuser}
+
+    @property
+    def installation(self) -> installation.Installation:
+        return self.blueprint.installation
+
+
+def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None = None) -> Plan:
+    """Work out what servers are made from.
+
+    Args:
+        addresses: loopback addresses to listen on; none is the unix socket only, but where there
+            is a secret.
+        secret: the password that all users have.
+
+    Raises:
+        PgTempError: programs, user or a file cannot be had.
+    """
+    paths.check_umask()
+    owner = identity.choose(options.run_as)
+    copied = Path(options.copy_from).absolute() if options.copy_from is not None else None
+    if copied is not None and not (copied / "PG_VERSION").exists():
+        copied = copied / DATA  # a home that was kept
+    if secret is not None and not addresses:
+        addresses = [ports.LOOPBACK]
+    version = options.version
+    if copied is not None and version is None:
+        version = image.Directory(copied).version
+    rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # said now, not later
+    programs = installation.find(options.bin_dir, version).within_reach(owner)
+    source: image.Source
+    if copied is not None:
+        check_copied(copied, programs)
+        source = image.Directory(copied)
+    else:
+        source = cache.Cached(programs, options.initdb_args, owner)
+    # In a directory that somebody made, the superuser is somebody's choice too.
+    superuser = options.user if copied is not None else initdb.SUPERUSER
+    blueprint = Blueprint(
+        installation=programs,
+        owner=owner,
+        source=source,
+        conf=_conf(options, programs.major),
+        hba=config.pg_hba_conf(_text(options.pg_hba_conf) or None, superuser),
+        addresses=addresses,
+        port=options.port if addresses and secret is None else None,
+        prefix=options.data_dir_prefix,
+        keep=options.persist,
+        ttl=options.ttl,
+        log_path=Path(options.log_path).absolute() if options.log_path is not None else None,
+    )
+    return Plan(options, blueprint, superuser, secret=secret)
+
+
+def provision(plan: Plan, secret: Secret | None) -> Cluster:
+    """Start a server that has the options' user and database, with the dump loaded.
+
+    Args:
+        secret: the user's; None where nobody comes by TCP.
+
+    Raises:
+        PgTempError: it cannot be made; nothing of it is left.
+    """
+    options = plan.options
+    _learn(plan)
+    cluster = start(plan, secret)
+    try:
+        furnish_database(cluster, plan, options.dbname, options.user)
+        to = private_info(cluster, plan.superuser, options.dbname)
+        if options.extensions:
+            with admin_connections.connected(to) as connection, connection.given(LONG_SECONDS):
+                extensions.create(connection, options.extensions, plan.installation.major)
+        if options.load is not None:
+            to = private_info(cluster, options.user, options.dbname)
+            dump_restore.load(plan.installation, to, options.load, all_or_nothing=False)
+    except BaseException:
+        discard(cluster)
+        raise
+    return cluster
+
+
+def start(plan: Plan, secret: Secret | None) -> Cluster:
+    """Start a server that has the options' user. Raises PgTempError; nothing of it is left."""
+    user = plan.options.user
+    own = secret if user == plan.superuser else None
+    cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
+
+    def furnish(started: Cluster) -> None:
+        furnish_role(started, plan, user, secret)
+        give_password(started, plan)
+
+    cluster.start(meanwhile=furnish)
+    return cluster
+
+
+def _learn(plan: Plan) -> None:
+    """The first time an image is used, connect to a cluster on it and keep its relation cache.
+
+    The files spare each first connection four milliseconds (see image.py).
+    """
+    source = plan.blueprint.source
+    if not isinstance(source, cache.Cached) or source.resolve().relcache:
+        return
+    plain = replace(plan.options, config={}, postgresql_conf=None)
+    cluster = Cluster(
+        replace(
+            plan.blueprint,
+            conf=_conf(plain, plan.installation.major),
+            hba=config.HBA,
+            addresses=(),
+            keep=False,
+            log_path=None,
+        )
+    )
+    cluster.start()
+    try:
+        for dbname in ("template1", admin_sql.MAINTENANCE):
+            with admin_connections.connected(
+                private_info(cluster, initdb.SUPERUSER, dbname)
+            ) as connection:
+                connection.execute("SELECT 1")
+        with Tree.open(cluster.data_dir) as data:
+            source.resolve().learn(data)
+    finally:
+        cluster.stop()
+
+
+def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None) -> None:
+    """Make a user in a server, unless it is there and needs no password."""
+    if user == plan.superuser and (secret is None or cluster.has_password):
+        return
+    with administered(cluster, plan) as connection:
+        admin_sql.ensure_role(connection, user, secret)
+
+
+def give_password(cluster: Cluster, plan: Plan) -> None:
+    """Give the plan's password, where it has one, to those who are there from the start."""
+    if plan.secret is not None:
+        with administered(cluster, plan) as connection:
+            for user in sorted(plan.users):
+                admin_sql.ensure_role(connection, user, plan.secret)
+
+
+def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
+    """Make a database in a server, unless it is there: the plan's template becomes it.
+
+    A server has one template, so that only the first database comes from it.
+    """
+    if dbname == "template1" or (dbname == admin_sql.MAINTENANCE and plan.plain):
+        return  # initdb made it
+    # A database cannot be replaced from within itself.
+    entrance = "template1" if dbname == admin_sql.MAINTENANCE else admin_sql.MAINTENANCE
+    with administered(cluster, plan, entrance) as connection:
+        if plan.template is None or not admin_sql.exists(connection, plan.template):
+            admin_sql.ensure_database(connection, dbname, user)
+            return
+        if dbname == admin_sql.MAINTENANCE != plan.template:
+            admin_sql.drop_empty(connection, dbname)
+        admin_sql.take_over(connection, plan.template, dbname, user)
+
+
+@contextmanager
+def administered(
+    cluster: Cluster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
+) -> Iterator[Connection]:
+    """A superuser's connection for a block. Raises ClusterError."""
+    with admin_connections.connected(private_info(cluster, plan.superuser, dbname)) as connection:
+        yield connection
+
+
+def admit(cluster: Cluster, plan: Plan, user: str, attributes: str, owns: str | None) -> None:
+    """Make a role for somebody who connects, unless it is there. Raises ClusterError.
+
+    Args:
+        owns: the database that is to be the user's.
+    """
+    with administered(cluster, plan) as connection:
+        admin_sql.ensure_login(connection, user, attributes, plan.secret)
+        if owns is not None:
+            admin_sql.set_owner(connection, owns, user)
+
+
+def discard(cluster: Cluster) -> None:
+    """End a server and keep nothing of it, whatever its options say."""
+    cluster.blueprint = replace(cluster.blueprint, keep=False)
+    cluster.stop()
+
+
+def private_info(cluster: Cluster, user: str, dbname: str) -> ConnectionInfo:
+    """How pgtemp itself reaches a server: through its socket, without a password."""
+    return ConnectionInfo(host=str(cluster.socket_dir), port=cluster.port, user=user, dbname=dbname)
+
+
+def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
+    return partial(
+        config.postgresql_conf,
+        major=major,
+        given=_text(options.postgresql_conf),
+        settings=options.config,
+        existing_first=options.copy_from is None,
+        disk=disk_space.size_bytes(
+            paths.scratch_base(options.data_dir_prefix, keep=options.persist)
+        ),
+    )
+
+
+def check_copied(path: Path, programs: installation.Installation) -> None:
+    """Raise OptionError where a data directory is of another version, or in use."""
+    made_by = image.Directory(path).version
+    if made_by != str(programs.major):
+        raise OptionError(
+            f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
+            remedy=f"ask for version {made_by}",
+        )
+    if image.Directory(path).is_in_use():
+        raise OptionError(
+            f"a server is running on {path}", remedy="stop it before copying its data directory"
+        )
+
+
+def _text(path: str | os.PathLike[str] | None) -> str:
+    return Path(path).read_text(errors="surrogateescape") if path is not None else ""

@@ -1,0 +1,1 @@
+"""Nothing outlives its owner: the process that starts and stops servers, and sweeps."""

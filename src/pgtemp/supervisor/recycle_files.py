@@ -1,0 +1,183 @@
+"""The shelf: directories of dropped databases, which are made what their template was, and reused.
+
+Most tests change few files of a database. To put those back is a fraction of the work that it is
+to remove hundreds of files and copy them anew. `templates/recycle.py` says when a directory may be
+moved, and what PostgreSQL has to be told; here are the files alone:
+
+    shelf/original/     the template's files, as a clone had them; nobody changes these
+    shelf/16412/        a database's directory, after that database was dropped
+
+A file that was put back bears a time that no clock shows. Whatever does not bear it was written
+since, by whomever, and is put back again.
+
+This runs in a process of its own, forked by the warden, as the server's user: who is a superuser
+in the server may put links where it works. It imports nothing that is slow.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import stat
+
+from pgtemp.host.removal import remove
+from pgtemp.supervisor.leftovers import DATA, SHELF
+from pgtemp.supervisor.protocol import decode, encode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MARK = 7_000_000_007  # nanoseconds since the epoch
+_STUB = "PG_VERSION"  # without it PostgreSQL takes a directory for no database
+_IDLE = 10_000  # milliseconds without a word, after which the shelf is cleared
+_ORIGINAL = "original"
+_CHUNK = 1 << 20
+
+
+class Shelf:
+    """The directories of one template's clones; methods raise OSError."""
+
+    def __init__(self, home: str) -> None:
+        self._base = os.path.join(home, DATA, "base")
+        self._path = os.path.join(home, SHELF)  # and from `begin` on a directory in it
+        self._sizes: dict[str, int] = {}
+        self._taken: set[str] = set()
+        self.waiting: list[str] = []  # to be made what they were
+        self._ready: list[str] = []
+
+    def begin(self, oid: str) -> None:
+        """Take a clone's files for the original; what is left is no more than a name."""
+        self._path = os.path.join(self._path, oid)
+        os.makedirs(self._path, 0o700)
+        original, stub = self._on(_ORIGINAL), self._at(oid)
+        os.mkdir(original, 0o700)
+        sizes = {}
+        for name, status in _files(stub):
+            if not stat.S_ISREG(status.st_mode):
+                raise FileExistsError(f"{stub}/{name} is no plain file")
+            sizes[name] = status.st_size
+            if name != _STUB:
+                os.rename(f"{stub}/{name}", f"{original}/{name}")
+        _copy(f"{stub}/{_STUB}", f"{original}/{_STUB}", sizes[_STUB])
+        self._sizes = sizes
+
+    def take(self, oid: str) -> None:
+        """Take the directory of a database in which nobody is, and will be."""
+        os.rename(self._at(oid), self._on(oid))
+        self._taken.add(oid)
+
+    def restore(self, oid: str) -> None:
+        """The database was dropped: PostgreSQL knows nothing of its files any more."""
+        self._taken.remove(oid)
+        self.waiting.append(oid)
+
+    def put(self, oid: str) -> None:
+        """Give a database that was cloned from the stub a directory as its template has it."""
+        if not self._ready and self.waiting:
+            self.work()
+        restored = self._ready.pop() if self._ready else None
+        if restored is None:
+            raise FileNotFoundError("nothing is on the shelf")
+        empty = self._on(f"{oid}.stub")
+        os.rename(self._at(oid), empty)
+        os.rename(self._on(restored), self._at(oid))
+        remove(empty)
+
+    def work(self) -> None:
+        """Make one directory what it was."""
+        oid = self.waiting.pop(0)
+        try:
+            self._make_good(self._on(oid))
+        except OSError:  # such as a full disk
+            remove(self._on(oid))
+        else:
+            self._ready.append(oid)
+
+    def clear(self) -> None:
+        """Keep nothing but the original."""
+        for oid in (*self._ready, *self.waiting, *self._taken):
+            remove(self._on(oid))
+        self._ready.clear()
+        self.waiting.clear()
+        self._taken.clear()
+
+    def leave(self, _: str) -> None:
+        """Keep nothing at all."""
+        remove(self._path)
+
+    def _make_good(self, directory: str) -> None:
+        sizes, original = self._sizes, self._on(_ORIGINAL)
+        missing = set(sizes)
+        for name, status in _files(directory):
+            size = sizes.get(name)
+            if size is None or not stat.S_ISREG(status.st_mode):
+                remove(f"{directory}/{name}")
+            elif status.st_mtime_ns == _MARK and status.st_size == size:
+                missing.discard(name)
+        for name in missing:
+            _copy(f"{original}/{name}", f"{directory}/{name}", sizes[name])
+
+    def _at(self, oid: str) -> str:
+        return f"{self._base}/{oid}"
+
+    def _on(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+
+def _files(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def _copy(source: str, target: str, size: int) -> None:
+    """Write a file in place: its blocks are there already."""
+    # O_NONBLOCK: a pipe that was put there is an error, not a wait.
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    reading = os.open(source, os.O_RDONLY | careful)
+    try:
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)
+        try:
+            left = size
+            while left > 0:
+                data = os.read(reading, min(left, _CHUNK))
+                if not data:
+                    raise OSError(f"{source} is shorter than it was")
+                left -= len(data)
+                while data:
+                    data = data[os.write(writing, data) :]
+            os.ftruncate(writing, size)
+            os.utime(writing, ns=(_MARK, _MARK))
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
+
+
+def serve(channel: _socket.socket, home: str) -> None:
+    """Do what is asked for until nobody can ask any more; the words are the methods' names."""
+    shelf, buffer = Shelf(home), bytearray()
+    do = {name: getattr(shelf, name) for name in ("begin", "take", "restore", "put", "leave")}
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    while True:
+        if not poll.poll(0 if shelf.waiting else _IDLE):
+            if shelf.waiting:
+                shelf.work()
+            else:
+                shelf.clear()
+            continue
+        data = channel.recv(65536)
+        if not data:
+            return
+        buffer += data
+        while (message := decode(buffer)) is not None:
+            try:
+                do[message["do"]](message["oid"])
+                error = ""
+            except (OSError, KeyError) as reason:
+                error = str(reason) or type(reason).__name__
+            if message["answer"]:
+                channel.sendall(encode({"error": error}))

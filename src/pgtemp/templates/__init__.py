@@ -1,0 +1,1 @@
+"""Templates: recipes, builders, clones and recycled directories."""

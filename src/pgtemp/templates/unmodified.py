@@ -1,0 +1,103 @@
+"""Whether a clone is still, byte for byte, the copy that it was when somebody got it.
+
+Counters can be switched off, so they only tell at once what was touched. The proof is physical:
+whatever changes a database changes a page in the shared buffers or a file in its directory. So
+it is untouched where none of its buffers is dirty and none of its files was written since, and
+what is said of it in the catalogs that all databases share is what is said of its source.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from psycopg import errors
+
+from pgtemp.host.tree import Tree
+from pgtemp.sql.admin_connections import Connection
+
+# Files have the time of the kernel's last tick, which is up to 10 ms ago.
+_TICK_NANOSECONDS = 20_000_000
+_QUIET = """
+SELECT d.oid FROM pg_database d
+  JOIN pg_database source ON source.datname = $1
+  LEFT JOIN pg_stat_database s ON s.datid = d.oid
+WHERE d.datname = $2
+  AND coalesce(s.tup_inserted + s.tup_updated + s.tup_deleted, 0) = 0
+  AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE datid = d.oid)
+  AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = d.datname)
+  AND NOT EXISTS (SELECT FROM pg_replication_slots WHERE database = d.datname)
+  AND NOT EXISTS (SELECT FROM pg_subscription WHERE subdbid = d.oid)
+  AND NOT EXISTS (SELECT FROM pg_tablespace WHERE spcname !~ '^pg_')
+  AND d.datdba = (SELECT oid FROM pg_roles WHERE rolname = $3)
+  AND d.datallowconn AND NOT d.datistemplate
+  AND d.datconnlimit = -1
+  AND d.datacl IS NOT DISTINCT FROM
+      CASE source.datname WHEN 'template1' THEN NULL ELSE source.datacl END
+  AND NOT EXISTS (SELECT FROM pg_shdescription
+    WHERE classoid = 'pg_database'::regclass AND objoid = d.oid)
+  AND (SELECT array_agg((setrole, setconfig) ORDER BY setrole) FROM pg_db_role_setting
+       WHERE setdatabase = d.oid) IS NOT DISTINCT FROM
+      (SELECT array_agg((setrole, setconfig) ORDER BY setrole) FROM pg_db_role_setting
+       WHERE setdatabase = source.oid)
+"""
+# The extension's own view, without the extension, which would be seen by everybody in there.
+_LEARN = """
+CREATE FUNCTION pg_temp.pgtemp_buffers() RETURNS SETOF record
+AS '$libdir/pg_buffercache', 'pg_buffercache_pages' LANGUAGE C
+"""
+_CLEAN = """
+SELECT NOT EXISTS (SELECT FROM pg_temp.pgtemp_buffers() AS (
+  bufferid int, relfilenode oid, reltablespace oid, reldatabase oid, relforknumber int2,
+  relblocknumber int8, isdirty bool, usagecount int2, pinning_backends int4)
+WHERE isdirty AND reldatabase = $1)
+"""
+
+
+def untouched(
+    connection: Connection,
+    data_dir: Path,
+    dbname: str,
+    *,
+    source: str,
+    owner: str,
+    since: int,
+) -> bool:
+    """Whether it is proved; a server without pg_buffercache proves nothing.
+
+    Args:
+        source: the database that it was cloned from.
+        owner: the role it was made for.
+        since: when somebody got it, in nanoseconds since the epoch.
+    """
+    row = connection.ask(_QUIET, source, dbname, owner).fetchone()
+    if row is None:
+        return False
+    # The files last: a page that was written out meanwhile is seen there.
+    return _has_no_dirty_buffer(connection, row[0]) and _is_older(
+        data_dir, f"base/{row[0]}", since - _TICK_NANOSECONDS
+    )
+
+
+def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
+    try:
+        try:
+            row = connection.ask(_CLEAN, str(oid)).fetchone()
+        except (errors.UndefinedFunction, errors.InvalidSchemaName):
+            connection.execute(_LEARN)
+            row = connection.ask(_CLEAN, str(oid)).fetchone()
+    except (errors.UndefinedFile, errors.UndefinedFunction):
+        return False
+    return row is not None and bool(row[0])
+
+
+def _is_older(data_dir: Path, name: str, when: int) -> bool:
+    """Whether neither a directory nor any file in it was written at that time or later."""
+    try:
+        with Tree.open(data_dir) as data:
+            directory = data.status(name)
+            files = [status for _, status in data.entries(name)]
+    except OSError:
+        return False
+    return directory is not None and all(
+        status.st_mtime_ns < when for status in (directory, *files)
+    )
