@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
-from pgtemp.allocation.persisted import NOTE
+from pgtemp.sql.persisted_note import NOTE
 
 MIGRATE = """
     import psycopg

@@ -88,7 +88,7 @@ _FILE_CALLS = {
     "fwalk", "copyfile", "copytree", "copy2", "move",
 }  # fmt: skip
 # Receivers whose methods of these names do nothing with a path of the file system.
-_NOT_FILES = {"admin", "bench", "workshop", "Tree", "above", "images", "place"}
+_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "place"}
 # The modules of which every function works on descriptors, or as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",

@@ -227,7 +227,7 @@ class Cluster:
 
     def _works_on(self, plan: Plan, kept: Plan) -> Works:
         """A server on the image of a template, built before anything waits for the lock."""
-        kept.blueprint.source.resolve()
+        kept.spec.source.resolve()
         with self._changing:
             if self._running() is not plan:
                 raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
@@ -240,7 +240,7 @@ class Cluster:
     def _start(self, plan: Plan, *, first: bool) -> Works:
         # The port and the log that were asked for are the first server's.
         options = self._serving if first else replace(self._serving, port=None, log_path=None)
-        return Works(PgTempDB.with_options(options, plan.blueprint.source).start())
+        return Works(PgTempDB.with_options(options, plan.spec.source).start())
 
     def _check_owner(self) -> None:
         # Before any lock: somebody may have held it at the fork.

@@ -15,15 +15,15 @@ from typing import Any, Self, TypeVar
 import psycopg
 
 from pgtemp.allocation import persisted
-from pgtemp.allocation.persisted import Note, write_note
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
 from pgtemp.images.image import Source
 from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.programs.installation import Installation
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import dump_restore, server_setup
 from pgtemp.sql.passwords import Secret, random_secret
+from pgtemp.sql.persisted_note import Note, write_note
 from pgtemp.supervisor import supervision
 from pgtemp.uri import ConnectionInfo, parse, redact
 
@@ -66,7 +66,7 @@ class PgTempDB:
         self.options = options
         self._source = source
         self._host = _HOST
-        self._cluster: Cluster | None = None
+        self._postmaster: Postmaster | None = None
         self._info: ConnectionInfo | None = None
         self._kept: Path | None = None
         self._owner = os.getpid()
@@ -104,23 +104,23 @@ class PgTempDB:
             PgTempError: as the class says; nothing is left behind.
         """
         with self._changing:
-            if self._cluster is None:
+            if self._postmaster is None:
                 supervision.current()  # first: it takes as long as the steps before it is needed
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
                 plan = server_setup.plan(self.options, addresses)
                 if self._source is not None:
-                    blueprint = replace(plan.blueprint, source=self._source)
-                    plan = replace(plan, blueprint=blueprint)
+                    spec = replace(plan.spec, source=self._source)
+                    plan = replace(plan, spec=spec)
                 secret = self._secret()
-                cluster = server_setup.provision(plan, secret)
+                postmaster = server_setup.provision(plan, secret)
                 self._info = ConnectionInfo(
-                    host=self._host if self.options.tcp else str(cluster.socket_dir),
-                    port=cluster.port,
+                    host=self._host if self.options.tcp else str(postmaster.socket_dir),
+                    port=postmaster.port,
                     user=self.options.user,
                     password=secret.password if secret is not None else None,
                     dbname=self.options.dbname,
                 )
-                self._cluster, self._kept, self._owner = cluster, None, os.getpid()
+                self._postmaster, self._kept, self._owner = postmaster, None, os.getpid()
                 _running.add(self)
         return self
 
@@ -136,22 +136,22 @@ class PgTempDB:
         if self._owner != os.getpid():
             return
         with self._changing:
-            cluster, self._cluster = self._cluster, None
-            if cluster is None:
+            postmaster, self._postmaster = self._postmaster, None
+            if postmaster is None:
                 return
             _running.discard(self)
             try:
                 if self.options.dump is not None:
                     dump_restore.dump(
-                        cluster.blueprint.installation, self._private(cluster), self.options.dump
+                        postmaster.spec.installation, self._private(postmaster), self.options.dump
                     )
             finally:
                 try:
                     if self.options.persist:
-                        self._kept = cluster.home.path
+                        self._kept = postmaster.home.path
                         write_note(self._kept, Note(self.options.user, self.options.dbname))
                 finally:
-                    cluster.stop()
+                    postmaster.stop()
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL, with pg_dump.
@@ -159,8 +159,8 @@ class PgTempDB:
         Raises:
             TransferError: it failed; a file of that name stays as it was.
         """
-        cluster = self._running_cluster()
-        dump_restore.dump(cluster.blueprint.installation, self._private(cluster), path)
+        postmaster = self._running_postmaster()
+        dump_restore.dump(postmaster.spec.installation, self._private(postmaster), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump: SQL with psql, pg_dump's other formats with pg_restore.
@@ -168,8 +168,8 @@ class PgTempDB:
         Raises:
             TransferError: it failed; the database is as it was before.
         """
-        cluster = self._running_cluster()
-        dump_restore.load(cluster.blueprint.installation, self._private(cluster), path)
+        postmaster = self._running_postmaster()
+        dump_restore.load(postmaster.spec.installation, self._private(postmaster), path)
 
     def store(self, directory: StrPath, databases: Mapping[str, str]) -> None:
         """Shut the server down and keep its data in a directory, for `pgtemp open`.
@@ -182,11 +182,11 @@ class PgTempDB:
             ClusterError: the directory cannot be written; nothing of it is left.
         """
         note = Note(self.options.user, next(iter(databases)), databases)
-        persisted.store(self._running_cluster(), Path(directory).absolute(), note)
+        persisted.store(self._running_postmaster(), Path(directory).absolute(), note)
 
     def check(self) -> None:
         """Raise ClusterError, with the end of its log, if the server has died."""
-        self._running_cluster().check()
+        self._running_postmaster().check()
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """A psycopg connection to the database; keyword arguments are psycopg's."""
@@ -228,29 +228,29 @@ class PgTempDB:
     @property
     def socket_dir(self) -> Path:
         """The directory of the unix socket, closed to other users; no password is asked there."""
-        return self._running_cluster().socket_dir
+        return self._running_postmaster().socket_dir
 
     @property
     def data_dir(self) -> Path:
         """The data directory; after `stop()`, the one that was kept."""
         if self._kept is not None:
             return self._kept / "data"
-        return self._running_cluster().data_dir
+        return self._running_postmaster().data_dir
 
     @property
     def log_path(self) -> Path:
         """The server's log."""
-        return self._running_cluster().log_path
+        return self._running_postmaster().log_path
 
     @property
     def installation(self) -> Installation:
         """The programs it runs on."""
-        return self._running_cluster().blueprint.installation
+        return self._running_postmaster().spec.installation
 
     @property
     def pid(self) -> int:
         """The postmaster's process id."""
-        return self._running_cluster().pid
+        return self._running_postmaster().pid
 
     def __enter__(self) -> Self:
         return self.start()
@@ -264,15 +264,15 @@ class PgTempDB:
         self.stop()
 
     def __repr__(self) -> str:
-        if self._cluster is None or self._info is None:
+        if self._postmaster is None or self._info is None:
             return f"<PgTempDB({self.options.describe()}) not running>"
-        return f"<PgTempDB {redact(self._info.uri)} pid={self._cluster.pid}>"
+        return f"<PgTempDB {redact(self._info.uri)} pid={self._postmaster.pid}>"
 
     def __del__(self) -> None:
         # The channel closes with the handle, and with it the warden ends the server.
-        cluster = getattr(self, "_cluster", None)
-        if cluster is not None and self._owner == os.getpid():
-            cluster.abandon()
+        postmaster = getattr(self, "_cluster", None)
+        if postmaster is not None and self._owner == os.getpid():
+            postmaster.abandon()
 
     def _secret(self) -> Secret | None:
         if not self.options.tcp:
@@ -280,14 +280,14 @@ class PgTempDB:
         given = self.options.password
         return Secret(given) if given is not None else random_secret()
 
-    def _private(self, cluster: Cluster) -> ConnectionInfo:
-        return server_setup.private_info(cluster, self.options.user, self.options.dbname)
+    def _private(self, postmaster: Postmaster) -> ConnectionInfo:
+        return server_setup.private_info(postmaster, self.options.user, self.options.dbname)
 
-    def _running_cluster(self) -> Cluster:
-        return _running_or_error(self._cluster)
+    def _running_postmaster(self) -> Postmaster:
+        return _running_or_error(self._postmaster)
 
     def _running_info(self) -> ConnectionInfo:
-        _running_or_error(self._cluster)
+        _running_or_error(self._postmaster)
         return _running_or_error(self._info)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pgtemp.allocation.pool import Pool
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import Admins, Ahead
+from pgtemp.sql.admin_connections import AdminConnections, Ahead
 from pgtemp.templates.clones import Clones
 from pgtemp.uri import ConnectionInfo
 
@@ -29,12 +29,12 @@ class Works:
     server: PgTempDB
     kept: dict[str, str] = field(init=False, default_factory=dict)
     keep_in: Path | None = field(init=False, default=None)
-    admins: Admins = field(init=False)
+    admins: AdminConnections = field(init=False)
     _pools: dict[Pool[str], Clones] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         server = self.server
-        self.admins = Admins(
+        self.admins = AdminConnections(
             ConnectionInfo(
                 host=str(server.socket_dir),
                 port=server.port,

@@ -7,92 +7,92 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pgtemp.allocation.shared_server import TenantCluster, alive
-from pgtemp.server.postmaster import Cluster
+from pgtemp.allocation.shared_server import SharedServer, alive
+from pgtemp.server.postmaster import Postmaster
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class Allocation:
     """A database that somebody works in.
 
     Attributes:
-        cluster: the server it is in.
+        postmaster: the server it is in.
         dbname: its name there; "" where it has to be made yet.
         roles: users who have been let in.
         number: of the lease, for the name of what is kept of it; 0 is nobody's.
-        supply: where it came from; None where it did not come from one.
-        epoch: that of `tenants` when it was made.
+        allocator: where it came from; None where it did not come from one.
+        epoch: that of `shared` when it was made.
         watched: whether its server loads libraries, which may watch every statement.
         unreachable: whether its server did not answer.
-        furnishing: held while it is made fit for somebody.
+        preparing: held while it is made fit for somebody.
     """
 
-    cluster: Cluster
+    postmaster: Postmaster
     dbname: str
     roles: set[str] = field(default_factory=set)
     number: int = 0
-    supply: Supply | None = None
-    tenants: TenantCluster | None = None
+    allocator: Allocator | None = None
+    shared: SharedServer | None = None
     epoch: int = 0
     watched: bool = False
     unreachable: bool = False
-    furnishing: threading.Lock = field(default_factory=threading.Lock)
+    preparing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def socket(self) -> str:
         """The path of the unix socket that leads to the server."""
-        return f"{self.cluster.socket_dir}/.s.PGSQL.{self.cluster.port}"
+        return f"{self.postmaster.socket_dir}/.s.PGSQL.{self.postmaster.port}"
 
     @property
     def address(self) -> tuple[str, int]:
         """Where the server asks for a password; only with a plan that has one."""
-        return self.cluster.blueprint.addresses[0], self.cluster.port
+        return self.postmaster.spec.addresses[0], self.postmaster.port
 
     @property
     def usable(self) -> bool:
         """Whether whoever comes next can still have it."""
-        return not self.unreachable and (self.supply is None or self.supply.usable(self))
+        return not self.unreachable and (self.allocator is None or self.allocator.usable(self))
 
     @property
     def outdated(self) -> bool:
         """Whether its server has changed since, as far as is known without asking it."""
-        return self.tenants is not None and (self.tenants.stale or self.epoch != self.tenants.epoch)
+        return self.shared is not None and (self.shared.stale or self.epoch != self.shared.epoch)
 
     @property
     def alive(self) -> bool:
         """Whether its server runs and can be reached."""
-        return not self.unreachable and alive(self.cluster)
+        return not self.unreachable and alive(self.postmaster)
 
     def give_up(self) -> None:
         """Note that its server cannot be reached: no client gets it, or another place in it."""
         self.unreachable = True
-        self.forsake()
+        self.mark_unreachable()
 
-    def forsake(self) -> None:
+    def mark_unreachable(self) -> None:
         """Let no other client get a place in its server."""
-        if self.tenants is not None:
-            self.tenants.spoil()
-            alive(self.cluster)  # says in the log why, since nobody looks at a stale one again
+        if self.shared is not None:
+            self.shared.mark_stale()
+            alive(self.postmaster)  # says in the log why, since nobody looks at a stale one again
 
     def lease(self, number: int) -> None:
         """From now on somebody has it."""
         self.number = number
-        if self.tenants is not None:
-            self.tenants.occupied.add(self.dbname)
+        if self.shared is not None:
+            self.shared.occupied.add(self.dbname)
 
 
-class Supply(Protocol):
+class Allocator(Protocol):
     """What leases come from.
 
-    `claim` gives a place at once where one is ready, `furnish` makes it fit for who connects,
+    `claim` gives a place at once where one is ready, `prepare` makes it fit for who connects,
     `release` takes it back. They block for milliseconds, so an event loop calls them in a thread;
-    `claim`, `usable` and `furnished` alone do not block.
+    `claim`, `usable` and `is_prepared` alone do not block.
     """
 
-    def claim(self) -> Future[Place]: ...
-    def usable(self, place: Place) -> bool: ...
-    def furnished(self, place: Place, user: str) -> bool: ...
-    def furnish(self, place: Place, user: str, dbname: str) -> None: ...
-    def release(self, place: Place, *, used: bool) -> None: ...
+    def claim(self) -> Future[Allocation]: ...
+    def usable(self, allocation: Allocation) -> bool: ...
+    def is_prepared(self, allocation: Allocation, user: str) -> bool: ...
+    def prepare(self, allocation: Allocation, user: str, dbname: str) -> None: ...
+    def release(self, allocation: Allocation, *, used: bool) -> None: ...
     def interrupt(self, *, discard: bool) -> None: ...
     def close(self) -> None: ...

@@ -11,14 +11,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from pgtemp.allocation.allocation import Place
-from pgtemp.server.postmaster import Cluster
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.server.postmaster import Postmaster
 
 TEMPLATE = "template"  # the session that is the template itself
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DatabaseRequest:
     """What a connection asks for.
 
     Attributes:
@@ -42,26 +42,26 @@ class Isolation(Protocol):
     def open(self) -> None:
         """Prepare; raises PgTempError where leases could not be given."""
 
-    def share(self, wish: Wish) -> Hashable:
+    def share(self, request: DatabaseRequest) -> Hashable:
         """What is the same for all connections that share a lease; None is a lease of its own."""
 
-    def knows(self, wish: Wish) -> bool:
+    def knows(self, request: DatabaseRequest) -> bool:
         """Whether the name that is wished for needs no `check`."""
 
-    def check(self, wish: Wish) -> None:
+    def check(self, request: DatabaseRequest) -> None:
         """Raise NoDatabaseError where no lease can be had under that name."""
 
-    def kind(self, wish: Wish) -> Hashable:
+    def kind(self, request: DatabaseRequest) -> Hashable:
         """What is the same for all wishes that one place would do for; None is no other wish."""
 
-    def claim(self, wish: Wish) -> Future[Place]: ...
-    def furnished(self, place: Place, wish: Wish) -> str | None:
-        """What `furnish` would return, where it has nothing to do."""
+    def claim(self, request: DatabaseRequest) -> Future[Allocation]: ...
+    def is_prepared(self, allocation: Allocation, request: DatabaseRequest) -> str | None:
+        """What `prepare` would return, where it has nothing to do."""
 
-    def furnish(self, place: Place, wish: Wish) -> str:
+    def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
         """Make ready for one more connection; the name of the database to log in to."""
 
-    def release(self, place: Place, wish: Wish, *, used: bool) -> None: ...
+    def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None: ...
     def interrupt(self) -> None:
         """End what calls wait for, since the daemon ends: servers of which nothing is kept.
 
@@ -72,5 +72,5 @@ class Isolation(Protocol):
     def close(self) -> None: ...
 
     @property
-    def pillar(self) -> Cluster | None:
+    def single_server(self) -> Postmaster | None:
         """The server without which nothing goes on."""

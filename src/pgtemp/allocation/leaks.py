@@ -81,7 +81,7 @@ State = dict[tuple[str, str], str]
 
 
 @dataclass(slots=True)
-class Residue:
+class LeakCheck:
     """What there was in a server, and what has come to it since.
 
     Attributes:

@@ -10,17 +10,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pgtemp.allocation.allocation import Place, Supply
-from pgtemp.allocation.allocators import Clusters, Databases
-from pgtemp.allocation.isolation import Wish
+from pgtemp.allocation.allocation import Allocation, Allocator
+from pgtemp.allocation.allocators import DatabaseAllocator, ServerAllocator
+from pgtemp.allocation.isolation import DatabaseRequest
 from pgtemp.errors import ClusterError, NoDatabaseError, PgTempError
 from pgtemp.options.daemon import DaemonOptions
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import dump_restore, server_setup
 from pgtemp.sql.admin_sql import ALWAYS_THERE
 from pgtemp.sql.server_setup import Plan
 from pgtemp.templates import builder
-from pgtemp.templates.builder import Workshop
+from pgtemp.templates.builder import TemplateBuilder
 from pgtemp.templates.recipe import Recipe
 
 _log = logging.getLogger("pgtemp")
@@ -31,19 +31,19 @@ class _Stock:
     """A template: what servers with it are made from, and where leases of it come from."""
 
     plan: Plan
-    supply: Supply
-    workshop: Workshop | None
+    allocator: Allocator
+    workshop: TemplateBuilder | None
 
     def close(self) -> None:
-        self.supply.close()
+        self.allocator.close()
         if self.workshop is not None:
             self.workshop.close()
 
 
-class Apart:
+class PerLease:
     """A database or a server a lease."""
 
-    pillar: Cluster | None = None  # each lease has its own, or one that can be replaced
+    single_server: Postmaster | None = None  # each lease has its own, or one that can be replaced
 
     def __init__(self, plan: Plan, options: DaemonOptions, announce: Callable[[str], None]) -> None:
         self._plan = plan
@@ -52,7 +52,7 @@ class Apart:
         self._servers = options.isolation == "cluster"
         self._stocks: dict[str, _Stock] = {}
         self._default: _Stock | None = None
-        self._editing: dict[Place, Workshop] = {}
+        self._editing: dict[Allocation, TemplateBuilder] = {}
         self._closed = False
         self._changing = threading.Lock()
 
@@ -69,7 +69,7 @@ class Apart:
                 self._declared(name.partition(":")[0], extensions)
             for stock in self._stocks.values() or [self._default]:
                 # One is waited for, so that what is wrong is said now.
-                stock.supply.release(stock.supply.claim().result(), used=False)
+                stock.allocator.release(stock.allocator.claim().result(), used=False)
         except BaseException:
             self.close()
             raise
@@ -93,8 +93,10 @@ class Apart:
         plan, built = builder.build(begin, name, recipe)
         return _Stock(plan, self._supply(plan), built)
 
-    def _supply(self, plan: Plan) -> Supply:
-        kind: type[Clusters | Databases] = Clusters if self._servers else Databases
+    def _supply(self, plan: Plan) -> Allocator:
+        kind: type[ServerAllocator | DatabaseAllocator] = (
+            ServerAllocator if self._servers else DatabaseAllocator
+        )
         options = self._options
         return kind(
             plan,
@@ -103,105 +105,117 @@ class Apart:
             announce=self._announce,
         )
 
-    def share(self, wish: Wish) -> Hashable:
+    def share(self, request: DatabaseRequest) -> Hashable:
         """A server is shared under any name of a database; a database under its own."""
-        if wish.session is None:
+        if request.session is None:
             return None
-        return wish.session if self._servers and not wish.edits else (wish.dbname, wish.session)
-
-    def knows(self, wish: Wish) -> bool:
         return (
-            self._servers
-            or wish.dbname in self._stocks
-            or wish.dbname in ALWAYS_THERE
-            or wish.dbname == self._options.dbname
+            request.session
+            if self._servers and not request.edits
+            else (request.dbname, request.session)
         )
 
-    def check(self, wish: Wish) -> None:
+    def knows(self, request: DatabaseRequest) -> bool:
+        return (
+            self._servers
+            or request.dbname in self._stocks
+            or request.dbname in ALWAYS_THERE
+            or request.dbname == self._options.dbname
+        )
+
+    def check(self, request: DatabaseRequest) -> None:
         """A database that somebody made by hand is not to be had, least of all an empty clone."""
         for stock in self._all():
-            if isinstance(stock.supply, Databases) and stock.supply.made_by_hand(wish.dbname):
+            if isinstance(stock.allocator, DatabaseAllocator) and stock.allocator.made_by_hand(
+                request.dbname
+            ):
                 raise NoDatabaseError(
-                    f'database "{wish.dbname}" was made within a lease, and cannot be reached',
+                    f'database "{request.dbname}" was made within a lease, and cannot be reached',
                     remedy="to make databases by hand, start pgtemp with --single, or with "
                     "--isolation cluster and connect with options=-c pgtemp.session=NAME",
                 )
 
-    def kind(self, wish: Wish) -> Hashable:
-        if wish.edits:
+    def kind(self, request: DatabaseRequest) -> Hashable:
+        if request.edits:
             return None
-        stock = self._of(wish)
-        return (stock, wish.dbname, wish.session is None) if self._servers else stock
+        stock = self._of(request)
+        return (stock, request.dbname, request.session is None) if self._servers else stock
 
     def _all(self) -> list[_Stock]:
         return [*self._stocks.values(), *([self._default] if self._default else [])]
 
-    def _of(self, wish: Wish) -> _Stock:
+    def _of(self, request: DatabaseRequest) -> _Stock:
         assert self._default is not None
-        return self._stocks.get(wish.dbname, self._default)
+        return self._stocks.get(request.dbname, self._default)
 
-    def claim(self, wish: Wish) -> Future[Place]:
+    def claim(self, request: DatabaseRequest) -> Future[Allocation]:
         """A place; for who edits, a workshop."""
-        if not wish.edits:
-            return self._of(wish).supply.claim()
-        claimed: Future[Place] = Future()
+        if not request.edits:
+            return self._of(request).allocator.claim()
+        claimed: Future[Allocation] = Future()
         claimed.set_running_or_notify_cancel()
-        threading.Thread(target=self._edit, args=(wish, claimed), daemon=True).start()
+        threading.Thread(target=self._edit, args=(request, claimed), daemon=True).start()
         return claimed
 
-    def _edit(self, wish: Wish, claimed: Future[Place]) -> None:
+    def _edit(self, request: DatabaseRequest, claimed: Future[Allocation]) -> None:
         try:
-            bench = Workshop(self._of(wish).plan, wish.dbname)
+            bench = TemplateBuilder(self._of(request).plan, request.dbname)
             bench.open()
-            server_setup.give_password(bench.cluster, self._plan)
+            server_setup.give_password(bench.postmaster, self._plan)
         except BaseException as error:
             claimed.set_exception(error)
             return
-        place = Place(bench.cluster, bench.dbname)
+        allocation = Allocation(bench.postmaster, bench.dbname)
         with self._changing:
             late = self._closed
             if not late:
-                self._editing[place] = bench
+                self._editing[allocation] = bench
         if late:
             bench.close()
             claimed.set_exception(ClusterError("pgtemp is shutting down"))
         else:
-            claimed.set_result(place)
+            claimed.set_result(allocation)
 
-    def furnished(self, place: Place, wish: Wish) -> str | None:
-        if place.supply is None or not place.supply.furnished(place, wish.user):
+    def is_prepared(self, allocation: Allocation, request: DatabaseRequest) -> str | None:
+        if allocation.allocator is None or not allocation.allocator.is_prepared(
+            allocation, request.user
+        ):
             return None
-        return wish.dbname if self._servers else place.dbname
+        return request.dbname if self._servers else allocation.dbname
 
-    def furnish(self, place: Place, wish: Wish) -> str:
-        if place.supply is None:
-            self._admit_editor(place, wish.user)
-            return place.dbname
+    def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
+        if allocation.allocator is None:
+            self._admit_editor(allocation, request.user)
+            return allocation.dbname
         # In a session names are used as they stand in its server, which has one database.
-        own = wish.session is None or wish.dbname in self._stocks
-        place.supply.furnish(place, wish.user, wish.dbname if own else self._options.dbname)
-        return wish.dbname if self._servers else place.dbname
+        own = request.session is None or request.dbname in self._stocks
+        allocation.allocator.prepare(
+            allocation, request.user, request.dbname if own else self._options.dbname
+        )
+        return request.dbname if self._servers else allocation.dbname
 
-    def _admit_editor(self, place: Place, user: str) -> None:
+    def _admit_editor(self, allocation: Allocation, user: str) -> None:
         if user not in self._plan.users:
             # Whoever migrates may do so, superuser or not.
             attributes = self._options.role_attributes
-            server_setup.admit(place.cluster, self._plan, user, attributes, place.dbname)
+            server_setup.ensure_role(
+                allocation.postmaster, self._plan, user, attributes, allocation.dbname
+            )
 
-    def release(self, place: Place, wish: Wish, *, used: bool) -> None:
-        if place in self._editing:
-            self._put_in_place(place, wish.dbname, used)
+    def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None:
+        if allocation in self._editing:
+            self._put_in_place(allocation, request.dbname, used)
             return
         if used and self._options.dump is not None:
-            self._dump(place, wish)
+            self._dump(allocation, request)
         # Not by the name: that may stand for another template by now.
-        assert place.supply is not None
-        place.supply.release(place, used=used)
+        assert allocation.allocator is not None
+        allocation.allocator.release(allocation, used=used)
 
-    def _put_in_place(self, place: Place, name: str, used: bool) -> None:
+    def _put_in_place(self, allocation: Allocation, name: str, used: bool) -> None:
         """Seal what was edited; from now on it is what the name stands for."""
         with self._changing:
-            bench = self._editing.pop(place)
+            bench = self._editing.pop(allocation)
         if not used or self._closed:
             bench.close()
             return
@@ -216,25 +230,27 @@ class Apart:
         if old is not None:
             old.close()
 
-    def _dump(self, place: Place, wish: Wish) -> None:
+    def _dump(self, allocation: Allocation, request: DatabaseRequest) -> None:
         assert self._options.dump is not None
-        to = _numbered(self._options.dump, place.number)
-        if not place.alive:
-            _log.error("%s was not dumped to %s: its server does not answer", wish.dbname, to)
+        to = _numbered(self._options.dump, allocation.number)
+        if not allocation.alive:
+            _log.error("%s was not dumped to %s: its server does not answer", request.dbname, to)
             return
-        info = server_setup.private_info(place.cluster, self._plan.superuser, place.dbname)
+        info = server_setup.private_info(
+            allocation.postmaster, self._plan.superuser, allocation.dbname
+        )
         try:
             dump_restore.dump(self._plan.installation, info, to)
-            self._announce(f"dumped {wish.dbname} to {to}")
+            self._announce(f"dumped {request.dbname} to {to}")
         except PgTempError as error:
             _log.error("%s", error)
 
     def interrupt(self) -> None:
         self._closed = True
-        for place in list(self._editing):
-            place.cluster.abandon()
+        for allocation in list(self._editing):
+            allocation.postmaster.abandon()
         for stock in self._all():
-            stock.supply.interrupt(discard=self._options.dump is None)
+            stock.allocator.interrupt(discard=self._options.dump is None)
 
     def close(self) -> None:
         with self._changing:

@@ -2,88 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pgtemp.errors import ClusterError, OptionError
+from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, file_copy, identity, ports
 from pgtemp.host.tree import Tree
-from pgtemp.images import image, initdb
+from pgtemp.images import image
 from pgtemp.options.server import StrPath
 from pgtemp.programs import installation
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Blueprint, Cluster
+from pgtemp.server.postmaster import Postmaster, ServerSpec
 from pgtemp.sql import admin_connections, admin_sql, server_setup
 from pgtemp.sql.passwords import random_secret
+from pgtemp.sql.persisted_note import Note, put_note, read_note
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
-_log = logging.getLogger("pgtemp")
-NOTE = "pgtemp.json"
-_NOTE_BYTES = 1 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What stands beside data that is kept.
-
-    Attributes:
-        user: whose it was.
-        dbname: the database.
-        databases: what each of several databases is of.
-    """
-
-    user: str
-    dbname: str
-    databases: Mapping[str, str] = field(default_factory=dict)
-
-
-def write_note(directory: Path, note: Note) -> None:
-    """Remember, beside data that is kept, whose it was.
-
-    Raises:
-        ClusterError: it cannot be written; the data can be opened all the same, as anybody's.
-    """
-    with disk_space.writing(directory / NOTE), Tree.open(directory) as tree:
-        _write_note(tree, note)
-
-
-def _write_note(tree: Tree, note: Note) -> None:
-    tree.write(NOTE, json.dumps(asdict(note)).encode())
-
-
-def try_note(directory: Path, note: Note) -> None:
-    """As `write_note`, but what goes wrong is only logged: the data itself is kept."""
-    try:
-        write_note(directory, note)
-    except ClusterError as error:
-        _log.error("%s", error)
-
-
-def store(cluster: Cluster, directory: Path, note: Note) -> None:
+def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
     """Shut a server down and copy its data to a directory, which must not be there yet.
 
     Raises:
         ClusterError: it could not be written; nothing of it is left.
     """
-    cluster.halt()
+    postmaster.halt()
     with disk_space.writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with Tree.open(cluster.data_dir) as data:
+        with Tree.open(postmaster.data_dir) as data:
             listing = file_copy.list_tree(data, image.NEVER_COPIED)
-            with rundir.stored(directory, cluster.blueprint.owner) as (tree, fresh):
+            with rundir.stored(directory, postmaster.spec.owner) as (tree, fresh):
                 for name in listing.dirs:
                     fresh.make_directory(name)
                 file_copy.copy_files(data, fresh, listing.files)
                 fresh.hand_over(*listing.dirs, "")
-                _write_note(tree, note)
+                put_note(tree, note)
 
 
 def act_as_owner(directory: StrPath) -> None:
@@ -108,7 +64,7 @@ def act_as_owner(directory: StrPath) -> None:
         identity.become(uid)
 
 
-class KeptDB:
+class PersistedDB:
     """A server on kept data, in place; the data stays when it ends.
 
     Args:
@@ -138,8 +94,8 @@ class KeptDB:
         owner, version = identity.choose_uid(source.uid), source.version
         programs = installation.find(bin_dir, version).within_reach(owner)
         self.version = programs.version
-        self._cluster = Cluster(
-            Blueprint(
+        self._postmaster = Postmaster(
+            ServerSpec(
                 installation=programs,
                 owner=owner,
                 source=source,
@@ -155,10 +111,10 @@ class KeptDB:
 
     def __enter__(self) -> Self:
         user, dbname = self.note.user, self._dbname
-        self._cluster.start()
+        self._postmaster.start()
         try:
             secret = random_secret()
-            private = server_setup.private_info(self._cluster, user, admin_sql.MAINTENANCE)
+            private = server_setup.private_info(self._postmaster, user, admin_sql.MAINTENANCE)
             with admin_connections.connected(private) as connection:
                 if not admin_sql.exists(connection, dbname):
                     raise OptionError(
@@ -168,11 +124,11 @@ class KeptDB:
                     )
                 admin_sql.ensure_role(connection, user, secret)
         except BaseException:
-            self._cluster.stop()
+            self._postmaster.stop()
             raise
         self.info = ConnectionInfo(
             host=ports.LOOPBACK,
-            port=self._cluster.port,
+            port=self._postmaster.port,
             user=user,
             password=secret.password,
             dbname=dbname,
@@ -185,17 +141,7 @@ class KeptDB:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._cluster.stop()
-
-
-def read_note(directory: Path) -> Note:
-    """Whose data it was."""
-    try:
-        with Tree.reach(directory) as tree:
-            said = json.loads(tree.read(NOTE, _NOTE_BYTES))
-        return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
-    except (OSError, ValueError, KeyError, TypeError):
-        return Note(initdb.SUPERUSER, admin_sql.MAINTENANCE)
+        self._postmaster.stop()
 
 
 def _unchanged(existing: str) -> str:

@@ -6,12 +6,12 @@ import logging
 import threading
 from contextlib import suppress
 
-from pgtemp.allocation.leaks import Residue
+from pgtemp.allocation.leaks import LeakCheck
 from pgtemp.errors import PgTempError
 from pgtemp.host import procfs
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_sql, server_setup, statement_logging
-from pgtemp.sql.admin_connections import Admins
+from pgtemp.sql.admin_connections import AdminConnections
 from pgtemp.sql.server_setup import Plan
 from pgtemp.templates.clones import Clones
 
@@ -24,20 +24,20 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def alive(cluster: Cluster) -> bool:
+def alive(postmaster: Postmaster) -> bool:
     """Whether a server runs and is not stopped; logs a warning if not."""
     try:
-        cluster.check()
+        postmaster.check()
     except PgTempError as error:
         _log.warning("%s", error)
         return False
-    if procfs.is_stopped(cluster.pid):
-        _log.warning("PostgreSQL (pid %d) is stopped (SIGSTOP)", cluster.pid)
+    if procfs.is_stopped(postmaster.pid):
+        _log.warning("PostgreSQL (pid %d) is stopped (SIGSTOP)", postmaster.pid)
         return False
     return True
 
 
-class TenantCluster:
+class SharedServer:
     """A server that starts with a sealed template, and the databases that are cloned from it.
 
     Attributes:
@@ -59,20 +59,20 @@ class TenantCluster:
         self.epoch = 0
         self._stale = False
         self._looking = threading.Lock()
-        self.cluster = Cluster(plan.blueprint)
-        self.cluster.start(meanwhile=lambda started: server_setup.give_password(started, plan))
+        self.postmaster = Postmaster(plan.spec)
+        self.postmaster.start(meanwhile=lambda started: server_setup.give_password(started, plan))
         try:
-            to = server_setup.private_info(self.cluster, plan.superuser, admin_sql.MAINTENANCE)
-            self._admins = Admins(to, self.cluster.check)
+            to = server_setup.private_info(self.postmaster, plan.superuser, admin_sql.MAINTENANCE)
+            self._admins = AdminConnections(to, self.postmaster.check)
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
-            self._residue = Residue(self.cluster.data_dir, self._owns)
+            self._residue = LeakCheck(self.postmaster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 if not keep:
                     admin_sql.close_door(connection, admin_sql.BASE)  # no client is to change it
                 self._residue.accept(connection)
                 self.watched = statement_logging.is_watched(connection)
         except BaseException:
-            server_setup.discard(self.cluster)
+            server_setup.discard(self.postmaster)
             raise
         self._roles = plan.users
 
@@ -88,16 +88,16 @@ class TenantCluster:
     def answers(self) -> bool:
         """Whether it runs, and has answered all that pgtemp asked."""
         if self._admins.unanswered:
-            _log.warning("PostgreSQL (pid %d) does not answer", self.cluster.pid)
+            _log.warning("PostgreSQL (pid %d) does not answer", self.postmaster.pid)
             return False
-        return alive(self.cluster)
+        return alive(self.postmaster)
 
     @property
     def stale(self) -> bool:
         """Whether it is no longer as it should be, so that nobody moves in any more."""
         return self._stale
 
-    def spoil(self) -> None:
+    def mark_stale(self) -> None:
         """It is stale from now on; no thread that looks at the same time may take that back."""
         self._stale = True
 
@@ -106,7 +106,7 @@ class TenantCluster:
         if self._stale:
             return
         if not self.answers:
-            self.spoil()
+            self.mark_stale()
 
     def clone(self, dbname: str) -> None:
         """Make a database. Raises PgTempError; nothing of it is left then."""
@@ -123,7 +123,7 @@ class TenantCluster:
             if not self.stale or self._keep:
                 self._clones.dispose(dbname)
         except Exception:
-            self.spoil()
+            self.mark_stale()
             raise
         finally:
             self.names.discard(dbname)
@@ -140,7 +140,7 @@ class TenantCluster:
         """Whether there is nothing to be done to let a superuser in."""
         return user in self._roles
 
-    def admit(self, user: str, attributes: str, owns: str | None) -> None:
+    def ensure_role(self, user: str, attributes: str, owns: str | None) -> None:
         """Make a role for somebody who moves in, unless it is there. Raises PgTempError.
 
         Args:
@@ -180,16 +180,16 @@ class TenantCluster:
                 self._clones.dispose(dbname)  # the roles may own what is in it
                 found = self._residue.clean(connection, found)
             if found:
-                self.spoil()
+                self.mark_stale()
             # A role that is gone is made again for the next who comes with its name.
             self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
 
     def abandon(self) -> None:
         """Let the warden end the server; all that waits for it fails."""
-        self.spoil()
+        self.mark_stale()
         self._admins.closing.set()
-        self.cluster.abandon()
+        self.postmaster.abandon()
 
     def stop(self) -> None:
         """End the server with all that is in it, but for what is kept."""
@@ -199,6 +199,6 @@ class TenantCluster:
         self._admins.close()
         self._clones.close()
         if self.kept:
-            self.cluster.stop()
+            self.postmaster.stop()
         else:
-            server_setup.discard(self.cluster)
+            server_setup.discard(self.postmaster)

@@ -6,79 +6,81 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
-from pgtemp.allocation.allocation import Place
-from pgtemp.allocation.isolation import Wish
-from pgtemp.allocation.persisted import Note, try_note
-from pgtemp.server.postmaster import Cluster
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.isolation import DatabaseRequest
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import dump_restore, server_setup
+from pgtemp.sql.persisted_note import Note, try_note
 from pgtemp.sql.server_setup import Plan
 
 
-class Together:
+class SingleServer:
     """One server for everybody: names are used as they stand in it."""
 
     def __init__(self, plan: Plan, announce: Callable[[str], None], attributes: str) -> None:
         self._plan = plan
         self._announce = announce
         self._attributes = attributes
-        self.pillar: Cluster | None = None
-        self._furnishing = threading.Lock()
+        self.single_server: Postmaster | None = None
+        self._preparing = threading.Lock()
 
     def open(self) -> None:
-        self.pillar = server_setup.provision(self._plan, None)
+        self.single_server = server_setup.provision(self._plan, None)
 
-    def share(self, wish: Wish) -> Hashable:
+    def share(self, request: DatabaseRequest) -> Hashable:
         return None
 
-    def knows(self, wish: Wish) -> bool:
+    def knows(self, request: DatabaseRequest) -> bool:
         return True
 
-    def check(self, wish: Wish) -> None:
+    def check(self, request: DatabaseRequest) -> None:
         """A database that is not there is the client's to make."""
 
-    def kind(self, wish: Wish) -> Hashable:
+    def kind(self, request: DatabaseRequest) -> Hashable:
         return None
 
-    def claim(self, wish: Wish) -> Future[Place]:
-        claimed: Future[Place] = Future()
-        assert self.pillar is not None
-        claimed.set_result(Place(self.pillar, wish.dbname))
+    def claim(self, request: DatabaseRequest) -> Future[Allocation]:
+        claimed: Future[Allocation] = Future()
+        assert self.single_server is not None
+        claimed.set_result(Allocation(self.single_server, request.dbname))
         return claimed
 
-    def furnished(self, place: Place, wish: Wish) -> str | None:
+    def is_prepared(self, allocation: Allocation, request: DatabaseRequest) -> str | None:
         return None
 
-    def furnish(self, place: Place, wish: Wish) -> str:
+    def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
         """Make the user."""
-        if wish.user not in self._plan.users:
-            with self._furnishing:
-                server_setup.admit(place.cluster, self._plan, wish.user, self._attributes, None)
-        return wish.dbname
+        if request.user not in self._plan.users:
+            with self._preparing:
+                server_setup.ensure_role(
+                    allocation.postmaster, self._plan, request.user, self._attributes, None
+                )
+        return request.dbname
 
-    def release(self, place: Place, wish: Wish, *, used: bool) -> None:
+    def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None:
         """It goes on."""
 
     def interrupt(self) -> None:
         options = self._plan.options
-        if self.pillar is None:
+        if self.single_server is None:
             pass
         elif options.dump is None and not options.persist:
-            self.pillar.abandon()
+            self.single_server.abandon()
         else:
-            self.pillar.unblock()
+            self.single_server.unblock()
 
     def close(self) -> None:
         """End the server. Raises TransferError where the dump of it failed."""
-        cluster, options = self.pillar, self._plan.options
-        if cluster is None:
+        postmaster, options = self.single_server, self._plan.options
+        if postmaster is None:
             return
         try:
             if options.dump is not None:
-                info = server_setup.private_info(cluster, options.user, options.dbname)
+                info = server_setup.private_info(postmaster, options.user, options.dbname)
                 dump_restore.dump(self._plan.installation, info, options.dump)
         finally:
             if options.persist:
-                try_note(cluster.home.path, Note(options.user, options.dbname))
-            cluster.stop()
+                try_note(postmaster.home.path, Note(options.user, options.dbname))
+            postmaster.stop()
             if options.persist:
-                self._announce(f"kept {cluster.home.path}")
+                self._announce(f"kept {postmaster.home.path}")

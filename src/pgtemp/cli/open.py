@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pgtemp.allocation.persisted import KeptDB, act_as_owner
+from pgtemp.allocation.persisted import PersistedDB, act_as_owner
 from pgtemp.cli.progress import show_progress
 
 
@@ -32,7 +32,7 @@ def open_kept(directory: Path, dbname: str | None, port: int | None, bin_dir: st
         signal.signal(number, on_signal)
     bin_dir = bin_dir or os.environ.get("PGTEMP_BIN")
     act_as_owner(directory)
-    with KeptDB(directory, dbname=dbname, port=port, bin_dir=bin_dir) as kept:
+    with PersistedDB(directory, dbname=dbname, port=port, bin_dir=bin_dir) as kept:
         click.echo(f"{kept.directory} is served by PostgreSQL {kept.version} at")
         click.echo(f"    {kept.info.uri}")
         for name, of in kept.note.databases.items():

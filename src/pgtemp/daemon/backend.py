@@ -8,8 +8,8 @@ import os
 import socket
 from dataclasses import dataclass
 
-from pgtemp.allocation.allocation import Place
-from pgtemp.allocation.isolation import Isolation, Wish
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon.logins import login
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn
@@ -53,15 +53,17 @@ class Backend:
         self.server.close()
 
 
-async def furnish(isolation: Isolation, place: Place, wish: Wish) -> str:
+async def prepare(isolation: Isolation, allocation: Allocation, request: DatabaseRequest) -> str:
     """Make a place fit for who connects; the database's real name. Raises PgTempError."""
-    dbname = isolation.furnished(place, wish)
+    dbname = isolation.is_prepared(allocation, request)
     if dbname is not None:
         return dbname
-    return await in_turn(place, lambda: isolation.furnish(place, wish))
+    return await in_turn(allocation, lambda: isolation.prepare(allocation, request))
 
 
-async def connect(place: Place, startup: Startup, dbname: str, *, by_password: bool) -> Backend:
+async def connect(
+    allocation: Allocation, startup: Startup, dbname: str, *, by_password: bool
+) -> Backend:
     """Connect and send the client's parameters, rebuilt with the database's real name.
 
     Args:
@@ -76,16 +78,16 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
     check_length(len(packet))
     loop = asyncio.get_running_loop()
     if by_password:
-        async with login(place):
-            _, server = await loop.create_connection(Endpoint, *place.address)
+        async with login(allocation):
+            _, server = await loop.create_connection(Endpoint, *allocation.address)
             backend = Backend(server, ServerStart())
             try:
-                if not place.alive:  # its port may be somebody else's by now
+                if not allocation.alive:  # its port may be somebody else's by now
                     raise ConnectionRefusedError(
                         errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
                     )
                 server.write(packet)
-                await _await_question(backend, place)
+                await _await_question(backend, allocation)
             except BaseException:
                 server.close()
                 raise
@@ -95,14 +97,14 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
         raw.setblocking(False)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         # A unix socket connects at once, so the server is at work before the loop comes round.
-        code = raw.connect_ex(place.socket)
+        code = raw.connect_ex(allocation.socket)
         if code == errno.EAGAIN:  # the server's queue is full
-            async with login(place):
-                while (code := raw.connect_ex(place.socket)) == errno.EAGAIN:
+            async with login(allocation):
+                while (code := raw.connect_ex(allocation.socket)) == errno.EAGAIN:
                     await asyncio.sleep(_QUEUE_SECONDS)
         if code:
             raise OSError(code, os.strerror(code))
-        check_listener(raw, place.cluster.blueprint.owner.uid)
+        check_listener(raw, allocation.postmaster.spec.owner.uid)
         raw.sendall(packet)
         _, server = await loop.create_unix_connection(Endpoint, sock=raw)
     except BaseException:
@@ -110,7 +112,7 @@ async def connect(place: Place, startup: Startup, dbname: str, *, by_password: b
         raise
     backend = Backend(server, ServerStart())
     try:
-        async with login(place):
+        async with login(allocation):
             await _read(backend)
     except BaseException:
         server.close()
@@ -126,7 +128,7 @@ async def _read(backend: Backend) -> bytes:
     return data
 
 
-async def _await_question(backend: Backend, place: Place) -> None:
+async def _await_question(backend: Backend, allocation: Allocation) -> None:
     """Hear the server out until it asks for the password, refuses or ends.
 
     Whoever has a superuser's connection can have pg_hba.conf say that no password is needed.
@@ -137,19 +139,19 @@ async def _await_question(backend: Backend, place: Place) -> None:
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
             if kind not in _BEFORE_QUESTION:
-                place.forsake()
+                allocation.mark_unreachable()
                 raise ClusterError(
                     "the server does not ask for the password, since its pg_hba.conf was changed",
                     remedy="connect again; not to a session whose pg_hba.conf it is",
                 )
 
 
-async def log_in(backend: Backend, place: Place) -> bool:
+async def log_in(backend: Backend, allocation: Allocation) -> bool:
     """Hear the server out until the client could speak; False if it refused or said too much.
 
     Raises TimeoutError if it does not answer.
     """
-    async with login(place):
+    async with login(allocation):
         await _hear(backend, backend.login)
     return backend.login.done and not backend.login.failed
 

@@ -19,7 +19,7 @@ _OWN_FILES = 48  # that are open without a client
 _FILES_EACH = {"database": 2, "cluster": 5}  # of a client, and of what it is given
 
 
-class Crowd:
+class ClientLimits:
     """Counts clients.
 
     Attributes:

@@ -17,8 +17,8 @@ from typing import Any
 
 from pgtemp.aio import whole
 from pgtemp.allocation.isolation import Isolation
-from pgtemp.allocation.per_lease import Apart
-from pgtemp.allocation.single_server import Together
+from pgtemp.allocation.per_lease import PerLease
+from pgtemp.allocation.single_server import SingleServer
 from pgtemp.daemon import control_socket, credentials, listeners
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.relay import Endpoint
@@ -28,7 +28,7 @@ from pgtemp.host import file_limits, identity, ports, processes
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.programs.installation import Installation
 from pgtemp.server import rundir
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import server_setup
 from pgtemp.supervisor import supervision
 from pgtemp.uri import ConnectionInfo, redact
@@ -99,14 +99,14 @@ async def run(
         tcp = listeners.of_tcp(options, gateway.peers, tls)
         servers = [
             await loop.create_server(
-                lambda: Endpoint(gateway.door(tcp)), sock=bound, backlog=listeners.BACKLOG
+                lambda: Endpoint(gateway.listener(tcp)), sock=bound, backlog=listeners.BACKLOG
             )
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
         servers.append(
             await loop.create_unix_server(
-                lambda: Endpoint(gateway.door(listeners.of_socket())),
+                lambda: Endpoint(gateway.listener(listeners.of_socket())),
                 path,
                 backlog=listeners.BACKLOG,
             )
@@ -118,9 +118,9 @@ async def run(
         )
         for server in servers:
             at_the_end.callback(server.close)
-        if isolation.pillar is not None:
-            _watch(loop, isolation.pillar, stopping)
-            at_the_end.callback(loop.remove_reader, isolation.pillar.fileno())
+        if isolation.single_server is not None:
+            _watch(loop, isolation.single_server, stopping)
+            at_the_end.callback(loop.remove_reader, isolation.single_server.fileno())
         gc.collect()
         gc.freeze()  # what is there now stays, and need not be looked at while clients wait
         ready(announcement)
@@ -145,14 +145,14 @@ def _for_servers(options: DaemonOptions) -> DaemonOptions:
 
 
 def _watch(
-    loop: asyncio.AbstractEventLoop, cluster: Cluster, stopping: asyncio.Future[int]
+    loop: asyncio.AbstractEventLoop, postmaster: Postmaster, stopping: asyncio.Future[int]
 ) -> None:
     """Stop with an error when the one server that everybody shares has died."""
-    descriptor = cluster.fileno()
+    descriptor = postmaster.fileno()
 
     def look() -> None:
         try:
-            cluster.check()
+            postmaster.check()
         except PgTempError as error:
             loop.remove_reader(descriptor)
             if not stopping.done():
@@ -178,28 +178,31 @@ def _isolation(
     options: DaemonOptions, plan: server_setup.Plan, announce: Callable[[str], None]
 ) -> Isolation:
     if options.single:
-        return Together(plan, announce, options.role_attributes)
-    return Apart(plan, options, announce)
+        return SingleServer(plan, announce, options.role_attributes)
+    return PerLease(plan, options, announce)
 
 
 @contextmanager
 def _socket_dir() -> Iterator[str]:
     """A directory for the daemon's own unix socket, closed to other users."""
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
-    place = rundir.make(None, caller, keep=False)
+    directory = rundir.make(None, caller, keep=False)
     try:  # the lease is held to the end: a warden that is killed must not take the door along
         held = supervision.current().hold(
-            place.leftovers(keep=False), keep=False, lease=place.lease, log=place.lease
+            directory.leftovers(keep=False),
+            keep=False,
+            lease=directory.lease,
+            log=directory.lease,
         )
         try:
-            yield str(place.socket_dir)
+            yield str(directory.socket_dir)
         finally:
             try:
-                held.stop(keep=False, remove=place.leftovers(keep=False))
+                held.stop(keep=False, remove=directory.leftovers(keep=False))
             except WardenError:
-                rundir.discard(place.leftovers(keep=False))
+                rundir.discard(directory.leftovers(keep=False))
     finally:
-        place.release()
+        directory.release()
 
 
 @contextmanager

@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pgtemp.allocation.isolation import Wish
+from pgtemp.allocation.isolation import DatabaseRequest
 from pgtemp.errors import NoDatabaseError
 from pgtemp.wire.startup import Startup, clip
 
 SETTING = "pgtemp.session"
 
 
-def read(startup: Startup) -> Wish:
+def read(startup: Startup) -> DatabaseRequest:
     """The wish. Raises NoDatabaseError where it cannot be told."""
     dbname, tilde, session = startup.dbname.partition("~")
     said = {session} if tilde else set()
@@ -37,7 +37,7 @@ def read(startup: Startup) -> Wish:
             f'database "{startup.dbname}" {wrong}',
             remedy="write /DBNAME, /DBNAME~SESSION or /DBNAME~template",
         )
-    return Wish(startup.user, clip(dbname), said.pop() if said else None)
+    return DatabaseRequest(startup.user, clip(dbname), said.pop() if said else None)
 
 
 def names_session(startup: Startup) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgtemp.errors import DiskFullError, LimitError, NoDatabaseError, PgTempError
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.wire import replies
 
 _SQLSTATES: tuple[tuple[type[PgTempError], str], ...] = (
@@ -27,11 +27,11 @@ class UnreachableError(RefusedError):
     """A client whose server cannot be reached; another one may be."""
 
 
-def crashed(cluster: Cluster) -> RefusedError:
+def crashed(postmaster: Postmaster) -> RefusedError:
     """What somebody is told whose connection was taken along by a crash."""
-    cause, log = "PostgreSQL has ended all connections after a crash", cluster.log_tail()
+    cause, log = "PostgreSQL has ended all connections after a crash", postmaster.log_tail()
     try:
-        cluster.check()
+        postmaster.check()
     except PgTempError as error:
         cause, log = error.cause, list(error.details)
     hint = "connect again; the end of the server's log is the detail"

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pgtemp.allocation.isolation import Isolation, Wish
+from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request, hangups
-from pgtemp.daemon.backend import Backend, connect, furnish
+from pgtemp.daemon.backend import Backend, connect, prepare
 from pgtemp.daemon.cancels import Cancels
-from pgtemp.daemon.client_limits import MORE_FILES, Crowd, Newcomer
+from pgtemp.daemon.client_limits import MORE_FILES, ClientLimits, Newcomer
 from pgtemp.daemon.error_responses import RefusedError, UnreachableError, crashed, refusal
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.lease_manager import Leases
-from pgtemp.daemon.listeners import Door
+from pgtemp.daemon.listeners import Listener
 from pgtemp.daemon.relay import Endpoint, relay
 from pgtemp.daemon.shares import in_turn
 from pgtemp.errors import PgTempError
@@ -57,23 +57,23 @@ class Gateway:
         self._cancels = Cancels()
         self.peers = Peers()
         self._clients: set[asyncio.Task[None]] = set()
-        self._crowd = Crowd(options.isolation)
+        self._crowd = ClientLimits(options.isolation)
         self._closing = False
 
-    def door(self, door: Door) -> Callable[[Endpoint], None]:
+    def listener(self, listener: Listener) -> Callable[[Endpoint], None]:
         """What is to be done with each client that comes in there."""
-        return lambda client: self._accept(client, door)
+        return lambda client: self._accept(client, listener)
 
-    def _accept(self, client: Endpoint, door: Door) -> None:
+    def _accept(self, client: Endpoint, listener: Listener) -> None:
         try:
             if self._closing:
                 raise RefusedError("57P03", "pgtemp is shutting down")
-            newcomer = self._crowd.enter(lambda: door.refusal(client), len(self._clients))
+            newcomer = self._crowd.enter(lambda: listener.refusal(client), len(self._clients))
         except RefusedError as why:
             _refuse(client, why)
             client.close()
             return
-        task = asyncio.ensure_future(self._serve(client, door, newcomer))
+        task = asyncio.ensure_future(self._serve(client, listener, newcomer))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
         task.add_done_callback(lambda _: newcomer.leave())
@@ -92,12 +92,12 @@ class Gateway:
         await self._leases.close()
         self.peers.close()
 
-    async def _serve(self, client: Endpoint, door: Door, newcomer: Newcomer) -> None:
+    async def _serve(self, client: Endpoint, listener: Listener, newcomer: Newcomer) -> None:
         try:
-            startup = await self._start_up(client, door, newcomer)
+            startup = await self._start_up(client, listener, newcomer)
             if startup is not None:
                 with self._crowd.served():
-                    await self._lease(client, startup, door)
+                    await self._lease(client, startup, listener)
         except RefusedError as why:
             _refuse(client, why)
         except ProtocolError as error:
@@ -115,11 +115,13 @@ class Gateway:
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
-    async def _start_up(self, client: Endpoint, door: Door, newcomer: Newcomer) -> Startup | None:
+    async def _start_up(
+        self, client: Endpoint, listener: Listener, newcomer: Newcomer
+    ) -> Startup | None:
         """Who wants what; None where that was all."""
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                opening = await _negotiate(client, door, newcomer)
+                opening = await _negotiate(client, listener, newcomer)
                 if isinstance(opening, Cancel):
                     if not await self._cancels.route(opening.key):
                         _log.info("a cancel request with a key that nobody has")
@@ -139,42 +141,44 @@ class Gateway:
         finally:
             self._crowd.starting -= 1
 
-    async def _lease(self, client: Endpoint, startup: Startup, door: Door) -> None:
+    async def _lease(self, client: Endpoint, startup: Startup, listener: Listener) -> None:
         try:
-            wish = database_request.read(startup)
+            request = database_request.read(startup)
         except PgTempError as error:
             raise refusal(error) from error
         inspection = self._inspection(startup)
         try:
-            await self._serve_in_lease(client, wish, startup, door, inspection)
+            await self._serve_in_lease(client, request, startup, listener, inspection)
         except UnreachableError as why:
             _log.info("tried once more: %s", why)
-            await self._serve_in_lease(client, wish, startup, door, inspection)
+            await self._serve_in_lease(client, request, startup, listener, inspection)
 
     async def _serve_in_lease(
         self,
         client: Endpoint,
-        wish: Wish,
+        request: DatabaseRequest,
         startup: Startup,
-        door: Door,
+        listener: Listener,
         inspection: Inspection | None,
     ) -> None:
-        lease = await self._leases.enter(wish, startup, client)
+        lease = await self._leases.enter(request, startup, client)
         first_words = replies.ClientStart()
         try:
-            backend = await self._backend(lease, wish, startup, door)
+            backend = await self._backend(lease, request, startup, listener)
             try:
-                await self._relay(client, wish, startup, lease, backend, first_words, inspection)
+                await self._relay(client, request, startup, lease, backend, first_words, inspection)
             except RefusedError as why:
                 _refuse(client, why)
             finally:
-                lease.used |= first_words.used and not (door.by_password and backend.refused)
+                lease.used |= first_words.used and not (listener.by_password and backend.refused)
                 backend.server.close()
             client.finish()  # now: giving back what it had may take seconds
         finally:
             await self._leases.leave(lease, client)
 
-    async def _backend(self, lease: Lease, wish: Wish, startup: Startup, door: Door) -> Backend:
+    async def _backend(
+        self, lease: Lease, request: DatabaseRequest, startup: Startup, listener: Listener
+    ) -> Backend:
         """The connection that was opened ahead, else a new one.
 
         Raises:
@@ -184,17 +188,19 @@ class Gateway:
         if ahead is not None:
             return ahead
         try:
-            dbname = await furnish(self._isolation, lease.place, wish)
-            return await connect(lease.place, startup, dbname, by_password=door.by_password)
+            dbname = await prepare(self._isolation, lease.allocation, request)
+            return await connect(
+                lease.allocation, startup, dbname, by_password=listener.by_password
+            )
         except PgTempError as error:
             if isinstance(error.__cause__, NoAnswerError):
-                lease.place.give_up()
+                lease.allocation.give_up()
                 raise UnreachableError("57P03", error.cause, error.remedy) from error
             raise refusal(error) from error
         except OSError as error:
             words = f"the server cannot be reached: {error.strerror}"
             if error.errno in _NOBODY_THERE:
-                lease.place.give_up()
+                lease.allocation.give_up()
                 raise UnreachableError("57P03", words, "connect again") from error
             hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
             raise RefusedError("57P03", words, hint) from error
@@ -209,7 +215,7 @@ class Gateway:
     async def _relay(
         self,
         client: Endpoint,
-        wish: Wish,
+        request: DatabaseRequest,
         startup: Startup,
         lease: Lease,
         backend: Backend,
@@ -218,7 +224,7 @@ class Gateway:
     ) -> None:
         """Let the client hear what the server said so far, and relay until one of them ends."""
         server, login, statement = backend.server, backend.login, FirstStatement()
-        socket, uid = lease.place.socket, lease.place.cluster.blueprint.owner.uid
+        socket, uid = lease.allocation.socket, lease.allocation.postmaster.spec.owner.uid
         refused: asyncio.Future[RefusedError] = asyncio.get_running_loop().create_future()
         client.write(backend.greeting)
         with ExitStack() as until_the_end:
@@ -232,7 +238,7 @@ class Gateway:
                 statement.feed(data)
                 if first_words.used and statement.done:
                     client.listen = None
-                    self._leases.learn(lease, wish, startup, statement.plan)
+                    self._leases.learn(lease, request, startup, statement.plan)
 
             def learn(data: bytes) -> None:
                 login.feed(data)
@@ -276,7 +282,7 @@ class Gateway:
             if client.has_finished:
                 return
             if replies.broke_off(server.last):
-                raise await in_turn(lease.place, lambda: crashed(lease.place.cluster))
+                raise await in_turn(lease.allocation, lambda: crashed(lease.allocation.postmaster))
 
 
 def _not_shared(what: str) -> RefusedError:
@@ -292,8 +298,10 @@ def _refuse(client: Endpoint, why: RefusedError) -> None:
     client.write(why.reply)
 
 
-async def _negotiate(client: Endpoint, door: Door, newcomer: Newcomer) -> Startup | Cancel | None:
-    negotiation = Negotiation(tls=door.tls is not None)
+async def _negotiate(
+    client: Endpoint, listener: Listener, newcomer: Newcomer
+) -> Startup | Cancel | None:
+    negotiation = Negotiation(tls=listener.tls is not None)
     while data := await client.read():
         negotiation.receive(data)
         try:
@@ -311,7 +319,7 @@ async def _negotiate(client: Endpoint, door: Door, newcomer: Newcomer) -> Startu
             client.write(event.data)
             _ = newcomer.refusal  # asked for now, while the client is at work
         if isinstance(event, Secure):
-            assert door.tls is not None
+            assert listener.tls is not None
             client.write(event.reply)
-            client.encrypt(Tls(door.tls, direct=not event.reply), event.arrived)
+            client.encrypt(Tls(listener.tls, direct=not event.reply), event.arrived)
     return None

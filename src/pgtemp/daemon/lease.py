@@ -8,8 +8,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pgtemp.allocation.allocation import Place
-from pgtemp.allocation.isolation import Wish
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.isolation import DatabaseRequest
 from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.relay import Endpoint
@@ -30,12 +30,12 @@ class Lease:
     """
 
     number: int
-    wish: Wish
+    request: DatabaseRequest
     key: Hashable
     lingers: bool
     over: asyncio.Future[RefusedError]
     ended: asyncio.Future[None]
-    opening: asyncio.Future[Place] = field(init=False)
+    opening: asyncio.Future[Allocation] = field(init=False)
     clients: set[Endpoint] = field(default_factory=set)
     backend: Backend | None = None
     used: bool = False
@@ -49,7 +49,7 @@ class Lease:
     ending: bool = False
 
     @property
-    def place(self) -> Place:
+    def allocation(self) -> Allocation:
         return self.opening.result()
 
     @property
@@ -61,13 +61,13 @@ class Lease:
     def dead(self) -> bool:
         """Whether its server is no more."""
         opened = self.opening.done() and not self.opening.cancelled()
-        return opened and self.opening.exception() is None and not self.place.alive
+        return opened and self.opening.exception() is None and not self.allocation.alive
 
     def distrust(self) -> None:
         """Give no other lease a place in its server; one that it shares with others."""
         opened = self.opening.done() and not self.opening.cancelled()
-        if opened and self.opening.exception() is None and self.place.tenants is not None:
-            self.place.tenants.spoil()
+        if opened and self.opening.exception() is None and self.allocation.shared is not None:
+            self.allocation.shared.mark_stale()
 
     def traffic(self) -> int:
         """Bytes so far, either way."""
@@ -77,9 +77,9 @@ class Lease:
         """What there is to tell of it, by the names of the log's."""
         return {
             "lease": self.number,
-            "user": self.wish.user,
-            "database": self.wish.dbname,
-            "session": self.wish.session,
+            "user": self.request.user,
+            "database": self.request.dbname,
+            "session": self.request.session,
             "connections": self.connections,
             "waited_ms": round(self.waited * 1000, 1),
             "lived_s": round(time.perf_counter() - self.asked, 3),

@@ -16,14 +16,14 @@ from concurrent.futures import Future
 from typing import Any
 
 from pgtemp.aio import whole
-from pgtemp.allocation.allocation import Place
-from pgtemp.allocation.isolation import TEMPLATE, Isolation, Wish
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.isolation import TEMPLATE, DatabaseRequest, Isolation
 from pgtemp.allocation.pool import PoolClosedError
 from pgtemp.daemon.error_responses import RefusedError, refusal
 from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn_at_last
-from pgtemp.daemon.warm_connections import Rehearsals
+from pgtemp.daemon.warm_connections import WarmConnections
 from pgtemp.errors import ClusterError, LimitError, NoDatabaseError, PgTempError
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.startup import Startup
@@ -45,7 +45,7 @@ class Leases:
         few = said.isdecimal() and int(said) < _ENOUGH
         # And a connection that is logged in is not for somebody who has yet to say a password.
         ahead = not few and options.password_file is None
-        self._rehearsals = Rehearsals(isolation, ready=options.pool if ahead else 0)
+        self._rehearsals = WarmConnections(isolation, ready=options.pool if ahead else 0)
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
@@ -53,24 +53,24 @@ class Leases:
         self._turns = asyncio.Semaphore(limit) if limit is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def enter(self, wish: Wish, startup: Startup, client: Endpoint) -> Lease:
+    async def enter(self, request: DatabaseRequest, startup: Startup, client: Endpoint) -> Lease:
         """A lease for one more connection: a new one, or the one that it shares.
 
         Raises:
             RefusedError: there is none to be had.
         """
         await self._what_is_left()
-        await self._while_edited(wish)
-        key = self._isolation.share(wish)
+        await self._while_edited(request)
+        key = self._isolation.share(request)
         while (lease := self._shared.get(key)) is not None and (lease.ending or lease.dead):
             await self._end(lease)
         most = self._options.max_connections_per_lease
         if lease is None:
-            lease = self._begin(wish, startup, key)
+            lease = self._begin(request, startup, key)
         elif most is not None and len(lease.clients) >= most:
             raise refusal(
                 LimitError(
-                    f"session {wish.session} has {most} connections, which is the limit",
+                    f"session {request.session} has {most} connections, which is the limit",
                     remedy="close some, or raise --max-connections-per-lease",
                 )
             )
@@ -106,10 +106,10 @@ class Leases:
         else:
             await self._end(lease)
 
-    def learn(self, lease: Lease, wish: Wish, startup: Startup, plan: bytes) -> None:
+    def learn(self, lease: Lease, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
         """Hear with what a client has begun; only the first of a session finds a new database."""
         if lease.connections == 1:
-            self._rehearsals.learn(wish, startup, plan)
+            self._rehearsals.learn(request, startup, plan)
 
     def facts(self) -> list[dict[str, Any]]:
         """What there is to tell of each lease that there is, in the order in which they began."""
@@ -120,56 +120,56 @@ class Leases:
         await self._rehearsals.close()
         await asyncio.gather(*(self._end(lease) for lease in self._live))
 
-    def _begin(self, wish: Wish, startup: Startup, key: Hashable) -> Lease:
+    def _begin(self, request: DatabaseRequest, startup: Startup, key: Hashable) -> Lease:
         loop = asyncio.get_running_loop()
-        lingers = key is not None and not wish.edits and self._options.linger > 0
+        lingers = key is not None and not request.edits and self._options.linger > 0
         over, ended = loop.create_future(), loop.create_future()
-        lease = Lease(next(self._numbers), wish, key, lingers, over, ended)
+        lease = Lease(next(self._numbers), request, key, lingers, over, ended)
         lease.opening = self._opening(lease, startup)
         self._live.add(lease)
         if key is not None:
             self._shared[key] = lease
         return lease
 
-    def _opening(self, lease: Lease, startup: Startup) -> asyncio.Future[Place]:
+    def _opening(self, lease: Lease, startup: Startup) -> asyncio.Future[Allocation]:
         """A place, or one to come. Where nothing has to be waited for, there is no task.
 
         A task would take a tenth of the time.
         """
-        if self._turns is None and self._isolation.knows(lease.wish):
+        if self._turns is None and self._isolation.knows(lease.request):
             found = self._at_once(lease, startup)
-            if isinstance(found, Place):
-                opened: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+            if isinstance(found, Allocation):
+                opened: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
                 opened.set_result(found)
                 return opened
             return asyncio.ensure_future(self._await(lease, found))
         return asyncio.ensure_future(self._open(lease, startup))
 
-    def _at_once(self, lease: Lease, startup: Startup) -> Place | Future[Place]:
+    def _at_once(self, lease: Lease, startup: Startup) -> Allocation | Future[Allocation]:
         """What was opened ahead, else what is ready, else what will be."""
-        rehearsed = self._rehearsals.take(lease.wish, startup)
+        rehearsed = self._rehearsals.take(lease.request, startup)
         if rehearsed is not None:
             lease.backend = rehearsed.backend
-            return self._give(lease, rehearsed.place)
-        claimed = self._isolation.claim(lease.wish)
+            return self._give(lease, rehearsed.allocation)
+        claimed = self._isolation.claim(lease.request)
         if claimed.done() and claimed.exception() is None:
             return self._give(lease, claimed.result())
         return claimed
 
-    async def _open(self, lease: Lease, startup: Startup) -> Place:
+    async def _open(self, lease: Lease, startup: Startup) -> Allocation:
         if self._turns is not None:
             await self._turn(self._turns)
         try:
-            if not self._isolation.knows(lease.wish):
-                await whole(lambda: self._isolation.check(lease.wish))
+            if not self._isolation.knows(lease.request):
+                await whole(lambda: self._isolation.check(lease.request))
             found = self._at_once(lease, startup)
-            return found if isinstance(found, Place) else await self._await(lease, found)
+            return found if isinstance(found, Allocation) else await self._await(lease, found)
         except BaseException:
             if self._turns is not None:
                 self._turns.release()
             raise
 
-    async def _await(self, lease: Lease, claimed: Future[Place]) -> Place:
+    async def _await(self, lease: Lease, claimed: Future[Allocation]) -> Allocation:
         seconds = self._options.wait
         try:
             async with asyncio.timeout(seconds):
@@ -177,25 +177,25 @@ class Leases:
                     try:
                         return self._give(lease, await asyncio.wrap_future(claimed))
                     except PoolClosedError:  # the template was edited: it has a new pool
-                        claimed = self._isolation.claim(lease.wish)
+                        claimed = self._isolation.claim(lease.request)
                         if claimed.done():  # the daemon ends
                             return self._give(lease, claimed.result())
                     except PgTempError:
-                        if (spare := self._rehearsals.spare(lease.wish)) is None:
+                        if (spare := self._rehearsals.spare(lease.request)) is None:
                             raise
                         return self._give(lease, spare)
         except TimeoutError:
-            self._unclaim(claimed, lease.wish)
+            self._unclaim(claimed, lease.request)
             raise LimitError(
                 f"no database became free within {seconds:g} s",
                 remedy="try again later, or raise --wait",
             ) from None
         except BaseException:
-            self._unclaim(claimed, lease.wish)
+            self._unclaim(claimed, lease.request)
             raise
 
-    def _give(self, lease: Lease, place: Place) -> Place:
-        place.lease(lease.number)
+    def _give(self, lease: Lease, allocation: Allocation) -> Allocation:
+        allocation.lease(lease.number)
         lease.waited = time.perf_counter() - lease.asked
         loop = asyncio.get_running_loop()
         if (ttl := self._options.ttl) is not None:
@@ -203,14 +203,14 @@ class Leases:
         if (idle := self._options.idle_ttl) is not None:
             lease.spoke = loop.time()
             lease.timers["idle"] = loop.call_later(idle / 4, self._watch, lease, idle, 0)
-        return place
+        return allocation
 
-    def _unclaim(self, claimed: Future[Place], wish: Wish) -> None:
+    def _unclaim(self, claimed: Future[Allocation], request: DatabaseRequest) -> None:
         """What comes too late goes back."""
 
-        def give_back(done: Future[Place]) -> None:
+        def give_back(done: Future[Allocation]) -> None:
             if not done.cancelled() and done.exception() is None:
-                self._isolation.release(done.result(), wish, used=False)
+                self._isolation.release(done.result(), request, used=False)
 
         if not claimed.cancel():
             # In a thread of its own: it blocks, and the loop may be closed by then.
@@ -241,7 +241,7 @@ class Leases:
     async def _release(self, lease: Lease) -> None:
         for timer in lease.timers.values():
             timer.cancel()
-        if not lease.wish.edits:  # who wants what is being edited waits until it is sealed
+        if not lease.request.edits:  # who wants what is being edited waits until it is sealed
             self._forget(lease)
         lease.opening.cancel()
         try:
@@ -256,8 +256,8 @@ class Leases:
     async def _give_back(self, lease: Lease) -> None:
         try:
             await in_turn_at_last(
-                lease.place,
-                lambda: self._isolation.release(lease.place, lease.wish, used=lease.used),
+                lease.allocation,
+                lambda: self._isolation.release(lease.allocation, lease.request, used=lease.used),
             )
         except Exception as error:  # no other task is told of it
             _log.error("lease %d: %s", lease.number, error)
@@ -299,21 +299,21 @@ class Leases:
                     _log.warning("lease %d: what it left is not known in time", lease.number)
                     lease.distrust()
 
-    async def _while_edited(self, wish: Wish) -> None:
+    async def _while_edited(self, request: DatabaseRequest) -> None:
         """Wait while somebody edits the template that is wanted."""
-        if wish.edits or (wish.dbname, TEMPLATE) not in self._shared:
+        if request.edits or (request.dbname, TEMPLATE) not in self._shared:
             return
         seconds = self._options.wait
-        _log.warning("a client waits for %s~%s, which is open", wish.dbname, TEMPLATE)
+        _log.warning("a client waits for %s~%s, which is open", request.dbname, TEMPLATE)
         try:
             async with asyncio.timeout(seconds):
-                while lease := self._shared.get((wish.dbname, TEMPLATE)):
+                while lease := self._shared.get((request.dbname, TEMPLATE)):
                     await asyncio.wait([lease.ended])
         except TimeoutError:
             raise refusal(
                 NoDatabaseError(
-                    f"the template {wish.dbname} is being edited still after {seconds:g} s",
-                    remedy=f"close all connections to {wish.dbname}~{TEMPLATE} first",
+                    f"the template {request.dbname} is being edited still after {seconds:g} s",
+                    remedy=f"close all connections to {request.dbname}~{TEMPLATE} first",
                 )
             ) from None
 

@@ -25,7 +25,7 @@ BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Listener:
     """A way in.
 
     Attributes:
@@ -39,16 +39,16 @@ class Door:
     tls: ssl.SSLContext | None = None
 
 
-def of_tcp(options: DaemonOptions, peers: Peers, tls: ssl.SSLContext | None) -> Door:
+def of_tcp(options: DaemonOptions, peers: Peers, tls: ssl.SSLContext | None) -> Listener:
     """The door at the TCP addresses."""
     if options.password_file is not None:
-        return Door(_anybody, by_password=True, tls=tls)
-    return Door(lambda client: _other_user(client, peers), tls=tls)
+        return Listener(_anybody, by_password=True, tls=tls)
+    return Listener(lambda client: _other_user(client, peers), tls=tls)
 
 
-def of_socket() -> Door:
+def of_socket() -> Listener:
     """The door of the unix socket: its directory's mode says who, and nobody listens in."""
-    return Door(_anybody)
+    return Listener(_anybody)
 
 
 def _anybody(client: Endpoint) -> None:

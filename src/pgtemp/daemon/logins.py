@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from pgtemp.allocation.allocation import Place
+from pgtemp.allocation.allocation import Allocation
 
 LOGIN_SECONDS = 5.0
 _LATE_SECONDS = 1.0  # of a timer. Then it was this process that stood still
@@ -22,8 +22,8 @@ _LATE_SECONDS = 1.0  # of a timer. Then it was this process that stood still
 class _Watch:
     """A look, once a login is due, whether its server lets other clients in."""
 
-    def __init__(self, place: Place, limit: asyncio.Timeout) -> None:
-        self._place, self._limit = place, limit
+    def __init__(self, allocation: Allocation, limit: asyncio.Timeout) -> None:
+        self._place, self._limit = allocation, limit
         self._began = time.monotonic()
         self._look_in(LOGIN_SECONDS)
 
@@ -33,7 +33,7 @@ class _Watch:
 
     def _look(self, due: float) -> None:
         now = time.monotonic()
-        left = max(self._began, self._place.cluster.let_in) + LOGIN_SECONDS - now
+        left = max(self._began, self._place.postmaster.let_in) + LOGIN_SECONDS - now
         if now > due + _LATE_SECONDS:
             left = LOGIN_SECONDS
         if left > 0:
@@ -44,7 +44,7 @@ class _Watch:
 
 
 @asynccontextmanager
-async def login(place: Place) -> AsyncIterator[None]:
+async def login(allocation: Allocation) -> AsyncIterator[None]:
     """A block in which a server answers a login.
 
     Raises:
@@ -52,10 +52,10 @@ async def login(place: Place) -> AsyncIterator[None]:
     """
     try:
         async with asyncio.timeout(None) as limit:
-            watch = _Watch(place, limit)
+            watch = _Watch(allocation, limit)
             try:
                 yield
-                place.cluster.let_in = time.monotonic()
+                allocation.postmaster.let_in = time.monotonic()
             finally:
                 watch.timer.cancel()
     except TimeoutError as error:

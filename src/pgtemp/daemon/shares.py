@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgtemp.aio import to_its_end, whole
-from pgtemp.allocation.allocation import Place
+from pgtemp.allocation.allocation import Allocation
 from pgtemp.errors import ClusterError
 
 T = TypeVar("T")
@@ -35,19 +35,19 @@ class _Turns:
 _turns: dict[Path, _Turns] = {}  # by the server's home
 
 
-async def in_turn(place: Place, do: Callable[[], T]) -> T:
+async def in_turn(allocation: Allocation, do: Callable[[], T]) -> T:
     """Run `do`, which concerns the server of a place, in a thread; see `aio.whole`.
 
     Raises:
         ClusterError: other calls kept the server's threads for too long.
     """
-    async with _turn(place, _TURN_SECONDS):
+    async with _turn(allocation, _TURN_SECONDS):
         return await whole(do)
 
 
-async def in_turn_at_last(place: Place, do: Callable[[], T]) -> T:
+async def in_turn_at_last(allocation: Allocation, do: Callable[[], T]) -> T:
     """The same for what must be done: it has no deadline, and is done even if cancelled."""
-    waiting = asyncio.ensure_future(_without_deadline(place, do))
+    waiting = asyncio.ensure_future(_without_deadline(allocation, do))
     try:
         return await asyncio.shield(waiting)
     except asyncio.CancelledError:
@@ -55,14 +55,14 @@ async def in_turn_at_last(place: Place, do: Callable[[], T]) -> T:
         raise
 
 
-async def _without_deadline(place: Place, do: Callable[[], T]) -> T:
-    async with _turn(place, None):
+async def _without_deadline(allocation: Allocation, do: Callable[[], T]) -> T:
+    async with _turn(allocation, None):
         return await asyncio.to_thread(do)
 
 
 @asynccontextmanager
-async def _turn(place: Place, seconds: float | None) -> AsyncIterator[None]:
-    home = place.cluster.home.path
+async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[None]:
+    home = allocation.postmaster.home.path
     turns = _turns.setdefault(home, _Turns())
     turns.calls += 1
     try:

@@ -20,10 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pgtemp.allocation.allocation import Place
-from pgtemp.allocation.isolation import Isolation, Wish
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request
-from pgtemp.daemon.backend import Backend, connect, furnish, log_in, plan_ahead
+from pgtemp.daemon.backend import Backend, connect, log_in, plan_ahead, prepare
 from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.errors import PgTempError
 from pgtemp.sql.statement_logging import WATCHING
@@ -41,10 +41,10 @@ Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
 
 
 @dataclass(slots=True)
-class Rehearsed:
+class WarmConnection:
     """A database and a connection to it, as far as the end of the login."""
 
-    place: Place
+    allocation: Allocation
     backend: Backend
 
 
@@ -58,9 +58,9 @@ class _Stage:
         unplanned: what could not be planned.
     """
 
-    wish: Wish
+    request: DatabaseRequest
     startup: Startup
-    ready: deque[Rehearsed] = field(default_factory=deque)
+    ready: deque[WarmConnection] = field(default_factory=deque)
     making: int = 0
     seen: bool = False
     refused: bool = False
@@ -71,7 +71,7 @@ class _Stage:
     expiry: asyncio.TimerHandle | None = None
 
 
-class Rehearsals:
+class WarmConnections:
     """Connections for clients like those that were here."""
 
     def __init__(self, isolation: Isolation, *, ready: int) -> None:
@@ -80,13 +80,13 @@ class Rehearsals:
         self._stages: OrderedDict[Kind, _Stage] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def take(self, wish: Wish, startup: Startup) -> Rehearsed | None:
+    def take(self, request: DatabaseRequest, startup: Startup) -> WarmConnection | None:
         """One for this client, where there is one; the next is begun in either case."""
-        same_place = self._isolation.kind(wish)
+        same_place = self._isolation.kind(request)
         if same_place is None or not self._wanted or database_request.names_session(startup):
             return None  # in the last case no other client sends the same packet
         kind = _kind(same_place, startup)
-        stage = self._stages.setdefault(kind, _Stage(wish, startup))
+        stage = self._stages.setdefault(kind, _Stage(request, startup))
         self._stages.move_to_end(kind)
         stage.taken = asyncio.get_running_loop().time()
         if stage.expiry is None:
@@ -98,7 +98,7 @@ class Rehearsals:
             found = stage.ready.popleft()
             # That it is open says that its server runs; to ask would take as long as all the rest.
             # But others who join a session connect to the server anew.
-            fit = _usable(found) if wish.session is not None else _is_open(found)
+            fit = _usable(found) if request.session is not None else _is_open(found)
             if not fit:
                 self._do(self._give_back(stage, found))
                 found = None
@@ -108,27 +108,27 @@ class Rehearsals:
         stage.seen = True  # one that comes only once is not worth it
         return found
 
-    def learn(self, wish: Wish, startup: Startup, plan: bytes) -> None:
+    def learn(self, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
         """Hear with what a client has begun; see wire/firststatement.py."""
-        same_place = self._isolation.kind(wish)
+        same_place = self._isolation.kind(request)
         stage = self._stages.get(_kind(same_place, startup)) if same_place is not None else None
         if stage is not None:
             stage.plan = plan if plan == stage.begun != stage.unplanned else b""
             stage.begun = plan
 
-    def spare(self, wish: Wish) -> Place | None:
+    def spare(self, request: DatabaseRequest) -> Allocation | None:
         """A place that was opened ahead for another kind of client, where none can be made.
 
         Where none would do, all that was opened ahead is given up, which makes room.
         """
-        same_place = self._isolation.kind(wish)
+        same_place = self._isolation.kind(request)
         for (place_kind, *_), stage in self._stages.items():
-            if place_kind == same_place and stage.wish.user == wish.user:
+            if place_kind == same_place and stage.request.user == request.user:
                 while stage.ready:
                     found = stage.ready.pop()
                     if _usable(found):
                         found.backend.close()
-                        return found.place
+                        return found.allocation
                     self._do(self._give_back(stage, found))
         for kind in list(self._stages):
             self._drop(kind)
@@ -191,22 +191,22 @@ class Rehearsals:
         else:
             await self._give_back(stage, rehearsed)
 
-    async def _rehearse(self, stage: _Stage) -> Rehearsed | None:
-        place = await asyncio.wrap_future(self._isolation.claim(stage.wish))
+    async def _rehearse(self, stage: _Stage) -> WarmConnection | None:
+        allocation = await asyncio.wrap_future(self._isolation.claim(stage.request))
         backend: Backend | None = None
         busy = False
         try:
-            dbname = await furnish(self._isolation, place, stage.wish)
-            backend = await connect(place, stage.startup, dbname, by_password=False)
-            if await log_in(backend, place):
-                watched = place.watched or _is_watched(stage.startup)
+            dbname = await prepare(self._isolation, allocation, stage.request)
+            backend = await connect(allocation, stage.startup, dbname, by_password=False)
+            if await log_in(backend, allocation):
+                watched = allocation.watched or _is_watched(stage.startup)
                 busy = bool(stage.plan)  # it may be at it for ever
                 if watched or await self._plan_ahead(stage, backend):
-                    return Rehearsed(place, backend)
+                    return WarmConnection(allocation, backend)
         except BaseException:
-            await self._close(stage, place, backend, used=busy)
+            await self._close(stage, allocation, backend, used=busy)
             raise
-        await self._close(stage, place, backend)
+        await self._close(stage, allocation, backend)
         return None
 
     async def _plan_ahead(self, stage: _Stage, backend: Backend) -> bool:
@@ -222,15 +222,17 @@ class Rehearsals:
         stage.plan, stage.unplanned = b"", plan
         raise ProtocolError("what clients begin with could not be planned ahead")
 
-    async def _give_back(self, stage: _Stage, rehearsed: Rehearsed) -> None:
-        await self._close(stage, rehearsed.place, rehearsed.backend)
+    async def _give_back(self, stage: _Stage, rehearsed: WarmConnection) -> None:
+        await self._close(stage, rehearsed.allocation, rehearsed.backend)
 
     async def _close(
-        self, stage: _Stage, place: Place, backend: Backend | None, *, used: bool = False
+        self, stage: _Stage, allocation: Allocation, backend: Backend | None, *, used: bool = False
     ) -> None:
         if backend is not None:
             backend.close()
-        await in_turn_at_last(place, lambda: self._isolation.release(place, stage.wish, used=used))
+        await in_turn_at_last(
+            allocation, lambda: self._isolation.release(allocation, stage.request, used=used)
+        )
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -238,12 +240,12 @@ class Rehearsals:
         task.add_done_callback(self._tasks.discard)
 
 
-def _is_open(rehearsed: Rehearsed) -> bool:
-    return not rehearsed.backend.server.over and not rehearsed.place.outdated
+def _is_open(rehearsed: WarmConnection) -> bool:
+    return not rehearsed.backend.server.over and not rehearsed.allocation.outdated
 
 
-def _usable(rehearsed: Rehearsed) -> bool:
-    return _is_open(rehearsed) and rehearsed.place.usable
+def _usable(rehearsed: WarmConnection) -> bool:
+    return _is_open(rehearsed) and rehearsed.allocation.usable
 
 
 def _is_watched(startup: Startup) -> bool:

@@ -10,7 +10,7 @@ A copy is made in four parts, because a postmaster does not read the databases w
 from a clean shutdown: `begin` is what it needs to start; `first`, copied while it starts, the
 database `postgres`; `rest` the templates, copied while the first connection is already at work;
 `warm` the files that spare that connection building its relation cache (start-up deletes them, so
-they come after it). Together that takes half of the time to the first row away.
+they come after it). SingleServer that takes half of the time to the first row away.
 
 A directory of the copy is given to the server's user when it is complete. Until then the server
 may look into it, because start-up searches each database for files of a crashed server.

@@ -37,7 +37,7 @@ SOCKET_PORT = 5432  # names the socket's file where there is no TCP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blueprint:
+class ServerSpec:
     """What clusters are made from; one may serve for many.
 
     Attributes:
@@ -66,18 +66,18 @@ class Blueprint:
 
 
 @dataclass(slots=True)
-class Cluster:
+class Postmaster:
     """One postmaster. `start` and `stop` may be called from any thread, once each.
 
     Attributes:
-        blueprint: what it is made from.
+        spec: what it is made from.
         existing: a home that was kept, to start on in place.
         verifier: what to store as the superuser's password, where the source allows that without
             SQL; `has_password` tells whether it did.
         let_in: when it last let a client in, by `time.monotonic()`, as far as that is noted.
     """
 
-    blueprint: Blueprint
+    spec: ServerSpec
     existing: Path | None = None
     verifier: str | None = None
     has_password: bool = field(init=False, default=False)
@@ -97,7 +97,7 @@ class Cluster:
     def data_dir(self) -> Path:
         return self.home.data
 
-    def start(self, meanwhile: Callable[[Cluster], None] = lambda _: None) -> None:
+    def start(self, meanwhile: Callable[[Postmaster], None] = lambda _: None) -> None:
         """Make the data directory and start the server on it.
 
         Args:
@@ -123,10 +123,10 @@ class Cluster:
             except ChangedError as damage:
                 if attempt > 0:
                     raise ClusterError(f"the image is damaged again: {damage}") from damage
-                self.blueprint.source.repair(damage)
+                self.spec.source.repair(damage)
 
-    def _start(self, meanwhile: Callable[[Cluster], None]) -> None:
-        plan = self.blueprint
+    def _start(self, meanwhile: Callable[[Postmaster], None]) -> None:
+        plan = self.spec
         guard = supervision.current()
         if self.existing is None:
             self.home = rundir.make(plan.prefix, plan.owner, keep=plan.keep)
@@ -149,7 +149,9 @@ class Cluster:
             self._undo()
             raise
 
-    def _start_on(self, source: Copyable, data: Tree, meanwhile: Callable[[Cluster], None]) -> None:
+    def _start_on(
+        self, source: Copyable, data: Tree, meanwhile: Callable[[Postmaster], None]
+    ) -> None:
         """Fill a data directory while the server starts on it."""
         self._begin(source, data)
         self._start_postmaster()
@@ -173,7 +175,7 @@ class Cluster:
             process, self._process = self._process, None
             if process is None:
                 return []
-            keep = self.blueprint.keep
+            keep = self.spec.keep
             return self._end(process, keep=keep)
 
     def _end(self, process: supervision.Process, *, keep: bool) -> list[str]:
@@ -240,7 +242,7 @@ class Cluster:
         return status.log_tail(self.log_path)
 
     def _begin(self, source: Copyable, data: Tree) -> None:
-        plan = self.blueprint
+        plan = self.spec
         self._copy(source.begin, data)
         try:
             try:
@@ -261,7 +263,7 @@ class Cluster:
         except OSError as error:
             raise disk_space.cannot_write(self.home.path, error) from error
 
-    def _hold(self, guard: supervision.Warden) -> None:
+    def _hold(self, guard: supervision.Supervisor) -> None:
         keep = self.existing is not None  # what is new is worth keeping once it is whole
         log = self._open_log()
         try:
@@ -272,7 +274,7 @@ class Cluster:
             os.close(log)
 
     def _request(self) -> supervision.Request:
-        plan = self.blueprint
+        plan = self.spec
         settings = {
             "listen_addresses": ",".join(plan.addresses),
             "port": str(self.port),
@@ -297,7 +299,7 @@ class Cluster:
         try:
             return os.open(self.log_path, flags, 0o600)
         except OSError as error:
-            if self.blueprint.log_path is None:
+            if self.spec.log_path is None:
                 raise disk_space.cannot_write(self.home.path, error) from error
             raise OptionError(
                 f"{self.log_path} cannot be written: {error.strerror}",
@@ -321,7 +323,7 @@ class Cluster:
                 raise ClusterError(
                     f"PostgreSQL did not get ready within {seconds:g} s", details=self.log_tail()
                 )
-        if self.blueprint.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
+        if self.spec.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
             raise _PortLostError(f"port {self.port} was taken by somebody else")
         raise self._died()
 
@@ -333,13 +335,13 @@ class Cluster:
         return status.death(self.pid, exit_status, self.home.path, self.log_tail())
 
     def _check_port(self) -> None:
-        port = self.blueprint.port
-        for address in self.blueprint.addresses if port is not None else ():
+        port = self.spec.port
+        for address in self.spec.addresses if port is not None else ():
             if reason := ports.bind_error(address, port or 0):
                 raise ports.taken(address, port or 0, reason)
 
     def _choose_port(self) -> None:
-        plan = self.blueprint
+        plan = self.spec
         if plan.port is not None:
             self.port = plan.port
         elif plan.addresses:

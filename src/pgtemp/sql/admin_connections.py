@@ -244,7 +244,7 @@ def was_lost(error: BaseException | None) -> bool:
     return lost and not isinstance(error, NoAnswerError)
 
 
-class Admins:
+class AdminConnections:
     """Administrative connections that stay open, one for each thread at work.
 
     Args:

@@ -19,7 +19,7 @@ from pgtemp.images import cache, image, initdb
 from pgtemp.options.server import ServerOptions
 from pgtemp.programs import installation
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Blueprint, Cluster
+from pgtemp.server.postmaster import Postmaster, ServerSpec
 from pgtemp.sql import admin_connections, admin_sql, dump_restore, extensions
 from pgtemp.sql.admin_connections import Connection
 from pgtemp.sql.answer_limits import LONG_SECONDS
@@ -40,7 +40,7 @@ class Plan:
     """
 
     options: ServerOptions
-    blueprint: Blueprint
+    spec: ServerSpec
     superuser: str
     template: str | None = None
     plain: bool = True
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def installation(self) -> installation.Installation:
-        return self.blueprint.installation
+        return self.spec.installation
 
 
 def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None = None) -> Plan:
@@ -87,7 +87,7 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         source = cache.Cached(programs, options.initdb_args, owner)
     # In a directory that somebody made, the superuser is somebody's choice too.
     superuser = options.user if copied is not None else initdb.SUPERUSER
-    blueprint = Blueprint(
+    spec = ServerSpec(
         installation=programs,
         owner=owner,
         source=source,
@@ -100,10 +100,10 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         ttl=options.ttl,
         log_path=Path(options.log_path).absolute() if options.log_path is not None else None,
     )
-    return Plan(options, blueprint, superuser, secret=secret)
+    return Plan(options, spec, superuser, secret=secret)
 
 
-def provision(plan: Plan, secret: Secret | None) -> Cluster:
+def provision(plan: Plan, secret: Secret | None) -> Postmaster:
     """Start a server that has the options' user and database, with the dump loaded.
 
     Args:
@@ -114,34 +114,34 @@ def provision(plan: Plan, secret: Secret | None) -> Cluster:
     """
     options = plan.options
     _learn(plan)
-    cluster = start(plan, secret)
+    postmaster = start(plan, secret)
     try:
-        furnish_database(cluster, plan, options.dbname, options.user)
-        to = private_info(cluster, plan.superuser, options.dbname)
+        prepare_database(postmaster, plan, options.dbname, options.user)
+        to = private_info(postmaster, plan.superuser, options.dbname)
         if options.extensions:
             with admin_connections.connected(to) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
-            to = private_info(cluster, options.user, options.dbname)
+            to = private_info(postmaster, options.user, options.dbname)
             dump_restore.load(plan.installation, to, options.load, all_or_nothing=False)
     except BaseException:
-        discard(cluster)
+        discard(postmaster)
         raise
-    return cluster
+    return postmaster
 
 
-def start(plan: Plan, secret: Secret | None) -> Cluster:
+def start(plan: Plan, secret: Secret | None) -> Postmaster:
     """Start a server that has the options' user. Raises PgTempError; nothing of it is left."""
     user = plan.options.user
     own = secret if user == plan.superuser else None
-    cluster = Cluster(plan.blueprint, verifier=own.verifier if own is not None else None)
+    postmaster = Postmaster(plan.spec, verifier=own.verifier if own is not None else None)
 
-    def furnish(started: Cluster) -> None:
-        furnish_role(started, plan, user, secret)
+    def prepare(started: Postmaster) -> None:
+        prepare_role(started, plan, user, secret)
         give_password(started, plan)
 
-    cluster.start(meanwhile=furnish)
-    return cluster
+    postmaster.start(meanwhile=prepare)
+    return postmaster
 
 
 def _learn(plan: Plan) -> None:
@@ -149,13 +149,13 @@ def _learn(plan: Plan) -> None:
 
     The files spare each first connection four milliseconds (see image.py).
     """
-    source = plan.blueprint.source
+    source = plan.spec.source
     if not isinstance(source, cache.Cached) or source.resolve().relcache:
         return
     plain = replace(plan.options, config={}, postgresql_conf=None)
-    cluster = Cluster(
+    postmaster = Postmaster(
         replace(
-            plan.blueprint,
+            plan.spec,
             conf=_conf(plain, plan.installation.major),
             hba=config.HBA,
             addresses=(),
@@ -163,36 +163,36 @@ def _learn(plan: Plan) -> None:
             log_path=None,
         )
     )
-    cluster.start()
+    postmaster.start()
     try:
         for dbname in ("template1", admin_sql.MAINTENANCE):
             with admin_connections.connected(
-                private_info(cluster, initdb.SUPERUSER, dbname)
+                private_info(postmaster, initdb.SUPERUSER, dbname)
             ) as connection:
                 connection.execute("SELECT 1")
-        with Tree.open(cluster.data_dir) as data:
+        with Tree.open(postmaster.data_dir) as data:
             source.resolve().learn(data)
     finally:
-        cluster.stop()
+        postmaster.stop()
 
 
-def furnish_role(cluster: Cluster, plan: Plan, user: str, secret: Secret | None) -> None:
+def prepare_role(postmaster: Postmaster, plan: Plan, user: str, secret: Secret | None) -> None:
     """Make a user in a server, unless it is there and needs no password."""
-    if user == plan.superuser and (secret is None or cluster.has_password):
+    if user == plan.superuser and (secret is None or postmaster.has_password):
         return
-    with administered(cluster, plan) as connection:
+    with administered(postmaster, plan) as connection:
         admin_sql.ensure_role(connection, user, secret)
 
 
-def give_password(cluster: Cluster, plan: Plan) -> None:
+def give_password(postmaster: Postmaster, plan: Plan) -> None:
     """Give the plan's password, where it has one, to those who are there from the start."""
     if plan.secret is not None:
-        with administered(cluster, plan) as connection:
+        with administered(postmaster, plan) as connection:
             for user in sorted(plan.users):
                 admin_sql.ensure_role(connection, user, plan.secret)
 
 
-def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> None:
+def prepare_database(postmaster: Postmaster, plan: Plan, dbname: str, user: str) -> None:
     """Make a database in a server, unless it is there: the plan's template becomes it.
 
     A server has one template, so that only the first database comes from it.
@@ -201,7 +201,7 @@ def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> No
         return  # initdb made it
     # A database cannot be replaced from within itself.
     entrance = "template1" if dbname == admin_sql.MAINTENANCE else admin_sql.MAINTENANCE
-    with administered(cluster, plan, entrance) as connection:
+    with administered(postmaster, plan, entrance) as connection:
         if plan.template is None or not admin_sql.exists(connection, plan.template):
             admin_sql.ensure_database(connection, dbname, user)
             return
@@ -212,34 +212,40 @@ def furnish_database(cluster: Cluster, plan: Plan, dbname: str, user: str) -> No
 
 @contextmanager
 def administered(
-    cluster: Cluster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
+    postmaster: Postmaster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
 ) -> Iterator[Connection]:
     """A superuser's connection for a block. Raises ClusterError."""
-    with admin_connections.connected(private_info(cluster, plan.superuser, dbname)) as connection:
+    with admin_connections.connected(
+        private_info(postmaster, plan.superuser, dbname)
+    ) as connection:
         yield connection
 
 
-def admit(cluster: Cluster, plan: Plan, user: str, attributes: str, owns: str | None) -> None:
+def ensure_role(
+    postmaster: Postmaster, plan: Plan, user: str, attributes: str, owns: str | None
+) -> None:
     """Make a role for somebody who connects, unless it is there. Raises ClusterError.
 
     Args:
         owns: the database that is to be the user's.
     """
-    with administered(cluster, plan) as connection:
+    with administered(postmaster, plan) as connection:
         admin_sql.ensure_login(connection, user, attributes, plan.secret)
         if owns is not None:
             admin_sql.set_owner(connection, owns, user)
 
 
-def discard(cluster: Cluster) -> None:
+def discard(postmaster: Postmaster) -> None:
     """End a server and keep nothing of it, whatever its options say."""
-    cluster.blueprint = replace(cluster.blueprint, keep=False)
-    cluster.stop()
+    postmaster.spec = replace(postmaster.spec, keep=False)
+    postmaster.stop()
 
 
-def private_info(cluster: Cluster, user: str, dbname: str) -> ConnectionInfo:
+def private_info(postmaster: Postmaster, user: str, dbname: str) -> ConnectionInfo:
     """How pgtemp itself reaches a server: through its socket, without a password."""
-    return ConnectionInfo(host=str(cluster.socket_dir), port=cluster.port, user=user, dbname=dbname)
+    return ConnectionInfo(
+        host=str(postmaster.socket_dir), port=postmaster.port, user=user, dbname=dbname
+    )
 
 
 def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:

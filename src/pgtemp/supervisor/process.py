@@ -35,7 +35,7 @@ _LONGEST_WAIT = 3_600_000.0  # milliseconds; poll takes no more than 24 days
 FDS = 3  # what comes with a request: channel, lease, log
 
 
-class Reaper:
+class SupervisorProcess:
     """The loop: requests, deaths, deadlines, and removals in the time that is left."""
 
     def __init__(self, control: int, owner: int) -> None:
@@ -259,4 +259,4 @@ class Reaper:
 
 def main() -> None:
     """Run the loop: the control socket is standard input, the argument is the owner's pid."""
-    Reaper(0, int(sys.argv[1])).run()
+    SupervisorProcess(0, int(sys.argv[1])).run()

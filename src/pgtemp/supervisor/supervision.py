@@ -197,7 +197,7 @@ _REMEDY = "start a new server; what this one left is removed with the next start
 _channels: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
-class Warden:
+class Supervisor:
     """The helper process of this process."""
 
     def __init__(self) -> None:
@@ -257,11 +257,11 @@ class Warden:
         self._process.returncode = 0  # not this process's child, so no warning about it
 
 
-_current: Warden | None = None
+_current: Supervisor | None = None
 _lock = threading.Lock()
 
 
-def current() -> Warden:
+def current() -> Supervisor:
     """The warden of this process; started when there is none.
 
     Raises:
@@ -272,7 +272,7 @@ def current() -> Warden:
         if _current is None or not _current.alive:
             if _current is not None:
                 _current.end()
-            _current = Warden()
+            _current = Supervisor()
         return _current
 
 

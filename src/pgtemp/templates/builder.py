@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pgtemp.allocation.persisted import read_note
 from pgtemp.errors import ClusterError
 from pgtemp.host import ports
 from pgtemp.host.progress import step
 from pgtemp.host.tree import Tree
 from pgtemp.images import cache, image, initdb
 from pgtemp.images.image import Image
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_connections, admin_sql, server_setup
 from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.passwords import STRONG_ROUNDS, random_secret
+from pgtemp.sql.persisted_note import read_note
 from pgtemp.sql.server_setup import Plan
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
@@ -32,7 +32,7 @@ _BUILDING = "pgtemp_building"  # where the name that was given is taken
 _TAKEN = (*admin_sql.ALWAYS_THERE, TEMPLATE)
 
 
-class Workshop:
+class TemplateBuilder:
     """A server with one database to build in."""
 
     def __init__(self, plan: Plan, name: str) -> None:
@@ -46,7 +46,7 @@ class Workshop:
         self._plan = plan
         self._conf = ""
         self.dbname = _BUILDING if name in _TAKEN else name
-        self.cluster: Cluster
+        self.postmaster: Postmaster
         self.info: ConnectionInfo
 
     def open(self) -> None:
@@ -58,19 +58,19 @@ class Workshop:
         plan, user = self._plan, self._plan.options.user
         # A build's client may be any; some refuse verifiers of few rounds.
         secret = random_secret(STRONG_ROUNDS)
-        blueprint = replace(
-            plan.blueprint, conf=self._remember, addresses=(ports.LOOPBACK,), port=None,
+        spec = replace(
+            plan.spec, conf=self._remember, addresses=(ports.LOOPBACK,), port=None,
             keep=False, ttl=None, log_path=None,
         )  # fmt: skip
-        self.cluster = server_setup.start(replace(plan, blueprint=blueprint), secret)
+        self.postmaster = server_setup.start(replace(plan, spec=spec), secret)
         try:
-            server_setup.furnish_database(self.cluster, plan, self.dbname, user)
+            server_setup.prepare_database(self.postmaster, plan, self.dbname, user)
         except BaseException:
             self.close()
             raise
         self.info = ConnectionInfo(
             host=ports.LOOPBACK,
-            port=self.cluster.port,
+            port=self.postmaster.port,
             user=user,
             password=secret.password,
             dbname=self.dbname,
@@ -89,36 +89,36 @@ class Workshop:
             connection.given(LONG_SECONDS),
         ):
             connection.execute("VACUUM (FREEZE)")
-        with server_setup.administered(self.cluster, self._plan) as connection:
+        with server_setup.administered(self.postmaster, self._plan) as connection:
             connection.execute("SELECT 1")
             admin_sql.seal(connection, self.dbname, TEMPLATE, self._inside())
-        self.cluster.halt()
+        self.postmaster.halt()
         # A server that starts on the image has settings of its own, so these are not in it.
         made = initdb.shut_down(
-            self.cluster.home.path,
+            self.postmaster.home.path,
             self._plan.installation,
-            self._plan.blueprint.owner,
+            self._plan.spec.owner,
             conf=self._conf,
         )
-        with Tree.open(self.cluster.data_dir) as data:
+        with Tree.open(self.postmaster.data_dir) as data:
             made.learn(data)
         return made
 
     def close(self) -> None:
         """End the server, and remove it and its image."""
-        server_setup.discard(self.cluster)
+        server_setup.discard(self.postmaster)
 
     def _inside(self) -> ConnectionInfo:
-        return server_setup.private_info(self.cluster, self._plan.superuser, self.dbname)
+        return server_setup.private_info(self.postmaster, self._plan.superuser, self.dbname)
 
     def _remember(self, existing: str) -> str:
         self._conf = existing
-        return self._plan.blueprint.conf(existing)
+        return self._plan.spec.conf(existing)
 
 
 @contextmanager
-def _opened(plan: Plan, name: str) -> Iterator[Workshop]:
-    workshop = Workshop(plan, name)
+def _opened(plan: Plan, name: str) -> Iterator[TemplateBuilder]:
+    workshop = TemplateBuilder(plan, name)
     workshop.open()
     try:
         yield workshop
@@ -139,9 +139,9 @@ class Lasting(cache.Ensured):
     def identity(self) -> str:
         plan = self.plan
         return cache.key_of(
-            plan.blueprint.source.identity,
+            plan.spec.source.identity,
             plan.installation.identity,
-            plan.blueprint.conf(""),
+            plan.spec.conf(""),
             plan.options.user,
             self.name,
             self.fingerprint,
@@ -185,13 +185,13 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
     Raises:
         OptionError: a file is missing.
     """
-    if isinstance(plan.blueprint.source, image.Image):
+    if isinstance(plan.spec.source, image.Image):
         return None  # it begins with what is not kept itself
     if (data_dir := recipe.data_dir) is not None:
         server_setup.check_copied(data_dir, plan.installation)
         plan = replace(
             plan,
-            blueprint=replace(plan.blueprint, source=image.Directory(data_dir)),
+            spec=replace(plan.spec, source=image.Directory(data_dir)),
             template=read_note(data_dir.parent).dbname,
             plain=False,
         )
@@ -203,7 +203,7 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
     return _with_source(plan, Lasting(plan, name, recipe, fingerprint), plain=plain)
 
 
-def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, Workshop | None]:
+def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, TemplateBuilder | None]:
     """A plan for servers that have a template, which is built now.
 
     Returns:
@@ -214,9 +214,9 @@ def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, Workshop | None]
     """
     planned = lasting(plan, name, recipe)
     if planned is not None:
-        planned.blueprint.source.resolve()
+        planned.spec.source.resolve()
         return planned, None
-    workshop = Workshop(plan, name)
+    workshop = TemplateBuilder(plan, name)
     workshop.open()
     try:
         with step(f"building template {name}"):
@@ -227,11 +227,11 @@ def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, Workshop | None]
         raise
 
 
-def sealed(plan: Plan, workshop: Workshop) -> Plan:
+def sealed(plan: Plan, workshop: TemplateBuilder) -> Plan:
     """A plan for servers that have the template of a workshop."""
     return _with_source(plan, workshop.seal(), plain=False)
 
 
 def _with_source(plan: Plan, source: image.Source, *, plain: bool) -> Plan:
-    blueprint = replace(plan.blueprint, source=source)
-    return replace(plan, blueprint=blueprint, template=TEMPLATE, plain=plain)
+    spec = replace(plan.spec, source=source)
+    return replace(plan, spec=spec, template=TEMPLATE, plain=plain)

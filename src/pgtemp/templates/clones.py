@@ -23,7 +23,7 @@ from pgtemp.host import disk_space
 from pgtemp.host.progress import step
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import Admins, Ahead, Connection, was_lost
+from pgtemp.sql.admin_connections import AdminConnections, Ahead, Connection, was_lost
 from pgtemp.templates.recipe import Recipe
 from pgtemp.templates.recycle import Reuse
 from pgtemp.templates.unmodified import untouched
@@ -39,7 +39,7 @@ class Clones:
         ahead: opens a connection to a clone before anybody asks; None opens none.
     """
 
-    def __init__(self, admins: Admins, source: str, owner: str, prefix: str) -> None:
+    def __init__(self, admins: AdminConnections, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
         # Of the source, which is sealed, so that they stay.
         self._attributes: bool | None = None
@@ -160,7 +160,7 @@ def _was_ended(error: BaseException | None) -> bool:
 
 
 def build(
-    admins: Admins,
+    admins: AdminConnections,
     programs: Installation,
     recipe: Recipe,
     *,
@@ -194,7 +194,7 @@ def build(
     return final
 
 
-def _discard(admins: Admins, dbname: str) -> None:
+def _discard(admins: AdminConnections, dbname: str) -> None:
     """Drop what a failed build left; its error says more than ours would."""
     try:
         with admins.connection() as connection:

@@ -29,7 +29,7 @@ from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import disk_space, procfs
 from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
-from pgtemp.sql.admin_connections import Admins, Connection
+from pgtemp.sql.admin_connections import AdminConnections, Connection
 from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.supervisor.protocol import decode, encode
@@ -52,7 +52,7 @@ _ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
 class Reuse:
     """The shelf of one template's clones. Where it does not work, nothing is lost but time."""
 
-    def __init__(self, admins: Admins, source: str, owner: str) -> None:
+    def __init__(self, admins: AdminConnections, source: str, owner: str) -> None:
         self._admins, self._source, self._owner = admins, source, owner
         self._stub = f"stub_{secrets.token_hex(4)}"
         self._leaving: set[str] = set()

@@ -7,11 +7,11 @@ import pytest
 
 from pgtemp import ClusterError, PgTempDB
 from pgtemp.allocation import shared_server
-from pgtemp.allocation.allocators import Databases
-from pgtemp.allocation.leaks import Residue
-from pgtemp.allocation.shared_server import TenantCluster
+from pgtemp.allocation.allocators import DatabaseAllocator
+from pgtemp.allocation.leaks import LeakCheck
+from pgtemp.allocation.shared_server import SharedServer
 from pgtemp.options.server import ServerOptions
-from pgtemp.server.postmaster import Cluster
+from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_connections, admin_sql, server_setup
 from pgtemp.templates import builder
 from pgtemp.templates.recipe import Recipe
@@ -21,12 +21,12 @@ from pgtemp.uri import ConnectionInfo
 def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is found to be stale while another thread looks whether it runs, which it does."""
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
-    made = TenantCluster(plan, keep=False)
+    made = SharedServer(plan, keep=False)
     try:
         runs = shared_server.alive
 
-        def alive_but_stale(cluster: Cluster) -> bool:
-            made.spoil()
+        def alive_but_stale(cluster: Postmaster) -> bool:
+            made.mark_stale()
             return runs(cluster)
 
         assert not made.stale
@@ -53,7 +53,7 @@ def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
                     admin_sql.drop(other, name, to)
                 return False
 
-            residue = Residue(db.data_dir, ours)
+            residue = LeakCheck(db.data_dir, ours)
             residue.accept(connection)
             admin_sql.ensure_database(connection, "goes", db.user)
             assert residue.found(connection) == []
@@ -76,16 +76,18 @@ def test_a_server_that_cannot_be_looked_through_is_replaced(
 ) -> None:
     """Whatever the reason, which is logged on one line; the next lease gets another server."""
 
-    def found(residue: Residue, connection: admin_connections.Connection) -> list[tuple[str, str]]:
+    def found(
+        residue: LeakCheck, connection: admin_connections.Connection
+    ) -> list[tuple[str, str]]:
         raise error
 
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
-    supply = Databases(plan, ready=0, attributes="SUPERUSER", announce=print)
+    supply = DatabaseAllocator(plan, ready=0, attributes="SUPERUSER", announce=print)
     try:
         place = supply.claim().result()
         place.lease(1)
         with monkeypatch.context() as patch:
-            patch.setattr(Residue, "found", found)
+            patch.setattr(LeakCheck, "found", found)
             supply.release(place, used=True)
         (record,) = [one for one in caplog.records if "could not be checked" in one.message]
         assert type(error).__name__ in record.message and "\n" not in record.message
@@ -101,7 +103,7 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
             host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
         with admin_connections.connected(to) as connection:
-            residue = Residue(db.data_dir, lambda name: name == "ascii")
+            residue = LeakCheck(db.data_dir, lambda name: name == "ascii")
             residue.accept(connection)
             connection.execute(
                 "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
@@ -128,7 +130,7 @@ def test_administrative_connections_see_the_catalogs_alone() -> None:
         with admin_connections.connected(to) as connection:
             connection.execute("ALTER DATABASE postgres SET search_path = public, pg_catalog")
             connection.execute("ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog")
-        admins = admin_connections.Admins(to, lambda: None)
+        admins = admin_connections.AdminConnections(to, lambda: None)
         with admins.connection() as connection:
             assert connection.execute("SHOW search_path").fetchone() == ("pg_catalog",)
         admins.close()

@@ -101,12 +101,12 @@ def refuses(result: Result, *words: str) -> None:
     assert not [word for word in words if word not in said], said
 
 
-Apart = Callable[..., Result]
+PerLease = Callable[..., Result]
 Nobody = Callable[[int], list[str]]
 
 
 @pytest.fixture
-def apart() -> Apart:
+def apart() -> PerLease:
     """Opens a door in a mount namespace of its own, set up by some lines of shell."""
     unshare, drop = ["unshare", "--mount", "--propagation", "private"], ""
     if os.geteuid() != 0:
@@ -176,7 +176,7 @@ def closed_programs(open_dir: Path) -> Iterator[Path]:
 
 
 @every_door
-def test_an_empty_environment(door: list[str], apart: Apart) -> None:
+def test_an_empty_environment(door: list[str], apart: PerLease) -> None:
     """Without a single variable, not even PATH or HOME, databases are in UTF-8."""
     cache = "/var/cache" if os.geteuid() == 0 else os.path.expanduser("~")
     works(apart(f"mount -t tmpfs -o mode=755 tmpfs {cache}", ["env", "-i", *door]))
@@ -193,7 +193,7 @@ SMALL_SHM = "mount -t tmpfs -o size=1m,mode=1777 tmpfs /dev/shm"
 
 
 @pytest.mark.slow
-def test_a_small_dev_shm(any_version: str, apart: Apart, open_dir: Path) -> None:
+def test_a_small_dev_shm(any_version: str, apart: PerLease, open_dir: Path) -> None:
     """In a /dev/shm of 1 MB, which is less than a container's, nothing is put there."""
     env = {"PGTEMP_VERSION": any_version, "TMPDIR": str(open_dir)}
     look = f"/dev/shm {open_dir}"
@@ -209,7 +209,9 @@ def test_a_small_dev_shm(any_version: str, apart: Apart, open_dir: Path) -> None
 
 
 @every_door
-def test_a_small_dev_shm_and_a_long_tmpdir(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_a_small_dev_shm_and_a_long_tmpdir(
+    door: list[str], apart: PerLease, open_dir: Path
+) -> None:
     """A data directory whose path is too long for a socket has its socket elsewhere."""
     long = open_dir / ("l" * (150 - len(str(open_dir)) - 1))
     long.mkdir()
@@ -225,7 +227,7 @@ def test_a_tmpdir_that_does_not_exist(door: list[str], open_dir: Path) -> None:
 
 
 @every_door
-def test_a_tmpdir_that_cannot_be_written(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_a_tmpdir_that_cannot_be_written(door: list[str], apart: PerLease, open_dir: Path) -> None:
     """Another one is taken, as Python does."""
     mount = f"{SMALL_SHM}; mount -t tmpfs -o ro tmpfs {open_dir}"
     works(apart(mount, door, {"TMPDIR": str(open_dir)}))
@@ -254,14 +256,16 @@ READ_ONLY = """
 
 
 @every_door
-def test_a_read_only_root(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_a_read_only_root(door: list[str], apart: PerLease, open_dir: Path) -> None:
     """One directory that can be written will do, named in TMPDIR and PGTEMP_CACHE_DIR."""
     env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
     works(apart(READ_ONLY.format(open_dir), door, env, look=str(open_dir)))
 
 
 @every_door
-def test_a_read_only_root_and_nothing_said(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_a_read_only_root_and_nothing_said(
+    door: list[str], apart: PerLease, open_dir: Path
+) -> None:
     """What is to be set is said, one after the other."""
     set_up = READ_ONLY.format(open_dir)
     refuses(apart(set_up, door, {"TMPDIR": None, "PGTEMP_CACHE_DIR": None}), "set TMPDIR")
@@ -293,7 +297,7 @@ def test_a_user_without_a_name_and_a_home(door: list[str], nobody: Nobody, open_
 
 
 def test_a_user_without_a_name_where_there_are_none(
-    apart: Apart, nobody: Nobody, fresh_cache: Path
+    apart: PerLease, nobody: Nobody, fresh_cache: Path
 ) -> None:
     """Where not a single user has a name, it is said how to get one."""
     result = apart(
@@ -332,7 +336,7 @@ NOEXEC = "for one in /dev/shm {0}; do mount -t tmpfs -o noexec,mode=1777 tmpfs $
 
 
 @every_door
-def test_data_where_nothing_can_be_run(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_data_where_nothing_can_be_run(door: list[str], apart: PerLease, open_dir: Path) -> None:
     """Data directories and the cache may be on filesystems mounted noexec."""
     env = {"TMPDIR": str(open_dir), "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
     works(apart(NOEXEC.format(open_dir), door, env, look=f"/dev/shm {open_dir}"))
@@ -340,7 +344,7 @@ def test_data_where_nothing_can_be_run(door: list[str], apart: Apart, open_dir: 
 
 @library_and_shell
 def test_programs_where_nothing_can_be_run(
-    door: list[str], apart: Apart, programs: installation.Installation, open_dir: Path
+    door: list[str], apart: PerLease, programs: installation.Installation, open_dir: Path
 ) -> None:
     """A folder of programs that is mounted noexec is not said to be empty."""
     set_up = f"mount --bind {programs.bin_dir.parent} {open_dir} && mount -o remount,bind,noexec"
@@ -348,7 +352,7 @@ def test_programs_where_nothing_can_be_run(
 
 
 def test_a_copy_where_nothing_can_be_run(
-    apart: Apart, closed_programs: Path, nobody: Nobody, open_dir: Path
+    apart: PerLease, closed_programs: Path, nobody: Nobody, open_dir: Path
 ) -> None:
     """Programs are not copied to a cache from which they could not be run."""
     cache = open_dir / "noexec"
@@ -368,14 +372,14 @@ def test_a_copy_where_nothing_can_be_run(
 
 @every_door
 @pytest.mark.parametrize("proc", ["none", "hidepid"])
-def test_without_proc(door: list[str], proc: str, apart: Apart) -> None:
+def test_without_proc(door: list[str], proc: str, apart: PerLease) -> None:
     """Without /proc, or where other users' processes cannot be seen there."""
     set_up = {"none": "umount -l /proc", "hidepid": "mount -t proc -o hidepid=2 proc /proc"}
     works(apart(set_up[proc], door))
 
 
 @every_door
-def test_a_home_that_cannot_be_written(door: list[str], apart: Apart, open_dir: Path) -> None:
+def test_a_home_that_cannot_be_written(door: list[str], apart: PerLease, open_dir: Path) -> None:
     """Nothing is needed there."""
     env = {"HOME": str(open_dir), "TMPDIR": None}
     works(apart(f"mount -t tmpfs -o ro tmpfs {open_dir}", door, env))
