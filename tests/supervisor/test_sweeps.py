@@ -238,12 +238,12 @@ def test_what_is_just_being_made_is_nobodys_leftover(open_dir: Path) -> None:
 
 def test_half_built_images_go(open_dir: Path) -> None:
     """Of a builder that was killed; not of one that is at work."""
-    images = open_dir / "images"
-    images.mkdir()
+    images = open_dir / "cache" / "images"
+    images.mkdir(parents=True)
     for name in ("dead", "living"):
         (images / f"{name}.building").mkdir()
     with locks.locked(images / "living.lock"):
-        said = run_pgtemp("sweep", env={"PGTEMP_CACHE_DIR": str(open_dir)})
+        said = run_pgtemp("sweep", env={"PGTEMP_CACHE_DIR": str(open_dir / "cache")})
     assert f"{images / 'dead.building'}, which was never finished" in said.stdout
     assert [one.name for one in images.glob("*.building")] == ["living.building"]
 

@@ -21,12 +21,13 @@ from support import Daemon, children, eventually, homes
 def own_cache(open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, so that nothing is found there that another test built."""
     shared = Path(os.environ["PGTEMP_CACHE_DIR"]) / "images"
-    (open_dir / "images").mkdir()
+    cache = open_dir / "cache"
+    (cache / "images").mkdir(parents=True)
     for path in shared.glob("*"):  # initdb need not run again
         if "template" not in path.name and path.suffix != ".lock":
-            (open_dir / "images" / path.name).symlink_to(path)
-    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(open_dir))
-    return open_dir
+            (cache / "images" / path.name).symlink_to(path)
+    monkeypatch.setenv("PGTEMP_CACHE_DIR", str(cache))
+    return cache
 
 
 def kept(cache: Path) -> int:

@@ -112,6 +112,11 @@ def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
         os.close(process)
 
 
+def _kill(data: int, pid: int) -> None:
+    """Kill a server process of `data`."""
+    _signal_one(pid, SIGKILL, lambda pid: _works_in(data, pid))
+
+
 def unblock(data_dir: str) -> None:
     """Let the server in `data_dir` react to signals.
 
@@ -164,7 +169,7 @@ def clear(data: int, postmaster: int = 0) -> None:
     for _ in range(_TRIES):
         orphans = _working_in(data)
         for pid in orphans:
-            _signal_one(pid, SIGKILL, lambda pid: _works_in(data, pid))
+            _kill(data, pid)
         if not orphans:
             break
         killed.update(orphans)
