@@ -36,9 +36,9 @@ from pgtemp.programs import installation
 
 _DAEMON = """
 from dataclasses import replace
-from pgtemp.databases import provision
-plan = provision.plan
-provision.plan = lambda options, *_: plan(replace(options, port=None), ("127.0.0.1",))
+from pgtemp.sql import server_setup
+plan = server_setup.plan
+server_setup.plan = lambda options, *_: plan(replace(options, port=None), ("127.0.0.1",))
 from pgtemp.cli.main import main
 main()
 """

@@ -270,7 +270,7 @@ class PgTempDB:
 
     def __del__(self) -> None:
         # The channel closes with the handle, and with it the warden ends the server.
-        postmaster = getattr(self, "_cluster", None)
+        postmaster = getattr(self, "_postmaster", None)
         if postmaster is not None and self._owner == os.getpid():
             postmaster.abandon()
 

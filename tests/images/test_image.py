@@ -38,9 +38,9 @@ def test_the_second_start_never_runs_initdb(
     (built,) = (open_dir / "cache" / "images").glob("*/manifest.json")
     script = (
         "from pgtemp import PgTempDB\n"
-        "from pgtemp.server import imagebuild\n"
+        "from pgtemp.images import initdb\n"
         "def fail(*a): raise AssertionError('initdb was run')\n"
-        "imagebuild._initdb = fail\n"
+        "initdb._initdb = fail\n"
         f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -125,7 +125,7 @@ def test_an_owner_killed_while_starting_leaves_nothing(
     script = (
         "import os\n"
         "from pgtemp import PgTempDB\n"
-        "from pgtemp.server import image\n"
+        "from pgtemp.images import image\n"
         "with PgTempDB(): pass\n"
         f"whole = image.Image.{where}\n"
         "def die(self, target):\n"
@@ -188,11 +188,11 @@ def test_an_owner_killed_while_an_image_is_kept(open_dir: Path) -> None:
     script = """
 import os
 from pgtemp import Cluster
-from pgtemp.server import imagebuild
+from pgtemp.images import initdb
 def build(uri): pass
 with Cluster() as cluster:
     cluster.database()
-    imagebuild._copy = lambda *args: os.kill(os.getpid(), 9)
+    initdb._copy = lambda *args: os.kill(os.getpid(), 9)
     cluster.template("app", build, key="1")
 """
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}

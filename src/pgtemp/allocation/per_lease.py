@@ -19,8 +19,7 @@ from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import dump_restore, server_setup
 from pgtemp.sql.admin_sql import ALWAYS_THERE
 from pgtemp.sql.server_setup import Plan
-from pgtemp.templates import builder
-from pgtemp.templates.builder import TemplateBuilder
+from pgtemp.templates.builder import TemplateBuilder, build, sealed
 from pgtemp.templates.recipe import Recipe
 
 _log = logging.getLogger("pgtemp")
@@ -90,7 +89,7 @@ class PerLease:
         return tuple(pattern for which, _, pattern in pairs if which == name)
 
     def _stock(self, begin: Plan, name: str, recipe: Recipe) -> _Stock:
-        plan, built = builder.build(begin, name, recipe)
+        plan, built = build(begin, name, recipe)
         return _Stock(plan, self._supply(plan), built)
 
     def _supply(self, plan: Plan) -> Allocator:
@@ -159,19 +158,19 @@ class PerLease:
 
     def _edit(self, request: DatabaseRequest, claimed: Future[Allocation]) -> None:
         try:
-            bench = TemplateBuilder(self._of(request).plan, request.dbname)
-            bench.open()
-            server_setup.give_password(bench.postmaster, self._plan)
+            builder = TemplateBuilder(self._of(request).plan, request.dbname)
+            builder.open()
+            server_setup.give_password(builder.postmaster, self._plan)
         except BaseException as error:
             claimed.set_exception(error)
             return
-        allocation = Allocation(bench.postmaster, bench.dbname)
+        allocation = Allocation(builder.postmaster, builder.dbname)
         with self._changing:
             late = self._closed
             if not late:
-                self._editing[allocation] = bench
+                self._editing[allocation] = builder
         if late:
-            bench.close()
+            builder.close()
             claimed.set_exception(ClusterError("pgtemp is shutting down"))
         else:
             claimed.set_result(allocation)
@@ -215,16 +214,16 @@ class PerLease:
     def _put_in_place(self, allocation: Allocation, name: str, used: bool) -> None:
         """Seal what was edited; from now on it is what the name stands for."""
         with self._changing:
-            bench = self._editing.pop(allocation)
+            builder = self._editing.pop(allocation)
         if not used or self._closed:
-            bench.close()
+            builder.close()
             return
         try:
-            plan = builder.sealed(self._plan, bench)
+            plan = sealed(self._plan, builder)
         except BaseException:
-            bench.close()
+            builder.close()
             raise
-        stock = _Stock(plan, self._supply(plan), bench)
+        stock = _Stock(plan, self._supply(plan), builder)
         with self._changing:
             old, self._stocks[name] = self._stocks.get(name), stock
         if old is not None:
@@ -256,8 +255,8 @@ class PerLease:
         with self._changing:
             self._closed = True
             editing, self._editing = list(self._editing.values()), {}
-        for bench in editing:
-            bench.close()
+        for builder in editing:
+            builder.close()
         for stock in self._all():
             stock.close()
 
