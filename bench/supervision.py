@@ -29,7 +29,7 @@ from pgtemp.supervisor.crash import postgres_in
 _START = """
 import time
 from pgtemp import PgTempDB
-from pgtemp.server import warden
+from pgtemp.supervisor import supervision
 {before}
 start = time.perf_counter()
 db = PgTempDB().start()
@@ -37,13 +37,13 @@ print((time.perf_counter() - start) * 1000)
 db.stop()
 """
 # Asked something, so that it is known to wait for work.
-_WARDEN_FIRST = "warden.current().hold([], keep=False, lease=0, log=0).halt()"
+_WARDEN_FIRST = "supervision.current().hold([], keep=False, lease=0, log=0).halt()"
 _OWNER = """
 import signal
 from pgtemp import PgTempDB
-from pgtemp.server import warden
+from pgtemp.supervisor import supervision
 db = PgTempDB().start()
-print(warden.current().pid, db.data_dir, flush=True)
+print(supervision.current().pid, db.data_dir, flush=True)
 connection = db.connect()
 {then}
 signal.pause()

@@ -19,7 +19,7 @@ import os, resource, signal, sys, threading
 from pathlib import Path
 import psycopg
 from pgtemp import Cluster, PgTempDB
-from pgtemp.server import warden
+from pgtemp.supervisor import supervision
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 def tell(*words):
@@ -27,7 +27,7 @@ def tell(*words):
 
 def mine(data_dir):  # what to look for afterwards
     pid = open(data_dir / "postmaster.pid").readline().strip()
-    tell("server", data_dir, pid, warden.current().pid)
+    tell("server", data_dir, pid, supervision.current().pid)
 """
 
 
