@@ -1,4 +1,4 @@
-"""Write docs/peers.md and its plots from what measurements have kept in a directory.
+"""Write docs/peers.md and its plots from the files that the measurements wrote to a directory.
 
 python docs/peers.py DIRECTORY
 """
@@ -16,7 +16,8 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 PLOTS = HERE / "plots"
-# Of the tables, those that are shown as bars; the axis is logarithmic where peers are far apart.
+# The tables that are also plotted as bars, and whether the axis is logarithmic, which it is if the
+# figures of the peers differ widely.
 SHOWN = {
     "start": True,
     "cold": True,
@@ -39,27 +40,30 @@ ORDER = (
 )
 OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 HEAD = """\
-# Against its peers
+# pgtemp compared with its peers
 
-Written by `docs/peers.py`, as `make bench` does; do not edit. Measured by:
+`docs/peers.py` generates this page as part of `make bench`; do not edit it. Environment and command
+of each run:
 
 {told}
 
-All ways of a table take turns. The figures are medians with minimum and maximum; the ratio is to
-the way in bold. Each peer is used in its own language, by the driver that is usual there, in the
-way that its documentation says is best. What each is asked is in
-[bench/peers](../bench/peers/README.md), and the versions are in the files of its language's package
-manager beside that. A peer that could not be had, or cannot do something, stands in the table with
-the reason. PGlite and py-pglite get a tenth of the tests, and no part in what is sustained. HAProxy
-has one thread, or as many as it takes by itself, whichever is faster.
-"CREATE + DROP, Go" is what PostgreSQL itself can do: two connections that make and drop databases
-ahead; in "CREATE + DROP, psql", and in the bare loop of two creators, nobody connects to what is
-made.
+The methods of a table run in alternation. The figures are medians with minimum and maximum; the
+ratio is to the method in bold. Each peer is used in its own language, with the usual driver of
+that language, and in the way that the peer's documentation recommends.
+[bench/peers](../bench/peers/README.md) describes the measurements; the versions of the peers are in
+the files of each language's package manager in the same directory. If a peer is not available, or
+cannot do something, the table contains the reason. PGlite and py-pglite run a tenth of the tests,
+and are not part of the sustained measurements. HAProxy runs with one thread or with its default
+number of threads; the table contains the faster of the two.
+
+"CREATE + DROP, Go" shows how fast PostgreSQL itself is: two connections create databases in
+advance and drop the used ones. No client connects to the databases of "CREATE + DROP, psql" in the
+sustained measurements, nor to those of the bare loop with two creators.
 """
 
 
 def plot(name: str, table: dict[str, Any]) -> None:
-    """One bar a way, with lines from its minimum to its maximum."""
+    """Plot one bar per method, with a line from its minimum to its maximum."""
     samples: dict[str, list[float]] = table["samples"]
     ways = sorted(samples, key=lambda way: statistics.median(samples[way]), reverse=True)
     middles = [statistics.median(samples[way]) for way in ways]
@@ -89,7 +93,7 @@ _OF_PGTEMP = ("leases", "daemon-memory", "memory")
 
 
 def text(name: str, table: dict[str, Any]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     samples, base = table["samples"], table["base"]
     unit = statistics.median(samples[base]) if base in samples else None
     rounds = {len(one) for one in samples.values()}
@@ -97,7 +101,8 @@ def text(name: str, table: dict[str, Any]) -> str:
     lines = [f"## {table['title']}", ""]
     if name in SHOWN:
         lines += [f"![{table['title']}](plots/{name}.svg)", ""]
-    lines += [f"| {times} samples each | median | min-max | ratio |", "|---|---|---|---|"]
+    plural = "" if times == "1" else "s"
+    lines += [f"| {times} sample{plural} per row | median | min-max | ratio |", "|---|---|---|---|"]
     best_first = sorted(
         samples.items(),
         key=lambda item: statistics.median(item[1]),
@@ -115,7 +120,7 @@ def text(name: str, table: dict[str, Any]) -> str:
 
 def main() -> None:
     kept = Path(sys.argv[1])
-    # The same file from the same samples, with text that can be searched.
+    # Equal samples give an equal file, and the text in it can be searched.
     mpl.rcParams.update({"svg.hashsalt": "pgtemp", "svg.fonttype": "none"})
     PLOTS.mkdir(exist_ok=True)
     paths = {name: kept / f"{name}.json" for name in ORDER}

@@ -1,4 +1,4 @@
-"""asyncio: a server of one's own, with asyncpg."""
+"""asyncio and asyncpg: the program starts a server of its own."""
 
 import asyncio
 

@@ -15,14 +15,14 @@ def create_tables(uri: str) -> None:
 
 @pytest.fixture(scope="session")
 def pgtemp_template() -> Recipe:
-    # Kept on disk until the key, or this file, changes; without both it is built in each run.
+    # Cached on disk until this file changes. Without `watch` or `key` it is built in each run.
     return Recipe(create_tables, watch=[__file__])
 
 
 def test_connection(pgtemp: Database) -> None:
     with pgtemp.connect() as connection:
         connection.execute("INSERT INTO account VALUES (1, 100)")
-    # That was a commit, and the next test sees nothing of it.
+    # The block has committed, but the next test does not see the row.
 
 
 def test_url(pgtemp_uri: str) -> None:
@@ -51,7 +51,7 @@ def test_going_back(pgtemp: Database) -> None:
 
 @pytest.mark.pgtemp(rollback=True)
 def test_rolled_back(pgtemp: Database) -> None:
-    # One connection only, and no database to make: the cheapest there is.
+    # The cheapest kind of test: only one connection, and no new database.
     with pgtemp.connect() as connection:
         connection.execute("INSERT INTO account VALUES (1, 100)")
 

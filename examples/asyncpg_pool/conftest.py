@@ -1,4 +1,4 @@
-"""A template that asyncpg builds, and a pool on each test's own database."""
+"""Fixtures: asyncpg builds the template, and each test gets a pool on its own database."""
 
 from collections.abc import AsyncIterator
 
@@ -11,7 +11,7 @@ from pgtemp import Recipe
 
 @pytest.fixture(scope="session")
 def pgtemp_template() -> Recipe:
-    # Kept on disk under this key; change it with the tables.
+    # Cached on disk under this key; change the key whenever the tables change.
     return Recipe(create_tables, key="1")
 
 

@@ -1,4 +1,4 @@
-"""The application: a queue of jobs that several workers take from."""
+"""The application: a queue from which several workers take jobs."""
 
 import asyncpg
 
@@ -14,7 +14,7 @@ async def put(pool: asyncpg.Pool, job: int) -> None:
 
 
 async def take(pool: asyncpg.Pool) -> int | None:
-    """The next job; two workers never get the same."""
+    """Return the next job; two workers never get the same one."""
     found: int | None = await pool.fetchval(
         "UPDATE job SET done = true WHERE id = ("
         "  SELECT id FROM job WHERE NOT done ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"

@@ -1,4 +1,4 @@
-"""Every test puts job 1 into the queue."""
+"""Every test puts job 1 into the queue, which works because each has its own database."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ async def test_workers_side_by_side(pool: asyncpg.Pool) -> None:
 
 
 async def test_two_pools(pool: asyncpg.Pool, pgtemp_uri: str) -> None:
-    """As many connections as the test likes, all to its own database."""
+    """A test can open any number of connections to its own database."""
     await put(pool, 1)
     async with asyncpg.create_pool(pgtemp_uri, min_size=1) as other:
         assert await take(other) == 1

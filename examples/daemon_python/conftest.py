@@ -1,4 +1,4 @@
-"""DATABASE_URL leads to a daemon, which has all there is of pgtemp here: see README.md."""
+"""DATABASE_URL names a daemon. The project itself does not use pgtemp: see README.md."""
 
 import os
 import uuid
@@ -8,13 +8,13 @@ import pytest
 
 @pytest.fixture
 def uri() -> str:
-    """Each connection to it gets a database of its own."""
+    """Return a URL; each connection to it gets a database of its own."""
     return os.environ["DATABASE_URL"]
 
 
 @pytest.fixture
 def new_session(uri: str):
-    """Gives URLs; all connections to one of them share one database."""
+    """Return a function that returns new URLs; all connections to one URL share one database."""
     return lambda: f"{uri}~{uuid.uuid4().hex}"
 
 

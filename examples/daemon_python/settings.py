@@ -1,4 +1,4 @@
-"""A project's settings: Django's own engine, at DATABASE_URL."""
+"""The settings of the project: Django's own engine, with the database of DATABASE_URL."""
 
 import os
 from urllib.parse import urlsplit

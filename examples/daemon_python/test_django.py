@@ -16,7 +16,7 @@ COUNT = "SELECT count(*) FROM library_reader"
 
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_blocker) -> Iterator[None]:
-    """Django's own would create a database test_app: here it is a session, migrated once."""
+    """Migrate a session once per run; pytest-django's fixture would create a database test_app."""
     connection.settings_dict["NAME"] += f"~{uuid.uuid4().hex}"
     with django_db_blocker.unblock():
         call_command("migrate", verbosity=0)
@@ -27,7 +27,7 @@ def django_db_setup(django_db_blocker) -> Iterator[None]:
 
 @contextlib.contextmanager
 def another(name: str | None = None) -> Iterator[BaseDatabaseWrapper]:
-    """One more connection of the pool, or a pool for another database."""
+    """Return another connection of the pool, or one of a new pool for the database `name`."""
     copy = connection.copy(alias=name)
     if name is not None:
         copy.settings_dict["NAME"] = name
@@ -48,7 +48,7 @@ def value(of: BaseDatabaseWrapper, query: str) -> object:
 @pytest.mark.django_db
 @pytest.mark.parametrize("number", [1, 2])
 def test_each_test_starts_with_no_reader(number: int) -> None:
-    """As everywhere with pytest-django, a test's transaction is rolled back."""
+    """pytest-django rolls back the transaction of each test, here as usual."""
     Reader.objects.create(name="Ann")
     assert Reader.objects.count() == 1
 

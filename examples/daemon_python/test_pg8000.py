@@ -1,4 +1,4 @@
-"""pg8000, which is Python alone, without libpq. It takes no URL, and has no pool."""
+"""pg8000, a driver in pure Python, without libpq. It does not accept a URL and has no pool."""
 
 from contextlib import closing
 from urllib.parse import urlsplit
@@ -43,7 +43,7 @@ def test_two_sessions_do_not_see_each_other(new_session) -> None:
 
 
 def test_cancelled(uri: str) -> None:
-    """pg8000 has no cancel request: the server does it, by a setting."""
+    """pg8000 does not send cancel requests; the setting makes the server cancel the statement."""
     with connect(uri, startup_params={"statement_timeout": "200"}) as connection:
         connection.run("INSERT INTO book (title) VALUES ('one')")
         with pytest.raises(pg8000.native.DatabaseError) as caught:

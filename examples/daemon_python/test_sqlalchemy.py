@@ -1,4 +1,4 @@
-"""SQLAlchemy: models, a QueuePool and psycopg below it."""
+"""SQLAlchemy: models and a QueuePool, with psycopg as the driver."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,7 +25,7 @@ COUNT = select(func.count()).select_from(Book)
 
 @pytest.fixture
 def engine_at() -> Iterator[Callable[..., Engine]]:
-    """Gives engines with a pool; they are disposed of at the end."""
+    """Return a function that returns engines with a pool; the fixture disposes of them."""
     made: list[Engine] = []
 
     def make(uri: str, **options: object) -> Engine:

@@ -1,4 +1,4 @@
-"""The settings of a project, with one line for pgtemp."""
+"""The settings of the project; the last line adds pgtemp."""
 
 import os
 
@@ -17,5 +17,5 @@ DATABASES = {
         "USER": "shop",
     }
 }
-# Tests get a clone of a template that is migrated once; all else goes to the database above.
+# Tests use a clone of a template that is migrated once; other commands use the database above.
 DATABASES = pgtemp.django.databases(DATABASES)

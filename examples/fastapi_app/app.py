@@ -1,4 +1,4 @@
-"""The application: notes, with a pool that is opened when it starts."""
+"""The application: notes, with a pool that the application opens when it starts."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""The application on each test's own database."""
+"""Fixtures that run the application on each test's own database."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from httpx import ASGITransport, AsyncClient
 
 @pytest.fixture(scope="session")
 def pgtemp_template() -> Path:
-    """A directory of SQL files, applied in the order of their names."""
+    """Return a directory of SQL files, which are applied in the order of their names."""
     return Path(__file__).parent / "sql"
 
 
@@ -18,6 +18,6 @@ def pgtemp_template() -> Path:
 async def client(pgtemp_uri: str) -> AsyncIterator[AsyncClient]:
     app = create_app(pgtemp_uri)
     client = AsyncClient(transport=ASGITransport(app), base_url="http://test")
-    # The transport sends requests only; the pool is opened and closed by the lifespan.
+    # The transport only sends requests; the lifespan opens and closes the pool.
     async with app.router.lifespan_context(app), client:
         yield client

@@ -1,4 +1,4 @@
-"""Every test posts note 1."""
+"""Every test posts note 1, which works because each has its own database."""
 
 from httpx import AsyncClient
 
@@ -20,7 +20,7 @@ async def test_the_same_note_twice(client: AsyncClient) -> None:
 
 
 async def test_what_the_database_holds(client: AsyncClient, pgtemp: Database) -> None:
-    """The test looks at the database that the application uses."""
+    """A test can read the database that the application uses."""
     await client.post("/notes", json={"id": 1, "text": "eggs"})
     connection = await pgtemp.aconnect()
     found = await connection.execute("SELECT text FROM note WHERE id = 1")

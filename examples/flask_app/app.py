@@ -1,4 +1,4 @@
-"""The application: a guest book, with a connection for each request."""
+"""The application: a guest book, with one connection per request."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The application on each test's own database."""
+"""Fixtures that run the application on each test's own database."""
 
 import pytest
 from app import create_app, init_db

@@ -1,4 +1,4 @@
-"""Every test signs as guest 1."""
+"""In every test guest 1 signs, which works because each has its own database."""
 
 from flask.testing import FlaskClient
 

@@ -1,4 +1,4 @@
-// Package stock counts what is in stock, through database/sql.
+// Package stock counts the items in stock, through database/sql.
 package stock
 
 import (
@@ -11,7 +11,7 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// Migrate makes the tables that are not there yet.
+// Migrate creates the tables that do not exist yet.
 func Migrate(ctx context.Context, db *sql.DB) error {
 	names, err := fs.Glob(migrations, "migrations/*.sql")
 	if err != nil {
@@ -37,7 +37,7 @@ func Add(ctx context.Context, db *sql.DB, name string, amount int) error {
 	return err
 }
 
-// Take takes some of all that are named, or nothing at all.
+// Take takes the given amount of each item from the stock, or nothing if one of them is short.
 func Take(ctx context.Context, db *sql.DB, order map[string]int) error {
 	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
@@ -53,7 +53,7 @@ func Take(ctx context.Context, db *sql.DB, order map[string]int) error {
 	return tx.Commit()
 }
 
-// Amount is how many there are; sql.ErrNoRows where there never was one.
+// Amount returns the number of an item in stock; sql.ErrNoRows if the item was never added.
 func Amount(ctx context.Context, db *sql.DB, name string) (amount int, err error) {
 	err = db.QueryRowContext(ctx, "SELECT amount FROM item WHERE name = $1", name).Scan(&amount)
 	return amount, err

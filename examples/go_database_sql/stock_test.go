@@ -15,7 +15,7 @@ import (
 	"github.com/lib/pq"
 )
 
-// open opens a pool at DATABASE_URL, or in a session there.
+// open opens a pool with DATABASE_URL, or with a session of it.
 func open(t *testing.T, session string) *sql.DB {
 	t.Helper()
 	parsed, err := url.Parse(os.Getenv("DATABASE_URL"))
@@ -31,7 +31,7 @@ func open(t *testing.T, session string) *sql.DB {
 	return db
 }
 
-// openStock opens a migrated database that all connections of the pool share, and nobody else.
+// openStock opens a pool in a session of its own, whose connections share one migrated database.
 func openStock(t *testing.T) *sql.DB {
 	t.Helper()
 	db := open(t, "~"+rand.Text())
@@ -78,7 +78,7 @@ func wantSQLState(t *testing.T, err error, want string) {
 }
 
 func TestEachConnectionHasItsOwnDatabase(t *testing.T) {
-	for range 2 { // the second would hear that the table is there
+	for range 2 { // in a shared database the second CREATE TABLE would fail
 		db := open(t, "")
 		if _, err := db.ExecContext(t.Context(), "CREATE TABLE mine (n int)"); err != nil {
 			t.Fatal(err)
@@ -143,12 +143,12 @@ func TestQueryContextIsCancelled(t *testing.T) {
 		wantSQLState(t, err, "57014") // query_canceled
 	}
 
-	// pq gives that connection up; the pool opens another one, in the same database.
+	// pq discards that connection; the pool opens another one, in the same database.
 	wantAmount(t, db, "apple", 3)
 	awaitNobodySleeps(t, db)
 }
 
-// awaitNobodySleeps waits until the server has heard of it, too.
+// awaitNobodySleeps waits until the server has cancelled the statement.
 func awaitNobodySleeps(t *testing.T, db *sql.DB) {
 	t.Helper()
 	const asleep = `SELECT count(*) FROM pg_stat_activity

@@ -16,7 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// databaseURL is where each connection gets a database of its own.
+// databaseURL returns a URL; each connection to it gets a database of its own.
 func databaseURL(t *testing.T) *url.URL {
 	t.Helper()
 	parsed, err := url.Parse(os.Getenv("DATABASE_URL"))
@@ -92,7 +92,7 @@ func TestPoolSharesOneDatabase(t *testing.T) {
 	pool := openPool(t)
 	mustOpenAccount(t, pool, 1, 100)
 
-	var conns []*pgxpool.Conn // all at once, so that they are different ones
+	var conns []*pgxpool.Conn // acquired at the same time, so they are different connections
 	for range 4 {
 		conn, err := pool.Acquire(t.Context())
 		if err != nil {
@@ -121,7 +121,7 @@ func TestTransfersAtOnce(t *testing.T) {
 	}
 	transfers.Wait()
 	wantTotal(t, pool, 100)
-	wantSQLState(t, bank.Transfer(t.Context(), pool, 1, 2, 1), "23514") // nothing is left
+	wantSQLState(t, bank.Transfer(t.Context(), pool, 1, 2, 1), "23514") // the balance is 0
 }
 
 func TestTwoSessionsDoNotSeeEachOther(t *testing.T) {

@@ -1,6 +1,6 @@
-// The application: customers and what they order.
+// The application: customers and their orders.
 
-// One order for a customer, who is made on the first one; all of it, or nothing.
+// Stores an order, and the customer with the first order, in one transaction.
 async function order(knex, email, amount) {
   return knex.transaction(async (trx) => {
     const [{ id }] = await trx("customer").insert({ email }).onConflict("email").merge().returning("id");

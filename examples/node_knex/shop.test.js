@@ -1,4 +1,4 @@
-// node --test, with DATABASE_URL at a daemon whose template is migrated: see README.md.
+// Run with node --test. DATABASE_URL names a daemon whose template is migrated: see README.md.
 const { randomUUID } = require("node:crypto");
 const assert = require("node:assert/strict");
 const { test } = require("node:test");
@@ -8,14 +8,14 @@ const { order, ordered } = require("./shop");
 
 assert.ok(config.connection, "DATABASE_URL does not lead to a daemon: see README.md");
 
-// Knex on one connection, which has a database of its own.
+// Opens Knex with one connection, which has a database of its own.
 function openAlone(t) {
   const knex = Knex({ ...config, pool: { min: 1, max: 1 } });
   t.after(() => knex.destroy());
   return knex;
 }
 
-// Knex on a pool in a session of its own: all its connections share one database.
+// Opens Knex with a pool in a session of its own: all its connections share one database.
 function open(t, pool = { min: 0, max: 4 }) {
   const knex = Knex({ ...config, connection: `${config.connection}~${randomUUID()}`, pool });
   t.after(() => knex.destroy());
@@ -74,7 +74,7 @@ test("a statement that takes too long is cancelled", async (t) => {
   const before = await pid(knex);
   const asleep = knex.raw("SELECT pg_sleep(60)").timeout(200, { cancel: true });
   await assert.rejects(asleep, Knex.KnexTimeoutError);
-  assert.equal(await pid(knex), before); // the same connection goes on
+  assert.equal(await pid(knex), before); // on the same connection
   assert.equal(await ordered(knex, "ann@example.org"), 3);
 });
 

@@ -1,4 +1,4 @@
-// The application: accounts in PostgreSQL, through a pool of pg.
+// The application: accounts in PostgreSQL, through a pg pool.
 
 class Bank {
   constructor(pool) {
@@ -9,7 +9,7 @@ class Bank {
     await this.pool.query("INSERT INTO account VALUES ($1, $2)", [number, balance]);
   }
 
-  // Moves an amount, or nothing.
+  // Moves an amount from one account to another, or changes nothing.
   async transfer(source, target, amount) {
     const client = await this.pool.connect();
     const add = "UPDATE account SET balance = balance + $2 WHERE number = $1";

@@ -1,4 +1,4 @@
-// node --test, with DATABASE_URL at a daemon: see README.md.
+// Run with node --test. DATABASE_URL names a daemon: see README.md.
 const { randomUUID } = require("node:crypto");
 const assert = require("node:assert/strict");
 const { test } = require("node:test");
@@ -8,7 +8,7 @@ const { Bank } = require("./bank");
 const url = process.env.DATABASE_URL;
 assert.ok(url, "DATABASE_URL does not lead to a daemon: see README.md");
 
-// One connection, with a new and migrated database.
+// Opens one connection, with a new and migrated database.
 async function connect(t, more = {}) {
   const client = new Client({ connectionString: url, ...more });
   await client.connect();
@@ -16,7 +16,7 @@ async function connect(t, more = {}) {
   return client;
 }
 
-// A pool in a session of its own: all its connections share one database.
+// Opens a pool in a session of its own: all its connections share one database.
 function openPool(t, session = randomUUID(), more = {}) {
   const pool = new Pool({ connectionString: `${url}~${session}`, max: 4, ...more });
   t.after(() => pool.end());
@@ -56,7 +56,7 @@ test("transfers at once lose nothing", async (t) => {
   await bank.open(2, 0);
   await Promise.all(Array.from({ length: 20 }, () => bank.transfer(1, 2, 5)));
   assert.equal(await bank.total(), 100);
-  await assert.rejects(bank.transfer(1, 2, 1), { constraint: "not_overdrawn" }); // nothing is left
+  await assert.rejects(bank.transfer(1, 2, 1), { constraint: "not_overdrawn" }); // the balance is 0
 });
 
 test("two sessions do not see each other", async (t) => {

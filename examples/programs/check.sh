@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# PostgreSQL's own programs against the daemon at DATABASE_URL, each with a look at what came out.
-# Prints a line for each check, as TAP does; the exit status is 0 where all are ok. See README.md.
+# Runs PostgreSQL's own programs with the daemon of DATABASE_URL and checks the result of each.
+# Prints one line per check (TAP); the exit status is 0 if all checks are ok. See README.md.
 set -euo pipefail
-set -m # what is started in the background hears Ctrl-C, as in a terminal
+set -m # background jobs receive SIGINT (Ctrl-C), as in a terminal
 : "${DATABASE_URL:?does not lead to a daemon: see README.md}"
-EMPTY=${DATABASE_URL%/*}/empty # a name without a template: an empty database
+EMPTY=${DATABASE_URL%/*}/empty # this name has no template, so the database is empty
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 checks=0 failed=0
 
-# session URL: the URL of a session that nobody else has.
+# session URL: prints the URL of a new, unique session.
 session() {
     echo "$1~$$_$RANDOM$RANDOM"
 }
 
-# ask URL QUERY: the rows, and nothing else.
+# ask URL QUERY: prints only the rows.
 ask() {
     psql -X -At -v ON_ERROR_STOP=1 "$1" -c "$2"
 }
 
-# check WHAT GOT WANT
+# check WHAT GOT WANT: prints whether GOT equals WANT.
 check() {
     checks=$((checks + 1))
     if [ "$2" = "$3" ]; then
@@ -30,7 +30,8 @@ check() {
     fi
 }
 
-# interrupt PID URL QUERY: Ctrl-C, as soon as PID's statement is one that QUERY finds.
+# interrupt PID URL CONDITION: sends Ctrl-C to PID as soon as one backend of the database fulfils
+# CONDITION on pg_stat_activity.
 interrupt() {
     local end=$((SECONDS + 60))
     until [ "$(ask "$2" "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND $3")" = 1 ]; do
@@ -40,12 +41,13 @@ interrupt() {
     wait "$1" || true
 }
 
-# contents URL: all that is in a database, as text; without the key that newer ones put there.
+# contents URL: prints the contents of a database as SQL, without the random key of \restrict
+# that newer versions of pg_dump add.
 contents() {
     pg_dump "$1" | sed -E '/^\\(un)?restrict /d'
 }
 
-# One connection: a database of its own.
+# A single connection has a database of its own.
 check "pg_isready" "$(pg_isready -q -d "$DATABASE_URL" && echo yes)" yes
 ask "$DATABASE_URL" "CREATE TABLE mine (n int)" >"$WORK/out"
 query="SELECT to_regclass('mine') IS NULL, count(*) FROM account"
@@ -54,7 +56,7 @@ pg_dump "$DATABASE_URL" >"$WORK/app.sql"
 load=$(psql -X -q -At -1 -v ON_ERROR_STOP=1 "$EMPTY" -f "$WORK/app.sql" -c "SELECT sum(balance) FROM public.account")
 check "pg_dump: the template, and psql loads it" "$(tail -n 1 <<<"$load")" 100000
 
-# Several connections: a session, whose database they share.
+# Several connections share the database of a session.
 bench=$(session "$DATABASE_URL")
 other=$(session "$DATABASE_URL")
 pgbench -i -q "$bench" 2>"$WORK/err"
@@ -81,7 +83,7 @@ interrupt $! "$other" "query LIKE 'copy pgbench_accounts%'"
 check "pgbench -i: cancelled" "$(grep -c "canceling statement due to user request" "$WORK/err")" 1
 check "pgbench -i: what it had loaded is undone" "$(ask "$other" "SELECT count(*) FROM pgbench_accounts")" 0
 
-# Errors are PostgreSQL's own.
+# Errors are those of PostgreSQL.
 said=$(psql -X -At "$DATABASE_URL" -c "INSERT INTO account VALUES (1, 5)" -c '\echo :LAST_ERROR_SQLSTATE' 2>"$WORK/err")
 check "psql: an error keeps its SQLSTATE" "$said" 23505
 pgbench -i -q "$other" 2>"$WORK/err"

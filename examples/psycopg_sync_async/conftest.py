@@ -1,4 +1,4 @@
-"""Pools on each test's own database; the template is named in pytest.ini."""
+"""Fixtures: pools on each test's own database. pytest.ini names the template."""
 
 from collections.abc import AsyncIterator, Iterator
 

@@ -1,4 +1,4 @@
-"""Every test opens account 1 and commits."""
+"""Every test opens account 1 and commits, which works because each has its own database."""
 
 import bank
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -7,7 +7,7 @@ from pgtemp import Database
 
 
 def test_sync(pgtemp: Database) -> None:
-    connection = pgtemp.connect()  # closed with the database
+    connection = pgtemp.connect()  # pgtemp closes it with the database
     bank.open_account(connection, 1, 100)
     assert bank.total(connection) == 100
 

@@ -1,4 +1,4 @@
-"""The migrations run once, until one of them changes; each test starts after the last of them."""
+"""Fixtures: the migrations run again only if one changes; each test starts fully migrated."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ ALEMBIC_INI = Path(__file__).parent / "alembic.ini"
 
 def migrate(uri: str) -> None:
     config = Config(ALEMBIC_INI)
-    config.attributes["uri"] = uri  # for env.py; an ini file would want every % of it twice
+    config.attributes["uri"] = uri  # for env.py; in an ini file, each % would have to be doubled
     command.upgrade(config, "head")
 
 

@@ -1,4 +1,4 @@
-"""Every test commits customer 1."""
+"""Every test commits customer 1, which works because each has its own database."""
 
 import pytest
 from models import Base, Customer
@@ -34,7 +34,7 @@ async def test_async(async_engine: AsyncEngine) -> None:
 @pytest.mark.pgtemp(rollback=True)
 @pytest.mark.parametrize("name", ["Edsger", "Barbara"])
 def test_rolled_back(pgtemp: Database, name: str) -> None:
-    """All of the engine's connections are the test's one, and what they commit is undone."""
+    """All connections of the engine are the test's one connection; their commits are undone."""
     engine = create_engine("postgresql+psycopg://", creator=pgtemp.connect)
     with Session(engine) as session:
         session.add(Customer(id=1, name=name))

@@ -1,4 +1,4 @@
-"""`create_all` makes the template; each test gets a session on a clone."""
+"""Fixtures: `create_all` builds the template; each test gets an SQLModel session on a clone."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Every test commits hero 1; that it gets that number shows that sequences are the test's too."""
+"""Every test commits a hero and gets id 1, so each test also has its own sequences."""
 
 import pytest
 from models import Hero, names

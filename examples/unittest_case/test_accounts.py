@@ -1,4 +1,4 @@
-"""unittest: a template for the module, a database for each test."""
+"""unittest: one template per module, one database per test."""
 
 import unittest
 from pathlib import Path
@@ -15,7 +15,7 @@ def setUpModule() -> None:
 
 
 class AccountTest(unittest.TestCase):
-    """Every test opens account 1 and commits."""
+    """Every test opens account 1 and commits, which works because each has its own database."""
 
     def setUp(self) -> None:
         self.db = self.enterContext(accounts.database())

@@ -1,4 +1,4 @@
-"""For `manage.py test` and for pytest-django alike."""
+"""These tests run with `manage.py test` and with pytest-django."""
 
 from django.contrib.auth.models import Permission
 from django.test import TestCase, TransactionTestCase

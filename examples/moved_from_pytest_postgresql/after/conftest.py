@@ -1,4 +1,4 @@
-"""pgtemp: the same two fixtures, so that no test had to change."""
+"""pgtemp: the two fixtures have the same names as before, so no test had to change."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +19,13 @@ def add_products(uri: str) -> None:
 
 @pytest.fixture(scope="session")
 def pgtemp_template() -> Recipe:
-    # Kept on disk until the schema or this file changes.
+    # Cached on disk until the schema or this file changes.
     return Recipe([HERE / "schema.sql", add_products], watch=[__file__])
 
 
 @pytest.fixture
 def postgresql(pgtemp: Database) -> psycopg.Connection[Any]:
-    return pgtemp.connect()  # closed with the database
+    return pgtemp.connect()  # pgtemp closes it with the database
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The application: sales, and what they bring in."""
+"""The application: sales, and their turnover."""
 
 from decimal import Decimal
 from typing import Any

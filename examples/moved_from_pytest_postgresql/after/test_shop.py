@@ -1,4 +1,4 @@
-"""Every test of the shop makes sale 1 and commits."""
+"""The tests use the same sale numbers and commit; each has its own database."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_unknown_product(postgresql: psycopg.Connection[Any]) -> None:
 
 
 def test_by_another_driver(postgresql: psycopg.Connection[Any]) -> None:
-    """The usual way to a URL: put it together from the connection."""
+    """The URL for another driver is made from the connection's parameters, as is usual."""
     sell(postgresql, 1, product=2)
     info = postgresql.info
     url = URL.create(
@@ -38,7 +38,7 @@ def test_by_another_driver(postgresql: psycopg.Connection[Any]) -> None:
 
 
 def test_both(postgresql: psycopg.Connection[Any], with_sales: psycopg.Connection[Any]) -> None:
-    """Two databases in one test; the second begins with three sales."""
+    """A test uses two databases; the second one initially contains three sales."""
     sell(with_sales, 4, product=2)
     assert turnover(with_sales) == 10
     assert turnover(postgresql) == 0

@@ -1,4 +1,4 @@
-"""pytest-postgresql: a server for the session, and two kinds of databases in it."""
+"""pytest-postgresql: one server for the test session, with two kinds of databases."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def add_products(**connect: Any) -> None:
 postgresql_proc = factories.postgresql_proc(load=[HERE / "schema.sql", add_products])
 postgresql = factories.postgresql("postgresql_proc")
 
-# The same server again, with a second template that starts from the first.
+# The same server, with a second template that is based on the first.
 postgresql_with_sales = factories.postgresql_noproc(
     depends_on="postgresql_proc", load=[HERE / "sales.sql"]
 )

@@ -1,6 +1,6 @@
-"""pgtemp: one server, and each test gets a database that is copied from a template.
+"""pgtemp: one server; each test gets a database that is cloned from a template.
 
-Every test lets member 1 join.
+In every test member 1 joins, which works because each has its own database.
 """
 
 import unittest
@@ -29,7 +29,7 @@ def tearDownModule() -> None:
 
 class ClubTest(unittest.TestCase):
     def setUp(self) -> None:
-        # The template is built when its name is first used, then it is the same one.
+        # The first use of the name builds the template; later uses return the same template.
         self.postgresql = cluster.template("club", handler).database()
         self.club = Club(self.postgresql.uri)
 

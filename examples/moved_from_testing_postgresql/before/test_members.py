@@ -1,6 +1,6 @@
-"""testing.postgresql: a server is initialised once, and each test gets one that is copied from it.
+"""testing.postgresql: one server is initialized; each test gets a server that is copied from it.
 
-Every test lets member 1 join.
+In every test member 1 joins, which works because each has its own server.
 """
 
 import unittest

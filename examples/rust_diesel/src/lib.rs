@@ -6,7 +6,7 @@ use diesel::prelude::*;
 use diesel_migrations::{embed_migrations, EmbeddedMigrations};
 use schema::account::dsl::{account, balance as balance_of, id, owner as owner_of};
 
-/// The migrations, as they were when this was compiled.
+/// The migrations, embedded when this crate is compiled.
 pub const MIGRATIONS: EmbeddedMigrations = embed_migrations!();
 
 pub fn open(connection: &mut PgConnection, owner: &str, balance: i64) -> QueryResult<i64> {
@@ -20,7 +20,7 @@ pub fn balance(connection: &mut PgConnection, of: i64) -> QueryResult<i64> {
     account.find(of).select(balance_of).first(connection)
 }
 
-/// Both accounts change, or neither does.
+/// Moves an amount: both accounts change, or neither does.
 pub fn transfer(connection: &mut PgConnection, from: i64, to: i64, amount: i64) -> QueryResult<()> {
     connection.transaction(|connection| {
         for (one, change) in [(to, amount), (from, -amount)] {

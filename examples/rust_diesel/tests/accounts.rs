@@ -37,7 +37,8 @@ fn wait_until_asleep(onlooker: &mut PgConnection, pid: i32) {
     }
 }
 
-/// Diesel has a kind for each SQLSTATE that programs ask about; of others it has the message.
+/// Returns the kind and the details of an error. Diesel has kinds for the common SQLSTATEs; for
+/// all others only the message can be checked.
 fn database_error<T: std::fmt::Debug>(
     result: QueryResult<T>,
 ) -> (
@@ -129,7 +130,8 @@ fn two_sessions_do_not_see_each_other() {
     assert_eq!(seen, Ok(0));
 }
 
-/// Diesel has no way to libpq's cancel requests; another connection asks the server to.
+/// Diesel has no interface to libpq's cancel requests, so another connection of the session calls
+/// `pg_cancel_backend`.
 #[test]
 fn a_cancelled_statement_leaves_its_connection_usable() {
     let (pool, neighbours) = (database("cancelled"), database("neighbours"));
@@ -154,7 +156,7 @@ fn a_cancelled_statement_leaves_its_connection_usable() {
     assert_eq!(backend(&mut busy), pid);
 }
 
-/// What most applications do: the server cancels what takes too long.
+/// Most applications use a timeout: the server cancels a statement that takes too long.
 #[test]
 fn a_statement_that_takes_too_long_leaves_its_connection_usable() {
     let mut connection = database("timeout").get().unwrap();

@@ -2,7 +2,7 @@
 
 use sqlx::{migrate::Migrator, PgPool, Result};
 
-/// The migrations, as they were when this was compiled.
+/// The migrations, embedded when this crate is compiled.
 pub static MIGRATIONS: Migrator = sqlx::migrate!();
 
 pub async fn open(pool: &PgPool, owner: &str, balance: i64) -> Result<i64> {
@@ -20,7 +20,7 @@ pub async fn balance(pool: &PgPool, account: i64) -> Result<i64> {
         .await
 }
 
-/// Both accounts change, or neither does.
+/// Moves an amount: both accounts change, or neither does.
 pub async fn transfer(pool: &PgPool, from: i64, to: i64, amount: i64) -> Result<()> {
     let mut transaction = pool.begin().await?;
     for (account, change) in [(to, amount), (from, -amount)] {

@@ -8,7 +8,7 @@ use sqlx::{query, query_scalar, Connection, PgConnection, PgPool, Result};
 const OPEN_ONE: &str = "INSERT INTO account (owner, balance) VALUES ('ada', 100)";
 const COUNT: &str = "SELECT count(*) FROM account";
 
-/// SQLSTATE, as PostgreSQL said it.
+/// Returns the SQLSTATE of a database error.
 fn sqlstate<T: std::fmt::Debug>(result: Result<T>) -> String {
     let error = result.unwrap_err().into_database_error().unwrap();
     error.code().unwrap().into_owned()
@@ -19,7 +19,7 @@ async fn backend(connection: &mut PgConnection) -> i32 {
     pid.fetch_one(connection).await.unwrap()
 }
 
-/// Wait until a backend is asleep, or no longer is.
+/// Waits until a backend is in `pg_sleep`, or is no longer.
 async fn asleep(pool: &PgPool, pid: i32, wanted: bool) {
     let sleeps =
         "SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep'";
@@ -143,7 +143,8 @@ async fn two_sessions_do_not_see_each_other() {
     );
 }
 
-/// sqlx sends no cancel requests of its own; another connection of the pool asks the server to.
+/// sqlx does not send cancel requests, so another connection of the pool calls
+/// `pg_cancel_backend`.
 #[tokio::test]
 async fn a_cancelled_statement_leaves_its_connection_usable() {
     let (pool, neighbours) = (database("cancelled").await, database("neighbours").await);
@@ -170,7 +171,7 @@ async fn a_cancelled_statement_leaves_its_connection_usable() {
     assert_eq!(backend(&mut busy).await, pid);
 }
 
-/// What most applications do: the server cancels what takes too long.
+/// Most applications use a timeout: the server cancels a statement that takes too long.
 #[tokio::test]
 async fn a_statement_that_takes_too_long_leaves_its_connection_usable() {
     let options = options().options([("statement_timeout", "1s")]);
@@ -183,7 +184,8 @@ async fn a_statement_that_takes_too_long_leaves_its_connection_usable() {
     assert_eq!(backend(&mut connection).await, pid);
 }
 
-/// A future that is dropped leaves its statement running; it ends with the connection's database.
+/// A dropped future leaves its statement running; the statement ends when the connection closes
+/// and its database is dropped.
 #[tokio::test]
 async fn an_abandoned_statement_ends_with_its_connection() {
     let onlooker = database("onlooker").await;

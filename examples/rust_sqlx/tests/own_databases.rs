@@ -1,4 +1,4 @@
-//! `#[sqlx::test]` makes databases by itself, so it needs a daemon that is one server: `--single`.
+//! `#[sqlx::test]` creates databases itself, so it needs a daemon with a single server: `--single`.
 
 use sqlx::PgPool;
 

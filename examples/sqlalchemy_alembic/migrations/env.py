@@ -1,4 +1,4 @@
-"""Alembic's environment: the URL comes from the caller, else from DATABASE_URL."""
+"""Alembic's environment: the caller passes the URL; otherwise DATABASE_URL is used."""
 
 import os
 

@@ -7,9 +7,9 @@ use diesel_migrations::MigrationHarness;
 pub type PgPool = Pool<ConnectionManager<PgConnection>>;
 pub type Pooled = PooledConnection<ConnectionManager<PgConnection>>;
 
-/// A pool on a database of its own: its connections name a session that nobody else names.
+/// Opens a pool on a database of its own: its connections name a unique session.
 ///
-/// Where the daemon has the migrations as a template, there is nothing left to be run here.
+/// If the daemon has run the migrations in a template, there is no migration left to run here.
 pub fn database(name: &str) -> PgPool {
     let session = format!("{name}_{}", std::process::id());
     let manager = ConnectionManager::new(format!("{}~{session}", url()));
@@ -23,7 +23,7 @@ pub fn migrate(connection: &mut PgConnection) {
     done.unwrap();
 }
 
-/// DATABASE_URL as it is: each connection gets a database of its own.
+/// Returns DATABASE_URL unchanged: each connection to it gets a database of its own.
 pub fn url() -> String {
     std::env::var("DATABASE_URL").expect("DATABASE_URL leads to pgtemp")
 }

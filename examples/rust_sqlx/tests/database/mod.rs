@@ -3,9 +3,9 @@
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::Connection;
 
-/// A pool on a database of its own: its connections name a session that nobody else names.
+/// Opens a pool on a database of its own: its connections name a unique session.
 ///
-/// Where the daemon has the migrations as a template, there is nothing left to be run here.
+/// If the daemon has run the migrations in a template, there is no migration left to run here.
 pub async fn database(name: &str) -> PgPool {
     let session = format!("{name}_{}", std::process::id());
     let template = options().get_database().unwrap_or("test").to_owned();
@@ -18,14 +18,14 @@ pub async fn database(name: &str) -> PgPool {
     pool
 }
 
-/// One connection, with a database of its own.
+/// Opens one connection, with a database of its own.
 pub async fn connection() -> PgConnection {
     let mut connection = PgConnection::connect_with(&options()).await.unwrap();
     accounts::MIGRATIONS.run(&mut connection).await.unwrap();
     connection
 }
 
-/// What DATABASE_URL says.
+/// Returns the connection options of DATABASE_URL.
 pub fn options() -> PgConnectOptions {
     let url = std::env::var("DATABASE_URL").expect("DATABASE_URL leads to pgtemp");
     url.parse().unwrap()

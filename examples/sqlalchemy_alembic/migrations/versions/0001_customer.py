@@ -1,4 +1,4 @@
-"""Customers."""
+"""Create the table of customers."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Customers have an email address."""
+"""Add the email address of customers."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -33,7 +33,7 @@ public final class Accounts {
         }
     }
 
-    /** Both accounts change, or neither does. */
+    /** Moves an amount: both accounts change, or neither does. */
     public void transfer(long from, long to, long amount) throws SQLException {
         try (Connection connection = database.getConnection()) {
             connection.setAutoCommit(false);

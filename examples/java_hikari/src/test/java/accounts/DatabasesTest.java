@@ -16,7 +16,7 @@ import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.Timeout;
 import org.junit.jupiter.api.extension.RegisterExtension;
 
-/** What each connection, and each pool, gets from pgtemp. */
+/** Tests the databases that connections and pools get from pgtemp. */
 @Timeout(60)
 class DatabasesTest {
     private static final String COUNT = "SELECT count(*) FROM account";
@@ -125,7 +125,7 @@ class DatabasesTest {
         return number(connection, "SELECT pg_backend_pid()");
     }
 
-    /** The SQLSTATE with which a sleep ends. */
+    /** Sleeps in the server and returns the SQLSTATE of the error, or "none". */
     private static String failure(Statement statement, int seconds) {
         try {
             statement.execute("SELECT pg_sleep(" + seconds + ")");

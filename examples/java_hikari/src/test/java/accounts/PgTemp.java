@@ -13,12 +13,12 @@ import java.util.UUID;
 import org.junit.jupiter.api.extension.AfterEachCallback;
 import org.junit.jupiter.api.extension.ExtensionContext;
 
-/** The fixture: copy this file. What a test has opened with it is closed after the test. */
+/** The fixture: copy this file. It closes all pools and connections of a test after the test. */
 public final class PgTemp implements AfterEachCallback {
     private static final URI DATABASE = URI.create(environment("DATABASE_URL"));
     private final List<AutoCloseable> opened = new ArrayList<>();
 
-    /** A pool on a database of its own: its connections name a session that nobody else names. */
+    /** Opens a pool on a database of its own: its connections name a unique session. */
     public HikariDataSource pool() {
         HikariConfig config = new HikariConfig();
         config.setJdbcUrl(url("~" + UUID.randomUUID()));
@@ -27,7 +27,7 @@ public final class PgTemp implements AfterEachCallback {
         return closedLater(new HikariDataSource(config));
     }
 
-    /** One connection, with a database of its own. */
+    /** Opens one connection, with a database of its own. */
     public Connection connection() throws SQLException {
         return closedLater(DriverManager.getConnection(url(""), user(), null));
     }
@@ -39,7 +39,7 @@ public final class PgTemp implements AfterEachCallback {
         }
     }
 
-    /** DATABASE_URL as JDBC wants it, without the user. */
+    /** Returns DATABASE_URL in the form that JDBC requires, without the user. */
     private static String url(String session) {
         String path = DATABASE.getPath() + session;
         return "jdbc:postgresql://" + DATABASE.getHost() + ":" + DATABASE.getPort() + path;
