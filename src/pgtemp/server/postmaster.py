@@ -164,6 +164,7 @@ class Postmaster:
     def _start_postmaster(self) -> None:
         assert self._process is not None
         self._choose_port()
+        self.home.link_socket(self.port)
         self._process.start(self._request())
 
     def stop(self) -> list[str]:
