@@ -92,6 +92,7 @@ _NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "pl
 # The modules of which every function works on descriptors, or as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
+    "host/reach.py": "walks the path that an option names, by descriptors",
     "host/openat.py": "opens one name in an open directory",
     "host/removal.py": "removes one name in an open directory",
     "supervisor/recycle_files.py": "runs in a process of the server's user",
@@ -104,7 +105,6 @@ _PATHS = {
     "daemon/credentials.py:password": "a file that an option names",
     "daemon/credentials.py:write_root": "the daemon's own run directory",
     "allocation/persisted.py:store": "the folder of kept data, which is the caller's",
-    "sql/server_setup.py:_text": "a file that an option names",
     "templates/recipe.py:Recipe._parts": "files that a recipe names",
     "templates/recipe.py:_files": "files that a recipe names",
     "templates/recipe.py:_watched": "files that a recipe names",
@@ -135,7 +135,6 @@ _PATHS = {
     "host/disk_space.py:size_of": "sizes alone",
     "host/disk_space.py:spared": "a file in a run directory itself, which is the owner's",
     "options/server.py:ServerOptions._check_readable": "files that options name",
-    "server/postmaster.py:Postmaster._open_log": "a file in a run directory itself, or an option's",
     "server/status.py:read_log": "a file in a run directory itself, or an option's",
     "supervisor/crash.py:_segments_removed": "/proc",
     "supervisor/crash.py:all_postgres": "/proc",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp import ClusterError
-from pgtemp.host import file_copy, tree
+from pgtemp.host import file_copy, reach, tree
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.tree import ForeignFileError, Tree
 
@@ -206,9 +206,9 @@ def test_a_path_does_not_lead_from_one_user_to_another(tmp_path: Path, inner: in
     os.chown(tmp_path / "a", OTHER, OTHER)
     os.chown(tmp_path / "a" / "b", inner, inner)
     with pytest.raises(ForeignFileError, match=f"belongs to uid {inner}, below one of uid {OTHER}"):
-        Tree.reach(tmp_path / "a" / "b")
+        reach.open_tree(tmp_path / "a" / "b")
     os.chown(tmp_path / "a" / "b", OTHER, OTHER)
-    with Tree.reach(tmp_path / "a" / "b") as reached:
+    with reach.open_tree(tmp_path / "a" / "b") as reached:
         assert reached.uid == OTHER
 
 

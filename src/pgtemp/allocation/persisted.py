@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, file_copy, identity, ports
+from pgtemp.host import disk_space, file_copy, identity, ports, reach
 from pgtemp.host.tree import Tree
 from pgtemp.images import image
 from pgtemp.options.server import StrPath
@@ -52,7 +52,7 @@ def act_as_owner(directory: StrPath) -> None:
         OptionError: no data was kept there, or that user cannot run this program.
     """
     path = rundir.kept_at(Path(directory))
-    with Tree.reach(path) as tree:
+    with reach.open_tree(path) as tree:
         uid = os.fstat(tree.fd).st_uid
     if os.geteuid() == 0 != uid:
         user = identity.choose_uid(uid)

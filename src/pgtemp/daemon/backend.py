@@ -14,7 +14,7 @@ from pgtemp.daemon.logins import login
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn
 from pgtemp.errors import ClusterError
-from pgtemp.host.peer_credentials import check_listener
+from pgtemp.host.peer_credentials import check_listener, refuse_descriptors
 from pgtemp.wire.messages import FORGET, TERMINATE, Frames, startup_message
 from pgtemp.wire.replies import ServerStart
 from pgtemp.wire.startup import Startup, check_length
@@ -95,6 +95,7 @@ async def connect(
     raw = socket.socket(socket.AF_UNIX)
     try:
         raw.setblocking(False)
+        refuse_descriptors(raw)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         # A unix socket connects at once, so the server is at work before the loop comes round.
         code = raw.connect_ex(allocation.socket)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.host.peer_credentials import check_listener
+from pgtemp.host.peer_credentials import check_listener, refuse_descriptors
 from pgtemp.wire.messages import cancel_request
 
 _SECONDS = 10.0
@@ -31,11 +31,12 @@ class Cancels:
             socket: the path of the server's socket.
             uid: the user that the server runs as.
         """
-        self._sockets[key] = socket, uid
+        entry = self._sockets[key] = socket, uid
         try:
             yield
-        finally:
-            del self._sockets[key]
+        finally:  # two servers may have given out the same key
+            if self._sockets.get(key) is entry:
+                del self._sockets[key]
 
     async def route(self, key: bytes) -> bool:
         """Pass a cancel on, and wait until it was taken; False for a key that nobody has."""
@@ -48,7 +49,9 @@ class Cancels:
             async with asyncio.timeout(_SECONDS):
                 _, server = await loop.create_unix_connection(Endpoint, socket)
                 try:
-                    check_listener(server.transport.get_extra_info("socket"), uid)
+                    connected = server.transport.get_extra_info("socket")
+                    refuse_descriptors(connected)
+                    check_listener(connected, uid)
                     server.write(cancel_request(key))
                     while await server.read():
                         pass

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from pgtemp.host.openat import DIRECTORY
-from pgtemp.host.peer_credentials import check_listener
+from pgtemp.host.peer_credentials import check_listener, refuse_descriptors
 from pgtemp.supervisor import inventory
 from pgtemp.supervisor.leftovers import SOCKET
 from pgtemp.uri import redact
@@ -118,6 +118,7 @@ class _Asked:
             uid = os.fstat(directory).st_uid
             asking = on_failure.enter_context(socket.socket(socket.AF_UNIX))
             asking.setblocking(False)
+            refuse_descriptors(asking)
             _connect(asking, home, directory)
             check_listener(asking, uid)
             on_failure.pop_all()

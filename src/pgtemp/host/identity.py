@@ -33,6 +33,14 @@ class Identity:
         """Whether the system knows a name for this user, rather than a number alone."""
         return name_of(self.uid) != str(self.uid)
 
+    @property
+    def made_as(self) -> list[str]:
+        """What tells the files that programs of this user made from those of another user.
+
+        A user can change what its own programs make, so no other user's server starts on that.
+        """
+        return [str(self.uid)] if self.switch else []
+
     def blocked_at(self, path: Path) -> Path | None:
         """The first directory on the way to `path` that this user may not pass; None if it may."""
         if not self.switch:

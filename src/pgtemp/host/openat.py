@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Enough to open what is below a directory, without the right to list it (macOS has no O_PATH).
-_PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_file(name: str, directory: int) -> int:
@@ -36,10 +36,10 @@ def open_passage(path: str) -> int:
 
     `path` is absolute. Raises OSError.
     """
-    here = os.open("/", _PASSAGE)
+    here = os.open("/", PASSAGE)
     for name in filter(None, path.split("/")):
         try:
-            below = os.open(name, _PASSAGE, dir_fd=here)
+            below = os.open(name, PASSAGE, dir_fd=here)
         finally:
             os.close(here)
         here = below

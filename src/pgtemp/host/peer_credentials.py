@@ -27,6 +27,7 @@ import errno
 import socket
 import struct
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 from pgtemp.host.ports import tcp_rows
@@ -44,6 +45,7 @@ _STATE_AT, _ID_AT, _ID_LENGTH, _UID_AT = 1, 4, 36, 64
 # States after the handshake (net/tcp_states.h): ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
 # LAST_ACK, CLOSING.
 _CONNECTED = (1, 4, 5, 8, 9, 11)
+_SO_PASSRIGHTS = 83
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 _MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address, in its IPv6 form
 
@@ -68,6 +70,16 @@ def _overflow_uid() -> int:
 # The kernel reports every user that our user namespace does not map as this one
 # (user_namespaces(7)), so it identifies no user, not even the one that has this number.
 OVERFLOW_UID = _overflow_uid()
+
+
+def refuse_descriptors(connected: socket.socket) -> None:
+    """Let the other end of a unix socket send no descriptors (since Linux 6.16).
+
+    The kernel closes unexpected descriptors in the reader's thread, which may take as long as the
+    sender likes (SO_LINGER).
+    """
+    with suppress(OSError):
+        connected.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def check_listener(connected: socket.socket, uid: int) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pgtemp.errors import PgTempError
 from pgtemp.host.identity import Identity
@@ -36,6 +38,7 @@ _PASSED_TO_COMMANDS = (
 )  # fmt: skip
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _END_SECONDS = 5.0
+_MOST_OUTPUT = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -47,6 +50,7 @@ def clean_environment() -> dict[str, str]:
         if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIX)
     }
     env["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+    env["PGPASSFILE"] = os.devnull  # a server that asks for a password gets none of the caller's
     # A valid LC_ALL also keeps macOS from making the postmaster multithreaded.
     env["LC_ALL"] = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
     return env
@@ -58,7 +62,6 @@ def run(
     identity: Identity | None = None,
     env: Mapping[str, str] | None = None,
     stdin: str = "",
-    pass_fds: Sequence[int] = (),
     cwd: str | Path = "/",
     guard: Callable[[int], None] | None = None,
     seconds: float | None = None,
@@ -71,7 +74,6 @@ def run(
         identity: whom to run it as; None is the caller.
         env: added to the clean environment.
         stdin: what it reads.
-        pass_fds: descriptors it keeps open, such as that of a lock it must not outlive.
         cwd: the directory it works in.
         guard: called with its id, and with 0 when it has ended; it leads a process group then.
         seconds: how long it may take.
@@ -91,12 +93,11 @@ def run(
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        pass_fds=pass_fds,
         cwd=cwd,
         umask=0o077,
-        process_group=0 if guard is not None else None,
+        process_group=0 if guard is not None and become is None else None,
+        # Its user can control it, and would reach the caller's terminal.
+        start_new_session=become is not None,
         user=become.uid if become else None,
         group=become.gid if become else None,
         extra_groups=[] if become else None,
@@ -106,7 +107,7 @@ def run(
             if guard is not None:
                 guard(process.pid)
                 stdin = _GO + stdin
-            stdout, stderr = process.communicate(stdin, seconds)
+            said = _communicate(process, stdin, seconds, _MOST_OUTPUT if become else None)
         except BaseException:
             if guard is not None:
                 _end_gently(process)
@@ -116,7 +117,45 @@ def run(
             _running.discard(process)
             if guard is not None:
                 guard(0)
+    stdout, stderr = (data.decode("utf-8", "replace") for data in said)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def _communicate(
+    process: subprocess.Popen[bytes], stdin: str, seconds: float | None, most: int | None
+) -> tuple[bytes, bytes]:
+    """As `Popen.communicate`; a program that prints more than so many bytes is killed.
+
+    A program of another user may be controlled by that user, who could fill the caller's memory.
+    """
+    if most is None:
+        stdout, stderr = process.communicate(stdin.encode(), seconds)
+        return stdout or b"", stderr or b""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    said: dict[int, bytearray] = {}
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(stdin.encode())
+        process.stdin.close()
+    with selectors.DefaultSelector() as reading:
+        pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
+        for pipe in pipes:
+            said[pipe.fileno()] = bytearray()
+            reading.register(pipe, selectors.EVENT_READ)
+        while reading.get_map():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise subprocess.TimeoutExpired(process.args, seconds or 0)
+            for key, _ in reading.select(left):
+                data = os.read(key.fd, 1 << 16)
+                said[key.fd] += data
+                if not data or len(said[key.fd]) > most:
+                    reading.unregister(key.fileobj)
+                if len(said[key.fd]) > most:
+                    process.kill()
+    process.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
+    found = [bytes(said[pipe.fileno()]) for pipe in pipes]
+    return found[0] if process.stdout is not None else b"", found[-1]
 
 
 def run_command(
@@ -163,7 +202,7 @@ def run_command(
     return subprocess.CompletedProcess(process.args, process.returncode, said)
 
 
-def _end_gently(process: subprocess.Popen[str]) -> None:
+def _end_gently(process: subprocess.Popen[bytes]) -> None:
     """Let a program that leads its group clean up, then end what is left of the group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -244,7 +283,7 @@ def _is_on_terminal() -> bool:
         return False
 
 
-_running: set[subprocess.Popen[str]] = set()
+_running: set[subprocess.Popen[Any]] = set()
 _interrupted = threading.Event()
 
 
@@ -260,7 +299,7 @@ def _check_going_on() -> None:
         raise PgTempError("interrupted")
 
 
-def _signal_all(process: subprocess.Popen[str], number: int) -> None:
+def _signal_all(process: subprocess.Popen[Any], number: int) -> None:
     """Signal a program, and what it has started where it leads a process group of its own."""
     try:
         if os.getpgid(process.pid) == process.pid:

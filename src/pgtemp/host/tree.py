@@ -75,39 +75,6 @@ class Tree:
         uid = os.fstat(fd).st_uid if os.geteuid() == 0 else None
         return cls(fd, os.fspath(path), uid)
 
-    @classmethod
-    def reach(cls, path: StrPath) -> Tree:
-        """The tree at a path through directories of root, of the caller, and then of one user.
-
-        A user who can change a directory on the way could lead the caller elsewhere. So where a
-        directory belongs to another user, all below must belong to that user as well.
-
-        Raises:
-            OSError: it is missing, or not a directory; a ForeignFileError if it belongs to another
-                user than a directory above it.
-        """
-        whole = os.path.realpath(path)
-        trusted, uid = (0, os.geteuid()), None
-        fd, so_far = os.open("/", DIRECTORY), ""
-        try:
-            for name in whole.split("/"):
-                if not name:
-                    continue
-                below = os.open(name, DIRECTORY, dir_fd=fd)
-                os.close(fd)
-                fd, so_far = below, f"{so_far}/{name}"
-                owner = os.fstat(fd).st_uid
-                if uid is not None and owner != uid:
-                    raise ForeignFileError(
-                        so_far, f"belongs to uid {owner}, below one of uid {uid}"
-                    )
-                if owner not in trusted:
-                    uid = owner
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd, whole, os.fstat(fd).st_uid if os.geteuid() == 0 else None)
-
     def __enter__(self) -> Tree:
         return self
 
@@ -203,6 +170,17 @@ class Tree:
             with _Place(self, f"{name}/") as (there, _):
                 os.fchmod(there, 0o700)
                 os.fchown(there, self.uid, self.gid)
+
+    def take_back(self, name: str, mode: int) -> None:
+        """Make a directory the caller's again; its group keeps what the mode allows."""
+        with _Place(self, "") as (there, _):
+            fd = os.open(name, DIRECTORY, dir_fd=there)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                os.fchown(fd, os.geteuid(), -1)
+                os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
 
     def open_file(self, name: str, flags: int = READ) -> int:
         """The descriptor of a regular file, for reading.

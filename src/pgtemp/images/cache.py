@@ -72,9 +72,7 @@ class Cached(Ensured):
         programs = self.installation
         arguments = initdb.arguments(programs, self.initdb_args)
         libc = os.confstr("CS_GNU_LIBC_VERSION") if _TELLS_LIBC else ""
-        # A user can change what initdb makes as that user, so no other user's server starts on it.
-        made_as = [str(self.owner.uid)] if self.owner.switch else []
-        key = key_of(programs.identity, libc or "", *arguments, *made_as)
+        key = key_of(programs.identity, libc or "", *arguments, *self.owner.made_as)
         return ensure(
             f"{programs.major}-{key}",
             f"initdb of PostgreSQL {programs.version}, once on this machine",

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import file_copy, locks, procfs
+from pgtemp.host import file_copy, locks, procfs, reach
 from pgtemp.host.file_copy import ChangedError, Listing
 from pgtemp.host.tree import Tree
 from pgtemp.supervisor.leftovers import DATA
@@ -87,20 +87,20 @@ class Directory:
 
     @property
     def identity(self) -> str:
-        with Tree.reach(self.path) as data:
+        with reach.open_tree(self.path) as data:
             return f"{self.path} {control_hash(data)}"
 
     @property
     def uid(self) -> int:
         """The user to whom it belongs. Raises OSError."""
-        with Tree.reach(self.path) as data:
+        with reach.open_tree(self.path) as data:
             return os.fstat(data.fd).st_uid
 
     @property
     def version(self) -> str:
         """The major version of PostgreSQL that made it. Raises OptionError."""
         try:
-            with Tree.reach(self.path) as data:
+            with reach.open_tree(self.path) as data:
                 return data.read("PG_VERSION", _SHORT).decode().strip()
         except (OSError, ValueError) as error:
             raise OptionError(
@@ -111,14 +111,14 @@ class Directory:
     def is_in_use(self) -> bool:
         """Whether the server that it notes is running."""
         try:
-            with Tree.reach(self.path) as data:
+            with reach.open_tree(self.path) as data:
                 return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
         except (OSError, ValueError, OverflowError):
             return False
 
     @property
     def extent(self) -> tuple[int, int]:
-        with Tree.reach(self.path) as data:
+        with reach.open_tree(self.path) as data:
             listing = file_copy.list_tree(data, NEVER_COPIED)
         return listing.size, len(listing.files)
 
@@ -126,7 +126,7 @@ class Directory:
         return self
 
     def begin(self, target: Tree) -> None:
-        with Tree.reach(self.path) as data:
+        with reach.open_tree(self.path) as data:
             listing = file_copy.list_tree(data, NEVER_COPIED)
             for name in listing.dirs:
                 target.make_directory(name)

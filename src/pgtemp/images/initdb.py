@@ -37,7 +37,7 @@ _ENTERED = 0o711
 _MAPS = ("_fsm", "_vm")
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
 _REDO_SEGMENT, _CHECKSUMS = "Latest checkpoint's REDO WAL file", "Data page checksum version"
-_CONTROLDATA_SECONDS = 30.0
+_CONTROLDATA_SECONDS, _INITDB_SECONDS = 30.0, 300.0
 _CONF_BYTES, _GLOBAL_BYTES = 1 << 20, 16 << 20
 _INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
@@ -97,7 +97,7 @@ def build(
         # What initdb makes is copied: its user may still have a file open there for writing.
         building.make_directory(_INITDB, _ENTERED if owner.switch else 0o700)
         with building.below(_INITDB) as work:
-            _initdb(installation, arguments, work, owner, lock, guard)
+            _initdb(installation, arguments, work, owner, guard)
             with Tree.open(Path(work.path, DATA)) as data:
                 conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
             made = shut_down(
@@ -203,7 +203,6 @@ def _initdb(
     arguments: list[str],
     work: Tree,
     owner: Identity,
-    lock: int,
     guard: Callable[[int], None],
 ) -> None:
     """Run initdb on `data` in a directory of the caller's, where only `data` is its user's."""
@@ -226,7 +225,13 @@ def _initdb(
         theirs.hand_over(DATA)
     argv.append(f"--pwfile={data.with_name(_PASSWORD)}")
     try:
-        result = processes.run(argv, identity=owner, pass_fds=[lock], guard=guard)
+        result = processes.run(argv, identity=owner, guard=guard, seconds=_INITDB_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        clear_crashed(str(data))
+        raise ClusterError(
+            f"initdb of PostgreSQL {installation.version} did not end within {_INITDB_SECONDS:g} s",
+            remedy="look for what stops its processes, or slows the disk down",
+        ) from error
     except BaseException:
         clear_crashed(str(data))
         raise

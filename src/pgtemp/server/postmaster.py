@@ -7,7 +7,6 @@ of roles or databases.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError, WardenError
-from pgtemp.host import disk_space, paths, ports, processes, trusted
+from pgtemp.host import disk_space, paths, ports, processes, reach
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.host.tree import Tree
@@ -280,6 +279,7 @@ class Postmaster:
         settings = {
             "listen_addresses": ",".join(plan.addresses),
             "port": str(self.port),
+            "unix_socket_permissions": "0700",
             "unix_socket_directories": str(self.socket_dir),
             "hba_file": str(self.data_dir / "pg_hba.conf"),
         }
@@ -297,16 +297,8 @@ class Postmaster:
         )
 
     def _open_log(self) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        if trusted.find_flaw(self.log_path.parent, sticky=False):
-            # Another user may have put a link or a pipe there.
-            flags |= os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            log = os.open(self.log_path, flags, 0o600)
-            if os.geteuid() == 0 != os.fstat(log).st_uid:
-                os.close(log)
-                raise PermissionError(errno.EPERM, "it belongs to another user")
-            return log
+            return reach.open_file(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             if self.spec.log_path is None:
                 raise disk_space.cannot_write(self.home.path, error) from error
@@ -327,6 +319,7 @@ class Postmaster:
         deadline = time.monotonic() + seconds
         while self._process.wait(_STARTING_POLL) is None:
             if self._status() == "ready":
+                self.home.keep_socket()
                 return
             if time.monotonic() > deadline:
                 raise ClusterError(

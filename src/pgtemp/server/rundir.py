@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, locks, paths, procfs
+from pgtemp.host import disk_space, locks, paths, procfs, reach
 from pgtemp.host.identity import Identity
 from pgtemp.host.removal import remove
 from pgtemp.host.tree import Tree
@@ -59,6 +59,15 @@ class Home:
     @property
     def data(self) -> Path:
         return self.path / DATA
+
+    def keep_socket(self) -> None:
+        """Take the socket's directory back, once the server listens there. Raises OSError.
+
+        The server's user can no longer put another socket, or a link, in the place of its own.
+        PostgreSQL needs no more than to reach its socket; it ignores that it cannot remove it.
+        """
+        with Tree.open(self.path) as tree:
+            tree.take_back(SOCKET, _PASSED)
 
     def link_socket(self, port: int) -> None:
         """Make the link to the socket in the run directory itself. Raises OSError."""
@@ -169,7 +178,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
-    with Tree.open(path.parent) as above:
+    with reach.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
         try:
             above.make_directory(fresh)
@@ -194,9 +203,11 @@ def kept_at(path: Path) -> Path:
     reason = "holds no data that pgtemp kept"
     for home in (path, path.parent) if path.name == DATA else (path,):
         try:
-            with Tree.reach(home / DATA) as data:
-                if data.status("PG_VERSION") is not None:
-                    return home
+            with reach.open_tree(home / DATA) as data:
+                # Without links, so that the path leads to the same directory from now on.
+                above, name = os.path.split(data.path)
+                if name == DATA and data.status("PG_VERSION") is not None:
+                    return Path(above)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -218,7 +229,7 @@ def reopen(path: Path, owner: Identity) -> Home:
         ClusterError: it cannot be written.
     """
     try:
-        with Tree.reach(path) as home, _theirs(home, owner) as theirs:
+        with reach.open_tree(path) as home, _theirs(home, owner) as theirs:
             if os.fstat(home.fd).st_uid != os.geteuid():
                 raise OptionError(
                     f"{path} belongs to another user", remedy="open it as the user it belongs to"

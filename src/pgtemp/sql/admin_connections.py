@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import select
+import socket
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from psycopg.conninfo import make_conninfo
 
 from pgtemp.errors import ClusterError, DiskFullError, PgTempError
 from pgtemp.host import disk_space, identity
+from pgtemp.host.peer_credentials import refuse_descriptors
 from pgtemp.sql.answer_limits import (
     ANSWER_SECONDS,
     LOCK_SECONDS,
@@ -35,6 +37,7 @@ from pgtemp.sql.answer_limits import (
     check_running,
     limited,
 )
+from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
 # What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
@@ -152,6 +155,8 @@ def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
             )
             for name in ("text", "name"):
                 connection.adapters.register_loader(name, _Text)
+            with socket.socket(fileno=os.dup(connection.fileno())) as connected:
+                refuse_descriptors(connected)
             return connection
         except errors.ConnectionTimeout as error:
             raise NoAnswerError(f"the server let nobody in within {ANSWER_SECONDS:g} s") from error
@@ -167,7 +172,7 @@ def server_user(socket_dir: str) -> str:
 
     A server's user can put a link in place of its socket. "" if that user is the caller.
     """
-    uid = os.stat(socket_dir).st_uid
+    uid = os.stat(f"{socket_dir}/../{DATA}").st_uid
     return identity.name_of(uid) if uid != os.geteuid() else ""
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pgtemp.errors import TransferError
-from pgtemp.host import disk_space, processes
+from pgtemp.host import disk_space, processes, reach
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
@@ -26,7 +26,6 @@ from pgtemp.sql.answer_limits import ANSWER_SECONDS
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_LINKS = 40  # as many as the system follows
 _ARCHIVE = b"PGDMP"  # how the custom format begins
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
 # What users run into most, by the words of psql and pg_restore.
@@ -84,54 +83,41 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     Raises:
         TransferError: nothing was written; a file of that name stays as it was.
     """
-    path = _final(Path(to).absolute())
-    fresh = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    path = Path(to).absolute()
     cause = f"{source.dbname} could not be dumped to {path}"
-    with step(f"dumping {source.dbname} to {path.name}"), _writing(path):
+    with (
+        step(f"dumping {source.dbname} to {path.name}"),
+        _writing(path),
+        reach.place_of(path) as place,  # a link of the caller stays one
+    ):
+        if not _is_regular(place):  # /dev/null, for example, which root would replace
+            raise TransferError(f"{path} is no regular file", remedy="name another file")
         # A new file in an open directory: a file that another user puts there is never written.
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fresh = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
+        output = os.open(fresh, _NEW, 0o600, dir_fd=place.fd)
         try:
-            output = os.open(fresh, _NEW, 0o600, dir_fd=directory)
-            try:
-                program = installation.program("pg_dump")
-                result = processes.run(
-                    [program, "-d", conninfo(source)],
-                    env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
-                    output=output,
-                )
-                if result.returncode != 0:
-                    raise _failed(cause, result, path.parent, "make room, or name another file")
-                os.rename(fresh, path.name, src_dir_fd=directory, dst_dir_fd=directory)
-            except BaseException:
-                os.unlink(fresh, dir_fd=directory)
-                raise
-            finally:
-                os.close(output)
-        finally:
-            os.close(directory)
-
-
-def _final(path: Path) -> Path:
-    """The file that a path names, by way of links if they are the caller's.
-
-    Raises:
-        TransferError: it is no regular file, or another user's link leads there.
-    """
-    for _ in range(_LINKS):
-        try:
-            status = path.lstat()
-        except OSError:
-            return path  # a new file
-        if stat.S_ISREG(status.st_mode):
-            return path
-        if not stat.S_ISLNK(status.st_mode):  # /dev/null, say, which root would replace
-            break
-        if status.st_uid not in (0, os.geteuid()):
-            raise TransferError(
-                f"{path} is a link of uid {status.st_uid}", remedy="name a file that is no link"
+            result = processes.run(
+                [installation.program("pg_dump"), "-d", conninfo(source)],
+                env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
+                output=output,
             )
-        path = Path(os.path.normpath(path.parent.resolve() / path.readlink()))
-    raise TransferError(f"{path} is no regular file", remedy="name another file")
+            if result.returncode != 0:
+                raise _failed(cause, result, path.parent, "make room, or name another file")
+            os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+        except BaseException:
+            os.unlink(fresh, dir_fd=place.fd)
+            raise
+        finally:
+            os.close(output)
+
+
+def _is_regular(place: reach.Place) -> bool:
+    """Whether a file is regular, or is still to be made."""
+    try:
+        status = os.stat(place.name, dir_fd=place.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(status.st_mode)
 
 
 @contextmanager

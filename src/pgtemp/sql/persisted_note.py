@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError
-from pgtemp.host import disk_space
+from pgtemp.host import disk_space, reach
 from pgtemp.host.tree import Tree
 from pgtemp.images import initdb
 from pgtemp.sql import admin_sql
@@ -60,7 +60,7 @@ def try_note(directory: Path, note: Note) -> None:
 def read_note(directory: Path) -> Note:
     """Whose data it was."""
     try:
-        with Tree.reach(directory) as tree:
+        with reach.open_tree(directory) as tree:
             said = json.loads(tree.read(NOTE, _NOTE_BYTES))
         return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
     except (OSError, ValueError, KeyError, TypeError):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, identity, paths, ports
+from pgtemp.host import disk_space, identity, paths, ports, reach
 from pgtemp.host.tree import Tree
 from pgtemp.images import cache, image, initdb
 from pgtemp.options.server import ServerOptions
@@ -276,4 +276,12 @@ def check_copied(path: Path, programs: installation.Installation) -> None:
 
 
 def _text(path: str | os.PathLike[str] | None) -> str:
-    return Path(path).read_text(errors="surrogateescape") if path is not None else ""
+    """The text of a file that an option names. Raises OptionError."""
+    if path is None:
+        return ""
+    try:
+        return reach.read_file(path).decode(errors="surrogateescape")
+    except OSError as error:
+        raise OptionError(
+            f"{os.fspath(path)} cannot be read: {error.strerror}", remedy="name another file"
+        ) from error

@@ -146,6 +146,7 @@ class Lasting(cache.Ensured):
             self.name,
             self.fingerprint,
             plan.installation.extensions_stamp(),
+            *plan.spec.owner.made_as,
         )
 
     def resolve(self) -> Image:

@@ -1,0 +1,159 @@
+"""Paths that a user named, in directories that another user may change.
+
+If the caller is root, a link or a renamed directory below another user's directory would lead root
+anywhere. So the path is walked one name at a time. As long as all directories belong to root or to
+the caller, a link is followed if it belongs to root or to the caller, too. From the first directory
+of another user on, no link is followed, and everything below must belong to that user.
+
+A caller who is not root has only its own rights to lose, so the path is resolved in the usual way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from pgtemp.host.openat import DIRECTORY, PASSAGE
+from pgtemp.host.tree import ForeignFileError, Tree
+
+StrPath = str | os.PathLike[str]
+_MOST_LINKS = 40  # MAXSYMLINKS, linux/namei.h
+
+
+@dataclass(slots=True)
+class Place:
+    """The open directory in which the last part of a path is, and that name.
+
+    Attributes:
+        fd: the directory's descriptor.
+        uid: the other user in whose directory the path leads; None if there is none.
+    """
+
+    fd: int
+    directory: str
+    name: str
+    uid: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The path without links."""
+        return f"{self.directory.rstrip('/')}/{self.name}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self.fd)
+
+
+def place_of(path: StrPath) -> Place:
+    """Where a path leads; the last name may be missing there.
+
+    Raises:
+        OSError: a directory is missing; a ForeignFileError if another user may lead the path
+            elsewhere.
+    """
+    if os.geteuid() != 0:
+        above, name = os.path.split(os.path.realpath(path))
+        return Place(os.open(above, PASSAGE), above, name)
+    return _walk(os.path.join(os.getcwd(), os.fspath(path)))
+
+
+def _walk(path: str) -> Place:
+    at = Place(os.open("/", PASSAGE), "/", ".")
+    to_do = _parts(path)
+    links = 0
+    try:
+        while to_do:
+            name = to_do.pop()
+            status = _status(at, name)
+            if status is not None and stat.S_ISLNK(status.st_mode):
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                if at.uid is not None or status.st_uid not in (0, os.geteuid()):
+                    raise ForeignFileError(f"{at.directory}/{name}", "is another user's link")
+                target = os.readlink(name, dir_fd=at.fd)
+                if target.startswith("/"):
+                    _enter(at, "/", "/")
+                to_do += _parts(target)
+            elif not to_do and name != "..":
+                at.name = name
+                return at
+            else:
+                _enter(at, name, os.path.normpath(os.path.join(at.directory, name)))
+    except BaseException:
+        os.close(at.fd)
+        raise
+    return at
+
+
+def _parts(path: str) -> list[str]:
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _status(at: Place, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=at.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _enter(at: Place, name: str, path: str) -> None:
+    if name == ".." and at.uid is not None:
+        raise ForeignFileError(path, f"is above a directory of uid {at.uid}")
+    fd = os.open(name, PASSAGE, dir_fd=at.fd)
+    os.close(at.fd)
+    at.fd, at.directory = fd, path
+    owner = os.fstat(fd).st_uid
+    if at.uid is not None and owner != at.uid:
+        raise ForeignFileError(path, f"belongs to uid {owner}, below one of uid {at.uid}")
+    if owner not in (0, os.geteuid()):
+        at.uid = owner
+
+
+def open_tree(path: StrPath) -> Tree:
+    """The tree at a path. Raises OSError as `place_of`, or if there is no directory."""
+    with place_of(path) as at:
+        fd = os.open(at.name, DIRECTORY, dir_fd=at.fd)
+        owner = os.fstat(fd).st_uid
+        if at.uid is not None and owner != at.uid:
+            os.close(fd)
+            raise ForeignFileError(at.path, f"belongs to uid {owner}, below one of uid {at.uid}")
+        return Tree(fd, at.path, owner if os.geteuid() == 0 else None)
+
+
+def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a file that an option names.
+
+    Raises:
+        OSError: as `place_of`; a ForeignFileError if root would write a file of another user, or
+            read a file in another user's directory that is not that user's.
+    """
+    if os.geteuid() != 0:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    with place_of(path) as at:
+        shared = at.uid is not None or os.fstat(at.fd).st_mode & 0o022
+        careful = os.O_NOFOLLOW | (os.O_NONBLOCK if shared else 0)
+        fd = os.open(at.name, flags | careful | os.O_CLOEXEC, 0o600, dir_fd=at.fd)
+        owner = os.fstat(fd).st_uid
+        if (writes and owner not in (0, os.geteuid())) or (at.uid is not None and owner != at.uid):
+            os.close(fd)
+            raise ForeignFileError(at.path, f"belongs to uid {owner}")
+        return fd
+
+
+def read_file(path: StrPath) -> bytes:
+    """All of a file that an option names. Raises OSError as `open_file`."""
+    with open(open_file(path), "rb") as file:
+        return file.read()
