@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import psycopg
 import pytest
 
 from rawclient import Client, RefusedError
-from support import Daemon, at, one
+from support import Daemon, at, eventually, one
 
 DaemonType = type[Daemon]
 SERVER = "SELECT pg_postmaster_start_time()::text"
@@ -245,3 +246,68 @@ def test_a_lease_whose_rest_cannot_be_looked_for_in_time(shared: Daemon) -> None
                 assert one_of(other, SERVER) != server
                 roles = "SELECT count(*) FROM pg_roles WHERE rolname = 'left_behind'"
                 assert one_of(other, roles) == 0
+
+
+def test_a_role_of_a_client_is_not_adopted(daemon: DaemonType) -> None:
+    """A login as a role that another client made does not make it one that should be there."""
+    served = daemon("--pool", "1")
+    bob = served.uri.replace("postgres@", "bob@")
+    with psycopg.connect(served.uri, autocommit=True) as attacker:
+        attacker.execute("CREATE ROLE bob NOLOGIN CONNECTION LIMIT 0")
+        with pytest.raises(psycopg.OperationalError):
+            psycopg.connect(bob)
+    assert eventually(lambda: _lets_in(bob))
+
+
+def _lets_in(uri: str) -> bool:
+    try:
+        psycopg.connect(uri).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_settings_of_the_stub_reach_no_database(daemon: DaemonType) -> None:
+    """Databases from recycled directories get the settings of their template alone."""
+    served = daemon("--pool", "1")
+    with psycopg.connect(served.uri + "~template", autocommit=True) as edit:
+        (dbname,) = edit.execute("SELECT current_database()").fetchone() or ("",)
+        edit.execute(f'ALTER DATABASE "{dbname}" SET work_mem TO 9000'.encode())
+    seen = []
+    for _ in range(14):
+        with psycopg.connect(served.uri, autocommit=True) as client:
+            seen.append(client.execute("SHOW search_path").fetchone())
+            stubs = client.execute("SELECT datname FROM pg_database WHERE datname ~ '^stub'")
+            for (stub,) in stubs.fetchall():
+                client.execute(f'ALTER DATABASE "{stub}" SET search_path = evil'.encode())
+    assert set(seen) == {('"$user", public',)}
+
+
+def test_a_login_with_a_library_counts_as_use(daemon: DaemonType) -> None:
+    """Settings of a login may run code before the first statement, so its lease was used."""
+    served = daemon("--pool", "1", "--log-level", "info")
+    psycopg.connect(served.uri, options="-c session_preload_libraries=auto_explain").close()
+    psycopg.connect(served.uri).close()
+    _, errors = served.end()
+    assert errors.count("used True") == 1 and errors.count("used False") == 1
+
+
+def test_large_comments_are_not_read(daemon: DaemonType) -> None:
+    """The daemon compares hashes: a text of 200 MB in a catalog does not reach its memory."""
+    served = daemon("--pool", "1")
+    status = Path(f"/proc/{served.process.pid}/status")
+
+    def peak() -> int:
+        return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) >> 10
+
+    psycopg.connect(served.uri).close()
+    before = peak()
+    with psycopg.connect(served.uri, autocommit=True) as client:
+        client.execute("CREATE ROLE commented")
+        client.execute(
+            "DO $$BEGIN EXECUTE"
+            " format('COMMENT ON ROLE commented IS %L', repeat('x', 200000000)); END$$"
+        )
+    with psycopg.connect(served.uri) as after:
+        after.execute("SELECT 1")
+    assert peak() < before + 100

@@ -23,8 +23,12 @@ from pgtemp.sql import admin_sql
 from pgtemp.sql.admin_connections import Connection
 
 # What it is, its name, the database that it goes with, and the rest of it.
+# The rest is compared by its hash: a text that a client stored may have hundreds of megabytes.
 _SHARED = """
-SELECT 'role', rolname::text, NULL, a::text FROM pg_authid a
+SELECT kind, name, dbname,
+  CASE kind WHEN 'counters' THEN rest ELSE encode(sha256(textsend(rest)), 'hex') END
+FROM (
+SELECT 'role' AS kind, rolname::text AS name, NULL AS dbname, a::text AS rest FROM pg_authid a
 UNION ALL
 SELECT 'membership', concat_ws(' ', roleid::regrole, 'of', member::regrole, 'by',
   grantor::regrole), NULL, m::text FROM pg_auth_members m
@@ -60,6 +64,7 @@ SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_
   (SELECT max(oid) FROM pg_type), (SELECT max(oid) FROM pg_proc),
   (SELECT max(oid) FROM pg_namespace), (SELECT max(oid) FROM pg_largeobject_metadata))
   FROM pg_stat_database WHERE datname = current_database()
+) AS shared
 """
 # The row version (xmin) of a database also changes when it is opened, changed and closed again.
 # VACUUM updates the row in place, which keeps it. That of an object changes with the object; but
@@ -118,10 +123,15 @@ class LeakCheck:
     def accept_role(self, connection: Connection, name: str) -> None:
         """A role that pgtemp itself has made."""
         row = connection.execute(
-            "SELECT a::text FROM pg_authid a WHERE rolname = %s", [name]
+            "SELECT encode(sha256(textsend(a::text)), 'hex') FROM pg_authid a WHERE rolname = %s",
+            [name],
         ).fetchone()
         if row is not None:
             self._before[_ROLE, name] = row[0]
+
+    def knows_role(self, name: str) -> bool:
+        """Whether there should be a role of that name."""
+        return (_ROLE, name) in self._before
 
     def found(self, connection: Connection) -> list[tuple[str, str]]:
         """What was left, changed or taken away: what it is, and its name."""

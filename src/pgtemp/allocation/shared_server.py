@@ -148,8 +148,10 @@ class SharedServer:
         """
         if user not in self._roles:
             with self._looking, self._admins.connection() as connection:
-                admin_sql.ensure_login(connection, user, attributes, self._plan.secret)
-                self._residue.accept_role(connection, user)
+                made = admin_sql.ensure_login(connection, user, attributes, self._plan.secret)
+                # A role that a client made is not accepted: the check of its lease will find it.
+                if made or self._residue.knows_role(user):
+                    self._residue.accept_role(connection, user)
             self._roles.add(user)
         if owns is not None:
             with self._admins.connection() as connection:

@@ -42,6 +42,11 @@ _NOBODY_THERE = (
 )  # fmt: skip
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _PROBE = "pg_isready"
+# Parameters with which a login alone changes nothing in a server.
+_USUAL = {
+    "user", "database", "application_name", "client_encoding", "datestyle", "intervalstyle",
+    "timezone", "extra_float_digits", "geqo", "search_path", "statement_timeout",
+}  # fmt: skip
 
 
 class Gateway:
@@ -170,7 +175,8 @@ class Gateway:
             except RefusedError as why:
                 _refuse(client, why)
             finally:
-                lease.used |= first_words.used and not (listener.by_password and backend.refused)
+                used = first_words.used or _sets_more(startup)
+                lease.used |= used and not (listener.by_password and backend.refused)
                 backend.server.close()
             client.finish()  # now: giving back what it had may take seconds
         finally:
@@ -283,6 +289,11 @@ class Gateway:
                 return
             if replies.broke_off(server.last):
                 raise await in_turn(lease.allocation, lambda: crashed(lease.allocation.postmaster))
+
+
+def _sets_more(startup: Startup) -> bool:
+    """Whether a login has settings that may run code, such as session_preload_libraries."""
+    return not {name.lower() for name in startup.parameters} <= _USUAL
 
 
 def _not_shared(what: str) -> RefusedError:

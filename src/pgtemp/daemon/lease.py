@@ -26,6 +26,7 @@ class Lease:
         lingers: whether it outlives its last connection for a while.
         backend: a connection that was opened ahead, for the first client.
         over: done when its time is; with what clients are told.
+        late: whether a new connection waited in vain for it to end.
         ended: done when what it left was looked at.
     """
 
@@ -47,6 +48,7 @@ class Lease:
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     spoke: float = 0.0  # when something was last said in it, by the loop's clock
     ending: bool = False
+    late: bool = False
 
     @property
     def allocation(self) -> Allocation:

@@ -291,10 +291,11 @@ class Leases:
 
     async def _what_is_left(self) -> None:
         """Wait until what those who have gone left in the server was found."""
-        leaving = {lease.ended: lease for lease in self._live if lease.leaving}
+        leaving = {lease.ended: lease for lease in self._live if lease.leaving and not lease.late}
         if leaving and self._options.shares_servers:
             _, late = await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
             for ended in late:
+                leaving[ended].late = True  # the next client does not wait for it again
                 if (lease := leaving[ended]).ending:
                     _log.warning("lease %d: what it left is not known in time", lease.number)
                     lease.distrust()

@@ -35,8 +35,8 @@ def ensure_role(connection: Connection, user: str, secret: Secret | None) -> Non
         connection.execute(sql.SQL("CREATE ROLE {}").format(clauses))
 
 
-def ensure_login(connection: Connection, user: str, attributes: str, secret: Secret | None) -> None:
-    """Make a role for somebody who connects; one that is there stays as it is.
+def ensure_login(connection: Connection, user: str, attributes: str, secret: Secret | None) -> bool:
+    """Make a role for a client that connects, unless it exists; whether it was made.
 
     Args:
         attributes: of the role, as options.py has checked them.
@@ -46,18 +46,19 @@ def ensure_login(connection: Connection, user: str, attributes: str, secret: Sec
         "SELECT rolpassword IS NULL FROM pg_authid WHERE rolname = %s", [user]
     ).fetchone()
     if found == (False,) or (found and secret is None):
-        return
+        return False
     words = sql.SQL("{}").format(sql.Identifier(user)) + _password(connection, user, secret)
     if found:
         connection.execute(sql.SQL("ALTER ROLE {}").format(words))
-        return
+        return False
     words += sql.SQL(" LOGIN") + sql.SQL("").join(
         sql.SQL(f" {word}") for word in attributes.split()
     )
     try:
         connection.execute(sql.SQL("CREATE ROLE {}").format(words))
     except (errors.DuplicateObject, errors.UniqueViolation):
-        pass  # somebody else was quicker
+        return False  # another thread or client was faster
+    return True
 
 
 def _password(connection: Connection, user: str, secret: Secret | None) -> sql.Composed:
@@ -161,7 +162,7 @@ def clone(
                 raise
 
     if attributes and source != BASE:  # whose privileges are for those who make databases of it
-        _copy_attributes(connection, source, dbname)
+        copy_attributes(connection, source, dbname)
 
 
 def has_attributes(connection: Connection, dbname: str) -> bool:
@@ -180,7 +181,8 @@ def size_of(connection: Connection, dbname: str) -> int:
     return int(row[0]) if row is not None else 0
 
 
-def _copy_attributes(connection: Connection, source: str, dbname: str) -> None:
+def copy_attributes(connection: Connection, source: str, dbname: str) -> None:
+    """Copy the settings and privileges of a database itself, which CREATE DATABASE leaves out."""
     # Row by row in the catalogs: as statements they would have to be put together from texts that
     # PostgreSQL has no function to quote (pg_dump does it in C).
     names = {"source": source, "dbname": dbname}

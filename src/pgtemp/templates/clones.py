@@ -116,11 +116,7 @@ class Clones:
     def dispose(self, name: str) -> None:
         if (unused := self.opened(name)) is not None:
             unused.connection.close()
-        self._do(
-            lambda connection: self._reuse.dispose(
-                connection, name, attributes=bool(self._attributes), size=self._size
-            )
-        )
+        self._do(lambda connection: self._reuse.dispose(connection, name, size=self._size))
 
     def again(self, name: str, data_dir: Path, since: int) -> str | None:
         """A clone that is proved to be what it was (see unmodified.py), under another name.

@@ -88,8 +88,11 @@ class Reuse:
             if not replayed:
                 admin_sql.clone(
                     connection, name, self._stub, self._owner, self._admins.closing,
-                    attributes=attributes, size=_STUB_BYTES,
+                    attributes=False, size=_STUB_BYTES,
                 )  # fmt: skip
+                if attributes and self._source != admin_sql.BASE:
+                    # Not from the stub, which a client may have changed.
+                    admin_sql.copy_attributes(connection, self._source, name)
         except BaseException:
             with self._changing:
                 self._shelved += 1
@@ -104,16 +107,16 @@ class Reuse:
         admin_sql.drop(connection, name, self._admins.elsewhere(name))
         return False
 
-    def dispose(self, connection: Connection, name: str, *, attributes: bool, size: int) -> None:
+    def dispose(self, connection: Connection, name: str, *, size: int) -> None:
         """Drop a database, whoever is in it, and keep its directory where that may be of use.
 
         Args:
-            attributes, size: of the template, as for `admin.clone`.
+            size: of the template, in bytes.
 
         Raises what `admin.drop` raises.
         """
         left, oid = name, ""
-        if self._has_use(connection, attributes, size):
+        if self._has_use(connection, size):
             left, oid = self._take(connection, name)
         try:
             admin_sql.drop(connection, left, self._admins.elsewhere(left))
@@ -143,14 +146,14 @@ class Reuse:
         with self._talking:
             self._abandon()
 
-    def _has_use(self, connection: Connection, attributes: bool, size: int) -> bool:
+    def _has_use(self, connection: Connection, size: int) -> bool:
         with self._changing:
             self._disposed += 1
             if self._refused or self._disposed <= _AFTER or self._admins.closing.is_set():
                 return False
             if self._process is None:
                 try:
-                    self._begin(connection, attributes)
+                    self._begin(connection)
                 except (PgTempError, Error, OSError) as error:
                     self._refused = True
                     _log.info("directories of databases are not used again: %s", error)
@@ -160,12 +163,12 @@ class Reuse:
         # A checkpoint on a full disk ends the server.
         return not full and not disk_space.is_full(connection.home)
 
-    def _begin(self, connection: Connection, attributes: bool) -> None:
+    def _begin(self, connection: Connection) -> None:
         if connection.execute(_ELSEWHERE).fetchone() is not None:
             raise ClusterError("there are tablespaces")
         admin_sql.clone(
             connection, self._stub, self._source, self._owner, self._admins.closing,
-            attributes=attributes,
+            attributes=False,
         )  # fmt: skip
         admin_sql.close_door(connection, self._stub)
         home = connection.home
