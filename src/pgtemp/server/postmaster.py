@@ -144,7 +144,7 @@ class Postmaster:
                 self._start_postmaster()
                 self._await_ready()
             if plan.keep:
-                self._process.settle(self.home.leftovers(keep=True), keep=True)
+                self._process.set_cleanup(self.home.leftovers(keep=True), keep=True)
         except BaseException:
             self._undo()
             raise
