@@ -143,6 +143,8 @@ _PATHS = {
     "supervisor/crash.py:unblock": "/proc",
     "supervisor/children.py:Server._become_postmaster": "/dev/null",
     "supervisor/children.py:Server.set_aside": "run directories and links to them",
+    "server/rundir.py:Home._sockets": "names in a run directory itself, which is the owner's",
+    "server/rundir.py:Home.link_socket": "a link in a run directory itself, by a descriptor",
     "server/rundir.py:_let_pass": "a run directory itself, by a descriptor",
     "server/rundir.py:_private_dir": "a run directory itself",
     "server/rundir.py:_socket_dir": "a link to a run directory",

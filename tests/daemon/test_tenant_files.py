@@ -19,7 +19,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pgtemp import ClusterError, PgTempDB, TransferError
+from pgtemp import ClusterError, OptionError, PgTempDB, TransferError
 from pgtemp.host import identity
 from pgtemp.sql import dump_restore
 from pgtemp.uri import ConnectionInfo
@@ -209,7 +209,7 @@ def test_kept_data_of_another_user_is_not_opened_with_root_s_rights(open_dir: Pa
     with PgTempDB(persist=True, data_dir_prefix=open_dir) as db:
         pass
     home = db.data_dir.parent
-    subprocess.run(["chown", "-R", f"{db_user().uid}", home], check=True)
+    subprocess.run(["chown", "-Rh", f"{db_user().uid}", home], check=True)
     argv = [sys.executable, "-m", "pgtemp", "open", str(home)]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -246,6 +246,25 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
         with pytest.raises(TransferError, match=r"is a link of uid|is no regular file"):
             dump_restore.dump(db.installation, to, path)
     assert [name for name in os.listdir(open_dir) if name != "dump.sql"] == []
+
+
+@pytest.mark.parametrize("planted", ["link", "pipe", "file"])
+def test_a_log_in_a_shared_directory(open_dir: Path, secret: Path, planted: str) -> None:
+    """What another user put at the name of the log is not written; the error says so."""
+    path = open_dir / "server.log"
+    with acting_as(STRANGER):
+        if planted == "link":
+            path.symlink_to(secret)
+        elif planted == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_text("")
+    with (
+        pytest.raises(OptionError, match=r"server\.log cannot be written"),
+        PgTempDB(log_path=path),
+    ):
+        pass
+    assert planted != "file" or path.read_text() == ""
 
 
 _WATCH = textwrap.dedent(

@@ -262,7 +262,7 @@ def test_an_owner_killed_while_stopping(owners: Owners, keep: bool, open_dir: Pa
         mine(db.data_dir)
         with db.connect() as connection:
             connection.execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 100000) n")
-        warden.Process._receive = lambda self, seconds: os.kill(os.getpid(), 9)
+        supervision.Process._receive = lambda self, seconds: os.kill(os.getpid(), 9)
         db.stop()
         """
     )

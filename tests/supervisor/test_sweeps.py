@@ -28,7 +28,7 @@ from pathlib import Path
 base = Path({base!r})
 db = PgTempDB(data_dir_prefix=base, persist={keep}).start()
 mine(db.data_dir)
-os.kill(warden.current().pid, signal.SIGKILL)
+os.kill(supervision.current().pid, signal.SIGKILL)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -101,7 +101,7 @@ def test_a_living_sibling_is_not_swept(open_dir: Path) -> None:
         sys.stdin.readline()
         with db.connect() as connection:
             tell("alive", connection.execute("SELECT 7").fetchone())
-        os.kill(warden.current().pid, signal.SIGKILL)
+        os.kill(supervision.current().pid, signal.SIGKILL)
         tell("killed")
         sys.stdin.readline()
         """

@@ -191,6 +191,10 @@ class Tree:
         finally:
             os.close(fd)
 
+    def link(self, name: str, target: str) -> None:
+        """Make a symbolic link in the directory itself. Raises OSError."""
+        os.symlink(target, name, dir_fd=self.fd)
+
     def hand_over(self, *names: str) -> None:
         """Change the owner of complete directories to the tree's user; "" is the tree itself.
 

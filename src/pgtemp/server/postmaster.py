@@ -7,6 +7,7 @@ of roles or databases.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, OptionError, WardenError
-from pgtemp.host import disk_space, paths, ports, processes
+from pgtemp.host import disk_space, paths, ports, processes, trusted
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.host.tree import Tree
@@ -164,6 +165,7 @@ class Postmaster:
     def _start_postmaster(self) -> None:
         assert self._process is not None
         self._choose_port()
+        self.home.link_socket(self.port)
         self._process.start(self._request())
 
     def stop(self) -> list[str]:
@@ -296,8 +298,15 @@ class Postmaster:
 
     def _open_log(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        if trusted.find_flaw(self.log_path.parent, sticky=False):
+            # Another user may have put a link or a pipe there.
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            return os.open(self.log_path, flags, 0o600)
+            log = os.open(self.log_path, flags, 0o600)
+            if os.geteuid() == 0 != os.fstat(log).st_uid:
+                os.close(log)
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+            return log
         except OSError as error:
             if self.spec.log_path is None:
                 raise disk_space.cannot_write(self.home.path, error) from error

@@ -1,6 +1,6 @@
 """The run directory of one server: its data, its socket, its log and its lease.
 
-pgtemp-3kq9w2ab/        the owner's, 0700; 0710 where the server runs as another user of that group
+pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another user, of that group
     lease               locked while the owner or its warden lives; says keep or discard, and who
                         the owner is: its pid and when it started
     server.log
@@ -8,7 +8,8 @@ pgtemp-3kq9w2ab/        the owner's, 0700; 0710 where the server runs as another
     data/               the data directory, of the server's user
     shelf/              of the server's user: directories of dropped databases, to be recycled
     socket/             of the server's user, 0700
-        .s.PGSQL.5432   the socket; where the path is too long, a short link leads to its directory
+        .s.PGSQL.5432   the socket; if its path is too long, a short link leads to its directory
+    .s.PGSQL.5432       a link to it, for programs that look beside the data directory
 
 The server's user may change what is in its three directories, and can replace none of them. So the
 owner may use paths of the other files; below the three it goes by descriptors (host/tree.py).
@@ -32,7 +33,8 @@ from pgtemp.host.tree import Tree
 from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
 
 LOG = "server.log"
-_PASSED = 0o710  # the group of the server's user may pass
+_PASSED = 0o750  # the group of the server's user may enter
+_SOCKET_NAME = ".s.PGSQL."
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
@@ -58,6 +60,19 @@ class Home:
     def data(self) -> Path:
         return self.path / DATA
 
+    def link_socket(self, port: int) -> None:
+        """Make the link to the socket in the run directory itself. Raises OSError."""
+        with Tree.open(self.path) as tree:
+            for name in self._sockets():
+                tree.remove(name)
+            tree.link(f"{_SOCKET_NAME}{port}", f"{SOCKET}/{_SOCKET_NAME}{port}")
+
+    def _sockets(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.path) if name.startswith(_SOCKET_NAME)]
+        except FileNotFoundError:
+            return []
+
     @property
     def log(self) -> Path:
         return self.path / LOG
@@ -66,10 +81,8 @@ class Home:
         """What is to be removed when the cluster ends."""
         links = [] if self.socket_dir == self.path / SOCKET else [str(self.socket_dir)]
         if keep:
-            return [
-                *links,
-                *(str(self.path / name) for name in (SOCKET, SHELF, disk_space.ASIDE, LEASE)),
-            ]
+            names = (*self._sockets(), SOCKET, SHELF, disk_space.ASIDE, LEASE)
+            return [*links, *(str(self.path / name) for name in names)]
         return [*links, str(self.path)]
 
 
@@ -234,8 +247,8 @@ def _lease(path: Path, *, keep: bool) -> int:
 
 
 def _socket_dir(path: Path, owner: Identity) -> Path:
-    """The directory of the socket, or a link to it where its path is too long for a socket's."""
-    if len(os.fsencode(path / ".s.PGSQL.65535")) <= paths.SOCKET_PATH_BYTES:
+    """The directory of the socket, or a link to it if its path is too long for a socket's."""
+    if len(os.fsencode(path / f"{_SOCKET_NAME}65535")) <= paths.SOCKET_PATH_BYTES:
         return path
     while True:
         link = paths.socket_base(owner) / _name()
