@@ -1,6 +1,6 @@
 """The free space of a disk, and the error raised if there is too little.
 
-A disk without free inodes counts as full, whatever number of bytes is free.
+A disk without free inodes counts as full, even if it has free bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
 
-REMEDY = "make room, or name another directory (data_dir_prefix)"
-CACHE_REMEDY = "make room, or name another directory in PGTEMP_CACHE_DIR"
+REMEDY = "free some space, or choose another directory (data_dir_prefix)"
+CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
 # PostgreSQL shuts down and disconnects every client when it cannot write its WAL, so this much
 # space must stay free; on a small disk, this fraction of it.
 _SPARE_BYTES, _SPARE_PART = 64 << 20, 8
@@ -45,7 +45,7 @@ def free_bytes(path: Path) -> int:
 def left(path: Path) -> str:
     """The free space of the file system of `path`, as text for messages."""
     if _free_files(_status(path)) == 0:
-        return "no more files can be made"
+        return "no free inodes"
     if free_bytes(path) == _NO_LIMIT:
         return "free without limit"
     return f"{free_bytes(path) >> 20} MB free"
@@ -71,7 +71,7 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
     """Raise DiskFullError if `size` bytes in `files` files do not fit on the file system of `path`.
 
     Args:
-        what: what needs the space, for the message, such as "another database".
+        what: the purpose of the space, for the message, such as "another database".
     """
     free_files = _free_files(_status(path))
     if free_bytes(path) < size:
@@ -81,7 +81,7 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
     else:
         return
     raise DiskFullError(
-        f"{path} has too little room for {what}: {left(path)}, {need} needed", remedy=remedy
+        f"{path} has too little free space for {what}: {left(path)}, {need} needed", remedy=remedy
     )
 
 

@@ -258,7 +258,7 @@ class Image:
                 raise ChangedError(f"{self.path / DATA}: {error.strerror}") from error
             with data:
                 if control_hash(data) != self.control:
-                    raise ChangedError(f"{data.path}/{CONTROL} is not what was published")
+                    raise ChangedError(f"{data.path}/{CONTROL} differs from the published file")
                 yield data
 
     def discard(self) -> None:

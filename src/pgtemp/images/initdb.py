@@ -240,7 +240,7 @@ def _initdb(
         if disk_space.says_full(result.stderr) and not remedies:  # else /dev/shm may be full
             where = data.parents[2]
             raise DiskFullError(
-                f"{where} has too little room for initdb: {disk_space.left(where)}",
+                f"{where} has too little free space for initdb: {disk_space.left(where)}",
                 remedy=disk_space.CACHE_REMEDY,
                 details=lines[-8:],
             )

@@ -9,7 +9,7 @@ pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another us
     shelf/              of the server user: directories of dropped databases, to be recycled
     socket/             of the server user, 0700
         .s.PGSQL.5432   the socket; if its path is too long, a short link leads to its directory
-    .s.PGSQL.5432       a link to it, for programs that look beside the data directory
+    .s.PGSQL.5432       a link to it, for programs that look next to the data directory
 
 The server user can change the contents of its three directories, but cannot replace them. The owner
 therefore uses paths for the other files, and descriptors below the three (host/tree.py).

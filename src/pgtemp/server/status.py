@@ -72,5 +72,5 @@ def death(pid: int, exit_status: int | None, place: Path, log: Sequence[str]) ->
             details=log,
         )
     return ClusterError(
-        f"PostgreSQL (pid {pid}) {how}", remedy="the end of its log says why", details=log
+        f"PostgreSQL (pid {pid}) {how}", remedy="see the end of its log", details=log
     )
