@@ -47,7 +47,7 @@ def left(path: Path) -> str:
     if _free_files(_status(path)) == 0:
         return "no free inodes"
     if free_bytes(path) == _NO_LIMIT:
-        return "free without limit"
+        return "unlimited free space"
     return f"{free_bytes(path) >> 20} MB free"
 
 

@@ -128,24 +128,24 @@ class Postmaster:
                 self.spec.source.repair(damage)
 
     def _start(self, meanwhile: Callable[[Postmaster], None]) -> None:
-        plan = self.spec
-        guard = supervision.current()
+        spec = self.spec
+        supervisor = supervision.current()
         if self.existing is None:
-            self.home = rundir.make(plan.prefix, plan.owner, keep=plan.keep)
+            self.home = rundir.make(spec.prefix, spec.owner, keep=spec.keep)
         else:
-            self.home = rundir.reopen(self.existing, plan.owner)
-        self.log_path = plan.log_path or self.home.log
+            self.home = rundir.reopen(self.existing, spec.owner)
+        self.log_path = spec.log_path or self.home.log
         try:
             # Before anything is copied, so that the supervisor cleans up after a killed owner.
-            self._hold(guard)
+            self._hold(supervisor)
             assert self._process is not None
             if self.existing is None:
-                with rundir.new_data(self.home, plan.owner) as data:
-                    self._start_on(plan.source.resolve(), data, meanwhile)
+                with rundir.new_data(self.home, spec.owner) as data:
+                    self._start_on(spec.source.resolve(), data, meanwhile)
             else:
                 self._start_postmaster()
                 self._await_ready()
-            if plan.keep:
+            if spec.keep:
                 self._process.set_cleanup(self.home.leftovers(keep=True), keep=True)
         except BaseException:
             self._undo()
@@ -246,15 +246,15 @@ class Postmaster:
         return status.log_tail(self.log_path)
 
     def _begin(self, source: Copyable, data: Tree) -> None:
-        plan = self.spec
+        spec = self.spec
         self._copy(source.begin, data)
         try:
             try:
                 conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
             except FileNotFoundError:
                 conf = ""
-            data.write(CONF, plan.conf(conf).encode(errors="surrogateescape"))
-            data.write("pg_hba.conf", plan.hba.encode(errors="surrogateescape"))
+            data.write(CONF, spec.conf(conf).encode(errors="surrogateescape"))
+            data.write("pg_hba.conf", spec.hba.encode(errors="surrogateescape"))
             if self.verifier is not None:
                 self.has_password = source.set_password(data, self.verifier)
             data.hand_over("")
@@ -267,34 +267,34 @@ class Postmaster:
         except OSError as error:
             raise disk_space.cannot_write(self.home.path, error) from error
 
-    def _hold(self, guard: supervision.Supervisor) -> None:
+    def _hold(self, supervisor: supervision.Supervisor) -> None:
         keep = self.existing is not None  # new data is persisted only once it is complete
         log = self._open_log()
         try:
-            self._process = guard.hold(
+            self._process = supervisor.hold(
                 self.home.leftovers(keep=keep), keep=keep, lease=self.home.lease, log=log
             )
         finally:
             os.close(log)
 
     def _request(self) -> supervision.Request:
-        plan = self.spec
+        spec = self.spec
         settings = {
-            "listen_addresses": ",".join(plan.addresses),
+            "listen_addresses": ",".join(spec.addresses),
             "port": str(self.port),
             "unix_socket_directories": str(self.socket_dir),
             "hba_file": str(self.data_dir / "pg_hba.conf"),
         }
         # On the command line, because ALTER SYSTEM in a copied data directory overrides any file.
-        argv = [str(plan.installation.program("postgres")), "-D", str(self.data_dir)]
+        argv = [str(spec.installation.program("postgres")), "-D", str(self.data_dir)]
         argv += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return supervision.Request(
             argv=argv,
             env=processes.clean_environment(),
-            uid=plan.owner.uid if plan.owner.switch else None,
-            gid=plan.owner.gid if plan.owner.switch else None,
+            uid=spec.owner.uid if spec.owner.switch else None,
+            gid=spec.owner.gid if spec.owner.switch else None,
             data_dir=str(self.data_dir),
-            ttl=plan.ttl,
+            ttl=spec.ttl,
             sweep=[str(base) for base in {*paths.sweep_bases(), self.home.path.parent}],
         )
 
@@ -352,11 +352,11 @@ class Postmaster:
                 raise ports.taken(address, port or 0, reason)
 
     def _choose_port(self) -> None:
-        plan = self.spec
-        if plan.port is not None:
-            self.port = plan.port
-        elif plan.addresses:
-            self.port = ports.free_port(plan.addresses[0])
+        spec = self.spec
+        if spec.port is not None:
+            self.port = spec.port
+        elif spec.addresses:
+            self.port = ports.free_port(spec.addresses[0])
 
     def _undo(self) -> None:
         """Remove what a failed start has created; data that was persisted before remains."""

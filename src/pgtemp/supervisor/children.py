@@ -44,7 +44,8 @@ _MOST_FDS = 1 << 20
 class Server:
     """One postmaster, from the request to start it to the removal of its run directory.
 
-    Or one recycler (recycle_files.py); `log` is then the socket connected to it.
+    An instance can also stand for a recycler (recycle_files.py) instead of a postmaster; `log` is
+    then the recycler's end of the socket to the owner.
     """
 
     def __init__(self, channel: _socket.socket, lease: int, log: int) -> None:
@@ -91,10 +92,9 @@ class Server:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(self.log, 1)
             os.dup2(self.log, 2)
+            # Python ignores these two signals, and exec preserves that.
             for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
-                _signal.signal(
-                    number, _signal.SIG_DFL
-                )  # Python ignores these; exec would keep that
+                _signal.signal(number, _signal.SIG_DFL)
             self._become_user(QUIT)
             if os.getppid() == supervisor:
                 os.execve(spec["argv"][0], spec["argv"], spec["env"])

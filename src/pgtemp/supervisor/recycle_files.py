@@ -11,7 +11,8 @@ Every restored file gets a fixed, artificial modification time. A file without t
 written to since, by any process, and is restored again.
 
 The recycler is a process of its own that the supervisor forks. It runs as the server user, because
-a superuser in the server can put links into its directories. It imports no module that is slow.
+a superuser in the server can put links into the directories. It imports no module that is slow to
+import.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Recycler:
         sizes = {}
         for name, status in _files(stub):
             if not stat.S_ISREG(status.st_mode):
-                raise FileExistsError(f"{stub}/{name} is no plain file")
+                raise FileExistsError(f"{stub}/{name} is not a regular file")
             sizes[name] = status.st_size
             if name != _STUB:
                 os.rename(f"{stub}/{name}", f"{original}/{name}")
