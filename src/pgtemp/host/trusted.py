@@ -59,7 +59,7 @@ def find_flaw(path: Path, *, sticky: bool) -> str | None:
     at, is_open = "/", False  # the directory reached so far, and whether others may write to it
     while to_do:
         name = to_do.pop()
-        if name == "..":  # `at` contains no links, and its parents were examined
+        if name == "..":  # `at` contains no links, and its parents have been examined
             at = os.path.dirname(at)
             is_open = _is_open(at, os.lstat(at))
             continue

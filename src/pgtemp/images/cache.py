@@ -153,7 +153,7 @@ def _load(path: Path) -> Image | None:
 
 
 def _prune(images: Path) -> None:
-    """Remove images not used for a month; and the least recently used beyond the size limit."""
+    """Remove images not used for a month, and the least recently used beyond the size limit."""
     oldest, total = time.time() - UNUSED_DAYS * 86400, 0
     found = sorted(_sizes(images), reverse=True)
     for place, (when, size, path) in enumerate(found):

@@ -32,7 +32,7 @@ from pgtemp.supervisor.leftovers import DATA
 SUPERUSER = "postgres"
 MANIFEST = "manifest.json"
 _INITDB, _PASSWORD = "initdb", "password"
-# Mode of the caller's directory that contains one of another user, who may enter it.
+# Mode of a directory of the caller that contains a directory of the server user, who must enter it.
 _ENTERED = 0o711
 _MAPS = ("_fsm", "_vm")
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
@@ -85,7 +85,7 @@ def build(
             "which contains the cache",
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
-    # Checked before initdb runs: a server of it that exits on a full disk leaves kernel objects.
+    # Checked before initdb runs: a server that it starts leaves kernel objects if the disk is full.
     disk_space.check(
         path.parent,
         "initdb",
