@@ -1,7 +1,7 @@
-"""What pgtemp raises: one error with a cause, what was tried, and a remedy.
+"""The exceptions of pgtemp: each has a cause, the details of what was tried, and a remedy.
 
-Everything a caller may want to catch is a PgTempError. Its first line is enough to act on; the
-lines below it carry what was tried or PostgreSQL's own words. Nothing here knows about servers.
+Every error that a caller may want to catch is a PgTempError. Its first line is enough to act on;
+the lines below it list what was tried, or quote PostgreSQL. This module knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 
 class PgTempError(Exception):
-    """Something could not be done.
+    """An operation failed.
 
     Args:
         cause: what went wrong, in one line.
         remedy: what to do about it, in one line.
-        details: what was tried, or the words of the program that failed, a line each.
+        details: what was tried, or the output of the program that failed; one string per line.
     """
 
     def __init__(self, cause: str, *, remedy: str = "", details: Sequence[str] = ()) -> None:
@@ -30,36 +30,36 @@ class PgTempError(Exception):
 
 
 class OptionError(PgTempError, ValueError):
-    """An option, a URI or a file that was given cannot be used."""
+    """An option, a URI or a file that the caller gave cannot be used."""
 
 
 class InstallationError(PgTempError):
-    """No PostgreSQL programs that fit were found, or they cannot be run."""
+    """No suitable PostgreSQL programs were found, or they cannot be run."""
 
 
 class ClusterError(PgTempError):
-    """A server could not be made, did not start, or died."""
+    """A server could not be created, did not start, or exited unexpectedly."""
 
 
 class TransferError(PgTempError):
-    """A dump could not be loaded, or a database could not be dumped."""
+    """A dump could not be restored, or a database could not be dumped."""
 
 
 class WardenError(PgTempError):
-    """The process that supervises servers could not be started, or is gone."""
+    """The supervisor process could not be started, or it has exited."""
 
 
 class DiskFullError(ClusterError):
-    """There is too little room for another database."""
+    """The disk has too little free space, for example for another database."""
 
 
 class LimitError(PgTempError):
-    """There are as many leases or connections as there may be."""
+    """The limit on leases or connections has been reached."""
 
 
 class NoDatabaseError(PgTempError):
-    """A database that was asked for is none that a lease can be had of."""
+    """The requested database name does not stand for a database that can be leased."""
 
 
 class PgTempWarning(UserWarning):
-    """A test left something behind that it should have ended."""
+    """A test left something open that it should have closed, such as a connection."""

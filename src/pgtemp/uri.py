@@ -1,7 +1,7 @@
-"""Connection information: frozen, and turned into a URL, libpq keywords or environment variables.
+"""Connection information: immutable, with conversions to a URL, libpq keywords and environment.
 
-libpq's own parser reads URLs (PostgreSQL docs, 34.1.1 "Connection Strings"), through psycopg.
-Passwords are in what is asked for by name, never in a repr.
+libpq's own parser, called through psycopg, reads URLs (PostgreSQL docs, 34.1.1 "Connection
+Strings"). A password appears only in the values that are documented to contain it, never in a repr.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXAMPLE = "write it like postgresql://user:password@localhost:6543/dbname"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionInfo:
-    """How to reach a database. `host` may be a directory, which holds the server's unix socket."""
+    """How to connect to a database. `host` may be the directory of the server's unix socket."""
 
     host: str
     port: int
@@ -43,7 +43,7 @@ class ConnectionInfo:
 
     @property
     def conninfo(self) -> str:
-        """libpq's keywords and values, without the password: fit for a command line."""
+        """libpq's keywords and values, without the password: safe on a command line."""
         return make_conninfo(host=self.host, port=self.port, user=self.user, dbname=self.dbname)
 
     def environment(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class ConnectionInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialInfo:
-    """What a URL given by a user says; None is what it leaves open."""
+    """The parts of a URL given by a user; None for each part that the URL does not specify."""
 
     host: str | None = None
     port: int | None = None
@@ -78,31 +78,32 @@ def redact(uri: str) -> str:
 
 
 def parse(uri: str, source: str = "") -> PartialInfo:
-    """Read a URL.
+    """Parse a URL.
 
     Args:
-        source: where it comes from, such as the name of a variable, for messages.
+        source: the origin of the URL, such as the name of a variable; used in error messages.
 
     Raises:
-        OptionError: it is not a PostgreSQL URL, or says what pgtemp cannot do.
+        OptionError: the text is not a PostgreSQL URL, or contains a value that is not valid.
     """
     shown = f"{source} {redact(uri)!r}".lstrip()
     if not uri.startswith(("postgresql://", "postgres://")):
         raise OptionError(f"{shown} is not a PostgreSQL URI", remedy=_EXAMPLE)
     try:
-        said = conninfo_to_dict(uri)
+        parameters = conninfo_to_dict(uri)
     except ProgrammingError as error:
-        # libpq quotes the URI, and with it the password
+        # libpq quotes the URI, including the password
         reason = str(error).strip().replace(uri, redact(uri))
         raise OptionError(f"{shown} is not a PostgreSQL URI: {reason}", remedy=_EXAMPLE) from None
     port = None
-    if (given := said.get("port")) is not None:
+    if (given := parameters.get("port")) is not None:
         port = int(given) if str(given).isdecimal() else 0
         if not 1 <= port <= 65535:
             raise OptionError(f"{shown}: {given!r} is not a port", remedy=_EXAMPLE)
 
     def text(name: str) -> str | None:
-        return str(said[name]) if said.get(name) not in (None, "") else None
+        value = parameters.get(name)
+        return str(value) if value not in (None, "") else None
 
     return PartialInfo(
         host=text("host"),

@@ -84,7 +84,7 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
         db.connect() as connection,
     ):
         assert connection.execute("SELECT count(*) > 0 FROM pg_class").fetchone() == (True,)
-    assert caplog.text.count("is built again") == 1
+    assert caplog.text.count("is rebuilt") == 1
 
 
 @pytest.mark.slow

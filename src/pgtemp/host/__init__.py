@@ -1,1 +1,1 @@
-"""What the operating system gives; no PostgreSQL in it."""
+"""Operating system services; this package knows nothing of PostgreSQL."""

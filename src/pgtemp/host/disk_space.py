@@ -1,6 +1,6 @@
-"""How much room there is on a disk, and the error where there is too little.
+"""The free space of a disk, and the error raised if there is too little.
 
-A disk on which no more files can be made (it has no inodes left) is full as well, whatever is free.
+A disk without free inodes counts as full, even if it has free bytes.
 """
 
 from __future__ import annotations
@@ -13,65 +13,65 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
 
-REMEDY = "make room, or name another directory (data_dir_prefix)"
-CACHE_REMEDY = "make room, or name another directory in PGTEMP_CACHE_DIR"
-# PostgreSQL stops with all who are in it when it cannot write its log, so this much stays free; of
-# a disk that is small, a part.
+REMEDY = "free some space, or choose another directory (data_dir_prefix)"
+CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
+# PostgreSQL shuts down and disconnects every client when it cannot write its WAL, so this much
+# space must stay free; on a small disk, this fraction of it.
 _SPARE_BYTES, _SPARE_PART = 64 << 20, 8
 _SPARE_FILES = 64
-ASIDE = "spare"  # the file
-_ASIDE_BYTES = 2 << 20  # for a checkpoint, and a segment of PostgreSQL's log
-_NOTHING = 1 << 20  # bytes; with less, no server can do anything
+ASIDE = "spare"  # the name of the file that reserves space
+_ASIDE_BYTES = 2 << 20  # enough for a checkpoint and one WAL segment
+_NOTHING = 1 << 20  # bytes; with less free space, a server cannot do anything
 _NO_LIMIT = 1 << 62  # bytes; a ramfs, or a tmpfs of size=0, reports no blocks at all
-# Levels of directories that `size_of` enters, more than PostgreSQL has; each takes a descriptor.
+# The depth to which `size_of` descends, more than PostgreSQL uses; each level takes a descriptor.
 _DEEPEST = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# In PostgreSQL's words; the second is of a file that grew by a part of a page.
+# As PostgreSQL reports it; the last is for a write that stored only part of a page.
 _FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote only ")
 
 
 def size_bytes(path: Path) -> int:
-    """The size of the disk that `path` is on."""
+    """The size in bytes of the file system that holds `path`."""
     status = _status(path)
     return status.f_blocks * status.f_frsize or _NO_LIMIT
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user can still write where `path` is, or would be."""
+    """Bytes that an ordinary user can still write to the file system of `path`, even if missing."""
     status = _status(path)
     return status.f_bavail * status.f_frsize if status.f_blocks else _NO_LIMIT
 
 
 def left(path: Path) -> str:
-    """How much is free where `path` is, for people."""
+    """The free space of the file system of `path`, as text for messages."""
     if _free_files(_status(path)) == 0:
-        return "no more files can be made"
+        return "no free inodes"
     if free_bytes(path) == _NO_LIMIT:
-        return "free without limit"
+        return "unlimited free space"
     return f"{free_bytes(path) >> 20} MB free"
 
 
 def is_full(path: Path) -> bool:
-    """Whether nothing can be done any more where `path` is."""
+    """Whether the file system of `path` has no usable space left."""
     return free_bytes(path) < _NOTHING or _free_files(_status(path)) == 0
 
 
 def says_full(words: str) -> bool:
-    """Whether a program complains of a full disk."""
+    """Whether a program's output reports a full disk."""
     return any(one in words for one in _FULL_WORDS)
 
 
 def check_with_spare(path: Path, what: str, *, size: int, files: int) -> None:
-    """As `check`, but some room has to be left for a server that runs there."""
+    """As `check`, but additionally require a reserve for a server that runs there."""
     size += min(_SPARE_BYTES, size_bytes(path) // _SPARE_PART)
     check(path, what, size=size, files=files + _SPARE_FILES)
 
 
 def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY) -> None:
-    """Raise DiskFullError where there is no room for so many bytes and files.
+    """Raise DiskFullError if `size` bytes in `files` files do not fit on the file system of `path`.
 
     Args:
-        what: needs them, as "another database".
+        what: the purpose of the space, for the message, such as "another database".
     """
     free_files = _free_files(_status(path))
     if free_bytes(path) < size:
@@ -81,12 +81,12 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
     else:
         return
     raise DiskFullError(
-        f"{path} has too little room for {what}: {left(path)}, {need} needed", remedy=remedy
+        f"{path} has too little free space for {what}: {left(path)}, {need} needed", remedy=remedy
     )
 
 
 def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterError:
-    """The error for a file or directory that could not be written, with how much room there is."""
+    """The error for a file or directory that cannot be written; it states the free space."""
     if error.errno == errno.EFBIG:
         remedy = "raise the limit on the size of files (ulimit -f)"
     kind = DiskFullError if error.errno in _FULL else ClusterError
@@ -96,19 +96,19 @@ def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterEr
 
 
 def put_aside(directory: Path) -> None:
-    """Put some room aside, in a file, for `spared`; where there is none, that is that."""
+    """Reserve some space in a file, for `spared`; do nothing if there is none."""
     try:
         with open(directory / ASIDE, "xb") as file:
-            os.posix_fallocate(file.fileno(), 0, _ASIDE_BYTES)  # zeros may be compressed to nothing
+            os.posix_fallocate(file.fileno(), 0, _ASIDE_BYTES)  # written zeros may be compressed
     except FileExistsError:
         pass
-    except (OSError, AttributeError):  # macOS has no such call
+    except (OSError, AttributeError):  # macOS has no posix_fallocate
         (directory / ASIDE).unlink(missing_ok=True)
 
 
 @contextmanager
 def spared(directory: Path) -> Iterator[None]:
-    """On a full disk, let a block have the room that was put aside."""
+    """If the disk is full, free the reserved space for the duration of a block."""
     if not is_full(directory):
         yield
         return
@@ -121,10 +121,10 @@ def spared(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn what goes wrong with files into the error that says where, and how much room there is.
+    """Convert an OSError of a block into an error that states the path and the free space.
 
     Raises:
-        ClusterError: a DiskFullError where there is no room.
+        ClusterError: a file could not be written; a DiskFullError if the disk is full.
     """
     try:
         yield
@@ -142,14 +142,14 @@ def _status(path: Path) -> os.statvfs_result:
 
 
 def _free_files(status: os.statvfs_result) -> int | None:
-    """None where there is no limit."""
+    """The number of free inodes; None if there is no limit."""
     return status.f_favail if status.f_files else None
 
 
 def size_of(directory: int, levels: int = _DEEPEST) -> int:
-    """Bytes that the files in an open directory take; what vanishes meanwhile does not count.
+    """Bytes on disk of the files below an open directory; a file removed meanwhile does not count.
 
-    No link is followed and no other file system is entered: the directory may be another user's.
+    It follows no link and enters no other file system, because the directory may be another user's.
     """
     size, below = 0, []
     with os.scandir(directory) as entries:

@@ -1,23 +1,23 @@
-"""How many files, sockets among them, this process may have open."""
+"""The limit on open files, including sockets, of this process."""
 
 from __future__ import annotations
 
 import resource
 from contextlib import suppress
 
-_MOST = 65536  # enough, and children that go through all of theirs do not take long
+_MOST = 65536  # enough; and child processes that close every possible descriptor stay fast
 
 
 def raise_limit() -> None:
-    """As many as the system lets this user have: the usual 1024 are 500 clients."""
+    """Raise the soft limit as far as the hard limit allows: the usual 1024 allow 500 clients."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # a system that allows less than it says
+        with suppress(ValueError, OSError):  # some systems allow less than the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def limit() -> int:
-    """How many there may be."""
+    """The current soft limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else soft

@@ -1,8 +1,8 @@
-"""Users: whom PostgreSQL is run as, what that user can reach, and who is at the other end.
+"""Users: the user as which PostgreSQL runs (the server user), and the directories it can enter.
 
-PostgreSQL refuses to run as root. Started by root (a container), pgtemp hands it another user's
-ids in the spawn; it never calls sudo or su, and never changes the mode of a directory it did not
-make.
+PostgreSQL refuses to run as root. If root runs pgtemp (as in a container), pgtemp starts PostgreSQL
+with the ids of another user. It never calls sudo or su, and never changes the mode of a directory
+that it did not create.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pgtemp.errors import OptionError
 
-# `nobody` exists on nearly every system, so that a bare container with no `postgres` user works.
+# `nobody` exists on nearly every system, also in a minimal container without a `postgres` user.
 _STAND_INS = ("postgres", "nobody")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user as which PostgreSQL's programs run. `switch` tells that it is not the caller."""
+    """A user as which PostgreSQL's programs run; `switch` is true if it is not the caller."""
 
     uid: int
     gid: int
@@ -30,7 +30,7 @@ class Identity:
 
     @property
     def has_name(self) -> bool:
-        """Whether the system knows a name for this user, rather than a number alone."""
+        """Whether the system has a name for this user, and not only a number."""
         return name_of(self.uid) != str(self.uid)
 
     @property
@@ -42,7 +42,7 @@ class Identity:
         return [str(self.uid)] if self.switch else []
 
     def blocked_at(self, path: Path) -> Path | None:
-        """The first directory on the way to `path` that this user may not pass; None if it may."""
+        """The first directory of `path` that this user may not enter; None if there is none."""
         if not self.switch:
             return None
         for directory in [*reversed(path.parents), path]:
@@ -66,7 +66,7 @@ def choose(run_as: str | None) -> Identity:
     """The user to run PostgreSQL as.
 
     Args:
-        run_as: a user's name, when the caller is root; None picks `postgres`, else `nobody`.
+        run_as: a user's name, if the caller is root; None selects `postgres`, else `nobody`.
 
     Raises:
         OptionError: there is no such user, it is root, or the caller is not root.
@@ -94,25 +94,26 @@ def choose(run_as: str | None) -> Identity:
     if run_as is not None:
         raise OptionError(
             f"run_as={run_as!r}: there is no such user",
-            remedy=f"make it with `useradd --system {run_as}`, or leave run_as out",
+            remedy=f"create it with `useradd --system {run_as}`, or leave run_as out",
         )
     raise OptionError(
         "PostgreSQL refuses to run as root, and there is neither a user `postgres` nor `nobody`",
-        remedy="make one with `useradd --system postgres`, or name one with run_as (PGTEMP_RUN_AS)",
+        remedy="create one with `useradd --system postgres`, or name another with run_as "
+        "(PGTEMP_RUN_AS)",
     )
 
 
 def choose_uid(uid: int) -> Identity:
-    """The user to run PostgreSQL as on data that belongs to a user.
+    """The user to run PostgreSQL as on data that belongs to user `uid`.
 
     Raises:
-        OptionError: it is another user's, and the caller is not root.
+        OptionError: the data belongs to another user, and the caller is not root.
     """
     return choose(None if uid == os.geteuid() else name_of(uid))
 
 
 def become(uid: int) -> None:
-    """Give up root's rights for those of another user, for good.
+    """Give up root's rights permanently and continue as another user.
 
     Raises:
         OptionError: the system has no such user.
@@ -121,7 +122,8 @@ def become(uid: int) -> None:
         entry = pwd.getpwuid(uid)
     except KeyError:
         raise OptionError(
-            f"the system has no user {uid}", remedy="make one, or give the directory to another"
+            f"the system has no user {uid}",
+            remedy="create that user, or change the owner of the directory (chown)",
         ) from None
     os.initgroups(entry.pw_name, entry.pw_gid)
     os.setgid(entry.pw_gid)
@@ -130,7 +132,7 @@ def become(uid: int) -> None:
 
 
 def name_of(uid: int) -> str:
-    """A user's name; the number where there is no such user."""
+    """A user's name; the number as text if the system has no name for it."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -1,7 +1,8 @@
-"""Locks between processes, by flock.
+"""Locks between processes, by flock(2).
 
-Not a library's: the descriptor is handed on to initdb and to the warden, so that a lock lives
-exactly as long as whoever works under it, and no library lets go of its descriptor.
+No library is used, because none gives access to its descriptor. Here the descriptor is inherited by
+initdb and sent to the supervisor, so that a lock lasts exactly as long as the processes that work
+under it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
-    """Hold the lock file at `path`; waits for it, and yields its descriptor.
+    """Wait for the lock on the file at `path`, hold it for a block, and yield its descriptor.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -30,7 +31,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[int]:
 
 @contextmanager
 def locked_at_once(path: Path) -> Iterator[bool]:
-    """Hold the lock file at `path` where nobody does; whether that is so. Raises OSError."""
+    """Try to lock the file at `path` without waiting; yield whether that worked. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -44,7 +45,7 @@ def locked_at_once(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock file at `path`; it may be missing."""
+    """Whether a process holds the lock on the file at `path`; False if the file is missing."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -59,7 +60,7 @@ def is_locked(path: Path) -> bool:
 
 
 def create_locked(path: Path, content: bytes) -> int:
-    """Make a file that is locked from the moment it can be seen; returns its descriptor."""
+    """Create a file that is locked from the moment it has its name; return its descriptor."""
     fresh = path.with_name(path.name + ".new")
     descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

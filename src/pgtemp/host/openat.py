@@ -1,6 +1,6 @@
-"""Opening files by descriptors, one name at a time, without following links.
+"""Open files relative to directory descriptors, one name at a time, without following links.
 
-The supervisor's process imports this too, so it imports nothing that is slow.
+The supervisor process imports this module, so it imports no module that is slow to import.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# Enough to open what is below a directory, without the right to list it (macOS has no O_PATH).
+# Enough to open the entries of a directory without permission to list it (macOS has no O_PATH).
 PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_file(name: str, directory: int) -> int:
-    """A descriptor of a regular file, for reading.
+    """Open a regular file for reading and return its descriptor.
 
     Raises:
-        OSError: it is missing; FileNotFoundError if it is of another kind.
+        OSError: the file cannot be opened; FileNotFoundError if it is not a regular file.
     """
     file = os.open(name, READ, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -32,7 +32,7 @@ def open_file(name: str, directory: int) -> int:
 
 
 def open_passage(path: str) -> int:
-    """A descriptor for opening the entries of a directory; no part of `path` may be a link.
+    """Open a directory, to open its entries later; no part of `path` may be a link.
 
     `path` is absolute. Raises OSError.
     """
@@ -47,7 +47,7 @@ def open_passage(path: str) -> int:
 
 
 def quietly(do: Callable[..., object], *arguments: object, **named: object) -> None:
-    """Call something that may have been done already, or that the caller may not do."""
+    """Call a function and ignore an OSError: it may be done already, or not be permitted."""
     try:
         do(*arguments, **named)
     except OSError:

@@ -1,7 +1,8 @@
-"""Where things go: the cache, kept data, scratch directories.
+"""The locations of the cache, of persisted data and of run directories.
 
-Scratch goes to tmpfs where it has room, because creating files decides what a database costs: on
-ext4 after much creation and deletion a clone takes thirty times as long. Kept data goes to disk.
+Run directories are placed on a tmpfs that has enough space, because the creation of files dominates
+the cost of a database: on ext4, after many files were created and deleted, a clone takes thirty
+times as long. Persisted data is placed on disk.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ _PREFIX_REMEDY = "name another directory (data_dir_prefix)"
 
 
 def cache_dir() -> Path:
-    """The directory of images; made if need be.
+    """The cache directory, which holds images; created if it is missing.
 
-    Root's is /var/cache/pgtemp rather than below /root, because the user that PostgreSQL is run
-    as has to reach what is in it. PGTEMP_CACHE_DIR names another.
+    For root it is /var/cache/pgtemp rather than a directory below /root, because the server user
+    must be able to read its files. PGTEMP_CACHE_DIR overrides it.
 
     Raises:
-        OptionError: it cannot be made or written, or other users could change it (trusted.py).
+        OptionError: it cannot be created or written, or other users could change it (trusted.py).
     """
     named = bool(os.environ.get("PGTEMP_CACHE_DIR"))
     what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
     reason = _make(path, what, _CACHE_REMEDY)
-    if reason and not named and os.geteuid() != 0:  # a home that cannot be written
+    if reason and not named and os.geteuid() != 0:  # the home directory is not writable
         path = _stand_in()
         reason = _make(path, what, _CACHE_REMEDY)
     if reason:
@@ -48,7 +49,7 @@ def cache_dir() -> Path:
 
 
 def usual_cache_dir() -> Path:
-    """Where images are unless that cannot be; it may be missing."""
+    """The cache directory, unless it proves unusable; it may be missing."""
     if given := os.environ.get("PGTEMP_CACHE_DIR"):
         return Path(given).absolute()
     if os.geteuid() == 0:
@@ -61,7 +62,7 @@ def _stand_in() -> Path:
 
 
 def _of_user(find: Callable[[str], str]) -> Path | None:
-    """A directory below the user's home; None where no home is known."""
+    """A directory below the user's home directory; None if that is not known."""
     try:
         path = Path(find("pgtemp"))
     except RuntimeError:
@@ -70,7 +71,7 @@ def _of_user(find: Callable[[str], str]) -> Path | None:
 
 
 def _make(path: Path, what: str, remedy: str) -> str | None:
-    """Make a trusted directory unless it exists; why that cannot be, None if it is done.
+    """Create a trusted directory unless it exists; return the reason if that fails, else None.
 
     Raises:
         OptionError: other users could change it.
@@ -79,7 +80,7 @@ def _make(path: Path, what: str, remedy: str) -> str | None:
         if not path.is_dir():
             nearest = next(one for one in path.parents if one.exists())
             if os.access(nearest, os.W_OK | os.X_OK):
-                # Before anything is made: a link of another user's on the way leads elsewhere.
+                # Checked before anything is created: another user's link could redirect it.
                 trusted.check(path, what, remedy, sticky=False)
             make_dirs(path)
         if not os.access(path, os.W_OK | os.X_OK):
@@ -91,9 +92,9 @@ def _make(path: Path, what: str, remedy: str) -> str | None:
 
 
 def make_dirs(path: Path) -> None:
-    """Make a directory, and those it is in, unless they are there.
+    """Create a directory and its missing parents.
 
-    Root's umask may be 077; the user PostgreSQL is run as has to get there all the same.
+    Root's umask may be 077; the server user must be able to enter them nevertheless.
     """
     for directory in [*reversed(path.parents), path]:
         if directory.is_dir():
@@ -117,28 +118,28 @@ def _open_to_all(directory: Path) -> None:
 
 
 def check_umask() -> None:
-    """Raise OptionError where we could not read ourselves what we make."""
+    """Raise OptionError if the umask would deny this process access to the files it creates."""
     try:
-        with open("/proc/self/status") as status:  # os.umask would change it, for all threads
-            said = [line.split()[1] for line in status if line.startswith("Umask:")]
+        with open("/proc/self/status") as status:  # os.umask would set it, for all threads
+            umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
     except OSError:
         return
-    if said and int(said[0], 8) & 0o700:
+    if umasks and int(umasks[0], 8) & 0o700:
         raise OptionError(
-            f"the umask {said[0]} takes away the owner's own rights",
+            f"the umask {umasks[0]} takes away the owner's own rights",
             remedy="set one like 022 or 077 before",
         )
 
 
 def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
-    """The directory in which a server's home is made.
+    """The directory in which a run directory is created.
 
     Args:
-        prefix: the directory asked for; None chooses one.
-        keep: the data is to be kept, so it must not be on tmpfs.
+        prefix: the requested directory; None chooses one.
+        keep: the data is to be persisted, so the directory must not be on tmpfs.
 
     Raises:
-        OptionError: the directory asked for cannot be used, or other users could change it.
+        OptionError: the requested directory cannot be used, or other users could change it.
     """
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)
@@ -150,10 +151,10 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
 
 
 def temporary_dir() -> Path:
-    """The directory for temporary files: TMPDIR where that can be written, else /tmp and the like.
+    """The directory for temporary files: TMPDIR if it can be written, else /tmp or /var/tmp.
 
     Raises:
-        OptionError: none can be written, or other users could change it.
+        OptionError: none of them can be written, or other users could change the one found.
     """
     try:
         path = Path(tempfile.gettempdir())
@@ -176,7 +177,7 @@ def _given_base(prefix: Path, *, keep: bool) -> Path:
         raise OptionError(f"{base} cannot be written", remedy=remedy)
     if keep and filesystem_type(base) in ("tmpfs", "ramfs"):
         raise OptionError(
-            f"{base} is on {filesystem_type(base)}, where nothing is kept for long",
+            f"{base} is on {filesystem_type(base)}, which does not survive a reboot",
             remedy="name a directory on disk (data_dir_prefix), or leave persist out",
         )
     trusted.check(base, "the directory", _PREFIX_REMEDY, sticky=True)
@@ -188,25 +189,26 @@ def _kept_base() -> Path:
     base = Path("/var/lib/pgtemp") if root else _of_user(platformdirs.user_data_dir)
     if base is None:
         raise OptionError(
-            "the user has no home directory, where kept data would go",
+            "the user has no home directory, in which data would be persisted",
             remedy="set HOME, or name a directory (data_dir_prefix)",
         )
-    if reason := _make(base, "the directory for kept data", _PREFIX_REMEDY):
+    if reason := _make(base, "the directory for persisted data", _PREFIX_REMEDY):
         raise OptionError(
-            f"{base}, where kept data goes, cannot be made: {reason}", remedy=_PREFIX_REMEDY
+            f"{base}, the directory for persisted data, cannot be created: {reason}",
+            remedy=_PREFIX_REMEDY,
         )
     return _given_base(base, keep=True)
 
 
 def sweep_bases() -> list[Path]:
-    """Where homes may have been left by owners that are gone."""
+    """The directories in which owners that have exited may have left run directories."""
     return [base for base in [_SHARED_MEMORY, *_temporary()] if base.is_dir() and _is_safe(base)]
 
 
 def _temporary() -> list[Path]:
     try:
         return [temporary_dir()]
-    except OptionError:  # none is needed where everything else was named
+    except OptionError:  # not needed if the options name every directory
         return []
 
 
@@ -218,10 +220,10 @@ def socket_base(owner: Identity) -> Path:
     """A directory whose path is short enough for the sockets in its subdirectories.
 
     Args:
-        owner: who has to get there too.
+        owner: the server user, who must be able to enter it.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is no such directory.
     """
     for base in (*_temporary(), Path("/tmp"), _SHARED_MEMORY):
         if (
@@ -239,7 +241,7 @@ def socket_base(owner: Identity) -> Path:
 
 
 def is_noexec(path: Path) -> bool:
-    """Whether no program can be run from where `path` is."""
+    """Whether the file system of `path` is mounted noexec, so that programs there cannot be run."""
     return bool(os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 

@@ -1,15 +1,15 @@
 """The user at the other end of a loopback TCP connection.
 
-The kernel is asked about the one connection (sock_diag(7)), which takes a fiftieth of a
-millisecond. If it does not answer, its table of all connections is read, which takes two.
+A sock_diag(7) request queries the kernel for the one connection and takes 0.02 ms. If the kernel
+does not answer, the table of all connections is read, which takes 2 ms.
 
-Both whole endpoints have to match, since a port may be in use on several loopback addresses at
-once; and the socket must have an inode, since the kernel reports those that no process holds any
-more as root's. A client may reach an IPv4 address through an IPv6 socket, as Java does; the kernel
-then reports both ends in their IPv6 form.
+The addresses and ports of both ends must match, since a port may be in use on several loopback
+addresses at once; and the socket must have an inode, since the kernel reports a socket that no
+process holds any more as root's. A client may connect to an IPv4 address through an IPv6 socket, as
+Java does; the kernel then reports both ends in their IPv6 form.
 
-The kernel answers by address, and the port of a client that has closed is free for another
-process's connection at once. Two checks make the answer one about this connection:
+The kernel looks a connection up by its addresses, and once a client has closed its socket, another
+process can use its port at once. Two checks ensure that the answer is about this connection:
 
 - The other end has completed its handshake. A client in SYN_SENT may have the endpoints of our
   connection: after a close its port is free before our end notices (FIN_WAIT2 may end after a
@@ -33,7 +33,7 @@ from typing import Protocol
 from pgtemp.host.ports import tcp_rows
 
 Endpoint = tuple[str, int]
-# Other systems have no way to ask.
+# Other systems have no such request.
 TELLS_PEERS = sys.platform == "linux"
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, pid
@@ -51,7 +51,7 @@ _MAPPED = bytes(10) + b"\xff\xff"  # before an IPv4 address, in its IPv6 form
 
 
 class Connection(Protocol):
-    """A connected TCP socket, or what a transport gives for one."""
+    """A connected TCP socket, or the object that an asyncio transport provides for one."""
 
     @property
     def family(self) -> int: ...
@@ -83,9 +83,9 @@ def refuse_descriptors(connected: socket.socket) -> None:
 
 
 def check_listener(connected: socket.socket, uid: int) -> None:
-    """Check that a unix socket leads to a process of a user, before anything is sent.
+    """Check, before anything is sent, that a process of user `uid` listens on a unix socket.
 
-    A server's user can put a link in place of its socket, which leads root to any other socket.
+    A server user can replace the socket by a link, which would lead root to any other socket.
 
     Raises:
         ConnectionRefusedError: another user's process listens there.
@@ -101,7 +101,7 @@ def check_listener(connected: socket.socket, uid: int) -> None:
 
 
 class Peers:
-    """Asks the kernel for the users at the other ends. For one thread at a time."""
+    """Queries the kernel for the users at the other ends of connections. Not thread-safe."""
 
     def __init__(self) -> None:
         self._kernel: socket.socket | None = None
@@ -112,7 +112,7 @@ class Peers:
         return None if uid == OVERFLOW_UID else uid
 
     def is_held(self, connection: Connection) -> bool:
-        """Whether a process holds the other end, of whichever user."""
+        """Whether a process of any user holds the other end."""
         return self._verified(connection) is not None
 
     def _verified(self, connection: Connection) -> int | None:
@@ -127,10 +127,10 @@ class Peers:
         return uid
 
     def holder(self, peer: Endpoint, ours: Endpoint) -> int | None:
-        """The user that holds an end of a connection of which this process has no descriptor.
+        """The user that holds one end of a connection for which this process has no descriptor.
 
-        None means that no process holds it. The answer may be about a connection that came after
-        the one that is meant.
+        None means that no process holds it. The answer may be about a later connection between the
+        same addresses.
 
         Args:
             peer: address and port of that end.
@@ -140,7 +140,7 @@ class Peers:
             if self._kernel is None:
                 self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
             return _ask(self._kernel, peer, ours)
-        except OSError:  # a kernel, or a container, without it; or it had no time
+        except OSError:  # no sock_diag in this kernel or container, or no answer yet
             self.close()
             return _look_up(peer, ours)
 
@@ -151,13 +151,13 @@ class Peers:
 
 
 def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
-    """By sock_diag. Raises OSError where the kernel has none."""
+    """Query by sock_diag. Raises OSError if the kernel does not support it."""
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
     connection = struct.pack("!HH", peer[1], ours[1]) + _padded(peer[0]) + _padded(ours[0])
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ANY) + connection
     request += struct.pack("=III", 0, _ANY, _ANY)  # any interface, no cookie
     length = _HEADER.size + len(request)
-    # The kernel has answered by the time it has taken the question.
+    # The kernel has queued its answer by the time send() returns.
     kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
     answer = kernel.recv(4096, socket.MSG_DONTWAIT)
     if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
@@ -167,13 +167,13 @@ def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
         raise OSError(code, "sock_diag")
     message = answer[_HEADER.size :]
     uid, inode = _UID_AND_INODE.unpack_from(message, _UID_AT)
-    # If there is no such connection, the kernel may answer with a socket that listens.
+    # If there is no such connection, the kernel may answer with a listening socket.
     found = _plain(message[_ID_AT : _ID_AT + _ID_LENGTH]) == connection
     return uid if found and inode and message[_STATE_AT] in _CONNECTED else None
 
 
 def _plain(connection: bytes) -> bytes:
-    """Ports and addresses of both ends, with IPv4 addresses in their own form."""
+    """Ports and addresses of both ends, with mapped IPv4 addresses converted to IPv4."""
     ends = [connection[at : at + 16].removeprefix(_MAPPED).ljust(16, b"\0") for at in (4, 20)]
     return connection[:4] + b"".join(ends)
 
@@ -188,7 +188,7 @@ def _packed(address: str) -> bytes:
 
 
 def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
-    """By the table of all connections."""
+    """Look a connection up in the table of all connections."""
     forms = ("",) if ":" in peer[0] else ("", "::ffff:")
     pairs = [[_written(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
     rows = tcp_rows("6" if ":" in peer[0] else "46")
@@ -199,7 +199,7 @@ def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
 
 
 def _written(address: str, port: int) -> str:
-    """As the table has it: 32-bit words in the machine's byte order, in hexadecimal."""
+    """An endpoint as in the table: 32-bit words in the machine's byte order, in hexadecimal."""
     packed = _packed(address)
     words = (packed[i : i + 4] for i in range(0, len(packed), 4))
     text = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -1,7 +1,7 @@
-"""As process 1 of a container: pass signals on, and reap whatever loses its parent.
+"""Behaviour as process 1 of a container: forward signals, and reap orphaned processes.
 
-The kernel makes process 1 the parent of every orphan, and gives it no signal that it does not
-listen to. What pgtemp does goes on in a child, so that nothing there need know of this.
+The kernel makes process 1 the parent of every orphan, and delivers to it only signals for which it
+has a handler. pgtemp's work runs in a child process, so the other modules need no special case.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run(work: Callable[[], int]) -> int:
-    """Do the work, in a child where this is process 1; its exit status.
+    """Do the work, in a child process if this is process 1; return its exit status.
 
-    Nothing may have been started yet, threads included. Where the work is ended by a signal, the
-    status is that of a shell, 128 and the signal.
+    The caller must not have started a thread or a process yet. If a signal terminates the work, the
+    status is 128 plus the signal's number, as in a shell.
     """
     if os.getpid() != 1:
         return work()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to have them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until the child exists
     child = os.fork()
     if child == 0:
         _lead()
@@ -39,19 +39,19 @@ def run(work: Callable[[], int]) -> int:
 
 
 def _pass_on(child: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
+    with suppress(ProcessLookupError):  # it has just exited
         os.kill(child, number)
 
 
 def _lead() -> None:
-    """Be a process group of one's own, and the terminal's where process 1 was that.
+    """Create a process group; make it the terminal's foreground group if process 1's group was.
 
-    A terminal signals whole groups, so that the child would have each Ctrl-C twice.
+    A terminal signals a whole group, so in process 1's group the child would get each Ctrl-C twice.
     """
     before = os.getpgrp()
     os.setpgid(0, 0)
     with suppress(OSError), open("/dev/tty", "rb", buffering=0) as terminal:
         if os.tcgetpgrp(terminal.fileno()) == before:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it would stop whoever is not yet in it
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else tcsetpgrp stops us
             os.tcsetpgrp(terminal.fileno(), os.getpgrp())
             signal.signal(signal.SIGTTOU, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""TCP ports on this machine: is a host ours, is a port free, who holds it."""
+"""TCP ports on this machine: which addresses are local, which ports are free, what uses them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LISTEN = "0A"
 
 
 def addresses(host: str) -> list[str]:
-    """The addresses that `host` stands for, IPv4 first; none where nobody knows it.
+    """The addresses that `host` resolves to, IPv4 first; none if it does not resolve.
 
-    `*` is every address of this machine.
+    `*` stands for every address of this machine.
     """
     if host == "*":
         return ["0.0.0.0", "::"]  # noqa: S104
@@ -28,17 +28,17 @@ def addresses(host: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether an address can be reached from this machine only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def is_any(host: str) -> bool:
-    """Whether this stands for all addresses of this machine."""
+    """Whether `host` stands for every address of this machine."""
     return host in ("*", "0.0.0.0", "::")  # noqa: S104
 
 
 def loopback_addresses(host: str) -> list[str]:
-    """The loopback addresses that `host` stands for; empty when it is not (only) this machine."""
+    """The loopback addresses of `host`; empty if any of its addresses is not a loopback address."""
     found = addresses(host)
     return found if all(map(is_loopback, found)) else []
 
@@ -56,7 +56,7 @@ def bind_error(address: str, port: int) -> str | None:
 
 
 def free_port(address: str) -> int:
-    """A port nobody listens on at this moment; somebody may take it the next."""
+    """A port that is free now; another process may take it at any time."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))
@@ -65,7 +65,7 @@ def free_port(address: str) -> int:
 
 
 def holder(port: int) -> str:
-    """Who listens on a TCP port, as "pid 123 (postgres)"; "" where that cannot be told."""
+    """The process that listens on a TCP port, as "pid 123 (postgres)"; "" if that is unknown."""
     sockets = {
         f"socket:[{row[9]}]" for row in tcp_rows() if _port(row[1]) == port and row[3] == _LISTEN
     }
@@ -81,7 +81,7 @@ def holder(port: int) -> str:
 
 
 def tcp_rows(family: str = "46") -> list[list[str]]:
-    """The kernel's TCP tables (proc_net_tcp): 1 local, 2 remote, 3 state, 7 uid, 9 inode."""
+    """The rows of /proc/net/tcp and tcp6; fields: 1 local, 2 remote, 3 state, 7 uid, 9 inode."""
     rows: list[list[str]] = []
     for digit, name in (("4", "/proc/net/tcp"), ("6", "/proc/net/tcp6")):
         if digit in family:
@@ -95,9 +95,9 @@ def _port(endpoint: str) -> int:
 
 
 def taken(address: str, port: int, reason: str) -> OptionError:
-    """The error for a port that cannot be listened on."""
+    """The error for a port on which a server cannot listen."""
     by = holder(port)
     return OptionError(
         f"port {port} on {address} cannot be used: {reason}{f', by {by}' if by else ''}",
-        remedy="choose another port, or end what uses it" if by else "choose another port",
+        remedy="choose another port, or stop that process" if by else "choose another port",
     )

@@ -1,7 +1,7 @@
-"""The only place that runs programs (but for the postmaster, which the warden's process starts).
+"""Run programs. No other module does, except that the supervisor process starts postmasters.
 
-Programs get a clean environment, so that a stray PGHOST, LC_ALL or TZ of the caller changes
-nothing, and nothing of what they print reaches the caller's terminal.
+Programs get a clean environment, so that a PGHOST, LC_ALL or TZ in the caller's environment has no
+effect. Their output does not reach the caller's terminal.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import IO, Any
 from pgtemp.errors import PgTempError
 from pgtemp.host.identity import Identity
 
-# What may decide whether a program finds its libraries or its user; the rest is not passed on.
+# Variables that a program may need to find its libraries or its user; no others are passed on.
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
-# What would lead libpq, and the commands that we run, to another server, or ask of ours what it
-# has not.
+# Variables that would make libpq, and the commands that pgtemp runs, connect to another server or
+# require features that pgtemp's servers lack.
 LEADS_ELSEWHERE = (
     "PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGSSLMODE", "PGREQUIRESSL",
     "PGSSLNEGOTIATION", "PGGSSENCMODE", "PGREQUIREAUTH", "PGCHANNELBINDING",
@@ -43,7 +43,7 @@ _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment for PostgreSQL's programs: UTF-8, English messages, nothing of libpq's."""
+    """The environment for PostgreSQL's programs: UTF-8, English messages, no libpq variables."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -67,22 +67,23 @@ def run(
     seconds: float | None = None,
     output: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end and return its exit status and what it printed.
+    """Run a program, wait for it, and return its exit status and its output.
 
     Args:
         argv: the program's path and its arguments; never a password.
-        identity: whom to run it as; None is the caller.
+        identity: the user to run it as; None is the caller.
         env: added to the clean environment.
-        stdin: what it reads.
-        cwd: the directory it works in.
-        guard: called with its id, and with 0 when it has ended; it leads a process group then.
-        seconds: how long it may take.
-        output: a descriptor that its standard output goes to; by default it is returned.
+        stdin: the text for its standard input.
+        cwd: its working directory.
+        guard: called with its pid, and with 0 when it has exited; the program then leads a process
+            group of its own.
+        seconds: the time limit.
+        output: a descriptor for its standard output; by default the output is returned.
 
     Raises:
         OSError: the program could not be run.
-        subprocess.TimeoutExpired: it took longer than it may; it was killed.
-        PgTempError: this process is about to end.
+        subprocess.TimeoutExpired: it exceeded the time limit, and was killed.
+        PgTempError: this process is about to exit.
     """
     _check_going_on()
     become = identity if identity is not None and identity.switch else None
@@ -161,22 +162,22 @@ def _communicate(
 def run_command(
     command: str, env: Mapping[str, str], cwd: str, guard: Callable[[int], None]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a user's shell command to its end, as the caller.
+    """Run a user's shell command as the caller, and wait for it.
 
-    Programs of our own virtual environment are found too, where it was not activated.
+    The command also finds programs of the current virtual environment if that is not activated.
 
     Args:
         env: added to the caller's own environment.
-        cwd: the directory it works in.
-        guard: called with its id, which is that of its process group too, and with 0 at its end.
+        cwd: its working directory.
+        guard: called with its pid, which is also its process group, and with 0 when it has exited.
 
     Returns:
-        Its exit status, and what it printed on both its outputs, in `stdout`.
+        Its exit status, and its standard output and standard error together, in `stdout`.
     """
     _check_going_on()
     inherited = {name: text for name, text in os.environ.items() if name not in LEADS_ELSEWHERE}
     places = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
-    with tempfile.TemporaryFile() as output:  # a pipe would last as long as what runs on behind
+    with tempfile.TemporaryFile() as output:  # background processes would hold a pipe open
         process = subprocess.Popen(
             _waiting(["/bin/sh", "-c", command]),
             env={**inherited, "PATH": os.pathsep.join(places), **env},
@@ -185,7 +186,7 @@ def run_command(
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
-            process_group=0,  # so that what the command has started can be ended with it
+            process_group=0,  # so that processes started by the command can be killed with it
         )
         _running.add(process)
         try:
@@ -198,12 +199,12 @@ def run_command(
             process.wait()
             guard(0)
         output.seek(0)
-        said = output.read().decode("utf-8", "replace")
-    return subprocess.CompletedProcess(process.args, process.returncode, said)
+        text = output.read().decode("utf-8", "replace")
+    return subprocess.CompletedProcess(process.args, process.returncode, text)
 
 
 def _end_gently(process: subprocess.Popen[bytes]) -> None:
-    """Let a program that leads its group clean up, then end what is left of the group."""
+    """Terminate the leader of a process group, let it clean up, then kill the rest of the group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_SECONDS)
@@ -215,28 +216,28 @@ _GO = "\n"
 
 
 def _waiting(argv: Sequence[str]) -> list[str]:
-    """A program that begins when it is told to, and never if we are gone before that."""
+    """Arguments that run a program once it reads `_GO`, and never if this process exits first."""
     return ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"', *argv]
 
 
 def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
-    """Run a program that talks to the user, to its end, with the caller's environment."""
+    """Run an interactive program on a terminal, with the caller's environment, and wait for it."""
     subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)
 
 
 def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command in our place: on the terminal, with the signals that we get.
+    """Run a command in place of this process: on its terminal, with the signals it receives.
 
     Args:
-        env: its whole environment.
+        env: the complete environment of the command.
 
     Returns:
-        Its exit status; below zero, the signal that ended it.
+        Its exit status; if negative, the signal that terminated it.
 
     Raises:
-        OSError: it cannot be run.
+        OSError: the command cannot be run.
     """
-    # posix_spawnp says "permission denied" where a directory of PATH is closed to us.
+    # posix_spawnp reports "permission denied" if a directory in PATH is not accessible.
     if os.path.dirname(argv[0]) == "" and shutil.which(argv[0]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
     early: list[int] = []
@@ -249,12 +250,12 @@ def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    # What is ignored (nohup does that) stays ignored, for the command too.
-    heard = [one for one in _PASSED_TO_COMMANDS if signal.getsignal(one) != signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in heard}
+    # A signal that is ignored (as under nohup) stays ignored, for the command too.
+    handled = [one for one in _PASSED_TO_COMMANDS if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in handled}
     try:
-        # Python ignores the last two, for itself.
-        reset = [*heard, signal.SIGPIPE, signal.SIGXFSZ]
+        # Python sets the last two to be ignored.
+        reset = [*handled, signal.SIGPIPE, signal.SIGXFSZ]
         pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=reset)
         for number in early:
             os.kill(pid, number)
@@ -265,7 +266,7 @@ def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def _wait(pid: int) -> int:
-    """Wait for a command to end; where it is stopped, stop too, so that the shell notices."""
+    """Wait for a command to exit; if it is stopped, stop too, so that the shell notices."""
     while True:
         _, status = os.waitpid(pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
@@ -275,7 +276,7 @@ def _wait(pid: int) -> int:
 
 
 def _is_on_terminal() -> bool:
-    """Whether the terminal sends its signals to us and to what we have started alike."""
+    """Whether the terminal sends its signals to this process group, child processes included."""
     try:
         with open("/dev/tty", "rb", buffering=0) as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
@@ -288,7 +289,7 @@ _interrupted = threading.Event()
 
 
 def interrupt() -> None:
-    """End the programs that run, and let no other begin: this process is about to end."""
+    """Terminate the running programs and start no others: this process is about to exit."""
     _interrupted.set()
     for process in list(_running):
         _signal_all(process, signal.SIGTERM)
@@ -300,7 +301,7 @@ def _check_going_on() -> None:
 
 
 def _signal_all(process: subprocess.Popen[Any], number: int) -> None:
-    """Signal a program, and what it has started where it leads a process group of its own."""
+    """Signal a program; if it leads a process group, signal the whole group."""
     try:
         if os.getpgid(process.pid) == process.pid:
             os.killpg(process.pid, number)
@@ -311,11 +312,12 @@ def _signal_all(process: subprocess.Popen[Any], number: int) -> None:
 
 
 def start_detached(argv: Sequence[str], *, stdin: int) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, out of reach of the terminal's Ctrl-C.
+    """Start a program in a session of its own, so that the terminal's Ctrl-C does not reach it.
 
     Args:
-        stdin: the descriptor it gets as its standard input. A number that was passed on instead
-            would not do: where the caller's own are closed, it may be that of one of them.
+        stdin: the descriptor that becomes its standard input. Inheriting it under its own number
+            instead would fail: if the caller's standard streams are closed, it may have the number
+            of one of them.
     """
     return subprocess.Popen(
         argv,

@@ -1,4 +1,4 @@
-"""What can be known of a process by its id."""
+"""Information about a process, looked up by its pid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LONGEST = 2048  # bytes of a command line
 
 
 def lives(pid: int) -> bool:
-    """Whether there is a process of that id, whoever's it is."""
+    """Whether a process with that pid exists, whichever user it belongs to."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -19,7 +19,7 @@ def lives(pid: int) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal such as SIGSTOP; False where that cannot be told."""
+    """Whether a process is stopped by a signal such as SIGSTOP; False if that is unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b") ")[2][:1] == b"T"
@@ -28,20 +28,20 @@ def is_stopped(pid: int) -> bool:
 
 
 def started(pid: int) -> int:
-    """When a process was started, in ticks since boot, which with its pid tells it from all others.
+    """When a process was started, in ticks since boot; together with the pid this identifies it.
 
-    0 where that cannot be told: it is gone, or there is no /proc (macOS).
+    0 if that is unknown: the process has exited, or there is no /proc (macOS).
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # Behind the name, which may hold anything.
+            # The fields after the program's name, which may contain any character.
             return int(file.read().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return 0
 
 
 def age(pid: int) -> float | None:
-    """Seconds since a process was started; None where that cannot be told."""
+    """Seconds since a process was started; None if that is unknown."""
     ticks = started(pid)
     if not ticks:
         return None
@@ -50,20 +50,22 @@ def age(pid: int) -> float | None:
             uptime = float(file.read().split()[0])
     except (OSError, ValueError):
         return None
-    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))  # a container may have its own
+    return max(
+        0.0, uptime - ticks / os.sysconf("SC_CLK_TCK")
+    )  # a container may have an uptime of its own
 
 
 def command(pid: int) -> str:
-    """The command line of a process, in one line; "" where that cannot be told.
+    """The command line of a process, in one line; "" if that is unknown.
 
-    A process may make its command line as long as it likes. A long one ends with a whole argument,
-    so that half a URL, in which a password cannot be recognized, is not shown.
+    A process can set a command line of any length. A long one is cut after a complete argument, so
+    that no part of a URL is shown in which the password could not be recognized.
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            said = file.read(_LONGEST + 1)
+            words = file.read(_LONGEST + 1)
     except OSError:
         return ""
-    if len(said) > _LONGEST:
-        said = said.rpartition(b"\0")[0] + b"\0..."
-    return " ".join(said.replace(b"\0", b" ").decode("utf-8", "replace").split())
+    if len(words) > _LONGEST:
+        words = words.rpartition(b"\0")[0] + b"\0..."
+    return " ".join(words.replace(b"\0", b" ").decode("utf-8", "replace").split())

@@ -1,7 +1,7 @@
-"""Telling whoever watches that something long is going on.
+"""Report the start of slow operations.
 
-The core says `with step("initdb …")`; a command line that has a terminal shows it. Nobody
-listening is the normal case.
+The library calls `with step("initdb ...")`; a command that has a terminal displays the text. By
+default the text is only logged.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _show: Callable[[str], AbstractContextManager[object]] | None = None
 
 
 def show_with(show: Callable[[str], AbstractContextManager[object]] | None) -> None:
-    """Name what shows a step while it lasts."""
+    """Set the context manager that displays a step while it lasts."""
     global _show
     _show = show
 
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """A stretch of work that a person would wonder about."""
+    """Log a slow operation, and display it while the block runs."""
     _log.info("%s", text)
     if _show is None:
         yield

@@ -1,6 +1,6 @@
-"""Removing directories, one entry a step, in a tree that another user may change meanwhile.
+"""Remove directories, one entry per step, in a tree that another user may change meanwhile.
 
-The supervisor's process imports this too, so it imports nothing that is slow.
+The supervisor process imports this module, so it imports no module that is slow to import.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     StrPath = str | os.PathLike[str]
-    # Work in small steps; its result says what failed.
+    # Work in small steps; the generator's result is the first failure, or None.
     Steps = Generator[None, None, OSError | None]
 
-ASIDE = ".gone"  # ends the name of a directory that is being removed
+ASIDE = ".gone"  # suffix of the name of a directory that is being removed
 
 
 def remove(path: StrPath) -> None:
-    """Remove a path whose parent directory is trusted; what resists is left."""
+    """Remove a path whose parent directory is trusted; leave entries that cannot be removed."""
     for _ in removal(path):
         pass
 
 
 def removal(path: StrPath) -> Iterator[None]:
-    """Remove a path whose parent directory is trusted, one entry a step; never fails."""
+    """Remove a path whose parent directory is trusted, one entry per step; never raises."""
     above, name = os.path.split(path)
     try:
         parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -41,7 +41,7 @@ def removal(path: StrPath) -> Iterator[None]:
 
 
 def removal_at(parent: int, name: str) -> Iterator[None]:
-    """Remove a name in an open directory, one entry a step; never follows a link, never fails."""
+    """Remove an entry of an open directory in steps; never follows a link, and never raises."""
     try:
         top = os.open(name, DIRECTORY, dir_fd=parent)
     except OSError:
@@ -54,9 +54,9 @@ def removal_at(parent: int, name: str) -> Iterator[None]:
 
 
 def remove_open(parent: int, name: str, top: int) -> Steps:
-    """Remove an open directory and all that is in it; the first failure, if it remains.
+    """Remove an open directory and its contents; the result is the first failure, if it remains.
 
-    A directory that has taken its name since stays.
+    If another directory has that name by now, it is not removed.
     """
     failure = yield from _empty(top)
     try:
@@ -68,12 +68,12 @@ def remove_open(parent: int, name: str, top: int) -> Steps:
 
 
 def _empty(top: int) -> Steps:
-    """Remove all that is in a directory; the first failure.
+    """Remove the contents of a directory; the result is the first failure.
 
-    By descriptors: whoever may write to it cannot lead a removal by root elsewhere. A directory
-    that is not empty is moved up to the top before it is looked into, so that however deep a tree
-    is, nothing recurses and two descriptors are enough. A file system that is mounted below stays:
-    what is mounted deeper cannot be moved, and what is mounted at the top is another device.
+    It works through descriptors, so a user who can write to the directory cannot redirect a removal
+    by root. Every subdirectory is moved to the top before it is emptied, so the removal does not
+    recurse and needs two descriptors, however deep the tree is. Mounted file systems are not
+    emptied: a deeper mount point cannot be moved, and one at the top is recognized by its device.
     """
     failure: OSError | None = None
     device = os.fstat(top).st_dev
@@ -97,7 +97,7 @@ def _empty(top: int) -> Steps:
                     elif not name:
                         waiting.append(child)
                     else:
-                        # A name that nobody can take beforehand.
+                        # A name that another user cannot predict, and so cannot occupy.
                         aside = f"{ASIDE}-{os.urandom(8).hex()}"
                         os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top)
                         waiting.append(aside)
@@ -116,7 +116,7 @@ def _empty(top: int) -> Steps:
 
 
 def is_entry(opened: int, directory: int, name: str) -> bool:
-    """Whether an open file or directory still has that name."""
+    """Whether a name in a directory still refers to an open file or directory."""
     try:
         there = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except OSError:

@@ -1,13 +1,13 @@
-"""Directory trees that another user may change, reached through descriptors alone.
+"""Access to directory trees that another user may change, through descriptors only.
 
-The owner of a server may be root, and PostgreSQL then runs as another user, as whom a client can
-run programs. In a directory of that user a path can lead anywhere a moment after it was checked.
-So this module is the only one that works with files below a data directory, which a test checks
-(`tests/test_architecture.py`). Every step goes from an open directory to one name in it, and never
-follows a link. A file is opened without blocking, and used only if the open descriptor is of a
-regular file that belongs to the expected user. A new file must not exist before.
+The owner of a server may be root. PostgreSQL then runs as another user, and a client can run
+programs as that user. In a directory of that user, a path that was checked can lead to any other
+file a moment later. This module is therefore the only one that accesses files below a data
+directory (enforced by `tests/test_architecture.py`). Every step leads from an open directory to one
+name in it, and never follows a link. A file is opened without blocking, and is used only if the
+open descriptor refers to a regular file of the expected user. A new file is created exclusively.
 
-The supervisor's process imports it too, so it imports nothing that is slow.
+The supervisor process imports this module, so it imports no module that is slow to import.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# PostgreSQL itself makes these links: initdb --waldir, CREATE TABLESPACE.
+# PostgreSQL itself creates these links: initdb --waldir, CREATE TABLESPACE.
 _OF_POSTGRES = ("pg_wal", "pg_tblspc/")
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -39,21 +39,21 @@ _KINDS = {
 
 
 class ForeignFileError(OSError):
-    """A file or directory is not what it must be: of another kind, or of another user."""
+    """A file or directory is of an unexpected kind, or belongs to an unexpected user."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(errno.EPERM, reason, name)
 
 
 class Tree:
-    """An open directory, and all below it.
+    """An open directory and everything below it.
 
     Args:
-        fd: its descriptor, which the tree closes in the end.
-        path: only for messages and for programs that run as the directory's user.
-        uid: the user to whom everything in it must belong; None if that does not matter, because
-            the caller has no more rights than that user.
-        gid: the group that new files get, together with that user; None if they are the caller's.
+        fd: the directory's descriptor; `close` closes it.
+        path: used only in messages and for programs that run as the directory's user.
+        uid: the user to whom every entry must belong; None if that does not matter because the
+            caller has no more rights than that user.
+        gid: new files get this group and the user `uid`; None if they stay the caller's.
     """
 
     __slots__ = ("_held", "fd", "gid", "path", "uid")
@@ -64,12 +64,12 @@ class Tree:
 
     @classmethod
     def open(cls, path: StrPath) -> Tree:
-        """The tree at a path whose parent directory is trusted.
+        """Open the tree at a path whose parent directory is trusted.
 
-        All below must belong to the user of the directory itself, if the caller is root.
+        If the caller is root, every entry must belong to the user of the directory itself.
 
         Raises:
-            OSError: it is missing, a link, or not a directory.
+            OSError: the path is missing, a link, or not a directory.
         """
         fd = os.open(path, DIRECTORY)
         uid = os.fstat(fd).st_uid if os.geteuid() == 0 else None
@@ -87,14 +87,14 @@ class Tree:
         self.close()
 
     def close(self) -> None:
-        """Close the tree; the second time nothing happens."""
+        """Close the tree; does nothing if it is closed already."""
         self.release()
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     def hold(self, *names: str) -> None:
-        """Keep directories open, so that later steps start from what is there now.
+        """Keep directories open, so that later steps use them even if they are renamed.
 
         Raises OSError as `enter`.
         """
@@ -108,14 +108,14 @@ class Tree:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it belongs to another user than the caller, who is root."""
+        """Whether the tree belongs to another user than the caller, who is root."""
         return self.uid is not None and self.uid != os.geteuid()
 
     def enter(self, name: str) -> int:
-        """A new descriptor of a directory below, or of the tree itself for "".
+        """Open a directory below, or the tree itself for "", and return a new descriptor.
 
         Raises:
-            OSError: it is missing, a link, or another user's.
+            OSError: the directory is missing, is a link, or belongs to another user.
         """
         held = self._held.get(name)
         if held is not None or not name:
@@ -134,7 +134,7 @@ class Tree:
         status = os.fstat(fd)
         reason = ""
         if directory and self.gid is not None and status.st_uid == os.geteuid():
-            return fd  # made here, and not handed over yet
+            return fd  # created by this tree, and not handed over yet
         if not directory and not stat.S_ISREG(status.st_mode):
             reason = f"is {kind_of(status.st_mode)}, not a regular file"
         elif self.uid is not None and status.st_uid != self.uid:
@@ -145,16 +145,16 @@ class Tree:
         return fd
 
     def below(self, name: str) -> Tree:
-        """The tree of a directory below. Raises OSError as `enter`."""
+        """Open a directory below as a tree. Raises OSError as `enter`."""
         return Tree(self.enter(name), f"{self.path}/{name}", self.uid, self.gid)
 
     def make_directory(self, name: str, mode: int = 0o700) -> None:
-        """Make a directory, which is the caller's until `hand_over`. Raises OSError."""
-        with _Place(self, name) as (there, last):
+        """Create a directory; it belongs to the caller until `hand_over`. Raises OSError."""
+        with _Parent(self, name) as (there, last):
             os.mkdir(last, mode, dir_fd=there)
             fd = os.open(last, DIRECTORY, dir_fd=there)
         try:
-            os.fchmod(fd, mode)  # whatever the umask is
+            os.fchmod(fd, mode)  # independent of the umask
         finally:
             os.close(fd)
 
@@ -163,17 +163,20 @@ class Tree:
         os.symlink(target, name, dir_fd=self.fd)
 
     def hand_over(self, *names: str) -> None:
-        """Give complete directories to the tree's user; "" is the tree itself. Raises OSError."""
+        """Change the owner of complete directories to the tree's user; "" is the tree itself.
+
+        Raises OSError.
+        """
         if self.gid is None or self.uid is None:
             return
         for name in names:
-            with _Place(self, f"{name}/") as (there, _):
+            with _Parent(self, f"{name}/") as (there, _):
                 os.fchmod(there, 0o700)
                 os.fchown(there, self.uid, self.gid)
 
     def take_back(self, name: str, mode: int) -> None:
         """Make a directory the caller's again; its group keeps what the mode allows."""
-        with _Place(self, "") as (there, _):
+        with _Parent(self, "") as (there, _):
             fd = os.open(name, DIRECTORY, dir_fd=there)
         try:
             if os.fstat(fd).st_uid != os.geteuid():
@@ -183,24 +186,25 @@ class Tree:
             os.close(fd)
 
     def open_file(self, name: str, flags: int = READ) -> int:
-        """The descriptor of a regular file, for reading.
+        """Open a regular file, for reading by default, and return its descriptor.
 
         Raises:
-            OSError: it is missing; a ForeignFileError if it is of another kind or another user's.
+            OSError: the file cannot be opened; a ForeignFileError if it is not a regular file or
+                belongs to another user.
         """
-        with _Place(self, name) as (there, last):
+        with _Parent(self, name) as (there, last):
             return self._checked(os.open(last, flags, dir_fd=there), name)
 
     def open_listed(self, name: str, last: str, above: int) -> int:
-        """As `open_file`, in an open directory; without checks if nobody else can change the tree.
+        """As `open_file`, in an open directory; unchecked if no other user can change the tree.
 
-        A pipe in place of a file does not block, and reads as an empty file.
+        A named pipe in place of a file does not block, and reads as an empty file.
         """
         fd = os.open(last, READ, dir_fd=above)
         return self._checked(fd, name) if self.is_foreign else fd
 
     def read(self, name: str, most: int) -> bytes:
-        """The first bytes of a file, at most so many. Raises OSError as `open_file`."""
+        """Read at most the first `most` bytes of a file. Raises OSError as `open_file`."""
         fd = self.open_file(name)
         try:
             return os.read(fd, min(most, os.fstat(fd).st_size or most))
@@ -208,15 +212,15 @@ class Tree:
             os.close(fd)
 
     def create(self, last: str, above: int) -> int:
-        """The descriptor of a new file of mode 0600 in an open directory. Raises OSError."""
+        """Create a file of mode 0600 in an open directory and open it. Raises OSError."""
         fd = os.open(last, _NEW, 0o600, dir_fd=above)
         if self.gid is not None and self.uid is not None:
             os.fchown(fd, self.uid, self.gid)
         return fd
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, which replaces another of that name. Raises OSError."""
-        with _Place(self, name) as (there, last):
+        """Write a file atomically; it replaces an existing one. Raises OSError."""
+        with _Parent(self, name) as (there, last):
             fresh = f".{last}.{os.urandom(4).hex()}"
             fd = self.create(fresh, there)
             try:
@@ -231,7 +235,7 @@ class Tree:
                 raise
 
     def patch(self, name: str, offset: int, data: bytes) -> None:
-        """Overwrite bytes within a file. Raises OSError as `open_file`."""
+        """Overwrite bytes of a file in place. Raises OSError as `open_file`."""
         fd = self.open_file(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.pwrite(fd, data, offset)
@@ -239,21 +243,21 @@ class Tree:
             os.close(fd)
 
     def status(self, name: str) -> os.stat_result | None:
-        """What the system says of a name, of a link itself; None if there is no such name."""
+        """The status of an entry, without following a link; None if there is no such entry."""
         try:
-            with _Place(self, name) as (there, last):
+            with _Parent(self, name) as (there, last):
                 return os.stat(last, dir_fd=there, follow_symlinks=False)
         except OSError:
             return None
 
     def entries(self, name: str = "") -> list[tuple[str, os.stat_result]]:
-        """The names in a directory, sorted, with what the system says of each.
+        """The names in a directory, sorted, each with its status.
 
         Raises:
             OSError: the directory cannot be read.
         """
         found = []
-        with _Place(self, f"{name}/") as (there, _), os.scandir(there) as entries:
+        with _Parent(self, f"{name}/") as (there, _), os.scandir(there) as entries:
             for entry in entries:
                 try:
                     found.append((entry.name, entry.stat(follow_symlinks=False)))
@@ -262,13 +266,13 @@ class Tree:
         return sorted(found, key=lambda one: one[0])
 
     def is_directory(self, name: str, status: os.stat_result) -> bool:
-        """Whether a name is of a directory, or of a link to one that PostgreSQL itself makes."""
+        """Whether an entry is a directory, or a link to one that PostgreSQL itself creates."""
         link = stat.S_ISLNK(status.st_mode) and name.startswith(_OF_POSTGRES)
         return stat.S_ISDIR(status.st_mode) or (link and not self.is_foreign)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a whole directory; a missing one, or one that resists, is left."""
-        with _Place(self, name) as (there, last):
+        """Remove a file or a directory; leave entries that cannot be removed, without an error."""
+        with _Parent(self, name) as (there, last):
             for _ in removal_at(there, last):
                 pass
 
@@ -277,8 +281,8 @@ class Tree:
         os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
 
-class _Place:
-    """The open directory in which the last part of a name is, for a block."""
+class _Parent:
+    """Open the directory that holds the last part of a name, for the duration of a block."""
 
     __slots__ = ("_fd", "_last", "_name", "_tree")
 
@@ -301,5 +305,5 @@ class _Place:
 
 
 def kind_of(mode: int) -> str:
-    """The kind of a file, for messages."""
+    """The kind of a file, as text for messages."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")

@@ -1,17 +1,17 @@
-"""Directories that only the owner and root can change.
+"""Check that only the owner and root can change a directory.
 
 A directory is trusted if it belongs to the owner (the effective uid) or to root, and no other user
-may write to it. The same holds for every directory on the way to it, including those that hold a
-symbolic link and those that the link leads through: a user who may write to one of them can put
-another directory in the place of the next one.
+may write to it. The same applies to every directory in its path, including those that hold a
+symbolic link and those that the link leads through: a user who may write to one of them can replace
+the next one by another directory.
 
-- A sticky directory, such as /tmp, is trusted on the way: its entries are renamed and removed by
-  their owners only. The entry in it has to belong to the owner or root, even if it is a link.
-- A group may write if it is the private group of the owner or of root, which Debian and Fedora make
-  for each user: it has the user's name, no other member, and is no other user's primary group. A
-  user without a name may have a group of the same number without a name. If the directory has an
-  access control list, the group's mode bits apply to other users as well (acl(5)), so no group may
-  write.
+- A sticky directory, such as /tmp, is trusted within a path: only their owners can rename and
+  remove its entries. The next entry must belong to the owner or root, even if it is a link.
+- A group may write if it is the private group of the owner or of root, which Debian and Fedora
+  create for each user: it has the user's name, no other member, and is no other user's primary
+  group. A user without a name may have a group of the same number without a name. If the directory
+  has an access control list, the group's mode bits apply to other users as well (acl(5)), so no
+  group may write.
 - In a user namespace that does not map root, the kernel reports root's files as the overflow uid's,
   like those of every user that is not mapped. There that uid is trusted like root, but not as the
   owner of an entry of a sticky directory.
@@ -41,10 +41,10 @@ def check(path: Path, what: str, remedy: str, *, sticky: bool) -> None:
     """Raise OptionError if `path` is not trusted.
 
     Args:
-        path: an absolute path; it is examined as far as it exists.
-        what: names the directory in the error.
-        remedy: how to name another one.
-        sticky: whether it may be a sticky directory itself.
+        path: an absolute path; only the part that exists is examined.
+        what: the description of the directory for the error.
+        remedy: how to choose another directory.
+        sticky: whether the directory itself may be sticky.
     """
     if flaw := find_flaw(path, sticky=sticky):
         raise OptionError(
@@ -54,12 +54,12 @@ def check(path: Path, what: str, remedy: str, *, sticky: bool) -> None:
 
 
 def find_flaw(path: Path, *, sticky: bool) -> str | None:
-    """The first directory on the way that is not trusted, and why; None if there is none."""
+    """The first directory in the path that is not trusted, and why; None if there is none."""
     to_do, links = _backwards(os.fspath(path)), 0
-    at, is_open = "/", False  # the directory reached so far, and whether others may make entries
+    at, is_open = "/", False  # the directory reached so far, and whether others may write to it
     while to_do:
         name = to_do.pop()
-        if name == "..":  # `at` has no links in it, and what it is in was examined
+        if name == "..":  # `at` contains no links, and its parents have been examined
             at = os.path.dirname(at)
             is_open = _is_open(at, os.lstat(at))
             continue
@@ -67,7 +67,7 @@ def find_flaw(path: Path, *, sticky: bool) -> str | None:
         try:
             status = os.lstat(entry)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return None  # it cannot be used; the attempt to do so tells why
+            return None  # it cannot be used; the caller's own attempt reports why
         if status.st_uid not in _owners(entry_of_sticky=is_open and name != "/"):
             return f"{entry} belongs to user {name_of(status.st_uid)}"
         if stat.S_ISLNK(status.st_mode):

@@ -1,1 +1,1 @@
-"""Cached data directories that servers start on copies of."""
+"""Images: data directories in the cache, from which those of servers are copied."""

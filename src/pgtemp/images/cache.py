@@ -1,8 +1,8 @@
-"""The cache of images: each made once on this machine, by one process, under its lock.
+"""The cache of images: each is built once on this machine, by one process, under a lock.
 
-An image is built (initdb.py) in a sibling directory under a lock and published by a rename; a
-file that merely exists proves nothing, since initdb killed half-way leaves a directory that starts.
-Its name is the hash of everything that determines its bytes.
+An image is built (initdb.py) in a sibling directory and published by a rename. The existence of a
+file would prove nothing, since an initdb that was killed can leave a directory on which a server
+starts. The image's name is the hash of everything that determines its bytes.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from pgtemp.images.initdb import MANIFEST
 from pgtemp.programs.installation import Installation
 
 _log = logging.getLogger("pgtemp")
-SCHEMA = 5  # of the image's layout and of what is done to a data directory
+SCHEMA = 5  # the version of the image's layout and of the steps that build its data directory
 UNUSED_DAYS = 30
 MOST_BYTES = 4 << 30
-RUN_SECONDS = 86400  # what a run that was killed has left
+RUN_SECONDS = 86400  # images of a run that are older were left by a killed run
 _OF_A_RUN = "-template-run-"
-_TELLS_LIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
+_HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 
 class Ensured(ABC):
-    """An image that is made when it is needed, and made again when it is damaged."""
+    """An image that is built when it is needed, and rebuilt if it is damaged."""
 
     @abstractmethod
     def resolve(self) -> Image:
-        """The image; made where there is none."""
+        """The image; built if there is none."""
 
     def repair(self, damage: ChangedError) -> None:
-        _log.warning("the image is damaged and is built again: %s", damage)
+        _log.warning("the image is damaged and is rebuilt: %s", damage)
         self.resolve().discard()
 
 
 @dataclass(frozen=True, slots=True)
 class Cached(Ensured):
-    """The image that initdb makes, for some programs and arguments."""
+    """The image that initdb creates, for an installation and arguments."""
 
     installation: Installation
     initdb_args: Mapping[str, str]
@@ -63,15 +63,15 @@ class Cached(Ensured):
         return self.resolve().path.name
 
     def resolve(self) -> Image:
-        """The image; runs initdb when there is none.
+        """The image; initdb builds it if there is none.
 
         Raises:
-            OptionError: an argument is not initdb's, or decides something pgtemp decides.
-            ClusterError: initdb failed; carries its words.
+            OptionError: an argument is not one of initdb's, or is one that pgtemp itself sets.
+            ClusterError: initdb failed; the details are its output.
         """
         programs = self.installation
         arguments = initdb.arguments(programs, self.initdb_args)
-        libc = os.confstr("CS_GNU_LIBC_VERSION") if _TELLS_LIBC else ""
+        libc = os.confstr("CS_GNU_LIBC_VERSION") if _HAS_GLIBC else ""
         key = key_of(programs.identity, libc or "", *arguments, *self.owner.made_as)
         return ensure(
             f"{programs.major}-{key}",
@@ -84,7 +84,7 @@ _loaded: dict[tuple[Path, int], Image] = {}
 
 
 def key_of(*parts: str) -> str:
-    """A name for an image, from all that determines its bytes."""
+    """The name of an image: a hash of everything that determines its bytes."""
     return hashlib.sha256("\0".join([str(SCHEMA), *parts]).encode()).hexdigest()[:24]
 
 
@@ -92,29 +92,29 @@ def name_of(major: int, identity: str, run: str | None) -> str:
     """The name of a template's image.
 
     Args:
-        run: of a program for which alone it is kept.
+        run: the name of the run for which alone it is cached; None caches it permanently.
     """
     kind = f"{_OF_A_RUN}{run}-" if run is not None else "-template-"
     return f"{major}{kind}{identity}"
 
 
 def forget(run: str) -> None:
-    """Remove the images that were kept for one run of a program alone, which is at its end."""
+    """Remove the images that were cached for one run only, at the end of that run."""
     for lock in (_trusted_cache() / "images").glob(f"*{_OF_A_RUN}{run}-*.lock"):
         _remove(lock.with_suffix(""))
 
 
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
-    """The image of that name in the cache; built where there is none, by one process alone.
+    """The image of that name in the cache; if there is none, exactly one process builds it.
 
     Args:
         name: from `key_of`.
-        what: is going on, for who looks at progress.
-        build: makes the image at a path; gets the descriptor of the lock as well, for programs
-            that must not outlive it.
+        what: the description of the build, for progress messages.
+        build: builds the image at a path; it also gets the descriptor of the lock, which must be
+            held as long as a program of the build runs.
 
     Raises:
-        PgTempError: the build's.
+        PgTempError: the build failed.
     """
     path = paths.cache_dir() / "images" / name
     if (image := _load(path)) is not None:
@@ -123,7 +123,7 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
         with disk_space.writing(path.parent, disk_space.CACHE_REMEDY):
             paths.make_dirs(path.parent)
             lock = held.enter_context(locks.locked(path.with_suffix(".lock")))
-        if (image := _load(path)) is None:  # nobody built it while we waited
+        if (image := _load(path)) is None:  # no other process built it in the meantime
             with step(what):
                 build(path, lock)
             image = _load(path)
@@ -134,7 +134,7 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
 
 
 def _load(path: Path) -> Image | None:
-    """Read from disk when it is not the one read before: another process may have rebuilt it."""
+    """The image at a path; read from disk again if another process has rebuilt it since."""
     try:
         written = (path / MANIFEST).stat().st_mtime_ns
         if (path, written) not in _loaded:
@@ -151,14 +151,14 @@ def _load(path: Path) -> Image | None:
 
 
 def _prune(images: Path) -> None:
-    """Remove images that nobody has used for a month, and the oldest where they grow too many."""
+    """Remove images not used for a month, and the least recently used beyond the size limit."""
     oldest, total = time.time() - UNUSED_DAYS * 86400, 0
     found = sorted(_sizes(images), reverse=True)
     for place, (when, size, path) in enumerate(found):
         total += size
         stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
         if stale or (total > MOST_BYTES and place > 0):
-            with suppress(OSError):  # its lock cannot be made
+            with suppress(OSError):  # its lock file cannot be created
                 _remove(path)
 
 
@@ -166,12 +166,12 @@ def _remove(path: Path) -> None:
     lock = path.with_suffix(".lock")
     with locks.locked(lock):
         remove(path)
-        if _OF_A_RUN in path.name:  # nobody will ask for it again
+        if _OF_A_RUN in path.name:  # no process will request it again
             lock.unlink(missing_ok=True)
 
 
 def sweep() -> list[Path]:
-    """Remove what builders that were killed have left in the cache; what that was."""
+    """Remove directories that killed builds have left in the cache; return their paths."""
     left = []
     for building in _trusted_cache().glob("*/*.building*"):
         lock = building.with_name(building.name.partition(".building")[0] + ".lock")
@@ -183,13 +183,13 @@ def sweep() -> list[Path]:
 
 
 def _trusted_cache() -> Path:
-    """The cache, or a path where there is nothing if other users can change the cache."""
+    """The cache directory; if other users can change it, a path that contains nothing."""
     path = paths.usual_cache_dir()
     return path if trusted.find_flaw(path, sticky=False) is None else Path(os.devnull)
 
 
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
-    """When each image was last used, its size in bytes, and where it is."""
+    """For each image: when it was last used, its size in bytes, and its path."""
     for manifest in images.glob(f"*/{MANIFEST}"):
         if manifest.parent.suffix:  # one that is being built
             continue
@@ -197,4 +197,4 @@ def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
             size = sum(size for _, size in json.loads(manifest.read_bytes())["files"])
             yield manifest.parent.stat().st_mtime, size, manifest.parent
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # somebody else has just removed it
+            continue  # another process has just removed it

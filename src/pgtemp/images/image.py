@@ -1,19 +1,19 @@
-"""Images: data directories that servers start on copies of.
+"""Images: data directories in the cache, from which the data directories of servers are copied.
 
-    images/<key>/manifest.json   what there is, with sizes, and the control file's hash
+    images/<key>/manifest.json   the list of files, with sizes, and the control file's hash
     images/<key>/data/           a data directory, shut down cleanly
-    images/<key>/warm/           relation cache files, put in place once the server runs
+    images/<key>/warm/           relation cache files, added once the server runs
 
-They are built by initdb.py and found again by cache.py.
+initdb.py builds them, and cache.py finds and removes them.
 
-A copy is made in four parts, because a postmaster does not read the databases while it starts
-from a clean shutdown: `begin` is what it needs to start; `first`, copied while it starts, the
-database `postgres`; `rest` the templates, copied while the first connection is already at work;
-`warm` the files that spare that connection building its relation cache (start-up deletes them, so
-they come after it). SingleServer that takes half of the time to the first row away.
+An image is copied in four parts, because a postmaster that starts after a clean shutdown does not
+read the databases: `begin` copies the files that it needs to start; `first`, while it starts, the
+database `postgres`; `rest` the templates, while the first connection is already in use; `warm` the
+relation cache files, so that this connection need not build the cache (start-up deletes these
+files, so they are added after it). Together this halves the time to the first row.
 
-A directory of the copy is given to the server's user when it is complete. Until then the server
-may look into it, because start-up searches each database for files of a crashed server.
+Each directory of the copy is given to the server user when it is complete. Until then the server
+may read it, because start-up searches each database for files of a crashed server.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ WARM = "warm"
 RELCACHE = "pg_internal.init"
 CONTROL = "global/pg_control"
 CONF = "postgresql.conf"
-# Left out of every copy: what belongs to a running server, and the logs of an earlier one.
+# Not copied: files of a running server, and the server logs of an earlier one.
 NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
 VERIFIER_LENGTH = 133
-POSTGRES_OID = 5  # of the database postgres, the same in all clusters since PostgreSQL 15
-_RELCACHE_BYTES = 4 << 20  # of one file, at most; they have 200 KB
+POSTGRES_OID = 5  # the oid of the database postgres in all clusters since PostgreSQL 15
+_RELCACHE_BYTES = 4 << 20  # the limit for one file; usually one has 200 KB
 _SHORT = 4096
 _CONTROL_BYTES = 8192  # PG_CONTROL_FILE_SIZE
-_LOOK_INTO = 0o755  # while a directory is incomplete; the data directory above it is closed
+_LOOK_INTO = 0o755  # mode of an incomplete directory; other users cannot enter the data directory
 
 
 class Source(Protocol):
-    """What a server's data directory is copied from."""
+    """A source from which a server's data directory is copied."""
 
     @property
     def identity(self) -> str:
-        """What tells it from all others; the same for the same bytes."""
+        """A text that identifies the source; the same for the same bytes."""
 
     def resolve(self) -> Copyable:
-        """What to copy, the same from beginning to end; made where there is none.
+        """The object to copy, which does not change during the copy; built if there is none.
 
         Raises:
-            PgTempError: it cannot be made.
+            PgTempError: it cannot be built.
         """
 
     def repair(self, damage: ChangedError) -> None:
-        """Make what is damaged anew, or raise ClusterError."""
+        """Rebuild the damaged source, or raise ClusterError."""
 
 
 class Copyable(Protocol):
-    """The parts of a data directory, each copied at its time. All raise OSError."""
+    """A data directory that is copied in parts, each at its time. All methods raise OSError."""
 
     @property
     def extent(self) -> tuple[int, int]:
-        """How many bytes there are, in how many files."""
+        """The number of bytes and the number of files."""
 
     def begin(self, target: Tree) -> None: ...
     def first(self, target: Tree) -> None: ...
@@ -81,7 +81,7 @@ class Copyable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A data directory that a user prepared: copied whole, never touched."""
+    """A data directory that a user prepared; it is copied completely and never changed."""
 
     path: Path
 
@@ -98,7 +98,7 @@ class Directory:
 
     @property
     def version(self) -> str:
-        """The major version of PostgreSQL that made it. Raises OptionError."""
+        """The major version of PostgreSQL that created it. Raises OptionError."""
         try:
             with reach.open_tree(self.path) as data:
                 return data.read("PG_VERSION", _SHORT).decode().strip()
@@ -109,7 +109,7 @@ class Directory:
             ) from error
 
     def is_in_use(self) -> bool:
-        """Whether the server that it notes is running."""
+        """Whether the server that its postmaster.pid names is running."""
         try:
             with reach.open_tree(self.path) as data:
                 return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
@@ -134,22 +134,22 @@ class Directory:
         target.hand_over(*listing.dirs)
 
     def first(self, target: Tree) -> None:
-        """Nothing is left: where the shutdown was unclean, start-up reads the databases."""
+        """Does nothing: `begin` has copied all; start-up reads the databases after a crash."""
 
     def rest(self, target: Tree) -> None:
-        """Nothing is left."""
+        """Does nothing: `begin` has copied everything."""
 
     def warm(self, target: Tree) -> None:
-        """Nothing is known about its relation cache."""
+        """Does nothing: there are no relation cache files for this directory."""
 
     def set_password(self, target: Tree, verifier: str) -> bool:
-        """Nothing is known about its users."""
+        """Does nothing, and returns False: the position of the verifier is unknown."""
         return False
 
     def repair(self, damage: ChangedError) -> None:
         raise ClusterError(
             f"{self.path} changed while it was copied: {damage}",
-            remedy="end the server that runs on it first",
+            remedy="stop the server that runs on it first",
         )
 
 
@@ -158,9 +158,9 @@ class Image:
     """A data directory that was shut down cleanly, and is copied many times.
 
     Attributes:
-        conf: the text for postgresql.conf; None if the file itself has it.
+        conf: the text for postgresql.conf; None if the data directory contains the file.
         password: the file and the offset of the superuser's verifier.
-        lock: where other processes may build or remove the image.
+        lock: the lock file, if other processes may build or remove the image.
     """
 
     path: Path
@@ -190,9 +190,9 @@ class Image:
         return self
 
     def begin(self, target: Tree) -> None:
-        """Copy what a postmaster needs to start. Raises ChangedError where it is damaged."""
+        """Copy the files that a postmaster needs to start. Raises ChangedError if damaged."""
         with self._undamaged() as data:
-            os.utime(self.path)  # for pruning
+            os.utime(self.path)  # records the time of use, for pruning
             for name in self.dirs:
                 late = _is_late(name) and target.gid is not None
                 target.make_directory(name, _LOOK_INTO if late else 0o700)
@@ -204,40 +204,40 @@ class Image:
         target.hand_over(*(name for name in self.dirs if not _is_late(name)))
 
     def first(self, target: Tree) -> None:
-        """Copy the database `postgres`. Raises ChangedError where the image is damaged."""
+        """Copy the database `postgres`. Raises ChangedError if the image is damaged."""
         with self._undamaged() as data:
             file_copy.copy_files(data, target, self.postgres)
         target.hand_over(_OF_POSTGRES)
 
     def rest(self, target: Tree) -> None:
-        """Copy the templates. Raises ChangedError where the image is damaged."""
+        """Copy the templates. Raises ChangedError if the image is damaged."""
         with self._undamaged() as data:
-            # By one thread: the server and its first client need the other core.
+            # In one thread, because the server and its first client need the other core.
             file_copy.copy_files(data, target, self.templates, threads=1)
         target.hand_over(*(name for name in self.dirs if _is_late(name) and name != _OF_POSTGRES))
 
     def warm(self, target: Tree) -> None:
-        """Put the relation cache files in place, unless the server has made its own already."""
+        """Add the relation cache files, unless the server has created its own already."""
         files = self.relcache
         if not files:
             return
-        with suppress(FileNotFoundError), Tree.open(self.path / WARM) as kept:
+        with suppress(FileNotFoundError), Tree.open(self.path / WARM) as saved:
             for file in files:
-                with suppress(FileExistsError, ChangedError):  # only a shortcut
-                    file_copy.copy_files(kept, target, [file])
+                with suppress(FileExistsError, ChangedError):  # only an optimization
+                    file_copy.copy_files(saved, target, [file])
 
     @property
     def relcache(self) -> tuple[tuple[str, int], ...]:
         """The relation cache files known so far, with their sizes."""
         if self.control not in _relcaches:
-            with suppress(OSError), Tree.open(self.path / WARM) as kept:
-                _relcaches[self.control] = file_copy.list_tree(kept).files
+            with suppress(OSError), Tree.open(self.path / WARM) as saved:
+                _relcaches[self.control] = file_copy.list_tree(saved).files
         return _relcaches.get(self.control, ())
 
     def learn(self, data: Tree) -> None:
-        """Keep the relation cache files of a server on this image that did nothing but connect.
+        """Save the relation cache files of a server on this image to which clients only connected.
 
-        What is in them follows from the catalogs alone, so they fit every copy.
+        Their contents depend on the catalogs only, so they fit every copy.
         """
         with self._locked(), Tree.open(self.path) as place:
             fresh = f"{WARM}.building"
@@ -246,7 +246,7 @@ class Image:
                 _copy_relcache(data, place, fresh)
                 if place.status(WARM) is None:
                     place.rename(fresh, WARM)
-            except (OSError, ChangedError):  # no room: only a shortcut
+            except (OSError, ChangedError):  # such as a full disk: only an optimization
                 place.remove(fresh)
 
     @contextmanager
@@ -258,7 +258,7 @@ class Image:
                 raise ChangedError(f"{self.path / DATA}: {error.strerror}") from error
             with data:
                 if control_hash(data) != self.control:
-                    raise ChangedError(f"{data.path}/{CONTROL} is not what was published")
+                    raise ChangedError(f"{data.path}/{CONTROL} differs from the published file")
                 yield data
 
     def discard(self) -> None:
@@ -270,8 +270,8 @@ class Image:
         """Put the superuser's verifier into a copy that no server has started on.
 
         initdb stored one of the same length, in a row that nothing points into and with page
-        checksums off, so this is what ALTER ROLE would leave; it takes no connection, which is
-        a seventh of the time to the first row. False where it has to be done by SQL.
+        checksums off, so the result is the same as that of ALTER ROLE. It needs no connection,
+        which saves a seventh of the time to the first row. Returns False if SQL is required.
         """
         if self.password is None or len(verifier) != VERIFIER_LENGTH:
             return False
@@ -305,7 +305,7 @@ def divided(
     password: tuple[str, int] | None = None,
     lock: Path | None = None,
 ) -> Image:
-    """An image, its files divided into those that are copied at once and those that can wait."""
+    """An image whose files are divided into those copied immediately and those copied later."""
     files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
     early = tuple(one for one in files if not one[0].startswith(_BASE))
     postgres = tuple(one for one in files if one[0].startswith(f"{_OF_POSTGRES}/"))
@@ -315,7 +315,7 @@ def divided(
 
 
 def control_hash(data: Tree) -> str:
-    """The hash of the control file, which holds the state and the system's identifier."""
+    """The hash of the control file, which contains the state and the system identifier."""
     try:
         return hashlib.sha256(data.read(CONTROL, _CONTROL_BYTES)).hexdigest()
     except OSError:
@@ -334,8 +334,8 @@ def _copy_relcache(data: Tree, place: Tree, name: str) -> None:
     place.make_directory(f"{name}/base")
     for above, _ in found:
         place.make_directory(f"{name}/{above}")
-    with place.below(name) as kept:
-        file_copy.copy_files(data, kept, [(f"{above}/{RELCACHE}", size) for above, size in found])
+    with place.below(name) as saved:
+        file_copy.copy_files(data, saved, [(f"{above}/{RELCACHE}", size) for above, size in found])
 
 
 def _is_dir(status: os.stat_result) -> bool:

@@ -1,7 +1,7 @@
-"""Building an image: initdb, then everything that makes a copy of it small and quick to start.
+"""Build an image: run initdb, then apply everything that makes its copies small and quick to start.
 
-In a sibling directory, published by a rename at the end; what a build that was killed has left is
-cleared away by the next. Called with the image's lock held.
+The image is built in a sibling directory and published by a rename at the end. A build removes what
+a killed build of the same image has left. The caller holds the image's lock.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pgtemp.supervisor.leftovers import DATA
 SUPERUSER = "postgres"
 MANIFEST = "manifest.json"
 _INITDB, _PASSWORD = "initdb", "password"
-# Of the caller's directory in which another user has one: that user may pass.
+# Mode of a directory of the caller that contains a directory of the server user, who must enter it.
 _ENTERED = 0o711
 _MAPS = ("_fsm", "_vm")
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
@@ -41,33 +41,33 @@ _CONTROLDATA_SECONDS, _INITDB_SECONDS = 30.0, 300.0
 _CONF_BYTES, _GLOBAL_BYTES = 1 << 20, 16 << 20
 _INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
-_GIVE_A_NAME = (
+_NAME_REMEDY = (
     "give the user a line in /etc/passwd, or a name by nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
     "NSS_WRAPPER_PASSWD, NSS_WRAPPER_GROUP)"
 )
 _REMEDIES = (
-    (r"could not look up effective user ID", _GIVE_A_NAME),
+    (r"could not look up effective user ID", _NAME_REMEDY),
     (r"could not resize shared memory segment", "make /dev/shm larger (docker run --shm-size)"),
     (r"File too large", "raise the limit on the size of files (ulimit -f)"),
 )
-_OURS = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
+_FIXED = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
 
 
 def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]:
-    """initdb's arguments: ours, and the user's over them. Raises OptionError."""
+    """initdb's arguments: pgtemp's defaults, overridden by the user's. Raises OptionError."""
     locale = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
     chosen = {"encoding": "UTF8", "locale": locale, "wal-segsize": "1"}
-    if installation.major >= 16:  # a /dev/shm of 1 MB is too small for initdb otherwise
+    if installation.major >= 16:  # otherwise a /dev/shm of 1 MB is too small for initdb
         chosen["set"] = "dynamic_shared_memory_type=mmap"
     if installation.major >= 18:
         chosen["no-data-checksums"] = ""
     for name, value in given.items():
         name = name.lstrip("-").replace("_", "-")
-        # getopt takes abbreviations too, so a beginning of one of ours is one of ours.
-        if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _OURS):
+        # getopt_long accepts abbreviations, so a prefix of a fixed option is refused too.
+        if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _FIXED):
             raise OptionError(
                 f"initdb_args: {name!r} cannot be given",
-                remedy="give a long option of initdb other than " + ", ".join(sorted(_OURS)),
+                remedy="give a long option of initdb other than " + ", ".join(sorted(_FIXED)),
             )
         if name == "data-checksums":
             chosen.pop("no-data-checksums", None)
@@ -78,14 +78,14 @@ def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]
 def build(
     installation: Installation, arguments: list[str], path: Path, owner: Identity, lock: int
 ) -> None:
-    """Make an image with initdb, and publish it at `path`. Raises PgTempError."""
+    """Build an image with initdb, and publish it at `path`. Raises PgTempError."""
     if blocked := owner.blocked_at(path.parent):
         raise OptionError(
             f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, "
-            "where the cache is",
+            "which contains the cache",
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
-    # Not left to initdb: where its server ends over a full disk, kernel objects stay behind.
+    # Checked before initdb runs: a server that it starts leaves kernel objects if the disk is full.
     disk_space.check(
         path.parent,
         "initdb",
@@ -94,7 +94,7 @@ def build(
         remedy=disk_space.CACHE_REMEDY,
     )
     with _published(path, lock) as (building, guard):
-        # What initdb makes is copied: its user may still have a file open there for writing.
+        # The files are copied, because the server user may still have one of them open for writing.
         building.make_directory(_INITDB, _ENTERED if owner.switch else 0o700)
         with building.below(_INITDB) as work:
             _initdb(installation, arguments, work, owner, guard)
@@ -108,7 +108,7 @@ def build(
 
 
 def publish(made: Image, path: Path, lock: int) -> None:
-    """Publish an image at `path`, for other processes too.
+    """Copy an image to `path` in the cache, where other processes can use it too.
 
     Raises:
         ClusterError: the cache cannot be written.
@@ -118,18 +118,18 @@ def publish(made: Image, path: Path, lock: int) -> None:
 
 
 def shut_down(path: Path, installation: Installation, owner: Identity, conf: str) -> Image:
-    """An image that is nobody else's: a directory whose server was shut down cleanly.
+    """A private image: a run directory whose server was shut down cleanly.
 
-    Left out are the WAL segments that are spare, and the free space and visibility maps, which are
-    made again as needed and are a quarter of the files. What is in a tablespace is copied into it.
+    Spare WAL segments are left out, as are the free space and visibility maps: PostgreSQL recreates
+    the maps as needed, and they are a quarter of the files. The files of tablespaces are included.
 
     Args:
-        path: has the data directory; the image lasts as long as it.
+        path: the directory that contains the data directory; the image lasts as long as it exists.
         owner: the user of the data directory.
         conf: the text for postgresql.conf.
 
     Raises:
-        ClusterError: the directory holds something that is not copied.
+        ClusterError: the directory contains a file that cannot be copied.
     """
     state = _controldata(installation, path / DATA, owner)
     needed = f"pg_wal/{state[_REDO_SEGMENT]}"
@@ -147,7 +147,7 @@ def shut_down(path: Path, installation: Installation, owner: Identity, conf: str
 
 
 def _copy(made: Image, building: Tree) -> None:
-    """Copy an image, with its relation cache files, to a directory that becomes one."""
+    """Copy an image, with its relation cache files, to a directory that becomes an image."""
     building.make_directory(DATA)
     with building.below(DATA) as data:
         with Tree.open(made.path / DATA) as source:
@@ -158,13 +158,13 @@ def _copy(made: Image, building: Tree) -> None:
         data.write(CONF, made.conf.encode(errors="surrogateescape"))
         files = (*made.files, (CONF, os.stat(CONF, dir_fd=data.fd).st_size))
     if made.relcache:
-        with Tree.open(made.path / WARM) as kept:
-            listing = file_copy.list_tree(kept)
+        with Tree.open(made.path / WARM) as saved:
+            listing = file_copy.list_tree(saved)
             building.make_directory(WARM)
             with building.below(WARM) as warm:
                 for name in listing.dirs:
                     warm.make_directory(name)
-                file_copy.copy_files(kept, warm, listing.files)
+                file_copy.copy_files(saved, warm, listing.files)
     manifest = {
         "dirs": made.dirs,
         "files": files,
@@ -176,9 +176,9 @@ def _copy(made: Image, building: Tree) -> None:
 
 @contextmanager
 def _published(path: Path, lock: int) -> Iterator[tuple[Tree, Callable[[int], None]]]:
-    """A directory beside `path` to build in, which becomes `path` where all goes well.
+    """A sibling directory of `path` to build in, which is renamed to `path` if the block succeeds.
 
-    Yields it, and what is to be told of a program that works in it.
+    Yields the directory, and the function to call with the pid of a program that works in it.
     """
     building = path.with_suffix(".building")
     with disk_space.writing(path.parent, disk_space.CACHE_REMEDY), Tree.open(path.parent) as images:
@@ -191,7 +191,7 @@ def _published(path: Path, lock: int) -> Iterator[tuple[Tree, Callable[[int], No
                 images.make_directory(building.name, _ENTERED if os.geteuid() == 0 else 0o700)
                 with images.below(building.name) as tree:
                     yield tree, guard
-                    os.fchmod(tree.fd, 0o700)  # no other user has to pass any more
+                    os.fchmod(tree.fd, 0o700)  # no other user needs to enter it any more
                 images.rename(building.name, path.name)
         except BaseException:
             images.remove(building.name)
@@ -205,24 +205,27 @@ def _initdb(
     owner: Identity,
     guard: Callable[[int], None],
 ) -> None:
-    """Run initdb on `data` in a directory of the caller's, where only `data` is its user's."""
+    """Run initdb on `data` in a directory of the caller; only `data` is the server user's."""
     initdb, data = installation.program("initdb"), Path(work.path, DATA)
     if not owner.has_name:
         if paths.is_noexec(data.parent):
             raise OptionError(
                 f"user {owner.name} has no name, so initdb has to be run from the cache "
                 f"{data.parents[3]}, which is mounted noexec",
-                remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_GIVE_A_NAME}",
+                remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_NAME_REMEDY}",
             )
         copies = data.with_name("programs")
-        initdb = nameless_user.for_nobody(initdb.parent, ("initdb", "postgres"), copies) / "initdb"
+        initdb = (
+            nameless_user.copy_without_lookup(initdb.parent, ("initdb", "postgres"), copies)
+            / "initdb"
+        )
     argv: list[str | Path] = [initdb, "--pgdata", data, "--username", SUPERUSER]
     argv += ["--auth=trust", "--no-sync", "--no-instructions", "--no-clean", *arguments]
-    # A password nobody knows: it makes room for the verifier that each copy gets.
-    with Tree(os.dup(work.fd), work.path, owner.uid, owner.gid if owner.switch else None) as theirs:
-        theirs.write(_PASSWORD, secrets.token_hex().encode())
-        theirs.make_directory(DATA)
-        theirs.hand_over(DATA)
+    # A random password: its verifier reserves the space for the one that each copy gets.
+    with Tree(os.dup(work.fd), work.path, owner.uid, owner.gid if owner.switch else None) as tree:
+        tree.write(_PASSWORD, secrets.token_hex().encode())
+        tree.make_directory(DATA)
+        tree.hand_over(DATA)
     argv.append(f"--pwfile={data.with_name(_PASSWORD)}")
     try:
         result = processes.run(argv, identity=owner, guard=guard, seconds=_INITDB_SECONDS)
@@ -239,45 +242,45 @@ def _initdb(
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         clear_crashed(str(data))
         remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
-        if disk_space.says_full(result.stderr) and not remedies:  # /dev/shm may be what is full
+        if disk_space.says_full(result.stderr) and not remedies:  # else /dev/shm may be full
             where = data.parents[2]
             raise DiskFullError(
-                f"{where} has too little room for initdb: {disk_space.left(where)}",
+                f"{where} has too little free space for initdb: {disk_space.left(where)}",
                 remedy=disk_space.CACHE_REMEDY,
                 details=lines[-8:],
             )
         raise ClusterError(
             f"initdb of PostgreSQL {installation.version} failed",
-            remedy=[*remedies, "see its words below; initdb_args are passed to it as they are"][0],
+            remedy=[*remedies, "its output follows; initdb_args are passed to it unchanged"][0],
             details=lines[-8:],
         )
 
 
 def _controldata(installation: Installation, data: Path, owner: Identity) -> dict[str, str]:
-    """What pg_controldata, run as the user of the data directory, says of it."""
+    """The output of pg_controldata for a data directory, run as the directory's user."""
     program = installation.program("pg_controldata")
     try:
         result = processes.run([program, data], identity=owner, seconds=_CONTROLDATA_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ClusterError(f"pg_controldata did not finish with {data}") from error
-    said = dict(re.findall(r"^([^:]+):\s+(\S.*)$", result.stdout, re.M))
-    if missing := {_REDO_SEGMENT, _CHECKSUMS} - said.keys():
+    values = dict(re.findall(r"^([^:]+):\s+(\S.*)$", result.stdout, re.M))
+    if missing := {_REDO_SEGMENT, _CHECKSUMS} - values.keys():
         raise ClusterError(
-            f"pg_controldata says no {min(missing)!r} of {data}",
-            remedy="see its words below",
+            f"pg_controldata printed no {min(missing)!r} for {data}",
+            remedy="its output follows",
             details=result.stderr.splitlines()[-3:],
         )
-    return said
+    return values
 
 
 def _shortened(conf: str) -> str:
-    """Leave out the comments: the file is parsed at each start, and read by people."""
+    """Remove the comments, because the file is parsed at each start and shown to users."""
     lines = (line.partition("#")[0].rstrip() for line in conf.splitlines())
     return "# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip())
 
 
 def _find_verifier(data: Tree) -> tuple[str, int] | None:
-    """Where the superuser's verifier is, if it is in one place alone."""
+    """The file and offset of the superuser's verifier; None unless there is exactly one match."""
     found = [
         (f"global/{last}", match.start())
         for last, status in data.entries("global")

@@ -1,1 +1,1 @@
-"""Finding PostgreSQL's programs, and making them usable for the server's user."""
+"""Find PostgreSQL's programs, and make them usable for the server user."""

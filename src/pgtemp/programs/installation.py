@@ -1,8 +1,8 @@
-"""Find PostgreSQL's programs wherever they are, and pick a version.
+"""Find PostgreSQL's programs on this machine, and select a version.
 
-Looked at in this order: the folder that was named, PATH, pg_config, the folders of the
-distributions (newest first), and wheels from the package index that carry the programs. Knows
-nothing of data directories.
+The search order is: the folder that the user named, PATH, pg_config, the folders of the
+distributions (newest first), and wheels from the package index that contain the programs. This
+module knows nothing of data directories.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Installation:
     """A folder of PostgreSQL programs of one version."""
 
     bin_dir: Path
-    version: str  # as `postgres --version` ends: "18.1", "15.18 (Debian 15.18-0+deb12u1)"
+    version: str  # the end of `postgres --version`: "18.1", "15.18 (Debian 15.18-0+deb12u1)"
 
     @property
     def release(self) -> Version:
@@ -68,7 +68,7 @@ class Installation:
         return self.release.major
 
     def extensions_stamp(self) -> str:
-        """What changes when the package of an extension is installed, upgraded or removed."""
+        """A text that changes when an extension's package is installed, upgraded or removed."""
         shares = (
             self.bin_dir.parent / "share" / "extension",
             self.bin_dir.parent / "share" / "postgresql" / "extension",
@@ -86,7 +86,7 @@ class Installation:
         """The path of one program.
 
         Raises:
-            InstallationError: this installation lacks it.
+            InstallationError: this installation does not have the program.
         """
         path = self.bin_dir / name
         if not path.exists():
@@ -99,17 +99,17 @@ class Installation:
 
     @property
     def identity(self) -> str:
-        """What tells this build from every other: the server's path, size and time, the version."""
+        """A text that identifies this build: the path, time, size and version of its server."""
         status = (self.bin_dir / "postgres").stat()
         return f"{self.bin_dir}|{status.st_mtime_ns}|{status.st_size}|{self.version}"
 
     def within_reach(self, owner: Identity) -> Installation:
-        """This installation, or a copy of it where `owner` can run it.
+        """This installation, or a copy of it that `owner` can run.
 
-        A virtual environment in root's home is closed to the user that PostgreSQL is run as.
+        The server user cannot enter a virtual environment in root's home directory, for example.
 
         Raises:
-            InstallationError: the copy cannot be reached either.
+            InstallationError: `owner` cannot run the copy either.
         """
         blocked = owner.blocked_at(self.bin_dir)
         if blocked is None:
@@ -121,22 +121,22 @@ class Installation:
         cache = paths.cache_dir()
         no_cache = ""
         if at := owner.blocked_at(copy.bin_dir.parent if copy.bin_dir.exists() else cache):
-            no_cache = f"nor {at}, where the cache is"
+            no_cache = f"nor {at}, which contains the cache"
         elif paths.is_noexec(cache):
-            no_cache = f"and from the cache {cache} nothing can be run: it is mounted noexec"
+            no_cache = f"and the cache {cache} is mounted noexec, so no program there can be run"
         if no_cache:
             raise InstallationError(
-                f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, where the "
-                f"programs are, {no_cache}",
+                f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, which "
+                f"contains the programs, {no_cache}",
                 remedy="install PostgreSQL elsewhere, or name another cache (PGTEMP_CACHE_DIR)",
             )
         with disk_space.writing(place.parent, disk_space.CACHE_REMEDY):
             paths.make_dirs(place.parent)
             with locks.locked(place.with_suffix(".lock")):
                 if not copy.bin_dir.exists():
-                    what = f"copying PostgreSQL {self.version} to where {owner.name} can run it"
+                    what = f"copying PostgreSQL {self.version}, so that {owner.name} can run it"
                     with step(what):
-                        nameless_user.for_everybody(root, place)
+                        nameless_user.copy_for_all_users(root, place)
         return copy
 
 
@@ -144,18 +144,18 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
     """The installation to use.
 
     Args:
-        bin_dir: a folder of programs, or one whose `bin` is; None looks everywhere.
-        version: "16", "16.4", ">=16,<18"; None takes the first found.
+        bin_dir: a folder of programs, or one that contains it as `bin`; None searches everywhere.
+        version: "16", "16.4", ">=16,<18"; None accepts the first installation found.
 
     Raises:
-        OptionError: `version` is no version.
-        InstallationError: none was found that fits; says where was looked.
+        OptionError: `version` is not a version.
+        InstallationError: no suitable installation was found; the details list the search.
     """
-    asked = (str(bin_dir), version, os.environ.get("PATH"))
-    if asked in _found and _look(_found[asked].bin_dir) == _found[asked]:
-        return _found[asked]  # the search takes two of the forty milliseconds of a start
-    _found[asked] = _search(bin_dir, version)
-    return _found[asked]
+    request = (str(bin_dir), version, os.environ.get("PATH"))
+    if request in _found and _look(_found[request].bin_dir) == _found[request]:
+        return _found[request]  # the search takes two of the forty milliseconds of a start
+    _found[request] = _search(bin_dir, version)
+    return _found[request]
 
 
 def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
@@ -193,7 +193,7 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
 
 
 def _cures(wanted: SpecifierSet) -> list[str]:
-    """Commands that would bring a version that fits."""
+    """Commands that would install a suitable version."""
     wheels = [
         f"pip install {package:24} # PostgreSQL {major}"
         for major, package in (
@@ -213,7 +213,7 @@ def _cures(wanted: SpecifierSet) -> list[str]:
 
 
 def available() -> list[Installation]:
-    """Every installation that is found without naming a folder, in the order of preference."""
+    """Every installation that the search finds without a named folder, in order of preference."""
     found = (_look(folder) for _, folder in _candidates(None))
     return list(dict.fromkeys(one for one in found if one is not None and one.major >= MINIMUM))
 
@@ -241,8 +241,8 @@ def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, P
     for name in ("postgres", "initdb"):
         if found := shutil.which(name):
             yield "PATH", Path(found).resolve().parent
-    if (pg_config := shutil.which("pg_config")) and (said := _ask_pg_config(pg_config)):
-        yield "pg_config", Path(said)
+    if (pg_config := shutil.which("pg_config")) and (bin_dir := _bin_dir_of_pg_config(pg_config)):
+        yield "pg_config", Path(bin_dir)
     for pattern in _FOLDERS:
         for place in sorted(glob.glob(pattern), key=_by_number, reverse=True):
             yield "folder", Path(place)
@@ -252,7 +252,7 @@ def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, P
 
 
 @functools.cache
-def _ask_pg_config(pg_config: str) -> str:
+def _bin_dir_of_pg_config(pg_config: str) -> str:
     result = processes.run([pg_config, "--bindir"])
     return result.stdout.strip() if result.returncode == 0 else ""
 
@@ -262,7 +262,7 @@ def _by_number(folder: str) -> list[int]:
 
 
 def _in_wheel(package: str) -> list[Path]:
-    spec = importlib.util.find_spec(package)  # finds it without running it
+    spec = importlib.util.find_spec(package)  # finds the package without importing it
     places = spec.submodule_search_locations if spec is not None else None
     found = [folder for place in places or () for folder in Path(place).glob("pginstall*/bin")]
     return sorted(found, key=lambda folder: _by_number(folder.parent.name), reverse=True)
@@ -273,7 +273,7 @@ _looked_at: dict[tuple[str, int, int], Installation] = {}
 
 
 def _look(folder: Path) -> Installation | None:
-    """What is installed in a folder. `postgres --version` takes milliseconds, so asked once."""
+    """The installation in a folder, if any; its version is cached, as asking takes milliseconds."""
     try:
         if not all(os.access(folder / name, os.X_OK) for name in _NEEDED):
             return None
@@ -291,19 +291,19 @@ def _look(folder: Path) -> Installation | None:
 
 
 def _lacks(folder: Path) -> str:
-    """Why what is in a folder is no installation."""
+    """Why a folder contains no usable installation."""
     try:
         if not all((folder / name).exists() for name in _NEEDED):
-            return f"no {' and '.join(_NEEDED)} there"
+            return f"it has no {' and '.join(_NEEDED)}"
         if paths.is_noexec(folder):
-            return "nothing can be run from there: it is mounted noexec"
+            return "no program there can be run: it is mounted noexec"
     except OSError as error:
         return f"{error.strerror}"
     return f"{' and '.join(_NEEDED)} there cannot be run"
 
 
 def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
-    """From the cache where another process asked before, else from the program itself."""
+    """The version from the cache, if another process has stored it, else from the program."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     note = paths.cache_dir() / "versions" / name
     try:
@@ -323,6 +323,6 @@ def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
         paths.make_dirs(note.parent)
         fresh.write_text(version)
         fresh.rename(note)
-    except OSError:  # no room: the next process asks again
+    except OSError:  # such as a full disk: the next process runs the program again
         fresh.unlink(missing_ok=True)
     return version

@@ -1,12 +1,13 @@
-"""Copies of PostgreSQL's programs: for a user who cannot reach them, and for one without a name.
+"""Copies of PostgreSQL's programs, for a user who cannot reach them or for one without a name.
 
-A user without a line in /etc/passwd is what containers make of `--user 1234`, and of the numbers
-that OpenShift chooses. PostgreSQL runs for it; initdb, and the `postgres --single` that it starts,
-ask `getpwuid` for a name and give up where there is none, though pgtemp has no use for it, since
-it names the superuser. So initdb is run from a copy of the two that imports `getpwent` in its
-place: the first user there is. The names are of one length and imports are looked up by name, so
-nothing else in the files changes. nss_wrapper would do, but has to be installed; user namespaces
-would, but most containers forbid them.
+In a container that is run with `--user 1234`, or with a number that OpenShift chooses, the user has
+no line in /etc/passwd. PostgreSQL itself runs for such a user. initdb, and the `postgres --single`
+that it starts, call `getpwuid` to get a name and exit if there is none, although the name is not
+needed, because pgtemp passes the superuser's name. pgtemp therefore runs initdb from a copy of
+these two programs that imports `getpwent` instead, which returns the first user of the system. Both
+function names have the same length and imports are resolved by name, so nothing else in the files
+changes. nss_wrapper would work too, but has to be installed; user namespaces would work too, but
+most containers forbid them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from pathlib import Path
 
 from pgtemp.host import disk_space
 
-_ASKED, _INSTEAD = b"\0getpwuid\0", b"\0getpwent\0"
+_IMPORTED, _REPLACEMENT = b"\0getpwuid\0", b"\0getpwent\0"
 
 
-def for_everybody(root: Path, place: Path) -> None:
-    """Copy a tree of programs, with the libraries that a wheel keeps beside its package.
+def copy_for_all_users(root: Path, place: Path) -> None:
+    """Copy a tree of programs, with the libraries that a wheel stores next to its package.
 
     Raises:
-        OSError: there is no room; nothing of it is left.
+        OSError: the copy cannot be written, for example because the disk is full; it is removed.
     """
     fresh = place.with_suffix(".building")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -37,7 +38,7 @@ def for_everybody(root: Path, place: Path) -> None:
         libraries = root.parent.with_name(root.parent.name + ".libs")
         if libraries.is_dir():
             _copy_tree(libraries, fresh / libraries.name)
-        _open_up(fresh)
+        _make_readable(fresh)
         fresh.rename(place)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -47,14 +48,14 @@ def for_everybody(root: Path, place: Path) -> None:
 def _copy_tree(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, target, symlinks=True)
-    except shutil.Error as failures:  # a whole list, of texts
+    except shutil.Error as failures:  # it carries a list of messages
         first = str(failures.args[0][0][-1])
         number = errno.ENOSPC if disk_space.says_full(first) else errno.EIO
         raise OSError(number, os.strerror(number)) from failures
 
 
-def _open_up(tree: Path) -> None:
-    """Let everybody read and run what is in a tree, whatever umask it was installed with."""
+def _make_readable(tree: Path) -> None:
+    """Let all users read and run the files of a tree, whatever the umask of its installation."""
     for directory, _, files in os.walk(tree):
         for path in (Path(directory), *(Path(directory, name) for name in files)):
             if not path.is_symlink():
@@ -62,11 +63,11 @@ def _open_up(tree: Path) -> None:
                 path.chmod(mode | (0o555 if mode & stat.S_IXUSR else 0o444))
 
 
-def for_nobody(bin_dir: Path, names: Sequence[str], place: Path) -> Path:
-    """Make programs in `place` that ask for no name; the folder they are in.
+def copy_without_lookup(bin_dir: Path, names: Sequence[str], place: Path) -> Path:
+    """Copy programs so that they do not look up the user's name; return the folder of the copies.
 
-    They find what belongs to them by the way from where they are, so `place` gets a tree in which
-    all else on that way is a link.
+    The programs find their other files relative to their own path. `place` therefore gets the same
+    tree of directories, in which every other entry is a link to the original.
     """
     here = place
     for directory, child in zip([*reversed(bin_dir.parents)], bin_dir.parts[1:], strict=True):
@@ -79,7 +80,7 @@ def for_nobody(bin_dir: Path, names: Sequence[str], place: Path) -> Path:
     for name in _entries(bin_dir):
         if name in names:
             program = (bin_dir / name).read_bytes()
-            (here / name).write_bytes(program.replace(_ASKED, _INSTEAD))
+            (here / name).write_bytes(program.replace(_IMPORTED, _REPLACEMENT))
             (here / name).chmod(0o700)
         else:
             (here / name).symlink_to(bin_dir / name)
@@ -89,5 +90,5 @@ def for_nobody(bin_dir: Path, names: Sequence[str], place: Path) -> Path:
 def _entries(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)
-    except OSError:  # a directory that may be passed, but not read
+    except OSError:  # a directory that this user may enter, but not read
         return []

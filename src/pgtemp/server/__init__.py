@@ -1,1 +1,1 @@
-"""One PostgreSQL: its programs, its images, its clusters, and the warden over them."""
+"""One PostgreSQL server: its configuration, its run directory, its postmaster and its status."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What a server that is thrown away need not do, and what makes it start fast and stay small.
-# CREATE and DROP DATABASE make checkpoints, whose lines would be all there is in the log's end.
-# Measured on PostgreSQL 18: small shared buffers save 2 ms of start-up, io_method=sync 2 ms and
-# three processes; mmap leaves nothing in /dev/shm and works where that is 1 MB.
+# Settings that turn off what a temporary server does not need, and make it start fast and stay
+# small. log_checkpoints is off because CREATE and DROP DATABASE cause checkpoints, whose messages
+# would fill the end of the server log. Measured on PostgreSQL 18: small shared buffers save 2 ms of
+# start-up, io_method=sync 2 ms and three processes; mmap leaves nothing in /dev/shm and works with
+# a /dev/shm of 1 MB.
 _DEFAULTS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -23,12 +24,12 @@ _DEFAULTS = {
     "cluster_name": "pgtemp",
 }
 _SINCE_18 = {"io_method": "sync"}
-# On a small disk PostgreSQL's log gets a part of it, lest it fill the disk alone; and room that is
-# there before it is written, because a server that cannot write its log ends with all who are in
-# it. That costs a bulk load one part in fifteen.
+# On a small disk, the WAL is limited to a fraction of the disk, so that it cannot fill it; and new
+# segments are filled with zeros before they are used (wal_init_zero), because a server that cannot
+# write its WAL shuts down and disconnects every client. A bulk load takes one fifteenth longer.
 _WAL_MEGABYTES, _WAL_LEAST, _WAL_PART = 256, 8, 8
 
-# Whoever reaches the socket reached a directory of mode 0700.
+# A client can reach the socket only through a directory of mode 0700, so it needs no password.
 HBA = """\
 # TYPE   DATABASE     USER  ADDRESS  METHOD
 local    all          all            trust
@@ -36,8 +37,8 @@ local    replication  all            trust
 host     all          all   all      scram-sha-256
 host     replication  all   all      scram-sha-256
 """
-_HBA_OWN_DOOR = """\
-# pgtemp's own way in, through the private socket
+_HBA_OWN_LINE = """\
+# pgtemp's own connections, through the private socket
 local    all          {user}            trust
 """
 
@@ -51,15 +52,15 @@ def postgresql_conf(
     existing_first: bool,
     disk: int,
 ) -> str:
-    """Put a postgresql.conf together; what comes later wins.
+    """Compose the text of a postgresql.conf; later settings override earlier ones.
 
     Args:
-        existing: what the data directory has.
-        given: the text of a file the user gave.
-        settings: the user's single settings.
-        existing_first: `existing` is initdb's, which our defaults improve on; else it is
-            somebody's choice, which beats them.
-        disk: bytes that the disk has on which the server is to be.
+        existing: the text of the data directory's file.
+        given: the text of a file that the user gave.
+        settings: individual settings of the user.
+        existing_first: true if `existing` is initdb's and pgtemp's defaults override it; false if
+            it is a user's choice and overrides them.
+        disk: the size in bytes of the server's disk.
     """
     wal = max(_WAL_LEAST, min(_WAL_MEGABYTES, (disk >> 20) // _WAL_PART))
     small = "on" if wal < _WAL_MEGABYTES else "off"
@@ -76,11 +77,11 @@ def postgresql_conf(
 
 
 def pg_hba_conf(given: str | None, superuser: str) -> str:
-    """The text of pg_hba.conf: ours, or the user's behind the one line pgtemp needs."""
+    """The text of pg_hba.conf: pgtemp's, or the user's after the one line that pgtemp needs."""
     if given is None:
         return HBA
     quoted = superuser.replace('"', '""')
-    return _HBA_OWN_DOOR.format(user=f'"{quoted}"') + given
+    return _HBA_OWN_LINE.format(user=f'"{quoted}"') + given
 
 
 def _lines(settings: Mapping[str, object]) -> str:

@@ -1,8 +1,9 @@
 """One running postmaster on a private copy of an image.
 
-Born by copying, started by the warden, ready when PostgreSQL itself says so in postmaster.pid, and
-taken away as a whole. The copy goes on while the postmaster starts (see image.py). Knows nothing
-of roles or databases.
+The data directory is copied from the image, and the supervisor starts the postmaster. It is ready
+when PostgreSQL records that in postmaster.pid. The copying continues while the postmaster starts
+(see images/image.py). At the end the whole run directory is removed. This module knows nothing of
+roles or databases.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from pgtemp.supervisor import supervision
 from pgtemp.supervisor.crash import clear_crashed, unblock
 
 START_SECONDS = 60.0
-# Crash recovery and a shutdown checkpoint of large kept data may take minutes.
+# Crash recovery and a shutdown checkpoint of large persisted data may take minutes.
 RECOVERY_SECONDS = 600.0
 _STARTING_POLL = 0.001
 _NO_SOCKETS = "could not create any TCP/IP sockets"
 _TRIES = 10
 _CONF_BYTES = 16 << 20
-SOCKET_PORT = 5432  # names the socket's file where there is no TCP
+SOCKET_PORT = 5432  # the port in the socket's file name if the server does not listen on TCP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """What clusters are made from; one may serve for many.
+    """The parameters of a server; several servers may share one specification.
 
     Attributes:
-        source: what the data directory is copied from.
-        conf: makes the text of postgresql.conf from the source's.
+        source: the source from which the data directory is copied.
+        conf: a function that makes the text of postgresql.conf from that of the source.
         hba: the text of pg_hba.conf.
-        addresses: loopback addresses to listen on; none is the unix socket only.
+        addresses: loopback addresses to listen on; if empty, only the unix socket is used.
         port: the TCP port; None chooses a free one.
-        prefix: the directory for the home; None chooses one.
-        keep: whether the data outlives the server.
-        ttl: seconds after which the server is ended whatever happens.
-        log_path: the file for the log; None is one in the home.
+        prefix: the directory in which the run directory is created; None chooses one.
+        keep: whether the data is persisted.
+        ttl: seconds after which the supervisor stops the server in any case.
+        log_path: the file for the server log; None is one in the run directory.
     """
 
     installation: Installation
@@ -70,18 +71,18 @@ class Postmaster:
     """One postmaster. `start` and `stop` may be called from any thread, once each.
 
     Attributes:
-        spec: what it is made from.
-        existing: a home that was kept, to start on in place.
-        verifier: what to store as the superuser's password, where the source allows that without
-            SQL; `has_password` tells whether it did.
-        let_in: when it last let a client in, by `time.monotonic()`, as far as that is noted.
+        spec: its parameters.
+        existing: a run directory with persisted data, on which to start in place.
+        verifier: the superuser's password verifier, to be stored if the source allows that without
+            SQL; `has_password` is true if it was stored.
+        let_in: when it last admitted a client, by `time.monotonic()`, as far as that is recorded.
     """
 
     spec: ServerSpec
     existing: Path | None = None
     verifier: str | None = None
     has_password: bool = field(init=False, default=False)
-    home: rundir.Home = field(init=False)
+    home: rundir.RunDirectory = field(init=False)
     port: int = field(init=False, default=SOCKET_PORT)
     pid: int = field(init=False, default=0)
     let_in: float = field(init=False, default=0.0)
@@ -98,15 +99,15 @@ class Postmaster:
         return self.home.data
 
     def start(self, meanwhile: Callable[[Postmaster], None] = lambda _: None) -> None:
-        """Make the data directory and start the server on it.
+        """Create the data directory and start the server on it.
 
         Args:
-            meanwhile: called when the server is ready, while the templates are still copied; it
-                may use the database `postgres` and nothing else.
+            meanwhile: called when the server is ready, while the templates are still being copied;
+                it may use the database `postgres` and no other.
 
         Raises:
-            OptionError: a port that was asked for is taken, or a place cannot be used.
-            ClusterError: the server did not start; carries the end of its log.
+            OptionError: the requested port is in use, or a directory cannot be used.
+            ClusterError: the server did not start; the details are the end of its log.
             ChangedError: the image is damaged.
         """
         self._check_port()
@@ -117,34 +118,34 @@ class Postmaster:
             except _PortLostError:
                 if attempt == _TRIES - 1:
                     raise
-            except WardenError:  # killed meanwhile; there is a new one by now
+            except WardenError:  # the supervisor was killed; the next attempt starts another
                 if attempt > 0:
                     raise
             except ChangedError as damage:
                 if attempt > 0:
-                    raise ClusterError(f"the image is damaged again: {damage}") from damage
+                    raise ClusterError(f"the rebuilt image is damaged, too: {damage}") from damage
                 self.spec.source.repair(damage)
 
     def _start(self, meanwhile: Callable[[Postmaster], None]) -> None:
-        plan = self.spec
-        guard = supervision.current()
+        spec = self.spec
+        supervisor = supervision.current()
         if self.existing is None:
-            self.home = rundir.make(plan.prefix, plan.owner, keep=plan.keep)
+            self.home = rundir.make(spec.prefix, spec.owner, keep=spec.keep)
         else:
-            self.home = rundir.reopen(self.existing, plan.owner)
-        self.log_path = plan.log_path or self.home.log
+            self.home = rundir.reopen(self.existing, spec.owner)
+        self.log_path = spec.log_path or self.home.log
         try:
-            # Before anything is copied: a killed owner leaves nothing half-made behind.
-            self._hold(guard)
+            # Before anything is copied, so that the supervisor cleans up after a killed owner.
+            self._hold(supervisor)
             assert self._process is not None
             if self.existing is None:
-                with rundir.new_data(self.home, plan.owner) as data:
-                    self._start_on(plan.source.resolve(), data, meanwhile)
+                with rundir.new_data(self.home, spec.owner) as data:
+                    self._start_on(spec.source.resolve(), data, meanwhile)
             else:
                 self._start_postmaster()
                 self._await_ready()
-            if plan.keep:
-                self._process.settle(self.home.leftovers(keep=True), keep=True)
+            if spec.keep:
+                self._process.set_cleanup(self.home.leftovers(keep=True), keep=True)
         except BaseException:
             self._undo()
             raise
@@ -168,23 +169,23 @@ class Postmaster:
         self._process.start(self._request())
 
     def stop(self) -> list[str]:
-        """End the server and remove what is not kept; the signals that it took.
+        """Stop the server, remove what is not persisted, and return the signals that were needed.
 
-        Does nothing after the first time.
+        Further calls do nothing.
         """
         with self._stopping:
             process, self._process = self._process, None
             if process is None:
                 return []
             keep = self.spec.keep
-            return self._end(process, keep=keep)
+            return self._stop(process, keep=keep)
 
-    def _end(self, process: supervision.Process, *, keep: bool) -> list[str]:
+    def _stop(self, process: supervision.Process, *, keep: bool) -> list[str]:
         leftovers = self.home.leftovers(keep=keep)
         try:
             return process.stop(keep=keep, remove=leftovers)
         except WardenError:
-            # PostgreSQL went with its warden; what is left is ours to take away.
+            # PostgreSQL was killed with its supervisor, so this process removes the files.
             clear_crashed(str(self.data_dir))
             rundir.discard(leftovers)
             return ["SIGQUIT"]
@@ -192,18 +193,18 @@ class Postmaster:
             self.home.release()
 
     def halt(self) -> None:
-        """Shut the server down cleanly; its directory stays until `stop`, or the owner's end.
+        """Shut the server down cleanly; its directory remains until `stop`, or the owner's exit.
 
         Raises:
-            WardenError: it could not be ended.
+            WardenError: the server could not be stopped.
         """
         if self._process is not None:
             self._process.halt()
 
     def abandon(self) -> None:
-        """Let the warden end the server on its own, without waiting for it."""
+        """Let the supervisor stop the server, without waiting for it."""
         if not self._stopping.acquire(blocking=False):
-            return  # another thread stops it
+            return  # another thread is stopping it
         try:
             process, self._process = self._process, None
         finally:
@@ -213,28 +214,29 @@ class Postmaster:
             self.home.release()
 
     def unblock(self) -> None:
-        """Continue its stopped processes, and kill programs that its backends wait for."""
+        """Continue the server's stopped processes; kill programs for which its backends wait."""
         unblock(str(self.data_dir))
 
     def fileno(self) -> int:
-        """A descriptor that can be read when there is news for `check`."""
+        """A descriptor that becomes readable when `check` has a new state to report."""
         return self._process.fileno() if self._process is not None else -1
 
     def check(self) -> None:
-        """Raise if the server has died, or lets nobody in any more.
+        """Raise if the server has exited, or no longer accepts connections.
 
         Raises:
-            ClusterError: it has, or does; carries the end of its log.
-            WardenError: it has died with its warden.
+            ClusterError: the server has exited (the details are the end of its log), or is shutting
+                down.
+            WardenError: the supervisor was killed, and the server with it.
         """
         process = self._process
         if process is None:
             return
         if process.wait(0) is not None:
-            raise self._died()
-        if self._status() == "stopping":  # it may do so for as long as anybody is connected
+            raise self._exit_error()
+        if self._status() == "stopping":  # a smart shutdown lasts as long as a client is connected
             raise ClusterError(
-                f"PostgreSQL (pid {self.pid}) was told to shut down, and lets nobody in",
+                f"PostgreSQL (pid {self.pid}) is shutting down and accepts no connections",
                 remedy="start a new server",
             )
 
@@ -243,15 +245,15 @@ class Postmaster:
         return status.log_tail(self.log_path)
 
     def _begin(self, source: Copyable, data: Tree) -> None:
-        plan = self.spec
+        spec = self.spec
         self._copy(source.begin, data)
         try:
             try:
                 conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
             except FileNotFoundError:
                 conf = ""
-            data.write(CONF, plan.conf(conf).encode(errors="surrogateescape"))
-            data.write("pg_hba.conf", plan.hba.encode(errors="surrogateescape"))
+            data.write(CONF, spec.conf(conf).encode(errors="surrogateescape"))
+            data.write("pg_hba.conf", spec.hba.encode(errors="surrogateescape"))
             if self.verifier is not None:
                 self.has_password = source.set_password(data, self.verifier)
             data.hand_over("")
@@ -264,35 +266,35 @@ class Postmaster:
         except OSError as error:
             raise disk_space.cannot_write(self.home.path, error) from error
 
-    def _hold(self, guard: supervision.Supervisor) -> None:
-        keep = self.existing is not None  # what is new is worth keeping once it is whole
+    def _hold(self, supervisor: supervision.Supervisor) -> None:
+        keep = self.existing is not None  # new data is persisted only once it is complete
         log = self._open_log()
         try:
-            self._process = guard.hold(
+            self._process = supervisor.hold(
                 self.home.leftovers(keep=keep), keep=keep, lease=self.home.lease, log=log
             )
         finally:
             os.close(log)
 
     def _request(self) -> supervision.Request:
-        plan = self.spec
+        spec = self.spec
         settings = {
-            "listen_addresses": ",".join(plan.addresses),
+            "listen_addresses": ",".join(spec.addresses),
             "port": str(self.port),
             "unix_socket_permissions": "0700",
             "unix_socket_directories": str(self.socket_dir),
             "hba_file": str(self.data_dir / "pg_hba.conf"),
         }
-        # On the command line, because ALTER SYSTEM in a copied data directory beats any file.
-        argv = [str(plan.installation.program("postgres")), "-D", str(self.data_dir)]
+        # On the command line, because ALTER SYSTEM in a copied data directory overrides any file.
+        argv = [str(spec.installation.program("postgres")), "-D", str(self.data_dir)]
         argv += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return supervision.Request(
             argv=argv,
             env=processes.clean_environment(),
-            uid=plan.owner.uid if plan.owner.switch else None,
-            gid=plan.owner.gid if plan.owner.switch else None,
+            uid=spec.owner.uid if spec.owner.switch else None,
+            gid=spec.owner.gid if spec.owner.switch else None,
             data_dir=str(self.data_dir),
-            ttl=plan.ttl,
+            ttl=spec.ttl,
             sweep=[str(base) for base in {*paths.sweep_bases(), self.home.path.parent}],
         )
 
@@ -310,8 +312,8 @@ class Postmaster:
     def _await_ready(self) -> None:
         """Wait until the server accepts connections.
 
-        Reading its state each millisecond costs a hundredth of what a loop of connection attempts
-        does, and works whatever the log's settings are.
+        Reading its status file every millisecond costs a hundredth of what a loop of connection
+        attempts costs, and does not depend on the logging settings.
         """
         assert self._process is not None
         self.pid = self._process.await_started()
@@ -326,13 +328,13 @@ class Postmaster:
                     f"PostgreSQL did not get ready within {seconds:g} s", details=self.log_tail()
                 )
         if self.spec.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
-            raise _PortLostError(f"port {self.port} was taken by somebody else")
-        raise self._died()
+            raise _PortLostError(f"another process took port {self.port}")
+        raise self._exit_error()
 
     def _status(self) -> str:
         return status.status(self.data_dir, self.pid)
 
-    def _died(self) -> ClusterError:
+    def _exit_error(self) -> ClusterError:
         exit_status = self._process.exit_status if self._process is not None else None
         return status.death(self.pid, exit_status, self.home.path, self.log_tail())
 
@@ -343,18 +345,18 @@ class Postmaster:
                 raise ports.taken(address, port or 0, reason)
 
     def _choose_port(self) -> None:
-        plan = self.spec
-        if plan.port is not None:
-            self.port = plan.port
-        elif plan.addresses:
-            self.port = ports.free_port(plan.addresses[0])
+        spec = self.spec
+        if spec.port is not None:
+            self.port = spec.port
+        elif spec.addresses:
+            self.port = ports.free_port(spec.addresses[0])
 
     def _undo(self) -> None:
-        """Remove what a start that failed has made; what was kept before stays."""
+        """Remove what a failed start has created; data that was persisted before remains."""
         keep = self.existing is not None
         process, self._process = self._process, None
         if process is not None:
-            self._end(process, keep=keep)
+            self._stop(process, keep=keep)
         else:
             rundir.discard(self.home.leftovers(keep=keep))
             self.home.release()
@@ -362,7 +364,7 @@ class Postmaster:
 
 @contextmanager
 def in_background(work: Callable[[], None]) -> Iterator[None]:
-    """Do `work` in a thread for as long as the block takes, or longer; raises what it raised."""
+    """Run `work` in a thread during the block; wait for it afterwards, and raise its exception."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -382,4 +384,4 @@ def in_background(work: Callable[[], None]) -> Iterator[None]:
 
 
 class _PortLostError(ClusterError):
-    """Between our choice of a free port and the server's bind, somebody else took it."""
+    """Another process took the chosen port before the server could bind it."""

@@ -1,18 +1,18 @@
 """The run directory of one server: its data, its socket, its log and its lease.
 
 pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another user, of that group
-    lease               locked while the owner or its warden lives; says keep or discard, and who
-                        the owner is: its pid and when it started
+    lease               locked while the owner or its supervisor runs; contains "keep" or
+                        "discard", and the owner's pid and start time
     server.log
     spare               space for when the disk is full (host/disk_space.py)
-    data/               the data directory, of the server's user
-    shelf/              of the server's user: directories of dropped databases, to be recycled
-    socket/             of the server's user, 0700
+    data/               the data directory, of the server user
+    shelf/              of the server user: directories of dropped databases, to be recycled
+    socket/             of the server user, 0700
         .s.PGSQL.5432   the socket; if its path is too long, a short link leads to its directory
-    .s.PGSQL.5432       a link to it, for programs that look beside the data directory
+    .s.PGSQL.5432       a link to it, for programs that look next to the data directory
 
-The server's user may change what is in its three directories, and can replace none of them. So the
-owner may use paths of the other files; below the three it goes by descriptors (host/tree.py).
+The server user can change the contents of its three directories, but cannot replace them. The owner
+therefore uses paths for the other files, and descriptors below the three (host/tree.py).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pgtemp.host.tree import Tree
 from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
 
 LOG = "server.log"
-_PASSED = 0o750  # the group of the server's user may enter
+_PASSED = 0o750  # the group of the server user may enter
 _SOCKET_NAME = ".s.PGSQL."
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
-    """A directory made for one server.
+class RunDirectory:
+    """The run directory of one server.
 
     Attributes:
         path: the directory.
@@ -53,7 +53,7 @@ class Home:
     lease: int
 
     def release(self) -> None:
-        """Let go of the lease; from now on the home is the warden's, or the next sweep's."""
+        """Close the lease file; the supervisor, or the next sweep, then removes the directory."""
         os.close(self.lease)
 
     @property
@@ -70,7 +70,7 @@ class Home:
             tree.take_back(SOCKET, _PASSED)
 
     def link_socket(self, port: int) -> None:
-        """Make the link to the socket in the run directory itself. Raises OSError."""
+        """Create the link to the socket in the run directory itself. Raises OSError."""
         with Tree.open(self.path) as tree:
             for name in self._sockets():
                 tree.remove(name)
@@ -87,7 +87,7 @@ class Home:
         return self.path / LOG
 
     def leftovers(self, *, keep: bool) -> list[str]:
-        """What is to be removed when the cluster ends."""
+        """The paths to remove when the server has stopped."""
         links = [] if self.socket_dir == self.path / SOCKET else [str(self.socket_dir)]
         if keep:
             names = (*self._sockets(), SOCKET, SHELF, disk_space.ASIDE, LEASE)
@@ -96,10 +96,10 @@ class Home:
 
 
 def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
-    """The directory in which a home would be made.
+    """The directory in which a run directory would be created.
 
     Raises:
-        OptionError: the directory asked for cannot be used, or `owner` cannot get there.
+        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
     """
     base = paths.scratch_base(prefix, keep=keep)
     blocked = owner.blocked_at(base)
@@ -111,14 +111,14 @@ def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: b
     return base
 
 
-def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Home:
-    """Make a home, empty but for its lease and directories.
+def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> RunDirectory:
+    """Create a run directory with its lease file and its directories, which are empty.
 
-    The data directory is still the caller's, to be handed over when it is complete.
+    The data directory belongs to the caller until it is complete and handed over.
 
     Raises:
-        OptionError: the directory asked for cannot be used, or `owner` cannot get there.
-        ClusterError: it cannot be written; a DiskFullError where there is no room.
+        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
+        ClusterError: the directory cannot be written; a DiskFullError if the disk is full.
     """
     base = find_base(prefix, owner, keep=keep)
     try:
@@ -126,9 +126,9 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
         try:
             lease = _lease(path, keep=keep)
             try:
-                with Tree.open(path) as home, _theirs(home, owner) as theirs:
-                    theirs.make_directory(DATA)
-                    return _opened(theirs, owner, lease)
+                with Tree.open(path) as run_dir, _for_user(run_dir, owner) as tree:
+                    tree.make_directory(DATA)
+                    return _prepared(tree, owner, lease)
             except BaseException:
                 os.close(lease)
                 raise
@@ -139,54 +139,54 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
         raise disk_space.cannot_write(base, error) from error
 
 
-def _theirs(home: Tree, owner: Identity) -> Tree:
-    """The tree of a home for making directories in it that a server's user gets."""
-    fd = os.dup(home.fd)
+def _for_user(run_dir: Tree, owner: Identity) -> Tree:
+    """The tree of a run directory, in which new directories are made for the server user."""
+    fd = os.dup(run_dir.fd)
     if not owner.switch:
-        return Tree(fd, home.path, None)
-    return Tree(fd, home.path, owner.uid, owner.gid)
+        return Tree(fd, run_dir.path, None)
+    return Tree(fd, run_dir.path, owner.uid, owner.gid)
 
 
-def _opened(home: Tree, owner: Identity, lease: int) -> Home:
-    """Make the directories that a server needs beside its data, and let its user pass."""
+def _prepared(tree: Tree, owner: Identity, lease: int) -> RunDirectory:
+    """Create the other directories of a server, and let its user enter the run directory."""
     for name in (SOCKET, SHELF):
-        home.make_directory(name)
-        home.hand_over(name)
-    _let_pass(home, owner)
-    path = Path(home.path)
-    return Home(path, _socket_dir(path / SOCKET, owner), lease)
+        tree.make_directory(name)
+        tree.hand_over(name)
+    _let_pass(tree, owner)
+    path = Path(tree.path)
+    return RunDirectory(path, _socket_dir(path / SOCKET, owner), lease)
 
 
-def new_data(home: Home, owner: Identity) -> Tree:
-    """The empty data directory of a new home, to be filled and handed over to its user."""
-    with Tree.open(home.path) as tree, _theirs(tree, owner) as theirs:
-        return theirs.below(DATA)
+def new_data(run_dir: RunDirectory, owner: Identity) -> Tree:
+    """The empty data directory of a new run directory, to be filled and handed over to its user."""
+    with Tree.open(run_dir.path) as ours, _for_user(ours, owner) as tree:
+        return tree.below(DATA)
 
 
-def _let_pass(home: Tree, owner: Identity) -> None:
+def _let_pass(run_dir: Tree, owner: Identity) -> None:
     if owner.switch:
-        os.fchown(home.fd, -1, owner.gid)
-        os.fchmod(home.fd, _PASSED)
+        os.fchown(run_dir.fd, -1, owner.gid)
+        os.fchmod(run_dir.fd, _PASSED)
 
 
 @contextmanager
 def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
-    """A new home for data that is kept: itself and its empty data directory.
+    """Create a run directory for data to persist; yield it and its empty data directory.
 
-    It gets its name when the block has filled it.
+    It gets its final name at the end of the block, which fills it.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left.
+        OSError: the directory cannot be written; it is removed again.
     """
     with reach.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
         try:
             above.make_directory(fresh)
-            with above.below(fresh) as home, _theirs(home, owner) as theirs:
-                theirs.make_directory(DATA)
-                with theirs.below(DATA) as data:
-                    yield home, data
-                _let_pass(home, owner)
+            with above.below(fresh) as run_dir, _for_user(run_dir, owner) as tree:
+                tree.make_directory(DATA)
+                with tree.below(DATA) as data:
+                    yield run_dir, data
+                _let_pass(run_dir, owner)
             above.rename(fresh, path.name)
         except BaseException:
             above.remove(fresh)
@@ -194,16 +194,16 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
 
 
 def kept_at(path: Path) -> Path:
-    """The home in which data was kept, of which the home or the data directory was named.
+    """The run directory with persisted data at a path, which may also name its data directory.
 
     Raises:
-        OptionError: no data was kept there, or it cannot be read.
+        OptionError: there is no persisted data, or it cannot be read.
     """
     path = path.absolute()
-    reason = "holds no data that pgtemp kept"
-    for home in (path, path.parent) if path.name == DATA else (path,):
+    reason = "holds no data that pgtemp persisted"
+    for run_dir in (path, path.parent) if path.name == DATA else (path,):
         try:
-            with reach.open_tree(home / DATA) as data:
+            with reach.open_tree(run_dir / DATA) as data:
                 # Without links, so that the path leads to the same directory from now on.
                 above, name = os.path.split(data.path)
                 if name == DATA and data.status("PG_VERSION") is not None:
@@ -216,33 +216,33 @@ def kept_at(path: Path) -> Path:
 
 
 def discard(leftovers: Sequence[str]) -> None:
-    """Remove what is left of a home, at once."""
+    """Remove the remaining paths of a run directory immediately."""
     for path in leftovers:
         remove(path)
 
 
-def reopen(path: Path, owner: Identity) -> Home:
-    """Take over a home that was kept, which is the caller's.
+def reopen(path: Path, owner: Identity) -> RunDirectory:
+    """Acquire a run directory with persisted data, which must belong to the caller.
 
     Raises:
-        OptionError: it is in use, or another user's.
+        OptionError: it is in use, or belongs to another user.
         ClusterError: it cannot be written.
     """
     try:
-        with reach.open_tree(path) as home, _theirs(home, owner) as theirs:
-            if os.fstat(home.fd).st_uid != os.geteuid():
+        with reach.open_tree(path) as run_dir, _for_user(run_dir, owner) as tree:
+            if os.fstat(run_dir.fd).st_uid != os.geteuid():
                 raise OptionError(
                     f"{path} belongs to another user", remedy="open it as the user it belongs to"
                 )
             if locks.is_locked(path / LEASE):
                 raise OptionError(
-                    f"a server is running on {path}", remedy="end the pgtemp that holds it first"
+                    f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
                 )
             lease = _lease(path, keep=True)
             try:
                 for name in (SOCKET, SHELF):
-                    home.remove(name)
-                return _opened(theirs, owner, lease)
+                    run_dir.remove(name)
+                return _prepared(tree, owner, lease)
             except BaseException:
                 os.unlink(path / LEASE)
                 os.close(lease)
@@ -252,13 +252,13 @@ def reopen(path: Path, owner: Identity) -> Home:
 
 
 def _lease(path: Path, *, keep: bool) -> int:
-    # For `pgtemp ls` alone: whether the owner lives is told by the lock.
+    # The owner is recorded only for `pgtemp ls`; the lock decides whether the owner is running.
     owner = f"{os.getpid()} {procfs.started(os.getpid())}\n".encode()
     return locks.create_locked(path / LEASE, (KEEP if keep else DISCARD) + owner)
 
 
 def _socket_dir(path: Path, owner: Identity) -> Path:
-    """The directory of the socket, or a link to it if its path is too long for a socket's."""
+    """The directory of the socket, or a link to it if its path is too long for a unix socket."""
     if len(os.fsencode(path / f"{_SOCKET_NAME}65535")) <= paths.SOCKET_PATH_BYTES:
         return path
     while True:

@@ -1,4 +1,4 @@
-"""What a server says of itself, and what there is to say when it has died."""
+"""The status that a server records, its log, and the error for a server that has exited."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PID_FILE_BYTES = 4096
 
 
 def status(data_dir: Path, pid: int) -> str:
-    """What a postmaster says of its state: "starting", "ready", "stopping"; "" for nothing.
+    """The state that a postmaster records: "starting", "ready", "stopping"; "" if there is none.
 
-    PostgreSQL writes it into postmaster.pid (PostgreSQL docs, 67.1); the pid there tells it from
-    the file of an earlier server.
+    PostgreSQL writes it to postmaster.pid (PostgreSQL docs, 67.1); the pid in that file shows that
+    the file is not that of an earlier server.
     """
     try:
         with Tree.open(data_dir) as data:
@@ -33,15 +33,16 @@ def status(data_dir: Path, pid: int) -> str:
 
 def log_tail(path: Path) -> list[str]:
     """The last lines of a server's log."""
-    said = read_log(path, -_TAIL_BYTES).decode(errors="replace")
-    return [line.rstrip() for line in said.splitlines()[-_LOG_TAIL:]]
+    text = read_log(path, -_TAIL_BYTES).decode(errors="replace")
+    return [line.rstrip() for line in text.splitlines()[-_LOG_TAIL:]]
 
 
 def read_log(path: Path, offset: int, most: int = sys.maxsize) -> bytes:
-    """A server's log from some place on, below zero from its end; b"" where there is none.
+    """A server's log from `offset` to its end; b"" if there is no log.
 
     Args:
-        most: bytes, which are the last ones of that.
+        offset: in bytes; a negative offset counts from the end.
+        most: return at most this many bytes, the last ones.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as log:
@@ -53,17 +54,17 @@ def read_log(path: Path, offset: int, most: int = sys.maxsize) -> bytes:
 
 
 def death(pid: int, exit_status: int | None, place: Path, log: Sequence[str]) -> ClusterError:
-    """The error for a postmaster that has ended.
+    """The error for a postmaster that has exited.
 
     Args:
-        exit_status: below zero, the signal that ended it; None is not known.
-        place: where its data was.
+        exit_status: if negative, the signal that terminated it; None if unknown.
+        place: its run directory.
         log: the end of its log.
     """
     how = "stopped"
     if exit_status is not None and exit_status < 0:
         how = f"was killed by signal {-exit_status}"
-    # On a full disk the log may not say it, as it is there itself.
+    # The log may be on the full disk itself and lack the message, so the disk is checked as well.
     if disk_space.is_full(place) or disk_space.says_full("\n".join(log)):
         return DiskFullError(
             f"PostgreSQL (pid {pid}) {how}: {place} is full ({disk_space.left(place)})",
@@ -71,5 +72,5 @@ def death(pid: int, exit_status: int | None, place: Path, log: Sequence[str]) ->
             details=log,
         )
     return ClusterError(
-        f"PostgreSQL (pid {pid}) {how}", remedy="the end of its log says why", details=log
+        f"PostgreSQL (pid {pid}) {how}", remedy="see the end of its log", details=log
     )

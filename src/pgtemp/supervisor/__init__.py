@@ -1,1 +1,1 @@
-"""Nothing outlives its owner: the process that starts and stops servers, and sweeps."""
+"""The supervisor: a process that starts and stops servers, so that none outlives its owner."""

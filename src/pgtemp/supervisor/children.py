@@ -1,6 +1,6 @@
-"""What the warden's process holds for its owner: a postmaster in its home, or the shelf of one.
+"""The child processes of the supervisor: a postmaster in its run directory, or a recycler.
 
-Part of that process, so it imports nothing that imports slowly.
+The supervisor process imports this module, so it imports no module that is slow to import.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ else:
 
 INT, QUIT, KILL = _signal.SIGINT, _signal.SIGQUIT, _signal.SIGKILL
 CONT = _signal.SIGCONT
-# (signal, its name, seconds to wait for the postmaster after it). Data that is thrown away needs
-# no shutdown checkpoint, and no more than the moment in which a postmaster removes its shared
-# memory. Data that is kept gets the time a checkpoint of a large one may take. A fast shutdown
-# waits for all backends, so SIGCONT goes to each process of the server if some do not end.
-LADDERS = {
+# The signals that stop a postmaster: (signal, its name, seconds to wait after it). Data that is
+# discarded needs no shutdown checkpoint, only the moment in which a postmaster removes its shared
+# memory. Data that is persisted gets the time that a checkpoint of a large cluster may take. A fast
+# shutdown waits for all backends, so if some do not exit, each process of the server gets SIGCONT.
+_SEQUENCES = {
     "discard": ((QUIT, "SIGQUIT", 2.0), (KILL, "SIGKILL", 5.0)),
     "keep": (
         (INT, "SIGINT", 1.0), (CONT, "SIGCONT", 59.0),
@@ -37,14 +37,15 @@ LADDERS = {
     ),
 }  # fmt: skip
 _PR_SET_PDEATHSIG = 1
-_NICE = 5  # of what looks after a shelf: whoever waits for a database comes first
+_NICE = 5  # of a recycler: processes that create a database for a client take precedence
 _MOST_FDS = 1 << 20
 
 
 class Server:
-    """One postmaster, from the request that asks for it to the removal of its directory.
+    """One postmaster, from the request to start it to the removal of its run directory.
 
-    Or one process that looks after a shelf, in which case `log` is the socket that leads to it.
+    An instance can also stand for a recycler (recycle_files.py) instead of a postmaster; `log` is
+    then the recycler's end of the socket to the owner.
     """
 
     def __init__(self, channel: _socket.socket, lease: int, log: int) -> None:
@@ -57,53 +58,54 @@ class Server:
         self.steps: Iterator[tuple[int, str, float]] | None = None
         self.used: list[str] = []
         self.removed = False
-        self.halting = False  # the directory outlives the postmaster, until the channel closes
+        self.halting = False  # stop the postmaster, but keep its directory until the channel closes
 
-    def tell(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         if self.channel is not None:
             try:
                 self.channel.send(encode(message))
             except OSError:
-                pass  # the owner is gone; the end of the channel says so next
+                pass  # the owner has exited; the end of the channel will be handled next
 
     def start(self) -> None:
-        warden = os.getpid()
+        supervisor = os.getpid()
         try:
             self.pid = os.fork()
         except OSError as error:
-            self.tell(error=str(error))
+            self.send(error=str(error))
             return
         else:
             if self.pid == 0:
                 if "shelf" in self.spec:
-                    self._become_shelf(warden)
-                self._become_postmaster(warden)
-            if "shelf" in self.spec:  # the socket's other end is to close with the child
+                    self._become_recycler(supervisor)
+                self._become_postmaster(supervisor)
+            if "shelf" in self.spec:  # only the child may hold this end of the socket
                 os.dup2(self.lease, self.log, inheritable=False)
         if self.spec["ttl"] is not None:
             self.deadline = time.monotonic() + self.spec["ttl"]
-        self.tell(pid=self.pid)
+        self.send(pid=self.pid)
 
-    def _become_postmaster(self, warden: int) -> None:
-        """In the child: drop privileges, ask for the death signal, exec. Never returns."""
+    def _become_postmaster(self, supervisor: int) -> None:
+        """In the child: drop privileges, request the parent death signal, exec. Never returns."""
         spec = self.spec
         try:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(self.log, 1)
             os.dup2(self.log, 2)
+            # Python ignores these two signals, and exec preserves that.
             for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
-                _signal.signal(number, _signal.SIG_DFL)  # Python ignores these; exec keeps that
+                _signal.signal(number, _signal.SIG_DFL)
             self._become_user(QUIT)
-            if os.getppid() == warden:
+            if os.getppid() == supervisor:
                 os.execve(spec["argv"][0], spec["argv"], spec["env"])
         except BaseException as error:
             os.write(2, f"FATAL: {spec['argv'][0]} could not be run: {error}\n".encode())
         os._exit(127)
 
-    def _become_shelf(self, warden: int) -> None:
-        """In the child: drop privileges and do the shelf's work. Never returns.
+    def _become_recycler(self, supervisor: int) -> None:
+        """In the child: drop privileges and restore recycled files. Never returns.
 
-        Without exec: the server's user need not be able to run this interpreter.
+        It does not exec, because the server user may not be able to run this interpreter.
         """
         try:
             os.dup2(self.log, 0)
@@ -112,13 +114,13 @@ class Server:
             _signal.signal(QUIT, lambda *_: os._exit(0))
             self._become_user(KILL)
             os.nice(_NICE)
-            if os.getppid() == warden:
+            if os.getppid() == supervisor:
                 recycle_files.serve(_socket.socket(fileno=0), self.spec["shelf"])
         finally:
             os._exit(0)
 
     def _become_user(self, death: int) -> None:
-        """In a child: be who the server is to be, and go when the warden goes."""
+        """In a child: become the server user; get the signal `death` if the supervisor exits."""
         os.umask(0o077)
         if self.spec["uid"] is not None:
             os.setgroups([])
@@ -127,18 +129,18 @@ class Server:
         if sys.platform == "linux":
             libc("prctl", _PR_SET_PDEATHSIG, death, 0, 0, 0)  # after setuid, which clears it
 
-    def stop(self, ladder: str) -> None:
+    def stop(self, sequence: str) -> None:
         if self.steps is None:
-            self.steps = iter(LADDERS[ladder])
-            self.climb()
+            self.steps = iter(_SEQUENCES[sequence])
+            self.send_next_signal()
 
-    def climb(self) -> None:
-        """Send the next signal of the ladder."""
+    def send_next_signal(self) -> None:
+        """Send the next signal of the sequence."""
         self.deadline = None
         for number, name, seconds in self.steps or ():
             try:
                 os.kill(self.pid, number)
-                os.kill(self.pid, CONT)  # a stopped process obeys SIGKILL only
+                os.kill(self.pid, CONT)  # a stopped process reacts to SIGKILL only
             except ProcessLookupError:
                 return
             if number == CONT and "data_dir" in self.spec:
@@ -147,17 +149,17 @@ class Server:
             self.deadline = time.monotonic() + seconds
             return
 
-    def end(self) -> None:
-        """End as the request said this server's end should be."""
+    def stop_as_requested(self) -> None:
+        """Stop the postmaster with the signal sequence that the request chose."""
         self.stop("keep" if self.spec["keep"] else "discard")
 
-    def let_go(self) -> None:
-        """Close what was held as long as there was something to remove."""
+    def close_descriptors(self) -> None:
+        """Close the lease file and the log, which stay open until all files are removed."""
         os.close(self.lease)
         os.close(self.log)
 
     def set_aside(self) -> list[str]:
-        """Rename what is to be removed, so that it is gone for everyone at once."""
+        """Rename the paths to be removed, so that they disappear at once; return the new names."""
         aside = []
         for path in self.spec["remove"]:
             try:

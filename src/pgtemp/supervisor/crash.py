@@ -1,8 +1,9 @@
-"""What a killed server or program leaves running, and in the kernel; and ending it.
+"""Clean up after a killed server or program: its remaining processes, its shared memory.
 
-Shared by the warden's process, so it imports nothing that is slow. A process is told by the
-directory it works in and by its user, never by a pid that was written down. Paths are not trusted:
-the user of a server can put a link into its directory, and root removes that directory.
+The supervisor process imports this module, so it imports no module that is slow to import.
+
+A process is identified by its working directory and its user, never by a recorded pid. Paths are
+not trusted: the server user can put a link into its directory, and root removes that directory.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ else:
 
 SIGKILL, SIGTERM = 9, 15
 _SIGCONT = 19 if sys.platform == "darwin" else 18
-# What was killed is not gone at once: a process disappears from /proc before its memory is let go.
+# Killing takes effect with a delay: a process disappears from /proc before its memory is released.
 _TRIES, _MOMENT = 200, 0.005
-_PATIENCE = 1000  # moments that a program gets to clean up
+_CLEANUP_MOMENTS = 1000  # how long a program may take to clean up
 IPC_RMID = 0
-# The C half, since `ctypes` itself takes 3 ms to import.
+# The C extension module, because `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
 
 
 def libc(function: str, *arguments: int | None) -> int:
-    """Call a function of the C library that Python has no name for; its result."""
+    """Call a function of the C library that Python does not provide; return its result."""
     result: int = _ctypes.call_function(_ctypes.dlsym(_libc, function), arguments)
     return result
 
 
 def open_data(data_dir: str) -> int:
-    """A descriptor of a data directory in a home; neither may be a link. Raises OSError."""
-    home, name = os.path.split(data_dir)
-    above = os.open(home, DIRECTORY)
+    """Open the data directory in a run directory; neither may be a link. Raises OSError."""
+    run_dir, name = os.path.split(data_dir)
+    above = os.open(run_dir, DIRECTORY)
     try:
         return os.open(name, DIRECTORY, dir_fd=above)
     finally:
@@ -48,10 +49,10 @@ def open_data(data_dir: str) -> int:
 
 
 def all_postgres() -> Iterator[tuple[int, str]]:
-    """Every server process of PostgreSQL that we may inspect, and the directory it works in.
+    """Every PostgreSQL server process that this user may inspect, with its working directory.
 
-    PostgreSQL starts only as the owner of its data directory. A process of another user that works
-    there is not a server, whatever the name of its program.
+    PostgreSQL runs only as the owner of its data directory. A process of another user in that
+    directory is not a server, whatever the name of its program.
     """
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
@@ -68,7 +69,7 @@ def all_postgres() -> Iterator[tuple[int, str]]:
 
 
 def postgres_in(data_dir: str) -> list[int]:
-    """Ids of the PostgreSQL processes that work in `data_dir`; none without /proc (macOS)."""
+    """The pids of the PostgreSQL processes that work in `data_dir`; none without /proc (macOS)."""
     try:
         data = open_data(data_dir)
     except OSError:
@@ -84,7 +85,7 @@ def _working_in(data: int) -> list[int]:
 
 
 def _works_in(data: int, pid: int) -> bool:
-    """Whether a process works in `data` and has its owner as user."""
+    """Whether a process works in `data` and runs as the user who owns it."""
     try:
         here, there = os.fstat(data), os.stat(f"/proc/{pid}/cwd")
         return os.path.samestat(here, there) and os.stat(f"/proc/{pid}").st_uid == here.st_uid
@@ -93,10 +94,10 @@ def _works_in(data: int, pid: int) -> bool:
 
 
 def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
-    """Send a signal to a process, if it is still the one that is meant.
+    """Send a signal to a process if it is still the intended one.
 
-    Another process may have got the pid since the search, which takes as long as there are
-    processes. So the descriptor of the process comes first, and the check after it.
+    The search takes a while if there are many processes, and another process may have got the pid
+    since. The function therefore opens a descriptor of the process first, and checks it afterwards.
     """
     try:
         process = os.pidfd_open(pid)
@@ -118,10 +119,10 @@ def _kill(data: int, pid: int) -> None:
 
 
 def unblock(data_dir: str) -> None:
-    """Let the server in `data_dir` react to signals.
+    """Make the server in `data_dir` able to react to signals.
 
-    Continues its processes that are stopped, and kills programs that backends run (COPY PROGRAM):
-    a backend waits for its program whatever signal it gets.
+    Continues its stopped processes, and kills programs that its backends run (COPY PROGRAM): a
+    backend waits for its program whichever signal it gets.
     """
     try:
         data = open_data(data_dir)
@@ -132,7 +133,7 @@ def unblock(data_dir: str) -> None:
         for pid in backends:
             _signal_one(pid, _SIGCONT, lambda pid: _works_in(data, pid))
         for name in os.listdir("/proc") if backends else ():
-            # A backend leads a process group, in which its programs are.
+            # A backend leads a process group, which contains its programs.
             if name.isdigit() and int(name) not in backends and _is_of(int(name), backends, uid):
                 _signal_one(int(name), SIGKILL, lambda pid: _is_of(pid, backends, uid))
     finally:
@@ -140,7 +141,7 @@ def unblock(data_dir: str) -> None:
 
 
 def _is_of(pid: int, groups: set[int], uid: int) -> bool:
-    """Whether a process is in one of some process groups, and a user's."""
+    """Whether a process is in one of the process groups and belongs to the user."""
     try:
         return os.getpgid(pid) in groups and os.stat(f"/proc/{pid}").st_uid == uid
     except OSError:
@@ -148,10 +149,10 @@ def _is_of(pid: int, groups: set[int], uid: int) -> bool:
 
 
 def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
-    """End what a killed postmaster left running in `data_dir`, and its SysV segment.
+    """Kill the processes that a killed postmaster left in `data_dir`; remove its SysV segment.
 
     Args:
-        postmaster: its id, by which its segment is told even if its notes are lost.
+        postmaster: its pid, which identifies the segment even if postmaster.pid is lost.
     """
     try:
         data = open_data(data_dir)
@@ -164,7 +165,7 @@ def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
 
 
 def clear(data: int, postmaster: int = 0) -> None:
-    """The same, for the descriptor of a data directory."""
+    """As `clear_crashed`, for the descriptor of a data directory."""
     killed: set[int] = {postmaster} if postmaster else set()
     for _ in range(_TRIES):
         orphans = _working_in(data)
@@ -174,17 +175,17 @@ def clear(data: int, postmaster: int = 0) -> None:
             break
         killed.update(orphans)
         time.sleep(_MOMENT)
-    # Only now: a server that was killed while it started may have noted it a moment ago, and one
-    # that ended by itself has let go of its memory before its notes.
-    noted, uid = _segment_of(data), os.fstat(data).st_uid
-    for _ in range(_TRIES if noted or killed else 0):
-        if _segments_removed(noted, killed, uid):
+    # Read only now: a server that was killed during its start may have recorded the segment just
+    # before, and a server that exits by itself removes its segment before postmaster.pid.
+    recorded, uid = _segment_of(data), os.fstat(data).st_uid
+    for _ in range(_TRIES if recorded or killed else 0):
+        if _segments_removed(recorded, killed, uid):
             break
         time.sleep(_MOMENT)
 
 
 def _segment_of(data: int) -> tuple[int, int] | None:
-    """Key and id of the shared memory that a server has noted."""
+    """The key and the id of the shared memory segment that postmaster.pid records."""
     try:
         file = open_file("postmaster.pid", data)
         try:
@@ -196,33 +197,35 @@ def _segment_of(data: int) -> tuple[int, int] | None:
         return None
 
 
-def _segments_removed(noted: tuple[int, int] | None, makers: set[int], uid: int) -> bool:
-    """Remove the shared memory that a server had noted, or had made and not noted yet, if it is
-    still that user's; False while somebody has it."""
+def _segments_removed(recorded: tuple[int, int] | None, creators: set[int], uid: int) -> bool:
+    """Remove the user's segments that a server recorded, or created and did not record yet.
+
+    False while a process is still attached to one of them.
+    """
     try:
         with open("/proc/sysvipc/shm") as table:
             rows = [[int(field) for field in line.split()] for line in list(table)[1:]]
     except OSError:
         return True
-    gone = True
-    for key, shmid, _, _, maker, _, attached, owner, *_ in rows:
-        if owner == uid and ((key, shmid) == noted or maker in makers):
+    removed = True
+    for key, shmid, _, _, creator, _, attached, owner, *_ in rows:
+        if owner == uid and ((key, shmid) == recorded or creator in creators):
             if attached:
-                gone = False
+                removed = False
             else:
                 libc("shmctl", shmid, IPC_RMID, None)
-    return gone
+    return removed
 
 
 def end_group(leader: int, gently: bool) -> Iterator[None]:
-    """End a program that is not our child, with all in its process group; a moment a step.
+    """Stop the process group of a program that is not a child process; each step takes a moment.
 
     Args:
-        gently: let it end by itself at first, and clean up.
+        gently: first send SIGTERM to its leader and give it time to clean up.
     """
     if gently:
         quietly(os.kill, leader, SIGTERM)
-        for _ in range(_PATIENCE):
+        for _ in range(_CLEANUP_MOMENTS):
             try:
                 os.killpg(leader, 0)
             except OSError:

@@ -1,10 +1,10 @@
-"""The homes that there are on this machine, whoever made them: for `pgtemp ls` and `pgtemp sweep`.
+"""The run directories of all users on this machine: for `pgtemp ls` and `pgtemp sweep`.
 
-Looked for in the usual places, and in the working directories of all PostgreSQL processes, so that
-a running server is found wherever its home is.
+The search covers the usual directories and the working directories of all PostgreSQL processes, so
+that it finds a running server wherever its run directory is.
 
-Any local user can make a directory with such a name, and root looks into it. So all is read through
-descriptors, no link is followed, and no file system that is mounted in a home is entered.
+Any local user can create a directory with such a name, and root inspects it. The content is
+therefore read through descriptors, without following links or entering mounted file systems.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from pgtemp.supervisor.leftovers import (
     sweep_home,
 )
 
-_FIRST_OF_USERS = 16384  # oids below are of the databases that initdb makes
-_IN_EACH = "pg_filenode.map"
-# The system refuses these removals every time: immutable, mounted, read-only, another user's.
+_FIRST_OF_USERS = 16384  # FirstNormalObjectId: initdb's databases have smaller oids
+_IN_EACH = "pg_filenode.map"  # a file that every database has
+# Errors of removals that will fail every time: immutable, mounted, read-only, another user's.
 _REFUSED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EAGAIN)
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What became of a home in a sweep.
+    """The result of a sweep for one run directory.
 
     Attributes:
-        reason: why it is still there; None where it is removed, or its data is kept.
-        failed: whether it should have been removed. Otherwise it is left alone on purpose, and the
-            next sweep will leave it alone too.
+        reason: why it still exists; None if it was removed, or if its data is persisted.
+        failed: whether its removal failed. Otherwise it was left alone on purpose, and the next
+            sweep will leave it alone too.
     """
 
     reason: str | None = None
@@ -55,15 +55,15 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A home.
+    """A run directory.
 
     Attributes:
-        uid: whose directory it is.
-        open: whether we may look into it.
-        lives: whether somebody holds its lease.
+        uid: the user to whom the directory belongs.
+        open: whether this process may read it.
+        lives: whether its owner or its supervisor holds the lock of its lease file.
         keep: whether its data is to outlive its owner.
-        owner: the process that made it; None where that is gone, or cannot be told.
-        processes: of the server in it.
+        owner: the pid of its owner; None if the owner has exited or is unknown.
+        processes: the pids of the server in it.
     """
 
     path: Path
@@ -76,36 +76,36 @@ class Found:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is for us to take away what is left of it."""
+        """Whether this user may remove it."""
         return os.geteuid() in (0, self.uid)
 
     @property
     def databases(self) -> int:
-        """How many databases were made in the server, those that are kept ready too."""
+        """How many databases were created in the server, including the ready ones in the pool."""
         try:
             with (
-                opened(self.path) as home,
-                _below(DATA, home) as data,
+                opened(self.path) as run_dir,
+                _below(DATA, run_dir) as data,
                 _below("base", data) as base,
             ):
-                made = [name for name in os.listdir(base) if name.isdecimal()]
-                return sum(int(name) >= _FIRST_OF_USERS and _is_whole(base, name) for name in made)
+                oids = [name for name in os.listdir(base) if name.isdecimal()]
+                return sum(int(oid) >= _FIRST_OF_USERS and _is_whole(base, oid) for oid in oids)
         except OSError:
             return 0
 
     @property
     def size(self) -> int:
-        """Bytes that it takes."""
+        """Bytes that it takes on disk."""
         try:
-            with opened(self.path) as home:
-                return disk_space.size_of(home)
+            with opened(self.path) as run_dir:
+                return disk_space.size_of(run_dir)
         except OSError:
             return 0
 
     def sweep(self) -> Swept:
-        """Take away what its owner has left.
+        """Remove it and its remaining processes, unless its owner is running after all.
 
-        Root takes away what is anybody's. Where the owner lives after all, nothing happens.
+        Root also removes run directories of other users.
         """
         try:
             parent = open_passage(os.fspath(self.path.parent))
@@ -114,7 +114,7 @@ class Found:
         try:
             work = sweep_home(parent, self.path.name, everyone=os.geteuid() == 0)
             while True:
-                next(work)  # step by step, for whoever has something else to do
+                next(work)  # the steps are for the supervisor, which serves requests in between
         except StopIteration as done:
             return self._after(done.value)
         finally:
@@ -128,11 +128,11 @@ class Found:
 
 
 @contextmanager
-def opened(home: Path) -> Iterator[int]:
-    """A descriptor of a home for a block; no part of its path may be a link. Raises OSError."""
-    parent = open_passage(os.fspath(home.parent))
+def opened(run_dir: Path) -> Iterator[int]:
+    """Open a run directory for a block; no part of its path may be a link. Raises OSError."""
+    parent = open_passage(os.fspath(run_dir.parent))
     try:
-        directory = os.open(home.name, DIRECTORY, dir_fd=parent)
+        directory = os.open(run_dir.name, DIRECTORY, dir_fd=parent)
     finally:
         os.close(parent)
     try:
@@ -151,7 +151,7 @@ def _below(name: str, directory: int) -> Iterator[int]:
 
 
 def _is_whole(base: int, name: str) -> bool:
-    """Whether a database has files; one without is none (see recycle.py)."""
+    """Whether a database has its files; a directory without them is no database (recycle.py)."""
     try:
         with _below(name, base) as database:
             os.stat(_IN_EACH, dir_fd=database, follow_symlinks=False)
@@ -161,56 +161,56 @@ def _is_whole(base: int, name: str) -> bool:
 
 
 def homes(also: Iterable[Path] = ()) -> list[Found]:
-    """Every home that is somebody's or was left behind; not those that were kept on purpose.
+    """Every run directory that is in use or was left behind, but no persisted data.
 
     Args:
-        also: further directories in which homes were made (data_dir_prefix).
+        also: further directories that contain run directories (data_dir_prefix).
     """
     running: dict[Path, list[int]] = {}
     for pid, cwd in all_postgres():
         if Path(cwd).parent.name.startswith(PREFIX):
             running.setdefault(Path(cwd).parent, []).append(pid)
     bases = {base.resolve() for base in [*paths.sweep_bases(), *also]}
-    seen = {home for base in bases for home in base.glob(f"{PREFIX}*")} | running.keys()
-    found = (_look(home, tuple(running.get(home, ()))) for home in sorted(seen))
+    seen = {run_dir for base in bases for run_dir in base.glob(f"{PREFIX}*")} | running.keys()
+    found = (_look(run_dir, tuple(running.get(run_dir, ()))) for run_dir in sorted(seen))
     return [one for one in found if one is not None]
 
 
-def _look(home: Path, running: tuple[int, ...]) -> Found | None:
+def _look(run_dir: Path, running: tuple[int, ...]) -> Found | None:
     try:
-        uid = home.lstat().st_uid
-    except OSError:  # gone by now, or out of our sight
+        uid = run_dir.lstat().st_uid
+    except OSError:  # removed in the meantime, or not visible to this user
         return None
-    closed = Found(home, uid, False, True, False, None, running)
+    closed = Found(run_dir, uid, False, True, False, None, running)
     try:
-        with opened(home) as here:
-            return _look_into(home, here, running)
+        with opened(run_dir) as here:
+            return _look_into(run_dir, here, running)
     except PermissionError:
         return closed
-    except OSError:  # a short way to the socket of one
+    except OSError:  # a short link to the socket of a run directory
         return None
 
 
-def _look_into(home: Path, here: int, running: tuple[int, ...]) -> Found | None:
+def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | None:
     uid = os.fstat(here).st_uid
     try:
         lease = open_file(LEASE, here)
     except PermissionError:
         raise
     except OSError:
-        # What is being made or removed right now, or was kept, has none.
-        left = is_half_made(here, home.name)
-        return Found(home, uid, True, False, False, None, running) if left else None
+        # A directory that is being created or removed, or is persisted, has no lease file.
+        left = is_half_made(here, run_dir.name)
+        return Found(run_dir, uid, True, False, False, None, running) if left else None
     try:
         lives = is_held(lease)
         owner = _owner(lease) if lives else None
-        return Found(home, uid, True, lives, says_keep(lease), owner, running)
+        return Found(run_dir, uid, True, lives, says_keep(lease), owner, running)
     finally:
         os.close(lease)
 
 
 def _owner(lease: int) -> int | None:
-    """The process that a lease names, if it is still that one, and its user's."""
+    """The pid that a lease file names, if it is still the same process, of the same user."""
     try:
         pid, started = (int(word) for word in os.pread(lease, 64, 0).split(b"\n")[1].split())
         same_user = os.stat(f"/proc/{pid}").st_uid == os.fstat(lease).st_uid

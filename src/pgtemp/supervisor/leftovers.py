@@ -1,7 +1,7 @@
-"""What owners leave behind, and taking it away: homes, half-made ones, what was set aside.
+"""Remove what owners leave behind: run directories, unfinished ones, and unfinished removals.
 
-Shared by the warden's process, so it imports nothing that is slow. Liveness is told by a lock,
-never by a name or an age.
+The supervisor process imports this module, so it imports no module that is slow to import. Whether
+an owner is running is decided by a lock, never by a name or an age.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 PREFIX = "pgtemp-"
 LEASE = "lease"
-NEW = ".new"  # of a file that gets its name when it is whole
+NEW = ".new"  # suffix of a file that gets its final name when it is complete
 DATA = "data"
 SHELF = "shelf"
 SOCKET = "socket"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
-# A directory without a lease is being made right now, or was left half-made; only after this many
-# seconds is it taken for the latter.
+# A directory without a lease file is being created right now, or was left unfinished. A sweep
+# assumes the latter only after this many seconds.
 HALF_MADE = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
 
 
 def sweep(base: str) -> Iterator[None]:
-    """Take away what owners that are gone have left in `base`: processes, then directories."""
+    """Remove what owners that have exited left in `base`: processes, then run directories."""
     try:
         parent = os.open(base, _BASE)
     except OSError:
@@ -53,42 +53,42 @@ def sweep(base: str) -> Iterator[None]:
 
 
 def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
-    """The same for one home, an entry of `parent`.
+    """As `sweep`, for one run directory, an entry of `parent`.
 
-    All is done through the descriptor of the directory that was inspected, never by its path.
+    Every step uses the descriptor of the directory that was inspected, never its path.
 
     Args:
-        everyone: also what other users' owners have left.
+        everyone: also remove run directories of other users.
 
     Returns:
-        Why the home is still there; None where it is gone, or no longer waits for a sweep.
+        Why the run directory still exists; None if it is removed, or no longer needs a sweep.
     """
     try:
-        home = os.open(name, DIRECTORY, dir_fd=parent)
+        run_dir = os.open(name, DIRECTORY, dir_fd=parent)
     except FileNotFoundError:
         return None
     except OSError as error:
         quietly(_drop_dead_link, parent, name)
         return error
     try:
-        if os.fstat(home).st_dev != os.fstat(parent).st_dev:
+        if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
             return OSError(errno.EBUSY, "a file system is mounted there")
         try:
-            lease = open_file(LEASE, home)
+            lease = open_file(LEASE, run_dir)
         except FileNotFoundError:
-            return (yield from _sweep_half_made(parent, name, home, everyone))
+            return (yield from _sweep_half_made(parent, name, run_dir, everyone))
         try:
-            return (yield from _sweep_abandoned(parent, name, home, lease, everyone))
+            return (yield from _sweep_abandoned(parent, name, run_dir, lease, everyone))
         finally:
             os.close(lease)
     except OSError as error:
         return error
     finally:
-        os.close(home)
+        os.close(run_dir)
 
 
 def _drop_dead_link(parent: int, name: str) -> None:
-    """Drop a link to a home's socket (rundir.py) if it leads nowhere; only our own is followed."""
+    """Remove a dangling link to a socket directory (rundir.py); follow no other user's link."""
     status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid():
         try:
@@ -97,17 +97,17 @@ def _drop_dead_link(parent: int, name: str) -> None:
             os.unlink(name, dir_fd=parent)
 
 
-def _sweep_abandoned(parent: int, name: str, home: int, lease: int, everyone: bool) -> Steps:
+def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone: bool) -> Steps:
     status, ours = os.fstat(lease), os.getuid()
-    # A user may be able to link to another user's file, and call it a lease.
+    # A user may be able to create a hard link to another user's file and name it as a lease file.
     if not everyone and (
-        os.fstat(home).st_uid != ours or status.st_uid != ours or status.st_nlink != 1
+        os.fstat(run_dir).st_uid != ours or status.st_uid != ours or status.st_nlink != 1
     ):
         return _ANOTHERS
-    if is_held(lease) or not is_entry(lease, home, LEASE):
+    if is_held(lease) or not is_entry(lease, run_dir, LEASE):
         return BlockingIOError(errno.EAGAIN, "its owner is alive")
     try:
-        data = os.open(DATA, DIRECTORY, dir_fd=home)
+        data = os.open(DATA, DIRECTORY, dir_fd=run_dir)
     except OSError:
         pass
     else:
@@ -116,23 +116,24 @@ def _sweep_abandoned(parent: int, name: str, home: int, lease: int, everyone: bo
         finally:
             os.close(data)
     if says_keep(lease):
-        os.unlink(LEASE, dir_fd=home)
+        os.unlink(LEASE, dir_fd=run_dir)
         return None
-    return (yield from remove_open(parent, _set_aside(parent, name, home), home))
+    return (yield from remove_open(parent, _set_aside(parent, name, run_dir), run_dir))
 
 
-def _set_aside(parent: int, name: str, home: int) -> str:
-    """Rename what is to be removed; the name that it has now.
+def _set_aside(parent: int, name: str, run_dir: int) -> str:
+    """Rename a run directory that is to be removed; return its name afterwards.
 
-    The lease goes with the first files. If this removal is cut short, the next sweep continues it.
+    The lease file is among the first files removed. If the removal is interrupted, the next sweep
+    recognizes the new name and continues.
     """
     aside = name.removesuffix(ASIDE) + ASIDE
     quietly(os.rename, name, aside, src_dir_fd=parent, dst_dir_fd=parent)
-    return aside if is_entry(home, parent, aside) else name
+    return aside if is_entry(run_dir, parent, aside) else name
 
 
 def is_held(lease: int) -> bool:
-    """Whether somebody else holds a lease; else this descriptor does from now on."""
+    """Whether another process holds a lease file's lock; if not, this descriptor acquires it."""
     try:
         fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -141,27 +142,28 @@ def is_held(lease: int) -> bool:
 
 
 def says_keep(lease: int) -> bool:
-    """Whether the data that a lease is of is to outlive its owner."""
+    """Whether a lease file states that the data is to outlive the owner."""
     return os.pread(lease, len(KEEP), 0) == KEEP
 
 
-def is_half_made(home: int, name: str) -> bool:
-    """Whether a directory without a lease is one that nobody makes or removes any more.
+def is_half_made(run_dir: int, name: str) -> bool:
+    """Whether a directory without a lease file was left unfinished and may be removed.
 
-    What was set aside never is kept. Other directories may have such a name (a kept home, the
-    folder of failed tests, a cache), but there is something in them. Raises OSError.
+    A directory renamed for removal always may, any other only after `HALF_MADE` seconds. Persisted
+    data, the folder of failed tests or a cache may have such a name too, but they are not empty.
+    Raises OSError.
     """
     if name.endswith(ASIDE):
         return True
-    if time.time() - os.fstat(home).st_mtime <= HALF_MADE:
+    if time.time() - os.fstat(run_dir).st_mtime <= HALF_MADE:
         return False
-    with os.scandir(home) as entries:
+    with os.scandir(run_dir) as entries:
         return all(entry.name == LEASE + NEW for entry in entries)
 
 
-def _sweep_half_made(parent: int, name: str, home: int, everyone: bool) -> Steps:
-    if os.fstat(home).st_uid != os.getuid() and not everyone:
+def _sweep_half_made(parent: int, name: str, run_dir: int, everyone: bool) -> Steps:
+    if os.fstat(run_dir).st_uid != os.getuid() and not everyone:
         return _ANOTHERS
-    if not is_half_made(home, name):
-        return BlockingIOError(errno.EAGAIN, "it is being made")
-    return (yield from remove_open(parent, name, home))
+    if not is_half_made(run_dir, name):
+        return BlockingIOError(errno.EAGAIN, "it is being created")
+    return (yield from remove_open(parent, name, run_dir))

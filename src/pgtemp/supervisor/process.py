@@ -1,12 +1,13 @@
-"""The warden's process: starts postmasters and makes sure nothing outlives its owner.
+"""The supervisor process: starts postmasters, and ensures that none outlives its owner.
 
-Run by `supervision.py` as a small interpreter of its own, one per owner. Single-threaded, because a
-postmaster's death signal (PR_SET_PDEATHSIG) hangs on the thread that forked it. The owner holds
-one control socket and, for each server, one channel; when a channel closes, its server is stopped
-and removed, so an owner that vanishes in whatever way takes its servers along.
+`supervision.py` runs it as a separate, minimal interpreter, one per owner. It is single-threaded,
+because a postmaster gets its death signal (PR_SET_PDEATHSIG) when the thread that forked it exits.
+The owner holds one control socket, and one channel for each server. When a channel closes, the
+supervisor stops its server and removes the run directory. An owner's servers are therefore removed
+however the owner exits.
 
-It imports nothing that imports slowly: `socket`, `signal` and `typing` alone would double the time
-to the first server (12 of 25 ms), so the C halves are used, and marshal in place of json.
+It imports no module that is slow to import: `socket`, `signal` and `typing` alone would double the
+time to the first server (12 of 25 ms), so it uses their C extension modules, and marshal, not json.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ else:
     import _signal
 
 PR_SET_CHILD_SUBREAPER = 36
-_LONGEST_WAIT = 3_600_000.0  # milliseconds; poll takes no more than 24 days
-FDS = 3  # what comes with a request: channel, lease, log
+_LONGEST_WAIT = 3_600_000.0  # milliseconds; poll accepts at most 24 days
+FDS = 3  # descriptors sent with a request: channel, lease, log
 
 
 class SupervisorProcess:
-    """The loop: requests, deaths, deadlines, and removals in the time that is left."""
+    """The event loop: requests, exits of child processes, deadlines, and removals in between."""
 
     def __init__(self, control: int, owner: int) -> None:
-        os.set_inheritable(control, False)  # it came through exec, and no server may have it
+        os.set_inheritable(control, False)  # inherited through exec; no server may inherit it
         self.control: _socket.socket | None = _socket.socket(fileno=control)
         self.poll = select.poll()
         self.poll.register(control, select.POLLIN)
@@ -48,41 +49,41 @@ class SupervisorProcess:
             self.owner = os.pidfd_open(owner)
             self.poll.register(self.owner, select.POLLIN)
         except (AttributeError, OSError):
-            pass  # no pidfd here: the end of the control socket has to do
+            pass  # no pidfd on this system: rely on the end of the control socket
         self.wake, sink = os.pipe()
         os.set_blocking(sink, False)
         os.set_blocking(self.wake, False)
         self.poll.register(self.wake, select.POLLIN)
         _signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
-        # Whoever started the owner may have blocked signals, and a mask outlives exec.
+        # The owner's parent may have blocked signals, and exec preserves the signal mask.
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        # Handlers that do nothing, not SIG_IGN: exec would hand the latter on to PostgreSQL.
+        # Handlers that do nothing, not SIG_IGN: PostgreSQL would inherit SIG_IGN through exec.
         for number in (_signal.SIGCHLD, INT, QUIT, _signal.SIGTERM, _signal.SIGHUP):
             _signal.signal(number, lambda *_: None)
         if sys.platform == "linux":
             libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.servers: dict[int, Server] = {}  # by the channel's descriptor
-        self.ending: list[Server] = []  # those whose channel is closed
-        self.chores: list[Iterator[None]] = []
+        self.ending: list[Server] = []  # servers whose channel is closed
+        self.tasks: list[Iterator[None]] = []
 
     def run(self) -> None:
-        while self.control is not None or self.servers or self.ending or self.chores:
-            for fd, _ in self.poll.poll(self._patience()):
+        while self.control is not None or self.servers or self.ending or self.tasks:
+            for fd, _ in self.poll.poll(self._timeout()):
                 if fd == self.wake:
                     self._reap()
                 elif fd == self.owner:
-                    self._owner_gone()
+                    self._owner_exited()
                 elif self.control is not None and fd == self.control.fileno():
                     if not self._accept():
-                        self._owner_gone()
+                        self._owner_exited()
                 elif fd in self.servers:
-                    self._listen(self.servers[fd])
-            self._expire()
-            self._do_chores()
+                    self._receive(self.servers[fd])
+            self._check_deadlines()
+            self._run_tasks()
 
-    def _patience(self) -> int | None:
-        """Milliseconds until something is due."""
-        if self.chores:
+    def _timeout(self) -> int | None:
+        """Milliseconds until the next deadline; 0 if there are tasks, None if there is neither."""
+        if self.tasks:
             return 0
         deadlines = [s.deadline for s in self._all() if s.deadline is not None]
         if not deadlines:
@@ -94,7 +95,7 @@ class SupervisorProcess:
         return [*self.servers.values(), *self.ending]
 
     def _accept(self) -> bool:
-        """A byte on the control socket brings a server's descriptors; its end is the end."""
+        """Receive one server's descriptors; False if none have arrived or the socket is closed."""
         assert self.control is not None
         flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0) | _socket.MSG_DONTWAIT
         size = _socket.CMSG_SPACE(FDS * 4)
@@ -116,21 +117,21 @@ class SupervisorProcess:
             self.poll.register(fds[0], select.POLLIN)
         return bool(data)
 
-    def _owner_gone(self) -> None:
+    def _owner_exited(self) -> None:
         if self.owner >= 0:
             self.poll.unregister(self.owner)
             self.owner = -1
         if self.control is not None:
             while self._accept():
-                pass  # what it sent with its last breath counts too
+                pass  # requests that it sent before it exited are valid too
             self.poll.unregister(self.control.fileno())
             self.control = None
         for server in list(self.servers.values()):
-            self._listen(server)
+            self._receive(server)
             if server.channel is not None:  # a forked child holds the other end
-                self._disown(server)
+                self._close_channel(server)
 
-    def _listen(self, server: Server) -> None:
+    def _receive(self, server: Server) -> None:
         assert server.channel is not None
         try:
             data = server.channel.recv(65536, _socket.MSG_DONTWAIT)
@@ -143,31 +144,31 @@ class SupervisorProcess:
             if "argv" in message or "shelf" in message:
                 server.spec.update(message)
                 server.start()
-                self.chores += [sweep(base) for base in message["sweep"]]
-            elif "stop" not in message:  # what is to be removed, before there is a server in it
+                self.tasks += [sweep(base) for base in message["sweep"]]
+            elif "stop" not in message:  # set_cleanup or guard; may arrive before the start request
                 server.spec.update(message)
             else:
                 self._stop(server, message["stop"], message["remove"])
         if not data:
-            self._disown(server)
+            self._close_channel(server)
 
-    def _stop(self, server: Server, ladder: str, remove: list[str] | None) -> None:
+    def _stop(self, server: Server, sequence: str, remove: list[str] | None) -> None:
         server.halting = remove is None
         if remove is not None:
             server.spec.update(remove=remove)
         if server.pid:
-            server.stop(ladder)
+            server.stop(sequence)
         else:
             self._stopped(server)
 
     def _stopped(self, server: Server) -> None:
         if server.halting and server.channel is not None:
-            server.tell(stopped=True, used=server.used)
+            server.send(stopped=True, used=server.used)
         else:
             self._remove(server)
 
-    def _disown(self, server: Server) -> None:
-        """Nobody holds this server any more."""
+    def _close_channel(self, server: Server) -> None:
+        """The owner no longer holds this server: stop it, or remove its files."""
         assert server.channel is not None
         fd = server.channel.fileno()
         self.poll.unregister(fd)
@@ -176,25 +177,25 @@ class SupervisorProcess:
         server.channel = None
         if server.pid:
             self.ending.append(server)
-            server.end()
+            server.stop_as_requested()
         elif server.spec:
             self._remove(server)
-        else:  # it never came to a request
-            server.let_go()
+        else:  # it never received a request
+            server.close_descriptors()
 
     def _remove(self, server: Server) -> None:
         if server.removed:
-            server.tell(stopped=True, used=server.used)
+            server.send(stopped=True, used=server.used)
             return
         server.removed = True
         leader = server.spec.get("guard", 0)
-        # What a program still works in keeps its name.
+        # Directories in which a guarded program still works are not renamed.
         paths = server.spec["remove"] if leader else server.set_aside()
         if not leader and not paths:
-            server.let_go()  # before whoever waits for it is told
-        server.tell(stopped=True, used=server.used)
+            server.close_descriptors()  # before the owner, which waits for this, is notified
+        server.send(stopped=True, used=server.used)
 
-        def chore() -> Iterator[None]:
+        def removals() -> Iterator[None]:
             try:
                 if leader:
                     yield from end_group(leader, server.spec["gently"])
@@ -203,10 +204,10 @@ class SupervisorProcess:
                 for path in paths:
                     yield from removal(path)
             finally:
-                server.let_go()
+                server.close_descriptors()
 
         if leader or paths:
-            self.chores.append(chore())
+            self.tasks.append(removals())
 
     def _reap(self) -> None:
         try:
@@ -222,11 +223,12 @@ class SupervisorProcess:
                 return
             for server in self._all():
                 if server.pid == pid:
-                    self._died(server, os.waitstatus_to_exitcode(status))
+                    self._server_exited(server, os.waitstatus_to_exitcode(status))
 
-    def _died(self, server: Server, code: int) -> None:
+    def _server_exited(self, server: Server, code: int) -> None:
         pid, server.pid, server.deadline = server.pid, 0, None
-        server.tell(exit=code)  # first: whoever has lost a connection wants to know why
+        # First of all, because a client that lost its connection waits for the reason.
+        server.send(exit=code)
         if code < 0 and "data_dir" in server.spec:
             clear_crashed(server.spec["data_dir"], pid)
         if server in self.ending:
@@ -235,28 +237,28 @@ class SupervisorProcess:
         elif server.steps is not None:
             self._stopped(server)
 
-    def _expire(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
         for server in self._all():
             if server.deadline is not None and server.deadline <= now:
                 if server.steps is None:
-                    server.end()
+                    server.stop_as_requested()
                 else:
-                    server.climb()
+                    server.send_next_signal()
 
-    def _do_chores(self) -> None:
-        # In small portions: a request that comes meanwhile waits for a few unlinks at most.
-        # In turn, since a program of a server's user may go on filling what is being removed.
+    def _run_tasks(self) -> None:
+        # In small portions, so that a new request waits for a few unlinks at most. In turn, because
+        # a program of a server user may keep filling one directory while it is being removed.
         for _ in range(32):
-            if self.chores:
+            if self.tasks:
                 try:
-                    next(self.chores[0])
-                    self.chores.append(self.chores[0])
-                except Exception:  # its end, or whatever it met: all servers depend on us
+                    next(self.tasks[0])
+                    self.tasks.append(self.tasks[0])
+                except Exception:  # finished, or failed: all servers depend on this process
                     pass
-                del self.chores[0]
+                del self.tasks[0]
 
 
 def main() -> None:
-    """Run the loop: the control socket is standard input, the argument is the owner's pid."""
+    """Run the loop. Standard input is the control socket; the argument is the owner's pid."""
     SupervisorProcess(0, int(sys.argv[1])).run()

@@ -1,7 +1,7 @@
-"""Messages between an owner and its helper processes: four bytes of length, then marshal.
+"""Messages between an owner and its supervisor or recycler: a length of four bytes, then marshal.
 
-Both ends run the same interpreter, which makes marshal's format safe here; json would take longer
-to import than all else that a helper does.
+Both ends run the same interpreter, so marshal's format is safe here. Importing json would take
+longer than everything else that such a process does.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """One message as it goes over a channel."""
+    """Encode one message for a channel."""
     body = marshal.dumps(message)
     return len(body).to_bytes(4, "big") + body
 
 
 def decode(buffer: bytearray) -> dict[str, Any] | None:
-    """Take one whole message off the front of `buffer`; None while there is none."""
+    """Remove one complete message from the front of `buffer`; None if there is none yet."""
     if len(buffer) < 4:
         return None
     end = 4 + int.from_bytes(buffer[:4], "big")

@@ -1,17 +1,18 @@
-"""The shelf: directories of dropped databases, which are made what their template was, and reused.
+"""Recycling: restore directories of dropped databases to their template's state, for new clones.
 
-Most tests change few files of a database. To put those back is a fraction of the work that it is
-to remove hundreds of files and copy them anew. `templates/recycle.py` says when a directory may be
-moved, and what PostgreSQL has to be told; here are the files alone:
+Most tests change few files of a database. Restoring those files takes a fraction of the time that
+it takes to remove hundreds of files and copy them again. `templates/recycle.py` decides when a
+directory may be moved, and runs the SQL; this module handles the files:
 
-    shelf/original/     the template's files, as a clone had them; nobody changes these
+    shelf/original/     the template's files, as a clone had them; they never change
     shelf/16412/        a database's directory, after that database was dropped
 
-A file that was put back bears a time that no clock shows. Whatever does not bear it was written
-since, by whomever, and is put back again.
+Every restored file gets a fixed, artificial modification time. A file without that time has been
+written to since, by any process, and is restored again.
 
-This runs in a process of its own, forked by the warden, as the server's user: who is a superuser
-in the server may put links where it works. It imports nothing that is slow.
+The recycler is a process of its own that the supervisor forks. It runs as the server user, because
+a superuser in the server can put links into the directories. It imports no module that is slow to
+import.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MARK = 7_000_000_007  # nanoseconds since the epoch
-_STUB = "PG_VERSION"  # without it PostgreSQL takes a directory for no database
-_IDLE = 10_000  # milliseconds without a word, after which the shelf is cleared
+_STUB = "PG_VERSION"  # PostgreSQL does not accept a database directory without it
+_IDLE = 10_000  # milliseconds without a request, after which all but the original is removed
 _ORIGINAL = "original"
 _CHUNK = 1 << 20
 
 
-class Shelf:
-    """The directories of one template's clones; methods raise OSError."""
+class Recycler:
+    """The recycled directories of one template's clones; methods raise OSError."""
 
-    def __init__(self, home: str) -> None:
-        self._base = os.path.join(home, DATA, "base")
-        self._path = os.path.join(home, SHELF)  # and from `begin` on a directory in it
+    def __init__(self, run_dir: str) -> None:
+        self._base = os.path.join(run_dir, DATA, "base")
+        self._path = os.path.join(run_dir, SHELF)  # after `begin`, a directory in it
         self._sizes: dict[str, int] = {}
         self._taken: set[str] = set()
-        self.waiting: list[str] = []  # to be made what they were
+        self.waiting: list[str] = []  # to be restored
         self._ready: list[str] = []
 
     def begin(self, oid: str) -> None:
-        """Take a clone's files for the original; what is left is no more than a name."""
+        """Move a clone's files to `original`; the clone remains as a stub with one file."""
         self._path = os.path.join(self._path, oid)
         os.makedirs(self._path, 0o700)
         original, stub = self._on(_ORIGINAL), self._at(oid)
@@ -56,7 +57,7 @@ class Shelf:
         sizes = {}
         for name, status in _files(stub):
             if not stat.S_ISREG(status.st_mode):
-                raise FileExistsError(f"{stub}/{name} is no plain file")
+                raise FileExistsError(f"{stub}/{name} is not a regular file")
             sizes[name] = status.st_size
             if name != _STUB:
                 os.rename(f"{stub}/{name}", f"{original}/{name}")
@@ -64,39 +65,39 @@ class Shelf:
         self._sizes = sizes
 
     def take(self, oid: str) -> None:
-        """Take the directory of a database in which nobody is, and will be."""
+        """Move away the directory of a database that has no sessions and can get none."""
         os.rename(self._at(oid), self._on(oid))
         self._taken.add(oid)
 
     def restore(self, oid: str) -> None:
-        """The database was dropped: PostgreSQL knows nothing of its files any more."""
+        """Queue a directory for restoring: its database is dropped, so its files are not in use."""
         self._taken.remove(oid)
         self.waiting.append(oid)
 
     def put(self, oid: str) -> None:
-        """Give a database that was cloned from the stub a directory as its template has it."""
+        """Replace the directory of a database cloned from the stub by a restored directory."""
         if not self._ready and self.waiting:
             self.work()
         restored = self._ready.pop() if self._ready else None
         if restored is None:
-            raise FileNotFoundError("nothing is on the shelf")
+            raise FileNotFoundError("there is no directory to recycle")
         empty = self._on(f"{oid}.stub")
         os.rename(self._at(oid), empty)
         os.rename(self._on(restored), self._at(oid))
         remove(empty)
 
     def work(self) -> None:
-        """Make one directory what it was."""
+        """Restore one directory."""
         oid = self.waiting.pop(0)
         try:
-            self._make_good(self._on(oid))
+            self._restore_files(self._on(oid))
         except OSError:  # such as a full disk
             remove(self._on(oid))
         else:
             self._ready.append(oid)
 
     def clear(self) -> None:
-        """Keep nothing but the original."""
+        """Remove every directory except the original."""
         for oid in (*self._ready, *self.waiting, *self._taken):
             remove(self._on(oid))
         self._ready.clear()
@@ -104,10 +105,10 @@ class Shelf:
         self._taken.clear()
 
     def leave(self, _: str) -> None:
-        """Keep nothing at all."""
+        """Remove everything, including the original."""
         remove(self._path)
 
-    def _make_good(self, directory: str) -> None:
+    def _restore_files(self, directory: str) -> None:
         sizes, original = self._sizes, self._on(_ORIGINAL)
         missing = set(sizes)
         for name, status in _files(directory):
@@ -133,8 +134,8 @@ def _files(directory: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _copy(source: str, target: str, size: int) -> None:
-    """Write a file in place: its blocks are there already."""
-    # O_NONBLOCK: a pipe that was put there is an error, not a wait.
+    """Copy a file into an existing one, if there is one: its blocks are allocated already."""
+    # O_NONBLOCK: a named pipe in place of the file causes an error instead of a wait.
     careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     reading = os.open(source, os.O_RDONLY | careful)
     try:
@@ -156,18 +157,18 @@ def _copy(source: str, target: str, size: int) -> None:
         os.close(reading)
 
 
-def serve(channel: _socket.socket, home: str) -> None:
-    """Do what is asked for until nobody can ask any more; the words are the methods' names."""
-    shelf, buffer = Shelf(home), bytearray()
-    do = {name: getattr(shelf, name) for name in ("begin", "take", "restore", "put", "leave")}
+def serve(channel: _socket.socket, run_dir: str) -> None:
+    """Execute requests, which name a method, until the other end of the channel is closed."""
+    recycler, buffer = Recycler(run_dir), bytearray()
+    do = {name: getattr(recycler, name) for name in ("begin", "take", "restore", "put", "leave")}
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     while True:
-        if not poll.poll(0 if shelf.waiting else _IDLE):
-            if shelf.waiting:
-                shelf.work()
+        if not poll.poll(0 if recycler.waiting else _IDLE):
+            if recycler.waiting:
+                recycler.work()
             else:
-                shelf.clear()
+                recycler.clear()
             continue
         data = channel.recv(65536)
         if not data:

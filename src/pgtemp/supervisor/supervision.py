@@ -1,8 +1,8 @@
-"""The owner's end of the warden: one helper process that starts and ends all of its servers.
+"""The owner's side of the supervisor, the helper process that starts and stops its servers.
 
-The process is `process.py`. It is started with the first server, while the image is copied, and
-ends with the owner. A child made by fork has no part in it: it closes its copies of the sockets,
-and a server it starts gets a warden of its own.
+`process.py` is the program of that process. It is started with the first server, while the image is
+copied, and exits with the owner. A child that the owner forks does not share it: the child closes
+its copies of the sockets, and starts a supervisor of its own with its first server.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _BOOT = (
     f"import sys; sys.path.append({_ROOT!r}); from pgtemp.supervisor.process import main; main()"
 )
 _ANSWER_SECONDS = 30.0
-# The whole ladder for kept data takes 70 s at the most.
+# The whole signal sequence for persisted data takes at most 70 s.
 _STOP_SECONDS = 90.0
 _END_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a postmaster is started with."""
+    """The parameters with which a postmaster is started."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
@@ -50,9 +50,9 @@ class Request:
 
 
 class Process:
-    """A home under the warden, and the postmaster in it.
+    """A run directory under the supervisor, and the postmaster in it.
 
-    One thread may start or stop it while others look whether it lives.
+    One thread may start or stop it while others check whether it is running.
     """
 
     def __init__(self, channel: socket.socket) -> None:
@@ -65,107 +65,107 @@ class Process:
         _channels.add(channel)
 
     def fileno(self) -> int:
-        """A descriptor that can be read when there is news of the postmaster."""
+        """A descriptor that becomes readable when the supervisor sends a message."""
         return self._channel.fileno()
 
     def start(self, request: Request) -> None:
-        """Ask for the postmaster; `await_started` tells how that went.
+        """Request the postmaster's start; `await_started` returns the result.
 
         Raises:
-            WardenError: the warden is gone.
+            WardenError: the supervisor has exited.
         """
         self._send(asdict(request))
 
-    def start_shelf(self, home: Path, uid: int | None, gid: int | None) -> None:
-        """Ask for a process that looks after the shelf of a home; it ends with this one.
+    def start_shelf(self, run_dir: Path, uid: int | None, gid: int | None) -> None:
+        """Start a recycler (recycle_files.py) for a run directory; it exits with this process.
 
         Raises:
-            WardenError: the warden is gone, or cannot have one more process.
+            WardenError: the supervisor has exited, or cannot start another process.
         """
-        self._send({"shelf": str(home), "uid": uid, "gid": gid, "ttl": None, "sweep": []})
+        self._send({"shelf": str(run_dir), "uid": uid, "gid": gid, "ttl": None, "sweep": []})
         self.await_started()
 
-    def settle(self, remove: Sequence[str], *, keep: bool) -> None:
-        """Say anew what is to be removed in the end, and whether the data is kept.
+    def set_cleanup(self, remove: Sequence[str], *, keep: bool) -> None:
+        """Set the paths that are removed in the end, and whether the data is persisted.
 
         Raises:
-            WardenError: the warden is gone.
+            WardenError: the supervisor has exited.
         """
         self._send({"remove": list(remove), "keep": keep})
 
     def guard(self, leader: int, *, gently: bool) -> None:
-        """Have a program ended when this process is gone, with all in its process group.
+        """Have a program's process group stopped when this process has exited.
 
         Args:
-            leader: its id; 0 is none any more.
+            leader: the pid of the program, which leads the group; 0 if it has exited.
             gently: let it clean up first.
 
         Raises:
-            WardenError: the warden is gone.
+            WardenError: the supervisor has exited.
         """
         self._send({"guard": leader, "gently": gently})
 
     def await_started(self) -> int:
-        """The postmaster's pid, once it was forked.
+        """Wait until the postmaster is forked, and return its pid.
 
         Raises:
-            WardenError: it could not be, or the warden is gone.
+            WardenError: it could not be forked, or the supervisor has exited.
         """
         deadline = time.monotonic() + _ANSWER_SECONDS
         while not self.pid:
             if not self._receive(deadline - time.monotonic()):
-                raise WardenError("the warden did not answer", remedy=_REMEDY)
+                raise WardenError("the supervisor did not answer", remedy=_REMEDY)
         return self.pid
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the postmaster's end, at most so long; its exit status, None while it runs."""
+        """Wait at most `seconds` for the postmaster's exit; its exit status, None while it runs."""
         if self.exit_status is None:
             self._receive(seconds)
         return self.exit_status
 
     def stop(self, *, keep: bool, remove: Sequence[str]) -> list[str]:
-        """End the postmaster and remove what is to be removed; the signals that it took.
+        """Stop the postmaster and remove the paths; return the signals that were needed.
 
         Raises:
-            WardenError: the warden is gone, or the server could not be ended.
+            WardenError: the supervisor has exited, or the server could not be stopped.
         """
         try:
-            return self._end({"stop": "keep" if keep else "discard", "remove": list(remove)})
+            return self._stop({"stop": "keep" if keep else "discard", "remove": list(remove)})
         finally:
             self.abandon()
 
     def halt(self) -> list[str]:
-        """Shut the postmaster down cleanly; its directory stays, held by the warden.
+        """Shut the postmaster down cleanly; the supervisor still holds its run directory.
 
         Raises:
             WardenError: as for `stop`.
         """
-        return self._end({"stop": "keep", "remove": None})
+        return self._stop({"stop": "keep", "remove": None})
 
-    def _end(self, message: dict[str, Any]) -> list[str]:
+    def _stop(self, message: dict[str, Any]) -> list[str]:
         self._stopped = None
         self._send(message)
         deadline = time.monotonic() + _STOP_SECONDS
         while self._stopped is None:
             if not self._receive(deadline - time.monotonic()):
-                raise WardenError(f"PostgreSQL (pid {self.pid}) could not be ended")
+                raise WardenError(f"PostgreSQL (pid {self.pid}) could not be stopped")
         return self._stopped
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
             self._channel.sendall(encode(message))
         except OSError as error:
-            raise WardenError("the warden is gone", remedy=_REMEDY) from error
+            raise WardenError(_EXITED, remedy=_REMEDY) from error
 
     def abandon(self) -> None:
-        """Let go of the server: the warden ends it as its request said."""
+        """Close the channel: the supervisor then stops the server and cleans up by itself."""
         self._channel.close()
 
     def _receive(self, seconds: float) -> bool:
-        """Take in what the warden says within so many seconds; False when it said nothing."""
+        """Process the supervisor's messages of the next `seconds`; False if there was none."""
         descriptor = self._channel.fileno()
         if descriptor < 0:
-            raise WardenError("the server was given up", remedy=_REMEDY)
+            raise WardenError("the server was already stopped or abandoned", remedy=_REMEDY)
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         if not poll.poll(max(0.0, seconds) * 1000):
@@ -174,15 +174,15 @@ class Process:
             try:
                 data = self._channel.recv(65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return True  # another thread was quicker, and has told
+                return True  # another thread has received the message
             except OSError:
                 data = b""
             if not data:
-                raise WardenError("the warden is gone", remedy=_REMEDY)
-            self._take_in(data)
+                raise WardenError(_EXITED, remedy=_REMEDY)
+            self._process_messages(data)
         return True
 
-    def _take_in(self, data: bytes) -> None:
+    def _process_messages(self, data: bytes) -> None:
         self._buffer += data
         while (message := decode(self._buffer)) is not None:
             if "error" in message:
@@ -193,12 +193,13 @@ class Process:
                 self._stopped = message["used"]
 
 
-_REMEDY = "start a new server; what this one left is removed with the next start"
+_EXITED = "the supervisor has exited"
+_REMEDY = "start a new server; that also removes what this one has left behind"
 _channels: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 class Supervisor:
-    """The helper process of this process."""
+    """The supervisor process of this process."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
@@ -209,7 +210,7 @@ class Supervisor:
             except OSError as error:
                 self._control.close()
                 raise WardenError(
-                    f"the warden could not be started with {sys.executable}: {error}",
+                    f"the supervisor could not be started with {sys.executable}: {error}",
                     remedy="sys.executable must be a Python interpreter that can be run",
                 ) from error
 
@@ -222,37 +223,37 @@ class Supervisor:
         return self._process.poll() is None
 
     def hold(self, remove: Sequence[str], *, keep: bool, lease: int, log: int) -> Process:
-        """Have directories removed when `stop` is called, or when this process is gone.
+        """Have paths removed when `stop` is called, or when this process has exited.
 
         Args:
-            remove: what is to be removed then.
+            remove: the paths.
             keep: whether a server that is started in them is to be shut down cleanly.
-            lease, log: descriptors; the warden gets some of its own.
+            lease, log: descriptors; the supervisor gets duplicates.
 
         Raises:
-            WardenError: the warden is gone.
+            WardenError: the supervisor has exited.
         """
         ours, theirs = socket.socketpair()
         process = Process(ours)
         try:
             with theirs:
-                process.settle(remove, keep=keep)
+                process.set_cleanup(remove, keep=keep)
                 socket.send_fds(self._control, [b"+"], [theirs.fileno(), lease, log])
         except OSError as error:
             ours.close()
-            raise WardenError("the warden is gone", remedy=_REMEDY) from error
+            raise WardenError(_EXITED, remedy=_REMEDY) from error
         return process
 
     def end(self) -> None:
-        """Let the warden end all servers and itself, and wait for it."""
+        """Let the supervisor stop all servers and exit, and wait for it."""
         self._control.close()
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            pass  # it goes on by itself
+            pass  # it continues by itself
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's warden without a word."""
+        """In a forked child: detach from the parent's supervisor without affecting it."""
         self._control.close()
         self._process.returncode = 0  # not this process's child, so no warning about it
 
@@ -262,10 +263,10 @@ _lock = threading.Lock()
 
 
 def current() -> Supervisor:
-    """The warden of this process; started when there is none.
+    """The supervisor of this process; started if none is running.
 
     Raises:
-        WardenError: it could not be started.
+        WardenError: the supervisor could not be started.
     """
     global _current
     with _lock:
@@ -280,19 +281,19 @@ def current() -> Supervisor:
 def guarded(
     remove: Sequence[str] = (), lock: int | None = None, *, gently: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Let nothing that a block does outlive this process: neither a program, nor what is half made.
+    """Ensure that neither a program nor an incomplete directory of a block outlives this process.
 
     Args:
-        remove: directories that go where this process is gone before the block has ended.
-        lock: a descriptor; its lock is let go of only after that.
+        remove: directories to remove if this process exits before the end of the block.
+        lock: the descriptor of a lock that is to be held until they are removed.
         gently: let the program clean up first.
 
     Yields:
-        What is to be called with the id of a program, which leads its process group, and with 0
-        when that has ended.
+        A function to call with a program's pid (the program must lead its process group), and with
+        0 once the program has exited.
 
     Raises:
-        WardenError: there is no warden.
+        WardenError: the supervisor could not be started, or has exited.
     """
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -303,7 +304,7 @@ def guarded(
     try:
         yield lambda leader: held.guard(leader, gently=gently)
     finally:
-        with suppress(WardenError):  # what is done is done, whoever guards it
+        with suppress(WardenError):  # the block is complete, so a guard is no longer needed
             held.guard(0, gently=gently)
             held.stop(keep=False, remove=[])
 
