@@ -80,10 +80,10 @@ class Database:
         """
         ahead, self._ahead = self._ahead, None
         if not kwargs:
-            if ahead is not None and ahead.serves():
+            if ahead is not None and ahead.is_usable():
                 return ahead.connection
             if self._clones is not None:  # those that come after this one get theirs ahead
-                self._clones.ahead = self.works.open_ahead
+                self._clones.ahead = self.works.open_warm
         if ahead is not None:
             ahead.connection.close()
         connection = psycopg.connect(self._info.uri, **kwargs)
@@ -138,7 +138,7 @@ class Database:
             # The old one goes only when the new one is there.
             admin_sql.clone(connection, fresh, snapshot.dbname, works.server.user)
             try:
-                admin_sql.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
+                admin_sql.drop(connection, self.dbname, works.admins.info_of(self.dbname))
                 admin_sql.rename(connection, fresh, self.dbname)
             except BaseException:
                 self._pool.retire(fresh)
@@ -211,7 +211,7 @@ class Database:
     def _private(self) -> ConnectionInfo:
         self._forget_ahead()
         self.was_shown = True
-        return self.works.admins.elsewhere(self.dbname)
+        return self.works.admins.info_of(self.dbname)
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from pathlib import Path
 from pgtemp.allocation.pool import Pool
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Ahead
+from pgtemp.sql.admin_connections import AdminConnections, WarmConnection
 from pgtemp.templates.clones import Clones
 from pgtemp.uri import ConnectionInfo
 
@@ -54,9 +54,9 @@ class Works:
         self._pools[pool] = clones
         return pool
 
-    def open_ahead(self, dbname: str) -> Ahead:
+    def open_warm(self, dbname: str) -> WarmConnection:
         """A connection to a database in it, as its user would open it. Raises psycopg's errors."""
-        return admin_connections.open_ahead(self.info_of(dbname).uri)
+        return admin_connections.open_warm(self.info_of(dbname).uri)
 
     def now(self) -> int:
         """The time of the server's files, in nanoseconds since the epoch.

@@ -68,7 +68,8 @@ class SharedServer:
             self._residue = LeakCheck(self.postmaster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 if not keep:
-                    admin_sql.close_door(connection, admin_sql.BASE)  # no client is to change it
+                    # Clients must not change template1.
+                    admin_sql.forbid_connections(connection, admin_sql.BASE)
                 self._residue.accept(connection)
                 self.watched = statement_logging.is_watched(connection)
         except BaseException:
@@ -132,7 +133,7 @@ class SharedServer:
         """Keep a database under another name; whoever is in it is ended. Raises PgTempError."""
         self.kept.add(name)
         with self._admins.connection() as connection:
-            admin_sql.empty(connection, dbname)
+            admin_sql.disconnect_all(connection, dbname)
             admin_sql.rename(connection, dbname, name)
         self.names.discard(dbname)
 
@@ -167,8 +168,9 @@ class SharedServer:
         else the server is stale. Any exception means that nothing is known of what was left.
         """
         with self._looking, self._admins.connection() as connection:
-            admin_sql.empty(connection, dbname)  # what is still at work could still make things
-            if admin_sql.clings(connection, dbname):
+            # A session that is still running could leave more behind.
+            admin_sql.disconnect_all(connection, dbname)
+            if admin_sql.has_drop_obstacles(connection, dbname):
                 self._clones.dispose(dbname)
             if self._residue.settings_were_touched(connection):
                 self.epoch += 1

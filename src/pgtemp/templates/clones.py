@@ -23,7 +23,7 @@ from pgtemp.host import disk_space
 from pgtemp.host.progress import step
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Ahead, Connection, was_lost
+from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection, was_lost
 from pgtemp.templates.recipe import Recipe
 from pgtemp.templates.recycle import Reuse
 from pgtemp.templates.unmodified import untouched
@@ -45,8 +45,8 @@ class Clones:
         self._attributes: bool | None = None
         self._size = 0
         self._reuse = Reuse(admins, source, owner)
-        self.ahead: Callable[[str], Ahead] | None = None
-        self._opened: dict[str, Ahead] = {}
+        self.ahead: Callable[[str], WarmConnection] | None = None
+        self._opened: dict[str, WarmConnection] = {}
 
     @property
     def recycles(self) -> bool:
@@ -62,7 +62,7 @@ class Clones:
                 self._opened[name] = ahead(name)
         return name
 
-    def opened(self, name: str) -> Ahead | None:
+    def opened(self, name: str) -> WarmConnection | None:
         """The connection that was opened ahead to a clone, for whoever asks first."""
         return self._opened.pop(name, None)
 
@@ -178,7 +178,7 @@ def build(
         PgTempError: the build failed; nothing of it is left. A callable's own error comes as it is.
     """
     fresh, final = unique_name(f"building_{name}"), unique_name(f"template_{name}")
-    there = admins.elsewhere(fresh)
+    there = admins.info_of(fresh)
     with step(f"building template {name}"):
         with admins.connection() as connection:
             admin_sql.clone(connection, fresh, source, info.user, admins.closing)
@@ -199,7 +199,7 @@ def _discard(admins: AdminConnections, dbname: str) -> None:
     try:
         with admins.connection() as connection:
             admin_sql.unseal(connection, dbname)
-            admin_sql.drop(connection, dbname, admins.elsewhere(dbname))
+            admin_sql.drop(connection, dbname, admins.info_of(dbname))
     except PgTempError as error:
         _log.warning("what a failed build left could not be dropped: %s", error)
 
@@ -217,7 +217,7 @@ def unique_name(prefix: str) -> str:
 
 def in_use(connection: Connection, dbname: str) -> PgTempError:
     """The error for a database that cannot be copied because somebody is in it."""
-    who = admin_sql.users_of(connection, dbname)
+    who = admin_sql.sessions_in(connection, dbname)
     return ClusterError(
         f"{dbname} cannot be copied while others are connected to it",
         remedy="close their connections first",

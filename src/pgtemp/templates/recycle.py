@@ -101,7 +101,7 @@ class Reuse:
             return True
         with self._changing:
             self._shelved = 0  # it was idle, and has cleared the shelf
-        admin_sql.drop(connection, name, self._admins.elsewhere(name))
+        admin_sql.drop(connection, name, self._admins.info_of(name))
         return False
 
     def dispose(self, connection: Connection, name: str, *, attributes: bool, size: int) -> None:
@@ -116,7 +116,7 @@ class Reuse:
         if self._has_use(connection, attributes, size):
             left, oid = self._take(connection, name)
         try:
-            admin_sql.drop(connection, left, self._admins.elsewhere(left))
+            admin_sql.drop(connection, left, self._admins.info_of(left))
         finally:
             self._leaving.discard(left)
         if oid and self._do("restore", oid, answer=False):
@@ -136,7 +136,7 @@ class Reuse:
         self._do("leave", "")
         self.close()
         with suppress(Error, PgTempError):
-            admin_sql.drop(connection, self._stub, self._admins.elsewhere(self._stub))
+            admin_sql.drop(connection, self._stub, self._admins.info_of(self._stub))
 
     def close(self) -> None:
         """End the process; the server with all that is in it goes by itself."""
@@ -167,7 +167,7 @@ class Reuse:
             connection, self._stub, self._source, self._owner, self._admins.closing,
             attributes=attributes,
         )  # fmt: skip
-        admin_sql.close_door(connection, self._stub)
+        admin_sql.forbid_connections(connection, self._stub)
         home = connection.home
         with Tree.open(home / DATA) as data:
             owner = os.fstat(data.fd)
@@ -195,10 +195,10 @@ class Reuse:
         oid = _oid_of(connection, name)
         if not oid:
             return gone, ""
-        if admin_sql.clings(connection, name):
+        if admin_sql.has_drop_obstacles(connection, name):
             return name, ""
         self._leaving.add(gone)
-        admin_sql.empty(connection, name)
+        admin_sql.disconnect_all(connection, name)
         try:
             admin_sql.rename(connection, name, gone)
         except Error:  # somebody has come meanwhile
