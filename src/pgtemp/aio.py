@@ -1,8 +1,8 @@
-"""The same doors for asyncio: whole brackets in a thread, right also when cancelled.
+"""PgTempDB, Cluster, Template and Database for asyncio; every operation runs in a thread.
 
-Cancelling a task does not stop a thread. A plain `await to_thread(start)`, cancelled while a
-server starts, would leave the server behind; here whoever is cancelled waits for the thread and
-undoes what it did, and only then is cancelled.
+Cancelling a task does not stop a thread. If a plain `await to_thread(start)` were cancelled while a
+server starts, the server would be left running. Here, a cancelled task waits for the thread and
+undoes its work before it raises CancelledError.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 async def whole(do: Callable[[], T], undo: Callable[[], object] | None = None) -> T:
-    """Run `do` in a thread to its end; when cancelled, also `undo`, and then be cancelled."""
+    """Run `do` in a thread until it completes.
+
+    If the task is cancelled meanwhile and `do` succeeds, run `undo` before raising CancelledError.
+    """
     working = asyncio.ensure_future(asyncio.to_thread(do))
     try:
         return await asyncio.shield(working)
@@ -38,7 +41,7 @@ async def whole(do: Callable[[], T], undo: Callable[[], object] | None = None) -
 
 
 async def to_its_end(working: asyncio.Future[T]) -> bool:
-    """Wait for it, however often we are cancelled meanwhile; True if it did what it should."""
+    """Wait for a future, even if the task is cancelled meanwhile; return whether it succeeded."""
     while not working.done():
         try:
             await asyncio.wait([working])
@@ -48,7 +51,7 @@ async def to_its_end(working: asyncio.Future[T]) -> bool:
 
 
 class PgTempDB:
-    """A PostgreSQL server with one database, for asyncio. As `pgtemp.PgTempDB`, but awaited.
+    """A PostgreSQL server with one database, for asyncio: `pgtemp.PgTempDB` with coroutines.
 
     async with pgtemp.aio.PgTempDB() as db:
         await asyncpg.connect(db.uri)
@@ -60,7 +63,7 @@ class PgTempDB:
 
     @classmethod
     def from_uri(cls, uri: str, **options: Any) -> Self:
-        """As `pgtemp.PgTempDB.from_uri`."""
+        """See `pgtemp.PgTempDB.from_uri`."""
         self = cls.__new__(cls)
         self._handle = pgtempdb.PgTempDB.from_uri(uri, **options)
         return self
@@ -82,7 +85,7 @@ class PgTempDB:
 
     @property
     def host(self) -> str:
-        """The host; the socket's directory where there is no TCP."""
+        """The host; without TCP, the socket's directory."""
         return self._handle.host
 
     @property
@@ -96,7 +99,7 @@ class PgTempDB:
 
     @property
     def password(self) -> str | None:
-        """The password; None where there is no TCP."""
+        """The password; None without TCP."""
         return self._handle.password
 
     @property
@@ -110,12 +113,12 @@ class PgTempDB:
 
     @property
     def data_dir(self) -> Path:
-        """The data directory; after `stop()`, the one that was kept."""
+        """The data directory; after `stop()`, the persisted one."""
         return self._handle.data_dir
 
     @property
     def log_path(self) -> Path:
-        """The server's log."""
+        """The file of the server log."""
         return self._handle.log_path
 
     @property
@@ -124,20 +127,20 @@ class PgTempDB:
         return self._handle.pid
 
     async def start(self) -> Self:
-        """As `pgtemp.PgTempDB.start`; cancelled, it leaves nothing behind."""
+        """See `pgtemp.PgTempDB.start`; if the task is cancelled, nothing is left behind."""
         await whole(self._handle.start, undo=self._handle.stop)
         return self
 
     async def stop(self) -> None:
-        """As `pgtemp.PgTempDB.stop`; cancelled, it is done all the same."""
+        """See `pgtemp.PgTempDB.stop`; the server is stopped even if the task is cancelled."""
         await whole(self._handle.stop)
 
     async def dump(self, path: StrPath) -> None:
-        """As `pgtemp.PgTempDB.dump`."""
+        """See `pgtemp.PgTempDB.dump`."""
         await whole(lambda: self._handle.dump(path))
 
     async def load(self, path: StrPath) -> None:
-        """As `pgtemp.PgTempDB.load`."""
+        """See `pgtemp.PgTempDB.load`."""
         await whole(lambda: self._handle.load(path))
 
     async def connect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
@@ -160,7 +163,7 @@ class PgTempDB:
 
 
 class Cluster:
-    """One server, many databases, for asyncio. As `pgtemp.Cluster`, but awaited.
+    """Many databases, for asyncio: `pgtemp.Cluster` with coroutines.
 
     async with pgtemp.aio.Cluster() as cluster:
         app = await cluster.template("app", build=migrate)  # may be a coroutine function
@@ -177,12 +180,12 @@ class Cluster:
         return self._cluster
 
     async def start(self) -> Self:
-        """As `pgtemp.Cluster.start`; cancelled, it leaves nothing behind."""
+        """See `pgtemp.Cluster.start`; if the task is cancelled, nothing is left behind."""
         await whole(self._cluster.start, undo=self._cluster.stop)
         return self
 
     async def stop(self) -> None:
-        """As `pgtemp.Cluster.stop`; cancelled, it is done all the same."""
+        """See `pgtemp.Cluster.stop`; all servers are stopped even if the task is cancelled."""
         await whole(self._cluster.stop)
 
     async def template(
@@ -193,14 +196,14 @@ class Cluster:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """As `pgtemp.Cluster.template`; a coroutine function runs on this event loop."""
+        """See `pgtemp.Cluster.template`; a coroutine function runs on this event loop."""
         on_loop = _on_loop(build)
         return Template(
             await whole(lambda: self._cluster.template(name, on_loop, key=key, watch=watch))
         )
 
     async def database(self) -> Database:
-        """As `pgtemp.Cluster.database`; cancelled, the database goes back."""
+        """See `pgtemp.Cluster.database`; if the task is cancelled, the database is given back."""
         return await _claim(self._cluster.database)
 
     async def __aenter__(self) -> Self:
@@ -216,14 +219,14 @@ class Cluster:
 
 
 class Template:
-    """A sealed database that others are cloned from. As `pgtemp.Template`, but awaited."""
+    """A sealed database that others are cloned from: `pgtemp.Template` with coroutines."""
 
     def __init__(self, template: cluster.Template) -> None:
         self._template = template
         self.name = template.name
 
     async def database(self) -> Database:
-        """As `pgtemp.Template.database`; cancelled, the database goes back."""
+        """See `pgtemp.Template.database`; if the task is cancelled, the database is given back."""
         return await _claim(self._template.database)
 
     async def template(
@@ -234,7 +237,7 @@ class Template:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """A template that starts from this one."""
+        """Return a template that starts from this one."""
         on_loop = _on_loop(build)
         return Template(
             await whole(lambda: self._template.template(name, on_loop, key=key, watch=watch))
@@ -242,7 +245,7 @@ class Template:
 
 
 class Database:
-    """One clone, with a URL. As `pgtemp.Database`, but awaited."""
+    """One clone, with a URL: `pgtemp.Database` with coroutines."""
 
     def __init__(self, database: database.Database) -> None:
         self._database = database
@@ -262,27 +265,27 @@ class Database:
         return await psycopg.AsyncConnection.connect(self.uri, **kwargs)
 
     async def dump(self, path: StrPath) -> None:
-        """As `pgtemp.Database.dump`."""
+        """See `pgtemp.Database.dump`."""
         await whole(lambda: self._database.dump(path))
 
     async def load(self, path: StrPath) -> None:
-        """As `pgtemp.Database.load`."""
+        """See `pgtemp.Database.load`."""
         await whole(lambda: self._database.load(path))
 
     async def snapshot(self, name: str) -> Snapshot:
-        """As `pgtemp.Database.snapshot`."""
+        """See `pgtemp.Database.snapshot`."""
         return await whole(lambda: self._database.snapshot(name))
 
     async def restore(self, snapshot: Snapshot) -> None:
-        """As `pgtemp.Database.restore`."""
+        """See `pgtemp.Database.restore`."""
         await whole(lambda: self._database.restore(snapshot))
 
     async def fork(self) -> Database:
-        """As `pgtemp.Database.fork`."""
+        """See `pgtemp.Database.fork`."""
         return await _claim(self._database.fork)
 
     async def close(self) -> None:
-        """As `pgtemp.Database.close`; it waits for nothing."""
+        """See `pgtemp.Database.close`; it does not wait."""
         self._database.close()
 
     async def __aenter__(self) -> Self:
@@ -301,7 +304,7 @@ class Database:
 
 
 async def _claim(make: Callable[[], database.Database]) -> Database:
-    """A database; when cancelled meanwhile, it is closed."""
+    """Claim a database in a thread; if the task is cancelled meanwhile, close it."""
     made: list[database.Database] = []
     await whole(lambda: made.append(make()), undo=lambda: made[0].close())
     return Database(made[0])
@@ -309,9 +312,10 @@ async def _claim(make: Callable[[], database.Database]) -> Database:
 
 @dataclass(frozen=True, slots=True)
 class _OnLoop:
-    """A build whose coroutine runs on the event loop that asked for it.
+    """A build whose coroutine runs on the event loop of the caller.
 
-    A value, so that the same function asked for twice is the same build.
+    Two objects are equal if they have the same function, so that a template can be requested
+    repeatedly with the same build.
     """
 
     build: Callable[[str], object]
@@ -319,7 +323,7 @@ class _OnLoop:
 
     @property
     def __wrapped__(self) -> Callable[[str], object]:
-        return self.build  # which tells where the build comes from
+        return self.build  # recipe.py finds the original function by this attribute
 
     def __call__(self, uri: str) -> object:
         result = self.build(uri)

@@ -1,15 +1,15 @@
-"""Many databases: each a clone of a template, from a pool kept ready.
+"""A cluster provides many databases, each a clone of a template from a pool of ready clones.
 
     with Cluster() as cluster:
         app = cluster.template("app", build=migrate)
         with app.database() as db:
             psycopg.connect(db.uri)
 
-A server takes thirty milliseconds to start, a clone ten, and one that is ready already none.
+Starting a server takes thirty milliseconds, making a clone ten; a clone that is ready takes none.
 
-A template whose outcome can be told from what it is made from is kept on disk, as an image of a
-whole server; so it has a server of its own, which is the cluster's one server where nothing has
-needed another yet. All other templates are built in the server that there is.
+If the result of a template follows from its inputs, the template is cached on disk as an image of a
+whole server. Such a template has its own server, which becomes the cluster's main server if the
+cluster has none yet. All other templates are built in the main server.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ from pgtemp.templates.recipe import Build, Recipe
 from pgtemp.uri import ConnectionInfo
 from pgtemp.works import Works
 
-READY = 2  # clones kept ready of each template that is in use
+READY = 2  # the number of ready clones of each template that is in use
 _NOT_FOR_MANY = ("dump", "load")
+_RESTARTED = "the cluster was stopped and started again while the template was built"
 
 
 class Cluster:
     """A PostgreSQL server for many databases. Keyword arguments are `pgtemp.ServerOptions`.
 
-    The server starts when something first needs it. `dbname` is not used: databases come from
-    `database()` and from templates. `dump` and `load` are those of a database or a template.
+    The server starts when it is first needed. `dbname` is not used: databases are made by
+    `database()` and by templates. `dump` and `load` are not allowed: use `Database.dump()`, and a
+    template with `build=`.
 
     Raises:
-        PgTempError: as for `PgTempDB`.
+        PgTempError: see `PgTempDB`.
     """
 
     @takes_options(ServerOptions)
@@ -60,11 +62,11 @@ class Cluster:
     def with_options(
         cls, options: ServerOptions, settings: Mapping[str, str] = MappingProxyType({})
     ) -> Self:
-        """A cluster for options that are there as one value.
+        """Return a cluster for an options object.
 
         Args:
-            settings: of its servers alone; templates are built without them, so that those that
-                are kept serve for any.
+            settings: settings of the cluster's servers. Templates are built without them, so that
+                cached templates can be used with any settings.
         """
         self = cls.__new__(cls)
         self._set_up(options, settings)
@@ -76,10 +78,10 @@ class Cluster:
         for name in _NOT_FOR_MANY:
             if getattr(options, name) is not None:
                 raise OptionError(
-                    f"{name}= is not for a cluster",
+                    f"{name}= cannot be used with a cluster",
                     remedy="use template(build=…) to load, and Database.dump() to dump",
                 )
-        # Extensions are in the template that all others begin with.
+        # Extensions are created in a template from which all others start.
         self._extensions = Recipe(extensions=tuple(options.extensions))
         self._options = replace(options, extensions=())
         self._serving = replace(self._options, config={**options.config, **settings})
@@ -92,10 +94,10 @@ class Cluster:
         self._changing = threading.RLock()
 
     def start(self) -> Self:
-        """Find programs and places; what was started already stays.
+        """Find the programs and directories; does nothing if the cluster is already started.
 
         Raises:
-            PgTempError: as for `PgTempDB`.
+            PgTempError: see `PgTempDB`.
         """
         with self._changing:
             if self._plan is None:
@@ -107,7 +109,7 @@ class Cluster:
         return self
 
     def stop(self) -> None:
-        """End the server with all its databases; nothing happens in a forked child."""
+        """Stop all servers of the cluster, with their databases; in a forked child, do nothing."""
         if self._owner != os.getpid():
             return
         with self._changing:
@@ -127,35 +129,35 @@ class Cluster:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """A template, built when its name is first used.
+        """Return a template; it is built when its name is first used.
 
-        One made from SQL files or dumps is kept on disk until they change. A callable or a
-        command is run each time, unless `key` or `watch` tell when it would come out otherwise.
+        A template from SQL files or dumps is cached on disk until the files change. A callable or a
+        command is run each time, unless `key` or `watch` declares when its result changes.
 
         Args:
-            name: whatever the suite calls it.
-            build: as of `pgtemp.Recipe`, or a whole one of these, which says the rest too.
-            key: what the template is kept under; change it when the build changes.
-            watch: glob patterns of files; it is built again when their contents change.
+            name: any name; the same name must always have the same build.
+            build: see `pgtemp.Recipe`; or a `Recipe`, which also contains `key` and `watch`.
+            key: part of the cached template's hash; change it when the build changes.
+            watch: glob patterns of files; the template is rebuilt when their contents change.
 
         Raises:
-            PgTempError: the build failed; nothing of it is left. A callable's own error comes as
-                it is.
+            PgTempError: the build failed; nothing is left behind. An error of a callable is raised
+                unchanged.
         """
         return self._template(name, _recipe(build, key, watch), None)
 
     def database(self) -> Database:
-        """An empty database of one's own, claimed from those kept ready."""
+        """Claim an empty database from the pool."""
         return self._default().database()
 
     @property
     def info(self) -> ConnectionInfo:
-        """Host, port, user and password of the server."""
+        """Host, port, user and password of the main server."""
         return self._main_works().server.info
 
     @property
     def server(self) -> PgTempDB:
-        """The server itself, with its directory, log and pid."""
+        """The main server, with its directory, log and pid."""
         return self._main_works().server
 
     def _default(self) -> Template:
@@ -167,7 +169,7 @@ class Cluster:
             return self._empty
 
     def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
-        """Each name is built once, however many ask; everybody gets the error of one that fails."""
+        """Build each name once; concurrent callers wait for the build and get its error."""
         self._check_owner()
         clones.check_name(name)
         if parent is not None and recipe.data_dir is not None:
@@ -183,7 +185,7 @@ class Cluster:
         if not mine:
             if known != (recipe, parent):
                 raise OptionError(
-                    f"the template {name!r} was built from something else",
+                    f"the template {name!r} was already built with another recipe or parent",
                     remedy="give each template a name of its own",
                 )
             return future.result()
@@ -197,10 +199,10 @@ class Cluster:
         return future.result()
 
     def _build(self, plan: Plan, name: str, recipe: Recipe, parent: Template | None) -> Template:
-        begin = plan if parent is None else parent._plan
-        kept = builder.lasting(begin, name, recipe) if begin is not None else None
-        if kept is not None:
-            works, dbname = self._works_on(plan, kept), builder.TEMPLATE
+        start = plan if parent is None else parent._plan
+        cached = builder.lasting(start, name, recipe) if start is not None else None
+        if cached is not None:
+            works, dbname = self._works_on(plan, cached), builder.TEMPLATE
         else:
             works = parent._works if parent is not None else self._main_works()
             dbname = clones.build(
@@ -214,8 +216,8 @@ class Cluster:
         with self._changing:
             if self._plan is not plan:
                 self._running()
-                raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
-            return Template(self, works, name, dbname, kept)
+                raise ClusterError(_RESTARTED, remedy="call template() again")
+            return Template(self, works, name, dbname, cached)
 
     def _main_works(self) -> Works:
         self._check_owner()
@@ -225,25 +227,25 @@ class Cluster:
                 self._main = self._start(plan, first=True)
             return self._main
 
-    def _works_on(self, plan: Plan, kept: Plan) -> Works:
-        """A server on the image of a template, built before anything waits for the lock."""
-        kept.spec.source.resolve()
+    def _works_on(self, plan: Plan, cached: Plan) -> Works:
+        """Start a server on the image of a cached template."""
+        cached.spec.source.resolve()  # builds the image; outside the lock, because it takes long
         with self._changing:
             if self._running() is not plan:
-                raise ClusterError("the cluster was started anew meanwhile", remedy="ask again")
+                raise ClusterError(_RESTARTED, remedy="call template() again")
             if self._main is None and plan.template is None:
-                self._main = self._start(kept, first=True)
+                self._main = self._start(cached, first=True)
                 return self._main
-            self._others.append(self._start(kept, first=False))
+            self._others.append(self._start(cached, first=False))
             return self._others[-1]
 
     def _start(self, plan: Plan, *, first: bool) -> Works:
-        # The port and the log that were asked for are the first server's.
+        # The options `port` and `log_path` apply to the first server only.
         options = self._serving if first else replace(self._serving, port=None, log_path=None)
         return Works(PgTempDB.with_options(options, plan.spec.source).start())
 
     def _check_owner(self) -> None:
-        # Before any lock: somebody may have held it at the fork.
+        # Check before taking a lock: another thread may have held it at the time of the fork.
         if self._owner != os.getpid():
             raise ClusterError(
                 "the cluster belongs to the process that this one was forked from",
@@ -280,15 +282,15 @@ class Template:
         self.dbname = dbname
         self._cluster = cluster
         self._works = works
-        self._plan = plan  # for servers with this template, where it is kept
+        self._plan = plan  # the plan of servers with this template; None if it is not cached
         self._clones = Clones(works.admins, dbname, works.server.user, name)
         self._pool = works.pool_of(self._clones, READY)
 
     def database(self) -> Database:
-        """A clone of one's own, claimed from those kept ready.
+        """Claim a clone from the pool.
 
         Raises:
-            PgTempError: it could not be made.
+            PgTempError: the clone could not be made.
         """
         return Database(self._works, self._pool.take(), self._pool, self._clones)
 
@@ -300,7 +302,7 @@ class Template:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """A template that starts from this one; as `Cluster.template`."""
+        """Return a template that starts from this one; see `Cluster.template`."""
         return self._cluster._template(name, _recipe(build, key, watch), self)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A database of one's own: one clone, with a URL."""
+"""A private database for a test: one clone, with a URL."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from pgtemp.works import Works
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A database as it was at some moment; made by `Database.snapshot`."""
+    """A copy of a database at one point in time; made by `Database.snapshot`."""
 
     name: str
     dbname: str
 
 
 class Database:
-    """One clone, with a URL. Given back with `close()` or at the end of `with`."""
+    """One clone, with a URL. It is given back by `close()` or at the end of `with`."""
 
     def __init__(
         self, works: Works, dbname: str, pool: Pool[str], clones: Clones | None = None
     ) -> None:
-        """Made by templates.
+        """Databases are made by `Template.database` and `Cluster.database`.
 
         Args:
-            clones: whose clone it is, where it comes from those kept ready.
+            works: the server that contains the database.
+            pool: the pool that the database is given back to.
+            clones: the clones of its template, if it is a clone from the pool; None for a fork.
         """
         self.works = works
         self._pool = pool
@@ -45,16 +47,16 @@ class Database:
         self._open = True
         self._snapshots: list[Snapshot] = []
         self.connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
-        self._ahead = clones.opened(dbname) if clones is not None else None
-        if self._ahead is not None:
-            self.connections.append(self._ahead.connection)
+        self._warm = clones.take_warm(dbname) if clones is not None else None
+        if self._warm is not None:
+            self.connections.append(self._warm.connection)
         self._info = works.info_of(dbname)
-        self.was_shown = False  # whether anybody can have come but by `connect`
+        self.was_shown = False  # whether clients may have connected in other ways than by `connect`
 
     @property
     def info(self) -> ConnectionInfo:
         """Host, port, user, password and database in one value."""
-        self._forget_ahead()  # whoever takes it may want to be alone
+        self._close_warm()  # the client may need to be the only session
         self.was_shown = True
         return self._info
 
@@ -69,38 +71,38 @@ class Database:
 
     @property
     def server(self) -> PgTempDB:
-        """The server it is in, with its directory, log and pid."""
+        """The server that contains the database, with its directory, log and pid."""
         self.was_shown = True
         return self.works.server
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        """A psycopg connection to the database; keyword arguments are psycopg's.
+        """Return a psycopg connection to the database; keyword arguments are psycopg's.
 
-        It is closed with the database at the latest.
+        The connection is closed with the database, if not before.
         """
-        ahead, self._ahead = self._ahead, None
+        warm, self._warm = self._warm, None
         if not kwargs:
-            if ahead is not None and ahead.serves():
-                return ahead.connection
-            if self._clones is not None:  # those that come after this one get theirs ahead
-                self._clones.ahead = self.works.open_ahead
-        if ahead is not None:
-            ahead.connection.close()
+            if warm is not None and warm.is_usable():
+                return warm.connection
+            if self._clones is not None:  # open warm connections to the next clones
+                self._clones.warm = self.works.open_warm
+        if warm is not None:
+            warm.connection.close()
         connection = psycopg.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
-        """As `connect`, for asyncio."""
-        self._forget_ahead()
+        """Return an asynchronous psycopg connection; see `connect`."""
+        self._close_warm()
         connection = await psycopg.AsyncConnection.connect(self._info.uri, **kwargs)
         self.connections.append(connection)
         return connection
 
     def psql(self, command: str | None = None) -> str:
-        r"""What psql prints for a command, SQL or its own such as `\\d`.
+        r"""Return the output of psql for a command: SQL, or a command of psql such as `\\d`.
 
-        Without one, psql is run on the terminal until you leave it, and nothing is returned.
+        Without a command, psql runs on the terminal until it exits; the result is then "".
 
         Raises:
             TransferError: the command failed, or there is no terminal.
@@ -116,46 +118,48 @@ class Database:
         dump_restore.dump(self.works.server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
-        """Load a dump, all of it or nothing. Raises TransferError."""
+        """Load a dump, completely or not at all. Raises TransferError."""
         dump_restore.load(self.works.server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
-        """Keep the database as it is now, until it is closed; nobody else may be connected to it.
+        """Copy the current state of the database; it must have no other sessions.
+
+        The copy exists until the database is closed.
 
         Raises:
-            ClusterError: somebody is; says who.
+            ClusterError: other sessions are connected; the error lists them.
         """
         snapshot = Snapshot(name, self._copy(f"snapshot_{name}"))
         self._snapshots.append(snapshot)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Make the database what it was; whoever is connected to it is disconnected."""
+        """Reset the database to a snapshot; its sessions are terminated."""
         self._check_open()
-        self._forget_ahead()
+        self._close_warm()
         works, fresh = self.works, unique_name("restored")
         with works.admins.connection() as connection:
-            # The old one goes only when the new one is there.
+            # Drop the old database only after the new one was made.
             admin_sql.clone(connection, fresh, snapshot.dbname, works.server.user)
             try:
-                admin_sql.drop(connection, self.dbname, works.admins.elsewhere(self.dbname))
+                admin_sql.drop(connection, self.dbname, works.admins.info_of(self.dbname))
                 admin_sql.rename(connection, fresh, self.dbname)
             except BaseException:
                 self._pool.retire(fresh)
                 raise
 
     def fork(self) -> Database:
-        """Another database that begins as this one is now; nobody else may be connected to it.
+        """Return a new database that is a copy of this one; this one must have no other sessions.
 
         Raises:
-            ClusterError: somebody is; says who.
+            ClusterError: other sessions are connected; the error lists them.
         """
         return Database(self.works, self._copy("fork"), self._pool)
 
     def close(self) -> None:
-        """Give the database and its snapshots back, to be dropped behind the caller's back.
+        """Give the database and its snapshots back, to be dropped in the background.
 
-        One that is proved to be what it was when it was claimed is handed out again.
+        A database that is provably unmodified is handed out again.
         """
         if not self._open:
             return
@@ -165,32 +169,33 @@ class Database:
             self._pool.retire(snapshot.dbname)
 
     def leave(self) -> None:
-        """Let go of the database, which stays as it is until its server ends."""
+        """Close the handle and its connections; the database remains until its server stops."""
         self._open = False
-        self._forget_ahead()
+        self._close_warm()
         self._disconnect()
 
     @property
     def closed(self) -> bool:
-        """Whether it was given back."""
+        """Whether the database was given back."""
         return not self._open
 
     def _again(self, dbname: str) -> str | None:
         assert self._clones is not None
         return self._clones.again(dbname, self.works.server.data_dir, self._since)
 
-    def _forget_ahead(self) -> None:
-        """Close the connection that was opened ahead; where nobody wants any, open no more."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.connection.close()
+    def _close_warm(self) -> None:
+        """Close the warm connection if it was not used, and stop opening further ones."""
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            warm.connection.close()
             if self._clones is not None:
-                self._clones.ahead = None
+                self._clones.warm = None
 
     def _disconnect(self) -> None:
-        """Close what `connect` and `aconnect` have opened."""
+        """Close the connections that `connect` and `aconnect` have opened."""
         for connection in self.connections:
-            connection.pgconn.finish()  # as `close` does, which of the two needs an event loop
+            # As close() does; AsyncConnection.close() would need an event loop.
+            connection.pgconn.finish()
         self.connections.clear()
 
     def _check_open(self) -> None:
@@ -199,7 +204,7 @@ class Database:
 
     def _copy(self, prefix: str) -> str:
         self._check_open()
-        self._forget_ahead()
+        self._close_warm()
         name = unique_name(prefix)
         with self.works.admins.connection() as connection:
             try:
@@ -209,9 +214,9 @@ class Database:
         return name
 
     def _private(self) -> ConnectionInfo:
-        self._forget_ahead()
+        self._close_warm()
         self.was_shown = True
-        return self.works.admins.elsewhere(self.dbname)
+        return self.works.admins.info_of(self.dbname)
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,6 @@
-"""What this machine has for pgtemp, and what is in its way: each with a verdict and a cure.
+"""Check everything that servers need on this machine, with a verdict and a remedy for each item.
 
-Everything is tried rather than guessed: files are written, locales set, a server is started.
+The checks do not guess, they try: they write files, set locales and start a server.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from pgtemp.supervisor import inventory
 
 Verdict = Literal["ok", "warning", "failed"]
 _FICLONE = 0x40049409  # linux/fs.h
-_CONTRIB = "pgcrypto"  # one that is never packaged alone
+_CONTRIB = "pgcrypto"  # an extension of contrib that is never packaged separately
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs")
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        verdict: "warning" is slower or less than it could be; "failed" is that nothing works.
-        found: what there is.
-        cure: what to do about it; "" where nothing is to be done.
+        name: the name of the check.
+        verdict: "warning": pgtemp works, but more slowly or with fewer features than possible;
+            "failed": servers do not work.
+        found: a description of the result.
+        cure: the remedy; "" if none is needed.
     """
 
     name: str
@@ -45,10 +47,10 @@ class Check:
 
 
 def examine(options: ServerOptions) -> Iterator[Check]:
-    """Look at everything, one after the other, as a server with these options would find it."""
-    for name, look in _CHECKS.items():
+    """Run all checks in order, for a server with these options, and yield their results."""
+    for name, check in _CHECKS.items():
         try:
-            verdict, found, cure = look(options)
+            verdict, found, cure = check(options)
         except PgTempError as error:
             verdict, found, cure = "failed", "\n".join([error.cause, *error.details]), error.remedy
         except OSError as error:
@@ -63,16 +65,17 @@ def _programs(options: ServerOptions) -> _Finding:
     chosen = installation.find(options.bin_dir, options.version)
     every = list(dict.fromkeys([chosen, *installation.available()]))
     lines = [f"{one.version} in {one.bin_dir}" for one in every]
-    lines[0] += " (taken where no other is asked for)" if len(lines) > 1 else ""
+    lines[0] += " (used by default)" if len(lines) > 1 else ""
     return "ok", "\n".join(lines), ""
 
 
 def _user(options: ServerOptions) -> _Finding:
     owner = identity.choose(options.run_as)
     if owner.switch:
-        return "ok", f"PostgreSQL runs as {owner.name} (uid {owner.uid}), since this is root", ""
+        found = f"PostgreSQL runs as {owner.name} (uid {owner.uid}), because pgtemp runs as root"
+        return "ok", found, ""
     if not owner.has_name:
-        return "ok", f"PostgreSQL runs as uid {owner.uid}, which has no line in /etc/passwd", ""
+        return "ok", f"PostgreSQL runs as uid {owner.uid}, which has no entry in /etc/passwd", ""
     return "ok", f"PostgreSQL runs as {owner.name} (uid {owner.uid})", ""
 
 
@@ -82,10 +85,11 @@ def _locale(_: ServerOptions) -> _Finding:
     try:
         locale.setlocale(locale.LC_ALL, wanted)
     except locale.Error:
-        return "failed", f"there is no locale {wanted}", "install it (on Debian: libc-bin has it)"
+        cure = "install it (on Debian it is in the package libc-bin)"
+        return "failed", f"the locale {wanted} does not exist", cure
     finally:
         locale.setlocale(locale.LC_ALL, before)
-    return "ok", f"databases are made with {wanted}, encoding UTF8", ""
+    return "ok", f"databases are created with {wanted}, encoding UTF8", ""
 
 
 def _scratch(options: ServerOptions) -> _Finding:
@@ -95,7 +99,7 @@ def _scratch(options: ServerOptions) -> _Finding:
     if kind in ("tmpfs", "ramfs"):
         return "ok", found, ""
     least = paths.TMPFS_ROOM >> 20
-    cure = f"give /dev/shm {least} MB and more (docker run --shm-size=1g): new servers are faster"
+    cure = f"give /dev/shm at least {least} MB (docker run --shm-size=1g): servers start faster"
     return "warning", f"{found}; no tmpfs with {least} MB free", cure
 
 
@@ -110,28 +114,28 @@ def _loopback(_: ServerOptions) -> _Finding:
         return "failed", "localhost is not this machine", "add `127.0.0.1 localhost` to /etc/hosts"
     for address in addresses:
         if reason := ports.bind_error(address, 0):
-            cure = "turn IPv6 on, or take ::1 out of /etc/hosts"
-            return "warning", f"localhost is {address} too, but {reason}", cure
+            cure = "turn IPv6 on, or remove ::1 from /etc/hosts"
+            return "warning", f"localhost is also {address}, but {reason}", cure
     return "ok", "localhost is " + " and ".join(addresses), ""
 
 
 def _cache(_: ServerOptions) -> _Finding:
-    place = paths.cache_dir()
-    images = sorted((place / "images").glob("*/manifest.json"))
-    with inventory.opened(place.resolve()) as directory:
+    cache = paths.cache_dir()
+    images = sorted((cache / "images").glob("*/manifest.json"))
+    with inventory.opened(cache.resolve()) as directory:
         size = disk_space.size_of(directory) >> 20
-    kind = paths.filesystem_type(place)
-    found = f"{place} ({kind}, {disk_space.left(place)}), "
-    found += f"{len(images)} images, {size} MB with the programs"
+    kind = paths.filesystem_type(cache)
+    found = f"{cache} ({kind}, {disk_space.left(cache)}), "
+    found += f"{len(images)} images, {size} MB including programs"
     if kind in _NETWORK:
         cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"
-        return "warning", f"{found}; locks on {kind} cannot be relied on", cure
+        return "warning", f"{found}; locks on {kind} are not reliable", cure
     return "ok", found, ""
 
 
 def _reflink(options: ServerOptions) -> _Finding:
     if sys.platform != "linux":
-        return "ok", "not looked for on this system", ""
+        return "ok", "not checked on this system", ""
     base = paths.scratch_base(options.data_dir_prefix, keep=False)
     with tempfile.TemporaryFile(dir=base) as one, tempfile.TemporaryFile(dir=base) as other:
         one.write(bytes(4096))
@@ -139,22 +143,23 @@ def _reflink(options: ServerOptions) -> _Finding:
         try:
             fcntl.ioctl(other, _FICLONE, one.fileno())
         except OSError:
-            return "ok", f"not on {paths.filesystem_type(base)}; files are copied", ""
-    return "ok", f"{paths.filesystem_type(base)} has it; pgtemp copies all the same", ""
+            return "ok", f"{paths.filesystem_type(base)} does not support it; files are copied", ""
+    return "ok", f"{paths.filesystem_type(base)} supports it; pgtemp copies files anyway", ""
 
 
 def _supervision(_: ServerOptions) -> _Finding:
     if not os.path.exists("/proc/self/stat"):
         cure = "mount /proc" if sys.platform == "linux" else ""
-        return "warning", "no /proc: what a killed server leaves cannot be found", cure
+        return "warning", "no /proc: processes of a killed server cannot be found", cure
     if not hasattr(os, "pidfd_open"):
-        return "warning", "this Python has no pidfd: a forked child may delay the end", ""
+        found = "this Python has no pidfd_open: a forked child may delay the stop of servers"
+        return "warning", found, ""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
-        found = f"pidfd_open: {error.strerror}; a forked child that lives on may delay the end"
+        found = f"pidfd_open: {error.strerror}; a forked child may delay the stop of servers"
         return "warning", found, "allow pidfd_open in the container's seccomp profile"
-    return "ok", "/proc and pidfd are there: what is killed leaves nothing", ""
+    return "ok", "/proc and pidfd are available: a killed process leaves nothing behind", ""
 
 
 def _leftovers(_: ServerOptions) -> _Finding:
@@ -162,20 +167,20 @@ def _leftovers(_: ServerOptions) -> _Finding:
     if not left:
         return "ok", "none", ""
     size = sum(one.size for one in left) >> 20
-    found = f"{len(left)} directories of owners that are gone, {size} MB"
-    return "warning", found, "pgtemp sweep (the next start of a server does it too)"
+    found = f"{len(left)} directories of owners that have exited, {size} MB"
+    return "warning", found, "run pgtemp sweep (the next start of a server also removes them)"
 
 
 def _server(options: ServerOptions) -> _Finding:
     with PgTempDB.with_options(options):
-        pass  # the first may run initdb
+        pass  # not measured, because the first start may run initdb
     start = time.perf_counter()
     with PgTempDB.with_options(options) as db, db.connect() as connection:
         connection.execute("SELECT 1")
         milliseconds = (time.perf_counter() - start) * 1000
         row = connection.execute("SHOW server_encoding").fetchone()
         encoding = row[0] if row is not None else ""
-        return "ok", f"its first row after {milliseconds:.0f} ms; {encoding}", ""
+        return "ok", f"returned its first row after {milliseconds:.0f} ms; {encoding}", ""
 
 
 def _extensions(options: ServerOptions) -> _Finding:
@@ -184,8 +189,8 @@ def _extensions(options: ServerOptions) -> _Finding:
         major = db.installation.major
     names = [str(name) for (name,) in rows]
     if _CONTRIB not in names:
-        cure = f"install postgresql-contrib of {major}, or take another PostgreSQL"
-        return "warning", f"only {', '.join(names)}: this one comes without contrib", cure
+        cure = f"install postgresql-contrib of {major}, or use another PostgreSQL"
+        return "warning", f"only {', '.join(names)}: this PostgreSQL has no contrib", cure
     return "ok", f"{len(names)} for PostgreSQL {major}: {', '.join(names)}", ""
 
 

@@ -1,4 +1,4 @@
-"""The simple door: one call, one database of your own, all gone at the end."""
+"""The simplest interface: a server with one database, which is removed when it stops."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ _HOST = "127.0.0.1"
 
 
 class PgTempDB:
-    """A PostgreSQL server with one database, for as long as you hold it.
+    """A PostgreSQL server with one database.
 
-    With `with`, or with `start()` and `stop()`; the keyword arguments are those of
-    `pgtemp.ServerOptions`. It ends with the process at the latest, however that ends.
+    It runs within a `with` block, or from `start()` to `stop()`. The keyword arguments are those of
+    `pgtemp.ServerOptions`. The server is stopped when the process exits, even if the process is
+    killed.
 
         with PgTempDB() as db:
             psycopg.connect(db.uri)
 
     Raises:
-        OptionError: an option cannot be used.
+        OptionError: an option is invalid.
         InstallationError: no PostgreSQL was found.
-        ClusterError: the server did not start; carries the end of its log.
+        ClusterError: the server did not start; the error contains the end of the server log.
         TransferError: the dump could not be loaded.
     """
 
@@ -53,10 +54,11 @@ class PgTempDB:
 
     @classmethod
     def with_options(cls, options: ServerOptions, source: Source | None = None) -> Self:
-        """A server for options that are there as one value.
+        """Return a handle for an options object.
 
         Args:
-            source: what it is copied from; None is what the options say.
+            source: the image or directory that the server is copied from; None is the one that
+                the options determine.
         """
         self = cls.__new__(cls)
         self._set_up(options, source)
@@ -68,44 +70,45 @@ class PgTempDB:
         self._host = _HOST
         self._postmaster: Postmaster | None = None
         self._info: ConnectionInfo | None = None
-        self._kept: Path | None = None
+        self._persisted: Path | None = None  # the run directory, after `stop` has persisted it
         self._owner = os.getpid()
         self._changing = threading.Lock()
 
     @classmethod
     def from_uri(cls, uri: str, **options: Any) -> Self:
-        """A server whose host, port, user, password and database are those of a URL.
+        """Return a handle with the host, port, user, password and database of a URL.
 
         Args:
-            uri: the host must be this machine; what the URL leaves out gets its default.
-            options: as for the class.
+            uri: the host must be this machine; parts that the URL omits have their defaults.
+            options: the keyword arguments of the class.
 
         Raises:
-            OptionError: the URL cannot be used.
+            OptionError: the URL is invalid.
         """
-        said = parse(uri)
+        parts = parse(uri)
         for name in ("port", "user", "password", "dbname"):
-            if (value := getattr(said, name)) is not None:
+            if (value := getattr(parts, name)) is not None:
                 options.setdefault(name, value)
         handle = cls(**options)
-        if said.host is not None and not said.host.startswith("/"):
-            if not ports.loopback_addresses(said.host):
+        if parts.host is not None and not parts.host.startswith("/"):
+            if not ports.loopback_addresses(parts.host):
                 raise OptionError(
-                    f"{redact(uri)!r}: {said.host} is not this machine",
-                    remedy="servers listen on localhost only",
+                    f"{redact(uri)!r}: {parts.host} is not this machine",
+                    remedy="give localhost; servers listen on this machine only",
                 )
-            handle._host = said.host
+            handle._host = parts.host
         return handle
 
     def start(self) -> Self:
-        """Start the server; what is running already stays.
+        """Start the server; does nothing if it is already running.
 
         Raises:
-            PgTempError: as the class says; nothing is left behind.
+            PgTempError: see the class; nothing is left behind.
         """
         with self._changing:
             if self._postmaster is None:
-                supervision.current()  # first: it takes as long as the steps before it is needed
+                # Start the supervisor first: it is ready by the time that it is needed.
+                supervision.current()
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
                 plan = server_setup.plan(self.options, addresses)
                 if self._source is not None:
@@ -120,18 +123,19 @@ class PgTempDB:
                     password=secret.password if secret is not None else None,
                     dbname=self.options.dbname,
                 )
-                self._postmaster, self._kept, self._owner = postmaster, None, os.getpid()
+                self._postmaster, self._persisted, self._owner = postmaster, None, os.getpid()
                 _running.add(self)
         return self
 
     def stop(self) -> None:
-        """Dump if that was asked for, end the server, and remove what is not kept.
+        """Dump the database if `dump` is set, stop the server, and remove or persist its data.
 
-        Nothing happens where it is not running, or in a forked child: the parent's it is.
+        Nothing happens if the server is not running, or in a forked child, because the server
+        belongs to the parent.
 
         Raises:
-            PgTempError: the dump failed, or the note beside kept data could not be written; the
-                server is ended all the same.
+            PgTempError: the dump failed, or the note of the persisted data could not be written;
+                the server is stopped anyway.
         """
         if self._owner != os.getpid():
             return
@@ -148,8 +152,8 @@ class PgTempDB:
             finally:
                 try:
                     if self.options.persist:
-                        self._kept = postmaster.home.path
-                        write_note(self._kept, Note(self.options.user, self.options.dbname))
+                        self._persisted = postmaster.home.path
+                        write_note(self._persisted, Note(self.options.user, self.options.dbname))
                 finally:
                     postmaster.stop()
 
@@ -157,7 +161,7 @@ class PgTempDB:
         """Dump the database as SQL, with pg_dump.
 
         Raises:
-            TransferError: it failed; a file of that name stays as it was.
+            TransferError: the dump failed; an existing file of that name is unchanged.
         """
         postmaster = self._running_postmaster()
         dump_restore.dump(postmaster.spec.installation, self._private(postmaster), path)
@@ -166,30 +170,31 @@ class PgTempDB:
         """Load a dump: SQL with psql, pg_dump's other formats with pg_restore.
 
         Raises:
-            TransferError: it failed; the database is as it was before.
+            TransferError: the dump could not be loaded; the database is unchanged.
         """
         postmaster = self._running_postmaster()
         dump_restore.load(postmaster.spec.installation, self._private(postmaster), path)
 
     def store(self, directory: StrPath, databases: Mapping[str, str]) -> None:
-        """Shut the server down and keep its data in a directory, for `pgtemp open`.
+        """Shut the server down and persist its data in a directory, for `pgtemp open`.
 
         Args:
-            directory: must not be there yet.
-            databases: those that matter, with what each is of; the first is the one opened.
+            directory: the directory; it must not exist yet.
+            databases: the databases to note, each with its origin, such as the name of a test;
+                `pgtemp open` opens the first.
 
         Raises:
-            ClusterError: the directory cannot be written; nothing of it is left.
+            ClusterError: the directory could not be written; nothing is left behind.
         """
         note = Note(self.options.user, next(iter(databases)), databases)
         persisted.store(self._running_postmaster(), Path(directory).absolute(), note)
 
     def check(self) -> None:
-        """Raise ClusterError, with the end of its log, if the server has died."""
+        """Raise ClusterError, with the end of the server log, if the server has exited."""
         self._running_postmaster().check()
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        """A psycopg connection to the database; keyword arguments are psycopg's."""
+        """Return a psycopg connection to the database; keyword arguments are psycopg's."""
         return psycopg.connect(self.uri, **kwargs)
 
     @property
@@ -204,7 +209,7 @@ class PgTempDB:
 
     @property
     def host(self) -> str:
-        """The host; the socket's directory where there is no TCP."""
+        """The host; without TCP, the socket's directory."""
         return self._running_info().host
 
     @property
@@ -218,7 +223,7 @@ class PgTempDB:
 
     @property
     def password(self) -> str | None:
-        """The password; None where there is no TCP."""
+        """The password; None without TCP."""
         return self._running_info().password
 
     @property
@@ -227,24 +232,24 @@ class PgTempDB:
 
     @property
     def socket_dir(self) -> Path:
-        """The directory of the unix socket, closed to other users; no password is asked there."""
+        """The directory of the unix socket; other users cannot enter it. No password is needed."""
         return self._running_postmaster().socket_dir
 
     @property
     def data_dir(self) -> Path:
-        """The data directory; after `stop()`, the one that was kept."""
-        if self._kept is not None:
-            return self._kept / "data"
+        """The data directory; after `stop()`, the persisted one."""
+        if self._persisted is not None:
+            return self._persisted / "data"
         return self._running_postmaster().data_dir
 
     @property
     def log_path(self) -> Path:
-        """The server's log."""
+        """The file of the server log."""
         return self._running_postmaster().log_path
 
     @property
     def installation(self) -> Installation:
-        """The programs it runs on."""
+        """The PostgreSQL installation of the server."""
         return self._running_postmaster().spec.installation
 
     @property
@@ -269,7 +274,7 @@ class PgTempDB:
         return f"<PgTempDB {redact(self._info.uri)} pid={self._postmaster.pid}>"
 
     def __del__(self) -> None:
-        # The channel closes with the handle, and with it the warden ends the server.
+        # Close the server's channel; the supervisor then stops the server.
         postmaster = getattr(self, "_postmaster", None)
         if postmaster is not None and self._owner == os.getpid():
             postmaster.abandon()
@@ -302,6 +307,6 @@ _running: weakref.WeakSet[PgTempDB] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """What is still running when the interpreter ends is stopped as if by hand: dumped, kept."""
+    """Stop all running servers when the interpreter exits; they are dumped and persisted."""
     for handle in list(_running):
         handle.stop()

@@ -1,4 +1,4 @@
-"""A server for many databases, and pgtemp's own ways into it."""
+"""A server for many databases, with pgtemp's administrative connections and pools."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 from pgtemp.allocation.pool import Pool
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Ahead
+from pgtemp.sql.admin_connections import AdminConnections, WarmConnection
 from pgtemp.templates.clones import Clones
 from pgtemp.uri import ConnectionInfo
 
-# In which a test that has got a database connects to it.
+# A test connects to its database within this time; the pool makes the next one afterwards.
 _PAUSE_SECONDS = 0.004
 
 
 @dataclass(slots=True)
 class Works:
-    """A server that runs, for many databases.
+    """A running server for many databases.
 
     Attributes:
-        kept: databases that are to outlive it, with what they are of.
-        keep_in: where they go; a directory that is not there yet.
+        server: the handle of the server.
+        kept: the databases to persist, each with the origin to note (such as a test's name).
+        keep_in: the directory to persist them in; it must not exist yet.
+        admins: pgtemp's administrative connections.
     """
 
     server: PgTempDB
@@ -45,33 +47,33 @@ class Works:
         )
 
     def info_of(self, dbname: str) -> ConnectionInfo:
-        """How to reach a database in it, with the password."""
+        """Return the connection parameters of a database in the server, with the password."""
         return replace(self.server.info, dbname=dbname)
 
     def pool_of(self, clones: Clones, ready: int) -> Pool[str]:
-        """A pool of databases, which ends with the server."""
+        """Return a new pool of databases; it is closed with the server."""
         pool: Pool[str] = Pool(clones, ready=ready, pause=_PAUSE_SECONDS)
         self._pools[pool] = clones
         return pool
 
-    def open_ahead(self, dbname: str) -> Ahead:
-        """A connection to a database in it, as its user would open it. Raises psycopg's errors."""
-        return admin_connections.open_ahead(self.info_of(dbname).uri)
+    def open_warm(self, dbname: str) -> WarmConnection:
+        """Open a warm connection to a database in the server. Raises psycopg's errors."""
+        return admin_connections.open_warm(self.info_of(dbname).uri)
 
     def now(self) -> int:
-        """The time of the server's files, in nanoseconds since the epoch.
+        """Return the time of the server's filesystem, in nanoseconds since the epoch.
 
-        From the filesystem, since tests like to set Python's clock.
+        Python's clock is not used, because tests often set it.
         """
-        home = self.server.data_dir.parent
-        os.utime(home)
-        return home.stat().st_mtime_ns
+        rundir = self.server.data_dir.parent
+        os.utime(rundir)
+        return rundir.stat().st_mtime_ns
 
     def stop(self) -> None:
-        """End the server; whoever still makes or drops databases in it finds out at once.
+        """Stop the server; threads that still make or drop databases in it fail at once.
 
         Raises:
-            PgTempError: what was to be kept could not be; the server is ended all the same.
+            PgTempError: databases could not be persisted; the server is stopped anyway.
         """
         try:
             if self.kept and self.keep_in is not None:

@@ -118,7 +118,7 @@ def test_it_keeps_more_ready_while_many_are_wanted_and_fewer_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Never more than the most; back to the least when nobody asks, and the rest is disposed of."""
-    monkeypatch.setattr(pool_module, "_CALM_SECONDS", 0.1)
+    monkeypatch.setattr(pool_module, "_SHRINK_SECONDS", 0.1)
     kind = Counters()
     pool = Pool(kind, ready=1, most=8)
     kind.gate.clear()

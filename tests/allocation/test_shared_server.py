@@ -89,9 +89,11 @@ def test_a_server_that_cannot_be_looked_through_is_replaced(
         with monkeypatch.context() as patch:
             patch.setattr(LeakCheck, "found", found)
             supply.release(place, used=True)
-        (record,) = [one for one in caplog.records if "could not be checked" in one.message]
+        (record,) = [
+            one for one in caplog.records if "the leak check after a lease failed" in one.message
+        ]
         assert type(error).__name__ in record.message and "\n" not in record.message
-        assert supply.claim().result().shared is not place.tenants
+        assert supply.claim().result().shared is not place.shared
     finally:
         supply.close()
 

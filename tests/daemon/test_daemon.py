@@ -162,7 +162,7 @@ def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_
     assert eventually(lambda: len(list(open_dir.glob("*/pgtemp.json"))) == 1)
     _, errors = served.end()
     (kept,) = open_dir.glob(f"{PREFIX}*")
-    assert f"kept {kept}" in errors
+    assert f"persisted {kept}" in errors
     for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "pgtemp", "open", str(kept)],
@@ -188,7 +188,7 @@ def test_persist_keeps_databases_of_the_shared_server(daemon: DaemonType, open_d
             connection.execute(f"CREATE TABLE t AS SELECT {number} AS n")
     _, errors = served.end()
     (kept,) = open_dir.glob(f"{PREFIX}*")
-    assert f"kept {kept}" in errors and f"kept database test_1 in {kept}" in errors
+    assert f"persisted {kept}" in errors and f"persisted database test_1 in {kept}" in errors
     process = subprocess.Popen(
         [sys.executable, "-m", "pgtemp", "open", str(kept)],
         stdout=subprocess.PIPE, text=True,

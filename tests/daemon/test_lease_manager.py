@@ -213,11 +213,11 @@ def test_a_database_made_by_hand_is_refused_with_a_hint(daemon: DaemonType) -> N
     with psycopg.connect(at(served, "postgres"), autocommit=True) as maker:
         maker.execute("CREATE DATABASE test_app")
         for name in ("test_app", "test_app~session"):
-            with pytest.raises(psycopg.OperationalError, match="made within a lease") as refused:
+            with pytest.raises(psycopg.OperationalError, match="created within a lease") as refused:
                 psycopg.connect(at(served, name))
             assert "--single" in str(refused.value) and "pgtemp.session" in str(refused.value)
         own = one(at(served, "x~s"), "SELECT current_database()")
-        with pytest.raises(psycopg.OperationalError, match="made within a lease"):
+        with pytest.raises(psycopg.OperationalError, match="created within a lease"):
             psycopg.connect(at(served, str(own)))  # somebody else's
     names = "SELECT count(*) FROM pg_database WHERE datname = 'test_app'"
     assert one(at(served, "x"), names) == 0

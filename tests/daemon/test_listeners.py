@@ -341,7 +341,7 @@ def test_another_loopback_address_needs_none(daemon: type[Daemon]) -> None:
         (["--password-file", "{good}", "--no-tcp"], "without TCP"),
         (["--tls", "yes"], "yes"),
         (["--tls", "auto", "--tls-cert", "{good}"], "--tls auto"),
-        (["--tls-key", "{good}"], "a key alone"),
+        (["--tls-key", "{good}"], "--tls-key was given without a certificate"),
         (["--tls-cert", "{good}"], "cannot be used for TLS"),
         (["--tls-cert", "{cert}"], "cannot be used for TLS"),
         (["--tls-cert", "{cert}", "--tls-key", "{other}"], "cannot be used for TLS"),

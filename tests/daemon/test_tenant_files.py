@@ -243,7 +243,7 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
             os.mkfifo(path)
     with PgTempDB() as db:
         to = ConnectionInfo(host=str(db.socket_dir), port=db.port, user=db.user, dbname=db.dbname)
-        with pytest.raises(TransferError, match=r"is another user's link|is no regular file"):
+        with pytest.raises(TransferError, match=r"is another user's link|is not a regular file"):
             dump_restore.dump(db.installation, to, path)
     assert [name for name in os.listdir(open_dir) if name != "dump.sql"] == []
 

@@ -147,10 +147,10 @@ def test_a_dump_replaces_nothing_but_files(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     target.write_text("old")
     link.symlink_to(target)
-    with pytest.raises(OptionError, match="no regular file"):
+    with pytest.raises(OptionError, match="is not a regular file"):
         PgTempDB(dump=pipe)
     with PgTempDB() as db:
-        with pytest.raises(TransferError, match="no regular file"):
+        with pytest.raises(TransferError, match="is not a regular file"):
             db.dump(pipe)
         db.dump(link)
     assert pipe.is_fifo()

@@ -226,7 +226,7 @@ def test_what_changes_while_it_is_built_is_not_kept(own_cache: Path, tmp_path: P
         building = thread.submit(cluster.template, "app", path)
         assert eventually(lambda: "psql" in children(os.getpid()).values(), 20)
         path.write_text("CREATE TABLE other (n int)")
-        with pytest.raises(ClusterError, match="has changed since"):
+        with pytest.raises(ClusterError, match="have changed since"):
             building.result(30)
         assert kept(own_cache) == 0
         with cluster.template("app", path).database() as db, db.connect() as connection:
@@ -273,5 +273,5 @@ def test_several_steps_of_any_kind(own_cache: Path, tmp_path: Path) -> None:
             with template.database() as db, db.connect() as connection:
                 connection.execute("SELECT n, m FROM b")
         for wrong in (123, [1], None, {"a": 1}):
-            with pytest.raises(OptionError, match="builds nothing"):
+            with pytest.raises(OptionError, match="is not a valid build"):
                 cluster.template("wrong", wrong)  # type: ignore[arg-type]

@@ -91,5 +91,5 @@ def test_two_callables_may_have_the_same_key() -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_an_error(place: Path) -> None:
-    with pytest.raises(OptionError, match=r"no file 'migratoins/\*' to watch"):
+    with pytest.raises(OptionError, match=r"no file to watch matches 'migratoins/\*'"):
         Recipe(migrate, watch=("migratoins/*",)).fingerprint()

@@ -126,7 +126,7 @@ def test_the_mark(project: Project) -> None:
         ("rollback=True, isolation='cluster'", "rollback=True is for a database that tests share"),
         ("extensions='vector'", "not a list; give a list of names"),
         ("extensions=['no_such_thing']", "'no_such_thing' is not installed"),
-        ("config={'port': 1}", "the setting port cannot be given"),
+        ("config={'port': 1}", "the setting port cannot be changed"),
         ("template='nowhere.sql'", "nowhere.sql"),
     ],
 )

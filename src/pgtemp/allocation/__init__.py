@@ -1,1 +1,1 @@
-"""What a lease is allocated, and where allocations come from."""
+"""Allocations: the databases or servers that leases get, and the allocators that make them."""

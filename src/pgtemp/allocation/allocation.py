@@ -1,4 +1,4 @@
-"""What a lease is given, and the shape of where it comes from (see allocators.py)."""
+"""The allocation of a lease, and the protocol of allocators (implemented in allocators.py)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pgtemp.server.postmaster import Postmaster
 
 @dataclass(eq=False, slots=True)
 class Allocation:
-    """A database that somebody works in.
+    """A database in a server, for one lease.
 
     Attributes:
-        postmaster: the server it is in.
-        dbname: its name there; "" where it has to be made yet.
-        roles: users who have been let in.
-        number: of the lease, for the name of what is kept of it; 0 is nobody's.
-        allocator: where it came from; None where it did not come from one.
-        epoch: that of `shared` when it was made.
-        watched: whether its server loads libraries, which may watch every statement.
-        unreachable: whether its server did not answer.
-        preparing: held while it is made fit for somebody.
+        postmaster: the server that contains the database.
+        dbname: the name of the database; "" if it does not exist yet.
+        roles: the users that it was prepared for.
+        number: the lease's number, used in names of dumps and persisted data; 0 without a lease.
+        allocator: the allocator that made it; None if no allocator did.
+        shared: the server, if it is shared with other leases.
+        epoch: the epoch of `shared` when the allocation was made.
+        watched: whether settings of the server log or report every statement.
+        unreachable: whether the server did not answer.
+        preparing: a lock that is held while the allocation is prepared for a user.
     """
 
     postmaster: Postmaster
@@ -40,53 +41,53 @@ class Allocation:
 
     @property
     def socket(self) -> str:
-        """The path of the unix socket that leads to the server."""
+        """The path of the server's unix socket."""
         return f"{self.postmaster.socket_dir}/.s.PGSQL.{self.postmaster.port}"
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where the server asks for a password; only with a plan that has one."""
+        """The TCP address of the server; only if its plan has a password."""
         return self.postmaster.spec.addresses[0], self.postmaster.port
 
     @property
     def usable(self) -> bool:
-        """Whether whoever comes next can still have it."""
+        """Whether it can be given to another lease."""
         return not self.unreachable and (self.allocator is None or self.allocator.usable(self))
 
     @property
     def outdated(self) -> bool:
-        """Whether its server has changed since, as far as is known without asking it."""
+        """Whether its server has changed since, as far as is known without a query."""
         return self.shared is not None and (self.shared.stale or self.epoch != self.shared.epoch)
 
     @property
     def alive(self) -> bool:
-        """Whether its server runs and can be reached."""
+        """Whether its server runs and is reachable."""
         return not self.unreachable and alive(self.postmaster)
 
     def give_up(self) -> None:
-        """Note that its server cannot be reached: no client gets it, or another place in it."""
+        """Mark the server unreachable: no client gets this or another allocation in it."""
         self.unreachable = True
         self.mark_unreachable()
 
     def mark_unreachable(self) -> None:
-        """Let no other client get a place in its server."""
+        """Make the allocator give no other client an allocation in this server."""
         if self.shared is not None:
             self.shared.mark_stale()
-            alive(self.postmaster)  # says in the log why, since nobody looks at a stale one again
+            alive(self.postmaster)  # logs the reason; a stale server is not checked again
 
     def lease(self, number: int) -> None:
-        """From now on somebody has it."""
+        """Assign the allocation to a lease."""
         self.number = number
         if self.shared is not None:
             self.shared.occupied.add(self.dbname)
 
 
 class Allocator(Protocol):
-    """What leases come from.
+    """Makes allocations for leases.
 
-    `claim` gives a place at once where one is ready, `prepare` makes it fit for who connects,
-    `release` takes it back. They block for milliseconds, so an event loop calls them in a thread;
-    `claim`, `usable` and `is_prepared` alone do not block.
+    `claim` returns an allocation, immediately if one is ready; `prepare` prepares it for a user;
+    `release` takes it back. `prepare`, `release`, `interrupt` and `close` block for milliseconds,
+    so an event loop must call them in a thread; `claim`, `usable` and `is_prepared` do not block.
     """
 
     def claim(self) -> Future[Allocation]: ...

@@ -1,6 +1,6 @@
-"""Where leases of one template come from: a database each in one server, or a server each.
+"""The two allocators of one template: databases in a shared server, or one server per lease.
 
-Two classes of one shape (see allocation.py).
+Both implement the protocol in allocation.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pgtemp.sql.server_setup import Plan
 from pgtemp.templates.clones import unique_name
 
 _log = logging.getLogger("pgtemp")
-# How many times as many are kept ready, while many are wanted.
+# By how much the number of ready allocations may grow while many clients connect.
 _MORE_CLUSTERS, _MORE_DATABASES = 4, 8
 _TRIES = 3
 
 
 class ServerAllocator:
-    """A server each: names, roles and settings all private."""
+    """Allocates one server per lease: names, roles and settings are private."""
 
     recycles = False
 
@@ -40,7 +40,7 @@ class ServerAllocator:
         self._attributes = attributes
         self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
-        self._watched: bool | None = None  # of all of them, since they are made alike
+        self._watched: bool | None = None  # the same for all servers; None: not known yet
         self._live: set[Allocation] = set()
         self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
 
@@ -70,7 +70,7 @@ class ServerAllocator:
             )
             allocation.postmaster.stop()
             home = allocation.postmaster.home.path
-            self._announce(f"kept {home}; pgtemp open {home} serves it again")
+            self._announce(f"persisted {home}; pgtemp open {home} starts a server on it")
         else:
             server_setup.discard(allocation.postmaster)
 
@@ -84,7 +84,7 @@ class ServerAllocator:
         return bool(allocation.dbname) and user in allocation.roles
 
     def prepare(self, allocation: Allocation, user: str, dbname: str) -> None:
-        """Make the user; at first also the database, out of the template."""
+        """Create the user; the first time also the database, from the template."""
         plan = self._plan
         with allocation.preparing:
             if not allocation.dbname:
@@ -94,14 +94,14 @@ class ServerAllocator:
                 allocation.dbname = dbname
             if user in allocation.roles:
                 return
-            # The first who is no superuser is to own the database.
+            # If users are not superusers, the first one becomes the owner of the database.
             owned = self._superusers or not allocation.roles <= plan.users
             owns = None if owned else allocation.dbname
             server_setup.ensure_role(allocation.postmaster, plan, user, self._attributes, owns)
             allocation.roles.add(user)
 
     def release(self, allocation: Allocation, *, used: bool) -> None:
-        """End the server behind everybody's back; one that nobody has touched serves the next."""
+        """Stop the server in the background; an unused one is given to the next lease."""
         if not used:
             allocation.number = 0
         if allocation.dbname:
@@ -110,7 +110,11 @@ class ServerAllocator:
             self._pool.give_back(allocation)
 
     def interrupt(self, *, discard: bool) -> None:
-        """Hand out nothing more, and end the servers, or let them go on that were stopped."""
+        """Hand out nothing more; stop the servers without waiting.
+
+        Servers whose data is still needed are not stopped, but their processes are continued if
+        they were stopped (SIGSTOP).
+        """
         self._pool.refuse()
         for allocation in list(self._live):
             if discard and not self._plan.options.persist:
@@ -123,7 +127,10 @@ class ServerAllocator:
 
 
 class DatabaseAllocator:
-    """A database each, in one server; in a new one when a tenant has left something in it."""
+    """Allocates one database per lease in a shared server.
+
+    If the server becomes stale, further databases are in a new server.
+    """
 
     def __init__(
         self, plan: Plan, *, ready: int, attributes: str, announce: Callable[[str], None]
@@ -135,9 +142,9 @@ class DatabaseAllocator:
         self._keep = plan.options.persist
         self._superuser = plan.options.user
         self._current: SharedServer | None = None
-        self._servers: set[SharedServer] = set()  # that run
+        self._servers: set[SharedServer] = set()  # all that are running
         self._closed = False
-        self._moving = threading.Lock()
+        self._changing = threading.Lock()
         self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE_DATABASES)
 
     @property
@@ -164,16 +171,19 @@ class DatabaseAllocator:
             )  # fmt: skip
             if not shared.stale:
                 return allocation
-            self.dispose(allocation)  # somebody made it stale meanwhile
-        raise ClusterError("the server went stale again and again", remedy="see the log")
+            self.dispose(allocation)  # the server became stale in the meantime
+        raise ClusterError(
+            f"{_TRIES} servers in a row became stale while a database was made in them",
+            remedy="see the log",
+        )
 
     def dispose(self, allocation: Allocation) -> None:
-        shared = _tenants(allocation)
+        shared = _shared_server_of(allocation)
         try:
             if self._keep and allocation.number:
-                kept = f"{self._plan.options.dbname}_{allocation.number}"
-                shared.keep(allocation.dbname, kept)
-                self._announce(f"kept database {kept} in {shared.postmaster.home.path}")
+                persisted = f"{self._plan.options.dbname}_{allocation.number}"
+                shared.persist(allocation.dbname, persisted)
+                self._announce(f"persisted database {persisted} in {shared.postmaster.home.path}")
             else:
                 shared.drop(allocation.dbname)
         finally:
@@ -182,18 +192,18 @@ class DatabaseAllocator:
             self._stop_if_empty(shared)
 
     def usable(self, allocation: Allocation) -> bool:
-        _tenants(allocation).check()
+        _shared_server_of(allocation).check()
         return not allocation.outdated
 
     def claim(self) -> Future[Allocation]:
         return self._pool.claim()
 
     def is_prepared(self, allocation: Allocation, user: str) -> bool:
-        return self._superusers and _tenants(allocation).knows(user)
+        return self._superusers and _shared_server_of(allocation).knows(user)
 
     def prepare(self, allocation: Allocation, user: str, dbname: str) -> None:
-        """Make the user; the database has a name of its own."""
-        shared = _tenants(allocation)
+        """Create the user; the database already exists."""
+        shared = _shared_server_of(allocation)
         with allocation.preparing:
             owned = self._superusers or allocation.roles or user == self._superuser
             shared.ensure_role(user, self._attributes, None if owned else allocation.dbname)
@@ -201,16 +211,16 @@ class DatabaseAllocator:
                 allocation.roles.add(user)
 
     def release(self, allocation: Allocation, *, used: bool) -> None:
-        """See what was left beside the database, and drop it behind everybody's back."""
-        shared = _tenants(allocation)
+        """Check what the lease left outside its database, and drop that in the background."""
+        shared = _shared_server_of(allocation)
         try:
             if used and not shared.stale and not self._keep:
-                shared.look(allocation.dbname)
-        except Exception as error:  # nothing is known of what was left
+                shared.check_leaks(allocation.dbname)
+        except Exception as error:  # it is not known what the lease left
             shared.mark_stale()
             if alive(shared.postmaster):
                 _log.warning(
-                    "the server is replaced, since it could not be checked for what a lease left: "
+                    "the server is replaced, because the leak check after a lease failed: "
                     "%s: %s", type(error).__name__, printable(str(error)),
                 )  # fmt: skip
         finally:
@@ -219,18 +229,22 @@ class DatabaseAllocator:
                 allocation.number = 0
             if shared.stale:
                 self._pool.renew()
-            # What belongs to somebody by now cannot serve anybody else.
+            # A database that is already owned by one user cannot be given to another.
             if used or (allocation.roles and not self._superusers):
                 self._pool.retire(allocation)
             else:
                 self._pool.give_back(allocation)
 
     def made_by_hand(self, dbname: str) -> bool:
-        """Whether somebody who has a lease made a database of this name."""
+        """Return whether a client that has a lease created a database of this name."""
         return any(one.occupied and _has(one, dbname) for one in list(self._servers))
 
     def interrupt(self, *, discard: bool) -> None:
-        """Hand out nothing more, and end the servers, or let them go on that were stopped."""
+        """Hand out nothing more; stop the servers without waiting.
+
+        Servers whose data is still needed are not stopped, but their processes are continued if
+        they were stopped (SIGSTOP).
+        """
         self._closed = True
         self._pool.refuse()
         for shared in list(self._servers):
@@ -240,32 +254,32 @@ class DatabaseAllocator:
                 shared.postmaster.unblock()
 
     def close(self) -> None:
-        """Give nothing more; the server goes with its last database."""
-        with self._moving:
+        """Make no more allocations; stop each server when its last database is dropped."""
+        with self._changing:
             self._closed = True
             self._current = None
         for shared in self._servers if not self._keep else ():
-            shared.mark_stale()  # so that nothing is dropped in it one by one
+            shared.mark_stale()  # so that its databases are not dropped one by one
         self._pool.close()
         for shared in list(self._servers):
             self._stop_if_empty(shared)
 
     def _stop_if_empty(self, shared: SharedServer) -> None:
-        """End a server in which nobody is, and nobody will be."""
+        """Stop a server that has no databases and will get no more."""
         if shared.names or not (shared.stale or self._closed):
             return
-        with self._moving:
+        with self._changing:
             if shared not in self._servers:
                 return
             self._servers.discard(shared)
-        if shared.kept:
+        if shared.persisted:
             home = shared.postmaster.home.path
             try_note(home, Note(self._superuser, admin_sql.MAINTENANCE))
-            self._announce(f"kept {home}; pgtemp open {home} serves it again")
+            self._announce(f"persisted {home}; pgtemp open {home} starts a server on it")
         shared.stop()
 
     def _server(self) -> SharedServer:
-        with self._moving:
+        with self._changing:
             if self._closed:
                 raise ClusterError("pgtemp is shutting down")
             before = self._current
@@ -280,7 +294,7 @@ class DatabaseAllocator:
         return current
 
 
-def _tenants(allocation: Allocation) -> SharedServer:
+def _shared_server_of(allocation: Allocation) -> SharedServer:
     assert allocation.shared is not None
     return allocation.shared
 
@@ -288,5 +302,5 @@ def _tenants(allocation: Allocation) -> SharedServer:
 def _has(shared: SharedServer, dbname: str) -> bool:
     try:
         return shared.answers and shared.has(dbname)
-    except PgTempError:  # it is just being ended
+    except PgTempError:  # the server is being stopped
         return False

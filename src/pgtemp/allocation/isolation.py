@@ -1,7 +1,7 @@
-"""What connections ask for, and the shape of the ways in which they are kept apart.
+"""Database requests, and the protocol of the ways to isolate connections from each other.
 
-`per_lease.py` gives each lease a database or a server; `single_server.py` gives all leases one
-server.
+`per_lease.py` gives each lease its own database or server; in `single_server.py` all leases share
+one server.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Protocol
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.server.postmaster import Postmaster
 
-TEMPLATE = "template"  # the session that is the template itself
+TEMPLATE = "template"  # the name of the session that edits the template itself
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseRequest:
-    """What a connection asks for.
+    """The database that a connection requests.
 
     Attributes:
-        dbname: names a template, or whatever the client calls its database.
-        session: who else gets the same database; None is nobody.
+        user: the role that the client logs in as.
+        dbname: the name of a template, or any other name of the client's choice.
+        session: connections that name the same session share a lease; None for a lease that is
+            not shared.
     """
 
     user: str
@@ -32,45 +34,52 @@ class DatabaseRequest:
 
     @property
     def edits(self) -> bool:
-        """Whether it is the template itself that is wanted."""
+        """Whether the client requests the template itself, to edit it."""
         return self.session == TEMPLATE
 
 
 class Isolation(Protocol):
-    """How connections are kept apart."""
+    """How connections are isolated from each other."""
 
     def open(self) -> None:
-        """Prepare; raises PgTempError where leases could not be given."""
+        """Prepare for leases. Raises PgTempError if none could be made."""
 
     def share(self, request: DatabaseRequest) -> Hashable:
-        """What is the same for all connections that share a lease; None is a lease of its own."""
+        """Return a key that is equal for all connections that share a lease.
+
+        None means that the lease is not shared.
+        """
 
     def knows(self, request: DatabaseRequest) -> bool:
-        """Whether the name that is wished for needs no `check`."""
+        """Return whether the requested name needs no `check`."""
 
     def check(self, request: DatabaseRequest) -> None:
-        """Raise NoDatabaseError where no lease can be had under that name."""
+        """Raise NoDatabaseError if no lease is available under the requested name."""
 
     def kind(self, request: DatabaseRequest) -> Hashable:
-        """What is the same for all wishes that one place would do for; None is no other wish."""
+        """Return a key that is equal for all requests that the same allocation could serve.
+
+        None means that no other request could be served by it.
+        """
 
     def claim(self, request: DatabaseRequest) -> Future[Allocation]: ...
     def is_prepared(self, allocation: Allocation, request: DatabaseRequest) -> str | None:
-        """What `prepare` would return, where it has nothing to do."""
+        """Return what `prepare` would return, if there is nothing to prepare; else None."""
 
     def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
-        """Make ready for one more connection; the name of the database to log in to."""
+        """Prepare for one more connection and return the name of the database to log in to."""
 
     def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None: ...
     def interrupt(self) -> None:
-        """End what calls wait for, since the daemon ends: servers of which nothing is kept.
+        """Stop whatever pending calls wait for, because the daemon is shutting down.
 
-        Of the others, let processes go on that were stopped. Does not wait. Only `release` and
-        `close` may be called after it.
+        Servers whose data is not needed any more are stopped; in the others, processes that were
+        stopped (SIGSTOP) are continued. The method does not wait. Only `release` and `close` may
+        be called after it.
         """
 
     def close(self) -> None: ...
 
     @property
     def single_server(self) -> Postmaster | None:
-        """The server without which nothing goes on."""
+        """The one server of all leases; without it, the daemon cannot continue."""

@@ -1,12 +1,14 @@
-"""What a tenant leaves in a server beside its database: roles, settings, databases made by hand.
+"""The leak check: what a lease leaves in a shared server outside its database.
 
-All of these are cluster-wide, so that a database does not isolate them and dropping it does not
-take them away. They are found by comparing the shared catalogs with what they were.
+Roles, settings and databases that a client created are cluster-wide: a database does not isolate
+them, and dropping it does not remove them. The leak check compares the shared catalogs with their
+earlier state.
 
 Every server also has the databases `template0`, `template1` and `postgres`. The first two accept no
-connections, and a change of that is found. `postgres` has to accept pgtemp's own, so objects in it
-are looked for: in its catalogs, whenever the server's counters say that another session was there
-or that a row was changed. Names are compared as bytes, whatever their encoding.
+connections, and the leak check detects a change of that. `postgres` has to accept pgtemp's own
+connections, so the leak check searches its catalogs for new objects whenever the server's counters
+show that there was another session or that a row was changed. Names are compared as bytes,
+independently of their encoding.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
 from pgtemp.sql.admin_connections import Connection
 
-# What it is, its name, the database that it goes with, and the rest of it.
-# The rest is compared by its hash: a text that a client stored may have hundreds of megabytes.
+# The kind of an object, its name, the database that it is dropped with, and its other properties.
+# The other properties are compared by their hash: a comment may have hundreds of megabytes.
 _SHARED = """
 SELECT kind, name, dbname,
   CASE kind WHEN 'counters' THEN rest ELSE encode(sha256(textsend(rest)), 'hex') END
@@ -66,9 +68,10 @@ SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_
   FROM pg_stat_database WHERE datname = current_database()
 ) AS shared
 """
-# The row version (xmin) of a database also changes when it is opened, changed and closed again.
-# VACUUM updates the row in place, which keeps it. That of an object changes with the object; but
-# ANALYZE writes statistics, and contents of large objects belong to rows that are looked at.
+# The row version (xmin) of a database also changes if a client allows connections to it, changes it
+# and forbids connections again. VACUUM updates the row in place and does not change its xmin. The
+# xmin of an object changes with the object. Excluded are the statistics that ANALYZE writes, and
+# the contents of large objects, whose metadata rows are included.
 _OBJECTS = """
 SELECT format('SELECT EXISTS (%s)', string_agg(format(
   'SELECT FROM %s WHERE age(xmin) <= age(%L::xid)', oid::regclass, $1::text), ' UNION ALL '))
@@ -77,7 +80,8 @@ WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind = 'r' AND NOT reliss
   AND relname NOT IN ('pg_statistic', 'pg_statistic_ext_data', 'pg_largeobject')
 """
 _ROLE, _SYSTEM, _COUNTERS = "role", "ALTER SYSTEM", "counters"
-# What a superuser may have written there, by a program if need be, is read at the next reload.
+# A superuser can write these files, if necessary by a program; the server reads them at the next
+# reload.
 _FILES = (
     ("postgresql.auto.conf", _SYSTEM),
     *((name, name) for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf")),
@@ -87,41 +91,43 @@ State = dict[tuple[str, str], str]
 
 @dataclass(slots=True)
 class LeakCheck:
-    """What there was in a server, and what has come to it since.
+    """Compares the state of a server with an earlier, accepted state.
 
     Attributes:
-        ours: whether a database of this name is one of pgtemp's own, which come and go.
+        data_dir: the data directory of the server.
+        ours: returns whether pgtemp itself creates and drops a database of this name.
     """
 
     data_dir: Path
     ours: Callable[[str], bool]
     _before: State = field(default_factory=dict)
-    _touched: int = 0
+    _setting_changes: int = 0  # the counter of changes of pg_db_role_setting
     _began: str = ""  # the first transaction id after `accept`
-    _counters: str = ""  # of the maintenance database
-    _objects: str = ""  # whether objects in it were changed
+    _counters: str = ""  # the counters of the maintenance database
+    _objects: str = ""  # whether objects in the maintenance database were changed
 
     def accept(self, connection: Connection) -> None:
-        """Take what there is now for what there should be."""
+        """Accept the current state as the state without leaks."""
         found = connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::xid::text")
         ((self._began,),) = found.fetchall()
         self._before = self._now(connection)
         self.settings_were_touched(connection)
 
     def settings_were_touched(self, connection: Connection) -> bool:
-        """Whether settings of roles or databases were changed since the last look.
+        """Return whether settings of roles or databases were changed since the last call.
 
-        Somebody may have connected under them though they are what they were again.
+        If they were changed and changed back, a session may have been opened with them in between.
         """
         row = connection.ask(
             "SELECT pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c)"
             " FROM (SELECT 'pg_db_role_setting'::regclass AS c) AS of"
         ).fetchone()
-        before, self._touched = self._touched, row[0] if row is not None else 0
-        return self._touched != before
+        before = self._setting_changes
+        self._setting_changes = row[0] if row is not None else 0
+        return self._setting_changes != before
 
     def accept_role(self, connection: Connection, name: str) -> None:
-        """A role that pgtemp itself has made."""
+        """Accept a role that pgtemp itself has created."""
         row = connection.execute(
             "SELECT encode(sha256(textsend(a::text)), 'hex') FROM pg_authid a WHERE rolname = %s",
             [name],
@@ -134,10 +140,11 @@ class LeakCheck:
         return (_ROLE, name) in self._before
 
     def found(self, connection: Connection) -> list[tuple[str, str]]:
-        """What was left, changed or taken away: what it is, and its name."""
+        """Return the kind and name of everything that was added, changed or removed."""
         found = self._different(connection)
         if found:
-            # A database of ours that was dropped since the question is not known to be ours.
+            # Compare again: if pgtemp dropped one of its databases after the first query, `ours`
+            # no longer recognizes the name, and the first result contains it.
             found &= self._different(connection)
         return sorted(found)
 
@@ -148,13 +155,13 @@ class LeakCheck:
     def clean(
         self, connection: Connection, found: Iterable[tuple[str, str]]
     ) -> list[tuple[str, str]]:
-        """Drop roles that were left; what remains after that."""
+        """Drop the roles that were added, and return the differences that remain."""
         added = [name for kind, name in found if kind == _ROLE and (kind, name) not in self._before]
         try:
             for name in added:
                 connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
         except (psycopg.Error, UnicodeError):
-            pass  # it owns something that is left as well, or its name cannot be sent
+            pass  # the role owns another leaked object, or its name cannot be encoded
         return self.found(connection)
 
     def _now(self, connection: Connection) -> State:
@@ -168,18 +175,22 @@ class LeakCheck:
         if counters != self._counters:
             self._counters, self._objects = counters, self._changed(connection, counters)
         state["objects in database", admin_sql.MAINTENANCE] = self._objects
-        return state | {(what, ""): self._stamp(name) for name, what in _FILES}
+        return state | {(kind, ""): self._stamp(name) for name, kind in _FILES}
 
     def _changed(self, connection: Connection, counters: str) -> str:
-        """Whether objects were made or changed in the maintenance database, or rows deleted."""
+        """Return a text that changes if an object in the maintenance database changes.
+
+        It also changes if a row is deleted there.
+        """
         ((statement,),) = connection.ask(_OBJECTS, self._began).fetchall()
         row = connection.execute(statement.encode()).fetchone()
-        # Rows deleted, when the counters were reset, and the newest objects: a walsender is not
-        # counted as a session, and its rows are not if it says so (track_counts).
+        # The number of deleted rows, the time of the last reset of the counters, and the newest
+        # objects. The latter are needed because a walsender is not counted as a session, and it can
+        # switch off the counting of its rows (track_counts).
         return f"{row} {counters.split()[3:]}"
 
     def _stamp(self, name: str) -> str:
-        """A file's change time, which no program can set, tells whether it was written."""
+        """Return a text that changes if a file is written; programs cannot set its change time."""
         try:
             with Tree.open(self.data_dir) as data:
                 status = data.status(name)

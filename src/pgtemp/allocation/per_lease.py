@@ -1,4 +1,4 @@
-"""A database or a server a lease, out of one supply for each template."""
+"""Give each lease its own database or its own server, from one allocator per template."""
 
 from __future__ import annotations
 
@@ -26,73 +26,77 @@ _log = logging.getLogger("pgtemp")
 
 
 @dataclass(eq=False, slots=True)
-class _Stock:
-    """A template: what servers with it are made from, and where leases of it come from."""
+class _Template:
+    """A template: the plan of servers with it, and the allocator of its leases.
+
+    Attributes:
+        builder: the builder that holds its image, if the image is not cached.
+    """
 
     plan: Plan
     allocator: Allocator
-    workshop: TemplateBuilder | None
+    builder: TemplateBuilder | None
 
     def close(self) -> None:
         self.allocator.close()
-        if self.workshop is not None:
-            self.workshop.close()
+        if self.builder is not None:
+            self.builder.close()
 
 
 class PerLease:
-    """A database or a server a lease."""
+    """Gives each lease its own database, or its own server with `--isolation cluster`."""
 
-    single_server: Postmaster | None = None  # each lease has its own, or one that can be replaced
+    single_server: Postmaster | None = None  # every server can be replaced
 
     def __init__(self, plan: Plan, options: DaemonOptions, announce: Callable[[str], None]) -> None:
         self._plan = plan
         self._options = options
         self._announce = announce
         self._servers = options.isolation == "cluster"
-        self._stocks: dict[str, _Stock] = {}
-        self._default: _Stock | None = None
+        self._templates: dict[str, _Template] = {}
+        self._default: _Template | None = None
         self._editing: dict[Allocation, TemplateBuilder] = {}
         self._closed = False
         self._changing = threading.Lock()
 
     def open(self) -> None:
-        """Build the templates that are not there yet, and begin to make places."""
-        options, begin = self._options, self._plan
+        """Build the templates that are not cached yet, and begin to make allocations."""
+        options, start = self._options, self._plan
         if options.copy_from is not None:
-            begin = replace(begin, template=options.dbname, plain=False)
+            start = replace(start, template=options.dbname, plain=False)
         extensions = Recipe(extensions=tuple(options.extensions))
         loading = replace(extensions, build=options.load) if options.load else extensions
         try:
-            self._default = self._stock(begin, options.dbname, loading)
+            self._default = self._make_template(start, options.dbname, loading)
             for name in options.templates:
                 self._declared(name.partition(":")[0], extensions)
-            for stock in self._stocks.values() or [self._default]:
-                # One is waited for, so that what is wrong is said now.
-                stock.allocator.release(stock.allocator.claim().result(), used=False)
+            for template in self._templates.values() or [self._default]:
+                # Wait for the first allocation, so that errors are raised when the daemon starts.
+                template.allocator.release(template.allocator.claim().result(), used=False)
         except BaseException:
             self.close()
             raise
 
-    def _declared(self, name: str, begin: Recipe) -> _Stock:
-        """A template of the options; the one that it starts from comes first."""
-        if name not in self._stocks:
+    def _declared(self, name: str, base: Recipe) -> _Template:
+        """Return a template of the options; build it, after the template that it starts from."""
+        if name not in self._templates:
             declared = {one.partition(":")[0]: one for one in self._options.templates}
             parent = declared[name].partition(":")[2]
-            start = self._declared(parent, begin).plan if parent else self._plan
+            start = self._declared(parent, base).plan if parent else self._plan
             build = self._options.templates[declared[name]]
-            recipe = replace(begin, build=build, watch=self._watched(name))
-            self._stocks[name] = self._stock(start, name, recipe)
-        return self._stocks[name]
+            recipe = replace(base, build=build, watch=self._watched(name))
+            self._templates[name] = self._make_template(start, name, recipe)
+        return self._templates[name]
 
     def _watched(self, name: str) -> tuple[str, ...]:
         pairs = (one.partition("=") for one in self._options.watch)
-        return tuple(pattern for which, _, pattern in pairs if which == name)
+        return tuple(pattern for template, _, pattern in pairs if template == name)
 
-    def _stock(self, begin: Plan, name: str, recipe: Recipe) -> _Stock:
-        plan, built = build(begin, name, recipe)
-        return _Stock(plan, self._supply(plan), built)
+    def _make_template(self, start: Plan, name: str, recipe: Recipe) -> _Template:
+        plan, builder = build(start, name, recipe)
+        return _Template(plan, self._make_allocator(plan), builder)
 
-    def _supply(self, plan: Plan) -> Allocator:
+    def _make_allocator(self, plan: Plan) -> Allocator:
         kind: type[ServerAllocator | DatabaseAllocator] = (
             ServerAllocator if self._servers else DatabaseAllocator
         )
@@ -105,7 +109,7 @@ class PerLease:
         )
 
     def share(self, request: DatabaseRequest) -> Hashable:
-        """A server is shared under any name of a database; a database under its own."""
+        """Return a shared session's key; a server is shared under all database names."""
         if request.session is None:
             return None
         return (
@@ -117,38 +121,40 @@ class PerLease:
     def knows(self, request: DatabaseRequest) -> bool:
         return (
             self._servers
-            or request.dbname in self._stocks
+            or request.dbname in self._templates
             or request.dbname in ALWAYS_THERE
             or request.dbname == self._options.dbname
         )
 
     def check(self, request: DatabaseRequest) -> None:
-        """A database that somebody made by hand is not to be had, least of all an empty clone."""
-        for stock in self._all():
-            if isinstance(stock.allocator, DatabaseAllocator) and stock.allocator.made_by_hand(
-                request.dbname
-            ):
+        """Raise NoDatabaseError for the name of a database that a client created in its lease.
+
+        Such a database cannot be reached, and an empty clone in its place would be misleading.
+        """
+        for template in self._all():
+            allocator = template.allocator
+            if isinstance(allocator, DatabaseAllocator) and allocator.made_by_hand(request.dbname):
                 raise NoDatabaseError(
-                    f'database "{request.dbname}" was made within a lease, and cannot be reached',
-                    remedy="to make databases by hand, start pgtemp with --single, or with "
+                    f'database "{request.dbname}" was created within a lease and is not reachable',
+                    remedy="to create databases yourself, start pgtemp with --single, or with "
                     "--isolation cluster and connect with options=-c pgtemp.session=NAME",
                 )
 
     def kind(self, request: DatabaseRequest) -> Hashable:
         if request.edits:
             return None
-        stock = self._of(request)
-        return (stock, request.dbname, request.session is None) if self._servers else stock
+        template = self._of(request)
+        return (template, request.dbname, request.session is None) if self._servers else template
 
-    def _all(self) -> list[_Stock]:
-        return [*self._stocks.values(), *([self._default] if self._default else [])]
+    def _all(self) -> list[_Template]:
+        return [*self._templates.values(), *([self._default] if self._default else [])]
 
-    def _of(self, request: DatabaseRequest) -> _Stock:
+    def _of(self, request: DatabaseRequest) -> _Template:
         assert self._default is not None
-        return self._stocks.get(request.dbname, self._default)
+        return self._templates.get(request.dbname, self._default)
 
     def claim(self, request: DatabaseRequest) -> Future[Allocation]:
-        """A place; for who edits, a workshop."""
+        """Claim an allocation; for a client that edits a template, start a builder."""
         if not request.edits:
             return self._of(request).allocator.claim()
         claimed: Future[Allocation] = Future()
@@ -166,10 +172,10 @@ class PerLease:
             return
         allocation = Allocation(builder.postmaster, builder.dbname)
         with self._changing:
-            late = self._closed
-            if not late:
+            closed = self._closed
+            if not closed:
                 self._editing[allocation] = builder
-        if late:
+        if closed:
             builder.close()
             claimed.set_exception(ClusterError("pgtemp is shutting down"))
         else:
@@ -184,18 +190,21 @@ class PerLease:
 
     def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
         if allocation.allocator is None:
-            self._admit_editor(allocation, request.user)
+            self._ensure_editor(allocation, request.user)
             return allocation.dbname
-        # In a session names are used as they stand in its server, which has one database.
-        own = request.session is None or request.dbname in self._stocks
+        # Within a session, database names are used as given, and its server has one database.
+        own = request.session is None or request.dbname in self._templates
         allocation.allocator.prepare(
             allocation, request.user, request.dbname if own else self._options.dbname
         )
         return request.dbname if self._servers else allocation.dbname
 
-    def _admit_editor(self, allocation: Allocation, user: str) -> None:
+    def _ensure_editor(self, allocation: Allocation, user: str) -> None:
+        """Create the role of a client that edits a template, and make it the owner.
+
+        As the owner it can run migrations even if it is not a superuser.
+        """
         if user not in self._plan.users:
-            # Whoever migrates may do so, superuser or not.
             attributes = self._options.role_attributes
             server_setup.ensure_role(
                 allocation.postmaster, self._plan, user, attributes, allocation.dbname
@@ -207,12 +216,12 @@ class PerLease:
             return
         if used and self._options.dump is not None:
             self._dump(allocation, request)
-        # Not by the name: that may stand for another template by now.
+        # Do not look the allocator up by name: the name may stand for another template by now.
         assert allocation.allocator is not None
         allocation.allocator.release(allocation, used=used)
 
     def _put_in_place(self, allocation: Allocation, name: str, used: bool) -> None:
-        """Seal what was edited; from now on it is what the name stands for."""
+        """Seal an edited template; from now on, requests for its name get clones of it."""
         with self._changing:
             builder = self._editing.pop(allocation)
         if not used or self._closed:
@@ -223,9 +232,9 @@ class PerLease:
         except BaseException:
             builder.close()
             raise
-        stock = _Stock(plan, self._supply(plan), builder)
+        template = _Template(plan, self._make_allocator(plan), builder)
         with self._changing:
-            old, self._stocks[name] = self._stocks.get(name), stock
+            old, self._templates[name] = self._templates.get(name), template
         if old is not None:
             old.close()
 
@@ -248,8 +257,8 @@ class PerLease:
         self._closed = True
         for allocation in list(self._editing):
             allocation.postmaster.abandon()
-        for stock in self._all():
-            stock.allocator.interrupt(discard=self._options.dump is None)
+        for template in self._all():
+            template.allocator.interrupt(discard=self._options.dump is None)
 
     def close(self) -> None:
         with self._changing:
@@ -257,11 +266,11 @@ class PerLease:
             editing, self._editing = list(self._editing.values()), {}
         for builder in editing:
             builder.close()
-        for stock in self._all():
-            stock.close()
+        for template in self._all():
+            template.close()
 
 
 def _numbered(path: str | os.PathLike[str], number: int) -> Path:
-    """out.sql becomes out-7.sql, so that each lease has a dump of its own."""
+    """Return the path of a lease's own dump: for out.sql and number 7, out-7.sql."""
     plain = Path(path)
     return plain.with_name(f"{plain.stem}-{number}{plain.suffix}")

@@ -1,4 +1,4 @@
-"""Data that was kept: what it was, and a server on it again."""
+"""Persist the data of a server, and start a server on persisted data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pgtemp.uri import ConnectionInfo
 
 
 def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
-    """Shut a server down and copy its data to a directory, which must not be there yet.
+    """Shut a server down and copy its data to a directory, which must not exist yet.
 
     Raises:
-        ClusterError: it could not be written; nothing of it is left.
+        ClusterError: the directory could not be written; nothing is left behind.
     """
     postmaster.halt()
     with disk_space.writing(directory):
@@ -43,13 +43,13 @@ def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
 
 
 def act_as_owner(directory: StrPath) -> None:
-    """As root, give up all rights but those of the user to whom kept data belongs.
+    """If the caller is root, drop all privileges except those of the user who owns persisted data.
 
-    That user can change the directory at any time. Root's own directory, in which only the data
-    belongs to another user, is not concerned.
+    This is necessary because that user can change the directory at any time. Nothing is dropped if
+    the directory belongs to root and only the data in it belongs to another user.
 
     Raises:
-        OptionError: no data was kept there, or that user cannot run this program.
+        OptionError: the directory contains no persisted data, or that user cannot run this program.
     """
     path = rundir.kept_at(Path(directory))
     with reach.open_tree(path) as tree:
@@ -58,23 +58,23 @@ def act_as_owner(directory: StrPath) -> None:
         user = identity.choose_uid(uid)
         if blocked := user.blocked_at(Path(sys.executable).resolve()):
             raise OptionError(
-                f"{path} belongs to {user.name}, who cannot enter {blocked}, where Python is",
+                f"{path} belongs to {user.name}, who cannot enter {blocked}, which contains Python",
                 remedy=f"install pgtemp where {user.name} can run it, and open it as that user",
             )
         identity.become(uid)
 
 
 class PersistedDB:
-    """A server on kept data, in place; the data stays when it ends.
+    """A server that runs on persisted data in place; the data remains when the server stops.
 
     Args:
-        directory: what `--persist` printed, or the `data` directory in it.
-        dbname: the database to tell about; None is the one that the data was kept for.
+        directory: the directory that `--persist` printed, or the `data` directory in it.
+        dbname: the database of `info`; None is the database that the data was persisted for.
         port: TCP port; None chooses a free one.
-        bin_dir: folder of PostgreSQL's programs; None finds those of the data's version.
+        bin_dir: directory of PostgreSQL's programs; None finds those of the data's version.
 
     Raises:
-        OptionError: the directory is not one that was kept, or is in use.
+        OptionError: the directory contains no persisted data, or is in use.
         PgTempError: the server could not be started.
     """
 

@@ -1,9 +1,9 @@
-"""Keep the next few of anything ready before anyone asks.
+"""A pool keeps a few items ready in advance.
 
-Made ahead by threads of its own, handed out in the order in which people asked, disposed of behind
-their backs. Where people ask faster than it makes, it keeps more ready; when nobody asks for a
-while, fewer again. Knows nothing of what it keeps but how to make it, how to end it, and whether
-it lives.
+The pool's own threads make items in advance and dispose of them in the background. Items are handed
+out in the order of the claims. If claims arrive faster than items are made, the pool keeps more
+items ready; after a period without claims, it keeps fewer. All that a pool knows of its items is
+how to make them, how to dispose of them, and whether one is usable.
 """
 
 from __future__ import annotations
@@ -21,55 +21,60 @@ from pgtemp.errors import ClusterError, PgTempError
 _log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 Again = Callable[[T], T | None]
-_MAKERS = 2  # on two cores more makers make no more
-_CALM_SECONDS = 10.0
+_MAKERS = 2  # on two cores, more threads do not make items faster
+_SHRINK_SECONDS = 10.0
 
 
 class Kind(Protocol[T]):
-    """What a pool needs to know of the things in it."""
+    """The operations of a pool on its items."""
 
     @property
     def recycles(self) -> bool:
-        """Whether what was ended makes the next one cheaper."""
+        """Whether disposing of an item makes the next one cheaper."""
 
     def provision(self) -> T: ...
-    def dispose(self, thing: T) -> None: ...
-    def usable(self, thing: T) -> bool: ...
+    def dispose(self, item: T) -> None: ...
+    def usable(self, item: T) -> bool: ...
 
 
 class Pool(Generic[T]):
-    """Keeps `ready` things ready, up to `most` while many are asked for."""
+    """Keeps `ready` items ready, and up to `most` while there are many claims."""
 
     def __init__(
         self, kind: Kind[T], *, ready: int, most: int | None = None, pause: float = 0.015
     ) -> None:
-        """Nothing is made before the first is asked for.
+        """Create an empty pool; the first claim starts to fill it.
 
         Args:
-            pause: seconds that whoever has just been served has for himself, since there are not
-                that many cores, before the next is made; and twice that before one is ended.
+            pause: seconds by which the pool delays making the next item after a claim, so that it
+                does not compete for the cores with the client just served. It delays disposing of
+                an item by twice that time.
         """
         self._kind = kind
         self._pause = pause
         self._target = self._least = ready
         self._most = max(ready, most if most is not None else ready)
-        self._calming: threading.Timer | None = None
-        self._busy = False  # whether anybody has asked since the last look
+        self._shrink_timer: threading.Timer | None = None
+        self._busy = False  # whether there was a claim since the last check
         self._ready: deque[T] = deque()
         self._waiting: deque[Future[T]] = deque()
         self._making = 0
-        self._retired: deque[tuple[T, Again[T] | None]] = deque()  # that are still to be ended
+        self._retired: deque[tuple[T, Again[T] | None]] = deque()  # still to be disposed of
         self._closed = False
-        self._owner = os.getpid()  # a forked child has neither the threads nor the right
+        self._owner = os.getpid()  # a forked child has no threads and does not own the items
         self._lock = threading.Lock()
         self._urgent = threading.Condition(self._lock)
         self._makers = ThreadPoolExecutor(_MAKERS, "pgtemp-make")
-        self._enders = ThreadPoolExecutor(1, "pgtemp-end")
+        self._disposers = ThreadPoolExecutor(1, "pgtemp-dispose")
 
     def claim(self) -> Future[T]:
-        """One thing, at once where one is ready; the error of the one that could not be made."""
+        """Return a future of an item; it is done if one is ready.
+
+        It has the error of an item that could not be made.
+        """
         claimed: Future[T] = Future()
-        if self._owner != os.getpid():  # before the lock, which somebody may have held at the fork
+        # Check before taking the lock: another thread may have held it at the time of the fork.
+        if self._owner != os.getpid():
             claimed.set_exception(_closed())
             return claimed
         with self._lock:
@@ -77,11 +82,11 @@ class Pool(Generic[T]):
                 claimed.set_exception(_closed())
                 return claimed
             while self._ready:
-                thing = self._ready.popleft()
-                if self._kind.usable(thing):
-                    claimed.set_result(thing)
+                item = self._ready.popleft()
+                if self._kind.usable(item):
+                    claimed.set_result(item)
                     break
-                self._enders.submit(self._end, thing)
+                self._disposers.submit(self._dispose, item)
             else:
                 self._waiting.append(claimed)
                 if self._making >= self._target:
@@ -93,41 +98,41 @@ class Pool(Generic[T]):
         return claimed
 
     def renew(self) -> None:
-        """Begin to make what there should be, anew what is no longer usable."""
+        """Replace the items that are no longer usable, and start to make missing ones."""
         with self._lock:
-            dead = [thing for thing in self._ready if not self._kind.usable(thing)]
-            for thing in dead:
-                self._ready.remove(thing)
-                self._enders.submit(self._end, thing)
+            dead = [item for item in self._ready if not self._kind.usable(item)]
+            for item in dead:
+                self._ready.remove(item)
+                self._disposers.submit(self._dispose, item)
             self._make_enough()
 
     def _grow(self) -> None:
         # With the lock held.
         self._target = min(self._most, max(1, 2 * self._target))
-        if self._calming is None and self._target > self._least:
-            self._look_again()
+        if self._shrink_timer is None and self._target > self._least:
+            self._schedule_shrink()
 
-    def _look_again(self) -> None:
-        self._calming = threading.Timer(_CALM_SECONDS, self._calm_down)
-        self._calming.daemon = True
-        self._calming.start()
+    def _schedule_shrink(self) -> None:
+        self._shrink_timer = threading.Timer(_SHRINK_SECONDS, self._shrink)
+        self._shrink_timer.daemon = True
+        self._shrink_timer.start()
 
-    def _calm_down(self) -> None:
-        """Nobody having asked for a while, keep half as many ready."""
+    def _shrink(self) -> None:
+        """If there was no claim since the last check, keep half as many items ready."""
         with self._lock:
-            self._calming = None
+            self._shrink_timer = None
             if self._closed:
                 return
             if not self._busy:
                 self._target = max(self._least, self._target // 2)
                 while len(self._ready) > self._target:
-                    self._enders.submit(self._end, self._ready.pop())
+                    self._disposers.submit(self._dispose, self._ready.pop())
             self._busy = False
             if self._target > self._least:
-                self._look_again()
+                self._schedule_shrink()
 
     def take(self) -> T:
-        """One thing, waited for; interrupted, what comes too late goes back."""
+        """Wait for an item; if the wait is interrupted, the item is given back when it arrives."""
         claimed = self.claim()
         try:
             return claimed.result()
@@ -140,77 +145,78 @@ class Pool(Generic[T]):
         if not claimed.cancelled() and claimed.exception() is None:
             self.give_back(claimed.result())
 
-    def give_back(self, thing: T) -> None:
-        """A thing that was not used after all."""
-        if not self._kind.usable(thing) or not self._hand_out(thing):
-            self.retire(thing)
+    def give_back(self, item: T) -> None:
+        """Take back an item that was not used."""
+        if not self._kind.usable(item) or not self._hand_out(item):
+            self.retire(item)
 
-    def retire(self, thing: T, again: Again[T] | None = None) -> None:
-        """Dispose of a thing: in the background, or at once where the pool is closed.
+    def retire(self, item: T, again: Again[T] | None = None) -> None:
+        """Dispose of an item: in the background, or immediately if the pool is closed.
 
         Nothing happens in a forked child.
 
         Args:
-            again: gives the thing to hand out again, where it is as good as new.
+            again: returns an item to hand out again if the given one is as good as new, else None.
         """
         if self._owner != os.getpid():
             return
         with self._lock:
             if not self._closed:
-                self._retired.append((thing, again))
-                self._enders.submit(self._end_next)
+                self._retired.append((item, again))
+                self._disposers.submit(self._dispose_next)
                 self._urgent.notify_all()
                 return
-        self._end(thing)
+        self._dispose(item)
 
     def refuse(self) -> None:
-        """Hand out nothing more; who waits is told."""
+        """Hand out no more items; pending claims fail with PoolClosedError."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
             self._urgent.notify_all()
-            if self._calming is not None:
-                self._calming.cancel()
+            if self._shrink_timer is not None:
+                self._shrink_timer.cancel()
         for claimed in waiting:
             if claimed.set_running_or_notify_cancel():
                 claimed.set_exception(_closed())
 
     def close(self, *, dispose: bool = True) -> None:
-        """Dispose of everything that is not handed out, and wait for what is under way.
+        """Dispose of all items that are not handed out, and wait for running operations.
 
         Args:
-            dispose: False where all of it goes by itself, as databases do with their server.
+            dispose: False if the items need not be disposed of, such as databases whose server is
+                stopped.
         """
         self.refuse()
         with self._lock:
             ready, self._ready = self._ready, deque()
-        for thing in ready if dispose else ():
-            self._enders.submit(self._end, thing)
+        for item in ready if dispose else ():
+            self._disposers.submit(self._dispose, item)
         self._makers.shutdown(wait=True, cancel_futures=True)
-        self._enders.shutdown(wait=True, cancel_futures=not dispose)
+        self._disposers.shutdown(wait=True, cancel_futures=not dispose)
 
-    def _end_next(self) -> None:
+    def _dispose_next(self) -> None:
         with self._urgent:
             self._urgent.wait_for(lambda: len(self._retired) != 1 or self._closed, 2 * self._pause)
             retired = self._retired.popleft() if self._retired else None
         if retired is not None:
             self._retire(*retired)
 
-    def _retire(self, thing: T, again: Again[T] | None) -> None:
+    def _retire(self, item: T, again: Again[T] | None) -> None:
         try:
-            if again is not None and not self._closed and (as_new := again(thing)) is not None:
+            if again is not None and not self._closed and (as_new := again(item)) is not None:
                 if self._hand_out(as_new):
                     return
-                thing = as_new
+                item = as_new
         except PgTempError as error:
             _log.info("not handed out again: %s", error)
-        self._end(thing)
+        self._dispose(item)
 
-    def _end(self, thing: T) -> None:
+    def _dispose(self, item: T) -> None:
         try:
-            self._kind.dispose(thing)
+            self._kind.dispose(item)
         except PgTempError as error:
-            if not self._closed:  # else it went with its server
+            if not self._closed:  # if the pool is closed, the item was removed with its server
                 _log.warning("could not be disposed of: %s", error)
         except Exception:
             _log.exception("could not be disposed of")
@@ -225,39 +231,44 @@ class Pool(Generic[T]):
 
     def _make(self) -> None:
         with self._urgent:
-            self._urgent.wait_for(self._in_a_hurry, self._pause)
+            self._urgent.wait_for(self._is_urgent, self._pause)
             recycling = self._kind.recycles and bool(self._retired)
             retired = self._retired.popleft() if recycling else None
         if retired is not None:
             self._retire(*retired)
         try:
-            thing = self._kind.provision()
+            item = self._kind.provision()
         except BaseException as error:
             self._fail(error)
             return
         with self._lock:
             self._making -= 1
-        if not self._hand_out(thing):
-            self._end(thing)
+        if not self._hand_out(item):
+            self._dispose(item)
 
-    def _in_a_hurry(self) -> bool:
+    def _is_urgent(self) -> bool:
         return not self._ready or bool(self._waiting) or self._closed
 
-    def _hand_out(self, thing: T) -> bool:
-        """Give it to who waits longest, else keep it ready; False where there is no room."""
+    def _hand_out(self, item: T) -> bool:
+        """Hand an item to the oldest pending claim, or keep it ready.
+
+        Returns:
+            False if there are enough ready items.
+        """
         with self._lock:
             claimed = self._next_waiting()
-            # One too many is not worth its end: the next claim makes one less.
+            # Disposing of a single surplus item is not worthwhile: keep it, and the next claim
+            # makes one less.
             if claimed is None:
                 if self._closed or len(self._ready) > self._target:
                     return False
-                self._ready.append(thing)
+                self._ready.append(item)
                 return True
-        claimed.set_result(thing)  # without the lock: what is told may come back at once
+        claimed.set_result(item)  # without the lock: a callback may call the pool again
         return True
 
     def _fail(self, error: BaseException) -> None:
-        """Tell who waits longest; nobody waiting, the next claim tries again."""
+        """Make the oldest pending claim fail; if there is none, the next claim tries again."""
         with self._lock:
             self._making -= 1
             claimed = self._next_waiting()
@@ -274,7 +285,7 @@ class Pool(Generic[T]):
 
 
 class PoolClosedError(ClusterError):
-    """Nothing more comes from here."""
+    """The pool hands out no more items."""
 
 
 def _closed() -> PoolClosedError:

@@ -1,4 +1,4 @@
-"""One server in which many leases have a database each."""
+"""A server that many leases share; each lease has one database in it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pgtemp.sql.server_setup import Plan
 from pgtemp.templates.clones import Clones
 
 _log = logging.getLogger("pgtemp")
-_GLANCE_SECONDS = 2.0  # for a question whose answer only makes an error message better
+_SHORT_SECONDS = 2.0  # for a query whose answer only improves an error message
 
 
 def printable(text: str) -> str:
-    """A text for the log, on one line whatever a client has put into it."""
+    """Return a text for the log on a single line, even if a client put control characters in it."""
     return text if text.isprintable() else ascii(text)
 
 
 def alive(postmaster: Postmaster) -> bool:
-    """Whether a server runs and is not stopped; logs a warning if not."""
+    """Return whether a server runs and is not stopped (SIGSTOP); log a warning if not."""
     try:
         postmaster.check()
     except PgTempError as error:
@@ -38,38 +38,40 @@ def alive(postmaster: Postmaster) -> bool:
 
 
 class SharedServer:
-    """A server that starts with a sealed template, and the databases that are cloned from it.
+    """A server with a sealed template, and the databases that are cloned from it.
 
     Attributes:
-        names: of its databases, from before they are made until after they are dropped.
-        occupied: names of the databases that somebody has.
-        kept: names of the databases that stay when the server ends.
-        watched: whether it loads libraries, which may watch every statement.
-        epoch: counts changes of what logins depend on; a connection of an earlier one is outdated.
+        names: the names of its databases, from before they are made until after they are dropped.
+        occupied: the names of the databases that leases have.
+        persisted: the names of the databases that remain when the server stops.
+        watched: whether settings of the server log or report every statement.
+        epoch: counts changes of settings that apply at login; a connection that was opened in an
+            earlier epoch is outdated.
     """
 
     def __init__(self, plan: Plan, *, keep: bool) -> None:
-        """Start it. Raises PgTempError."""
+        """Start the server. Raises PgTempError."""
         assert plan.template is not None
         self._plan = plan
         self._keep = keep
         self.names: set[str] = set()
         self.occupied: set[str] = set()
-        self.kept: set[str] = set()
+        self.persisted: set[str] = set()
         self.epoch = 0
         self._stale = False
-        self._looking = threading.Lock()
+        self._checking = threading.Lock()
         self.postmaster = Postmaster(plan.spec)
         self.postmaster.start(meanwhile=lambda started: server_setup.give_password(started, plan))
         try:
             to = server_setup.private_info(self.postmaster, plan.superuser, admin_sql.MAINTENANCE)
             self._admins = AdminConnections(to, self.postmaster.check)
             self._clones = Clones(self._admins, plan.template, plan.options.user, "")
-            self._residue = LeakCheck(self.postmaster.data_dir, self._owns)
+            self._leaks = LeakCheck(self.postmaster.data_dir, self._owns)
             with self._admins.connection() as connection:
                 if not keep:
-                    admin_sql.close_door(connection, admin_sql.BASE)  # no client is to change it
-                self._residue.accept(connection)
+                    # Clients must not change template1.
+                    admin_sql.forbid_connections(connection, admin_sql.BASE)
+                self._leaks.accept(connection)
                 self.watched = statement_logging.is_watched(connection)
         except BaseException:
             server_setup.discard(self.postmaster)
@@ -78,15 +80,15 @@ class SharedServer:
 
     @property
     def recycles(self) -> bool:
-        """Whether a database that was dropped makes the next one cheaper."""
+        """Whether dropped databases are recycled, which makes the next clone cheaper."""
         return not self._stale and self._clones.recycles
 
     def _owns(self, name: str) -> bool:
-        return name in self.names or name in self.kept or self._clones.owns(name)
+        return name in self.names or name in self.persisted or self._clones.owns(name)
 
     @property
     def answers(self) -> bool:
-        """Whether it runs, and has answered all that pgtemp asked."""
+        """Whether it runs and has answered all statements of pgtemp."""
         if self._admins.unanswered:
             _log.warning("PostgreSQL (pid %d) does not answer", self.postmaster.pid)
             return False
@@ -94,11 +96,11 @@ class SharedServer:
 
     @property
     def stale(self) -> bool:
-        """Whether it is no longer as it should be, so that nobody moves in any more."""
+        """Whether its state is no longer clean or known, so that it gets no new leases."""
         return self._stale
 
     def mark_stale(self) -> None:
-        """It is stale from now on; no thread that looks at the same time may take that back."""
+        """Mark the server stale. This is final: a concurrent check must not reset it."""
         self._stale = True
 
     def check(self) -> None:
@@ -109,7 +111,7 @@ class SharedServer:
             self.mark_stale()
 
     def clone(self, dbname: str) -> None:
-        """Make a database. Raises PgTempError; nothing of it is left then."""
+        """Make a database. Raises PgTempError; nothing is then left behind."""
         self.names.add(dbname)
         try:
             self._clones.make(dbname)
@@ -118,7 +120,7 @@ class SharedServer:
             raise
 
     def drop(self, dbname: str) -> None:
-        """Drop a database, whoever is in it. After any error the server is stale."""
+        """Drop a database, even if it has sessions. After any error the server is stale."""
         try:
             if not self.stale or self._keep:
                 self._clones.dispose(dbname)
@@ -128,79 +130,80 @@ class SharedServer:
         finally:
             self.names.discard(dbname)
 
-    def keep(self, dbname: str, name: str) -> None:
-        """Keep a database under another name; whoever is in it is ended. Raises PgTempError."""
-        self.kept.add(name)
+    def persist(self, dbname: str, name: str) -> None:
+        """Persist a database under another name; terminate its sessions. Raises PgTempError."""
+        self.persisted.add(name)
         with self._admins.connection() as connection:
-            admin_sql.empty(connection, dbname)
+            admin_sql.disconnect_all(connection, dbname)
             admin_sql.rename(connection, dbname, name)
         self.names.discard(dbname)
 
     def knows(self, user: str) -> bool:
-        """Whether there is nothing to be done to let a superuser in."""
+        """Return whether the user's role is known to exist, so that a superuser can log in."""
         return user in self._roles
 
     def ensure_role(self, user: str, attributes: str, owns: str | None) -> None:
-        """Make a role for somebody who moves in, unless it is there. Raises PgTempError.
+        """Create the role of a client that gets a lease, unless it exists. Raises PgTempError.
 
         Args:
-            owns: the database that is to be the user's.
+            owns: a database that the role shall own; None for none.
         """
         if user not in self._roles:
-            with self._looking, self._admins.connection() as connection:
+            with self._checking, self._admins.connection() as connection:
                 made = admin_sql.ensure_login(connection, user, attributes, self._plan.secret)
-                # A role that a client made is not accepted: the check of its lease will find it.
-                if made or self._residue.knows_role(user):
-                    self._residue.accept_role(connection, user)
+                # A role that a client created is not accepted, so that the leak check finds it.
+                if made or self._leaks.knows_role(user):
+                    self._leaks.accept_role(connection, user)
             self._roles.add(user)
         if owns is not None:
             with self._admins.connection() as connection:
                 admin_sql.set_owner(connection, owns, user)
 
     def has(self, dbname: str) -> bool:
-        """Whether there is a database of this name. Raises PgTempError."""
-        with self._admins.connection() as connection, connection.given(_GLANCE_SECONDS):
+        """Return whether a database of this name exists. Raises PgTempError."""
+        with self._admins.connection() as connection, connection.given(_SHORT_SECONDS):
             return admin_sql.exists(connection, dbname)
 
-    def look(self, dbname: str) -> None:
-        """Find what a tenant who leaves has left beside its database, and clean up if possible.
+    def check_leaks(self, dbname: str) -> None:
+        """Find what an ended lease left outside its database, and clean up if possible.
 
-        Roles are dropped where there is no other tenant that they could belong to. At anything
-        else the server is stale. Any exception means that nothing is known of what was left.
+        Leaked roles are dropped if there is no other lease that they could belong to. After any
+        other leak the server is stale. An exception means that it is not known what was left.
         """
-        with self._looking, self._admins.connection() as connection:
-            admin_sql.empty(connection, dbname)  # what is still at work could still make things
-            if admin_sql.clings(connection, dbname):
+        with self._checking, self._admins.connection() as connection:
+            # A session that is still running could leave more behind.
+            admin_sql.disconnect_all(connection, dbname)
+            if admin_sql.has_drop_obstacles(connection, dbname):
                 self._clones.dispose(dbname)
-            if self._residue.settings_were_touched(connection):
+            if self._leaks.settings_were_touched(connection):
                 self.epoch += 1
-            found = self._residue.found(connection)
+            found = self._leaks.found(connection)
             if not found:
                 return
             names = ", ".join(f"{kind} {printable(name)}".rstrip() for kind, name in found)
             if self.occupied <= {dbname}:
-                self._clones.dispose(dbname)  # the roles may own what is in it
-                found = self._residue.clean(connection, found)
+                self._clones.dispose(dbname)  # the leaked roles may own objects in it
+                found = self._leaks.clean(connection, found)
             if found:
                 self.mark_stale()
-            # A role that is gone is made again for the next who comes with its name.
+            # A dropped role is created again when a client with its name connects.
             self._roles = self._plan.users
         _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
 
     def abandon(self) -> None:
-        """Let the warden end the server; all that waits for it fails."""
+        """Let the supervisor stop the server; all calls that wait for the server fail."""
         self.mark_stale()
         self._admins.closing.set()
         self.postmaster.abandon()
 
     def stop(self) -> None:
-        """End the server with all that is in it, but for what is kept."""
-        if self.kept:
-            with suppress(PgTempError):  # it has died, and what is kept is kept all the same
+        """Stop the server and remove everything in it, except persisted databases."""
+        if self.persisted:
+            with suppress(PgTempError):  # if the server has crashed, its data is persisted anyway
                 self._clones.settle()
         self._admins.close()
         self._clones.close()
-        if self.kept:
+        if self.persisted:
             self.postmaster.stop()
         else:
             server_setup.discard(self.postmaster)

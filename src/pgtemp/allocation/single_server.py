@@ -1,4 +1,4 @@
-"""One server for everybody."""
+"""One server that all leases share; database names are used as given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgtemp.sql.server_setup import Plan
 
 
 class SingleServer:
-    """One server for everybody: names are used as they stand in it."""
+    """All leases share one server; a client gets the database that it names."""
 
     def __init__(self, plan: Plan, announce: Callable[[str], None], attributes: str) -> None:
         self._plan = plan
@@ -34,7 +34,7 @@ class SingleServer:
         return True
 
     def check(self, request: DatabaseRequest) -> None:
-        """A database that is not there is the client's to make."""
+        """Accept any name; clients create their databases themselves."""
 
     def kind(self, request: DatabaseRequest) -> Hashable:
         return None
@@ -49,7 +49,7 @@ class SingleServer:
         return None
 
     def prepare(self, allocation: Allocation, request: DatabaseRequest) -> str:
-        """Make the user."""
+        """Create the user."""
         if request.user not in self._plan.users:
             with self._preparing:
                 server_setup.ensure_role(
@@ -58,7 +58,7 @@ class SingleServer:
         return request.dbname
 
     def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None:
-        """It goes on."""
+        """Do nothing: the server keeps running."""
 
     def interrupt(self) -> None:
         options = self._plan.options
@@ -70,7 +70,7 @@ class SingleServer:
             self.single_server.unblock()
 
     def close(self) -> None:
-        """End the server. Raises TransferError where the dump of it failed."""
+        """Stop the server. Raises TransferError if dumping its database failed."""
         postmaster, options = self.single_server, self._plan.options
         if postmaster is None:
             return
@@ -83,4 +83,4 @@ class SingleServer:
                 try_note(postmaster.home.path, Note(options.user, options.dbname))
             postmaster.stop()
             if options.persist:
-                self._announce(f"kept {postmaster.home.path}")
+                self._announce(f"persisted {postmaster.home.path}")

@@ -1,1 +1,1 @@
-"""Every option once; the command line, ini files and the documentation derive from it."""
+"""Each option is declared once; the command line, ini files and documentation derive from it."""

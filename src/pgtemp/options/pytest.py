@@ -1,4 +1,4 @@
-"""What a suite of tests is run with, beyond what servers are made with."""
+"""The options of the pytest plugin, in addition to those of its servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pgtemp.options.server import ServerOptions, option
 
 ISOLATIONS = ("database", "cluster")
-# What a suite decides by itself, or what workers side by side cannot share.
+# Options that the plugin itself determines, or that concurrent pytest-xdist workers cannot share.
 _NOT_FOR_SUITES = frozenset(
     ("port", "password", "dbname", "persist", "dump", "load", "copy_from", "log_path", "ttl", "tcp")
 )
@@ -17,39 +17,45 @@ _NOT_FOR_SUITES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteOptions(ServerOptions):
-    """What a suite of tests is run with."""
+    """The options of a test suite.
+
+    Raises:
+        OptionError: a value is invalid; the error names the option and the reason.
+    """
 
     template: Sequence[str] = option(
         (),
-        "what databases start with: SQL, a directory of SQL files, a dump, or cmd:COMMAND, which "
-        "gets DATABASE_URL; several are applied in turn",
+        "initial content of databases: SQL, a directory of SQL files, a dump, or cmd:COMMAND, "
+        "which gets DATABASE_URL; several are applied in turn",
     )
     watch: Sequence[str] = option(
-        (), "files, as a glob, that decide how a command or a function of the template comes out"
+        (),
+        "files, as a glob, that determine the result of a command or a function of the template",
     )
     isolation: str = option(
         "database",
-        "what each test gets of its own: a database, or a cluster (a whole server)",
+        "each test gets its own database, or its own cluster (a whole server)",
         choices=ISOLATIONS,
     )
     keep: str = option(
         "failed",
-        "whose databases are kept, for `pgtemp open`, when pytest has ended",
+        "the tests whose databases are persisted at the end of the run, for `pgtemp open`",
         choices=("failed", "all", "none"),
     )
-    keep_most: int = option(10, "databases kept at most by each process")
+    keep_most: int = option(10, "maximum of databases that each process persists")
     log: str = option(
         "server",
-        "what a failing test's report has of the server's log: its lines of it (server), also all "
-        "statements with their times (statements), or nothing (none)",
+        "the part of the server log in a failing test's report: the lines of the test (server), "
+        "also all statements with their times (statements), or nothing (none)",
         choices=("server", "statements", "none"),
     )
 
 
 def suite_fields() -> Iterator[tuple[str, Field[Any]]]:
-    """The options of a suite by the names that pytest's options and ini file have, in order.
+    """Yield each option of a suite with its name in pytest's command line and ini file, in order.
 
-    A name is that of the environment variable where there is one, as in PGTEMP_BIN.
+    If the option has an environment variable, such as PGTEMP_BIN, the name is the variable's name
+    in lower case.
     """
     for spec in fields(SuiteOptions):
         if spec.name not in _NOT_FOR_SUITES:

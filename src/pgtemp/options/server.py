@@ -1,7 +1,8 @@
-"""Every option, once: its name, type, default, environment variable and help.
+"""The options of a server: name, type, default, environment variable and help of each.
 
 The library's keyword arguments, the command line's flags and the documentation's table derive
-from the fields below. What is given beats the environment, which beats the default.
+from the fields below. A given value takes precedence over the environment variable, which takes
+precedence over the default.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
         "a path",
     ),
 )  # fmt: skip
-# What pgtemp itself decides, on the server's command line.
+# Settings that pgtemp itself sets on the server's command line, and the remedy for each.
 _RESERVED = {
-    "port": "the port is that of the URI, or `port`",
+    "port": "give the port in the URI, or as `port`",
     "listen_addresses": "servers listen on this machine only; see `tcp`",
-    "unix_socket_directories": "the socket is in a directory of pgtemp's own",
+    "unix_socket_directories": "leave it out; pgtemp makes the socket's directory",
     "hba_file": "see `pg_hba_conf`",
     "data_directory": "see `data_dir_prefix`",
     "config_file": "see `postgresql_conf`",
@@ -53,7 +54,16 @@ def option(
     secret: bool = False,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field with what the command line and the documentation need to know."""
+    """Return a dataclass field, with metadata for the command line and the documentation.
+
+    Args:
+        default: the default, or a callable that returns it.
+        help: one sentence for `--help` and docs/options.md.
+        flag: the command line's flag; None if there is none.
+        env: the environment variable; None if there is none.
+        secret: whether repr() must not show the value.
+        choices: the values that are allowed; empty if any is.
+    """
     metadata = {"help": help, "flag": flag, "env": env, "choices": choices}
     if callable(default):
         return field(default_factory=default, metadata=metadata, repr=not secret)
@@ -62,50 +72,52 @@ def option(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """What a server is made with. Every option has a default that works.
+    """The options of a server. Each has a default that works.
 
     Raises:
-        OptionError: a value cannot be used; says which and why.
+        OptionError: a value is invalid; the error names the option and the reason.
     """
 
     port: int | None = option(None, "TCP port; a free one is chosen by default")
     user: str = option("postgres", "the user, a superuser")
     password: str | None = option(None, "the user's password; a random one by default", secret=True)
-    dbname: str = option("postgres", "the database; made if need be")
+    dbname: str = option("postgres", "the database; created if it does not exist")
     data_dir_prefix: StrPath | None = option(
         None,
-        "directory in which servers live; by default tmpfs where it has room, else the "
-        "temporary directory; for what is kept ~/.local/share/pgtemp (root: /var/lib/pgtemp)",
+        "directory for the run directories of servers; by default a tmpfs with enough space, else "
+        "the temporary directory; for persisted data ~/.local/share/pgtemp (root: /var/lib/pgtemp)",
         flag="--data-dir-prefix",
         env="PGTEMP_DATA_DIR_PREFIX",
     )
     persist: bool = option(
-        False, "keep the data directory, on disk, when the server ends", flag="--persist"
+        False, "persist the data directory, on disk, when the server stops", flag="--persist"
     )
     dump: StrPath | None = option(
         None,
-        "file to which the database is dumped when the server stops; the daemon's get a number: "
-        "out-1.sql, out-2.sql, unless --single",
+        "file to which the database is dumped when the server stops; files of the daemon are "
+        "numbered: out-1.sql, out-2.sql, unless --single",
         flag="--dump",
     )
     load: StrPath | None = option(
         None,
-        "dump to load at the start: SQL, or any format of pg_dump",
+        "dump to load when the server starts: SQL, or any format of pg_dump",
         flag="--load-from",
     )
     extensions: Sequence[str] = option(
         (),
-        "extension to create in databases; all is every one there is; may be given several times",
+        "extension to create in databases; all is every available one; may be given several times",
         flag="--extension",
     )
     copy_from: StrPath | None = option(
-        None, "prepared data directory to start from; copied, never touched", flag="--copy-from"
+        None, "prepared data directory to start from; copied, never changed", flag="--copy-from"
     )
     config: Mapping[str, str] = option(
         dict, "server setting as NAME=VALUE; may be given several times", flag="-o"
     )
     postgresql_conf: StrPath | None = option(
-        None, "postgresql.conf to use; `config` beats it", flag="--postgresql-conf"
+        None,
+        "postgresql.conf to use; `config` takes precedence over it",
+        flag="--postgresql-conf",
     )
     pg_hba_conf: StrPath | None = option(None, "pg_hba.conf to use", flag="--pg-hba-conf")
     initdb_args: Mapping[str, str] = option(
@@ -114,7 +126,7 @@ class ServerOptions:
         flag="--initdb-arg",
     )
     bin_dir: StrPath | None = option(
-        None, "folder of PostgreSQL's programs", flag="--bin-dir", env="PGTEMP_BIN"
+        None, "directory of PostgreSQL's programs", flag="--bin-dir", env="PGTEMP_BIN"
     )
     version: str | None = option(
         None,
@@ -123,11 +135,11 @@ class ServerOptions:
         env="PGTEMP_VERSION",
     )
     log_path: StrPath | None = option(
-        None, "file for the server's log; by default in the server's directory", flag="--log-path"
+        None, "file for the server log; by default in the run directory", flag="--log-path"
     )
     ttl: float | None = option(
         None,
-        "seconds after which a server is gone, whatever happens; in the daemon, of each connection",
+        "seconds after which a server is always removed; in the daemon, a limit per connection",
         flag="--ttl",
     )
     run_as: str | None = option(
@@ -136,7 +148,9 @@ class ServerOptions:
         flag="--run-as",
         env="PGTEMP_RUN_AS",
     )
-    tcp: bool = option(True, "listen on TCP; without, the unix socket only", flag="--tcp/--no-tcp")
+    tcp: bool = option(
+        True, "listen on TCP; otherwise on the unix socket only", flag="--tcp/--no-tcp"
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -148,18 +162,20 @@ class ServerOptions:
     def _check_types(self) -> None:
         if isinstance(self.version, int | float):
             object.__setattr__(self, "version", str(self.version))
-        for names, kinds, what in _KINDS:
+        for names, kinds, kind in _KINDS:
             for name in names:
                 value = getattr(self, name, None)
                 if value is not None and (
                     not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
                 ):
-                    raise OptionError(f"{name}={value!r}: not {what}", remedy=f"give {what}")
+                    raise OptionError(f"{name}={value!r}: not {kind}", remedy=f"give {kind}")
 
     def _check(self) -> None:
         self._check_types()
         if self.port is not None and not 1 <= self.port <= 65535:
-            raise OptionError(f"port={self.port}: not a port", remedy="give one from 1 to 65535")
+            raise OptionError(
+                f"port={self.port}: not a valid port", remedy="give a number from 1 to 65535"
+            )
         for name in ("user", "dbname"):
             value = getattr(self, name)
             if not value or "\0" in value or len(value.encode()) > 63:
@@ -172,7 +188,9 @@ class ServerOptions:
                 "the password is empty", remedy="leave it out to have a random one made"
             )
         if self.ttl is not None and not (0 < self.ttl < float("inf")):
-            raise OptionError(f"ttl={self.ttl}: not a time", remedy="give seconds above 0")
+            raise OptionError(
+                f"ttl={self.ttl}: not a valid time", remedy="give a number of seconds above 0"
+            )
         for name, value in self.config.items():
             if not _SETTING.fullmatch(name) or "\n" in str(value) or "\0" in str(value):
                 raise OptionError(
@@ -181,7 +199,7 @@ class ServerOptions:
                 )
             if name.lower() in _RESERVED:
                 raise OptionError(
-                    f"the setting {name} cannot be given", remedy=_RESERVED[name.lower()]
+                    f"the setting {name} cannot be changed", remedy=_RESERVED[name.lower()]
                 )
         for name in ("load", "postgresql_conf", "pg_hba_conf"):
             self._check_readable(name)
@@ -196,8 +214,9 @@ class ServerOptions:
             path = getattr(self, name)
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise OptionError(
-                    f"{os.fspath(path)}: there is no directory {Path(path).absolute().parent}",
-                    remedy=f"make it, or name another file ({name})",
+                    f"{os.fspath(path)}: the directory {Path(path).absolute().parent} does not "
+                    "exist",
+                    remedy=f"create it, or name another file ({name})",
                 )
             if path is not None and Path(path).is_dir():
                 raise OptionError(
@@ -205,7 +224,7 @@ class ServerOptions:
                 )
         if self.dump is not None and Path(self.dump).exists() and not Path(self.dump).is_file():
             raise OptionError(
-                f"{os.fspath(self.dump)} is no regular file", remedy="name another file (dump)"
+                f"{os.fspath(self.dump)} is not a regular file", remedy="name another file (dump)"
             )
 
     def _check_readable(self, name: str) -> None:
@@ -213,7 +232,8 @@ class ServerOptions:
         if path is None:
             return
         try:
-            # A dump may be a directory; a file of settings may not. A pipe is read only once.
+            # A dump may be a directory, a settings file may not. Do not open a pipe here: it can be
+            # read only once.
             if not (name == "load" and Path(path).is_dir()) and not Path(path).is_fifo():
                 with open(path, "rb"):
                     pass
@@ -224,7 +244,7 @@ class ServerOptions:
             ) from error
 
     def describe(self) -> str:
-        """The options that differ from their defaults, without the password."""
+        """Return the options that differ from their defaults, without the password."""
         shown = [
             f"{spec.name}={getattr(self, spec.name)!r}"
             for spec in fields(self)
@@ -234,7 +254,7 @@ class ServerOptions:
 
 
 def default_of(spec: Field[Any]) -> Any:
-    """The default of an option's field."""
+    """Return the default value of an option's field."""
     if spec.default_factory is not MISSING:
         return spec.default_factory()
     return spec.default
@@ -248,9 +268,9 @@ S = TypeVar("S")
 def takes_options(
     make: Callable[P, ServerOptions],
 ) -> Callable[[Callable[[S, ServerOptions], R]], Callable[Concatenate[S, P], R]]:
-    """Give a method that works on options the keyword arguments of the options themselves.
+    """Turn a method that takes an options object into one that takes the options as keywords.
 
-    So the options are written once, and editors, type checkers and help() see all of them.
+    The options are then declared only once, and editors, type checkers and help() see all of them.
     """
 
     def wrap(method: Callable[[S, ServerOptions], R]) -> Callable[Concatenate[S, P], R]:

@@ -1,1 +1,1 @@
-"""What pgtemp says to a server as its superuser, and programs such as pg_dump."""
+"""SQL that pgtemp executes as a server's superuser, and client programs such as pg_dump."""

@@ -1,7 +1,7 @@
-"""pgtemp's own connections: one for a block, or one for each thread at work, kept open.
+"""pgtemp's own connections: one for a `with` block, or one open connection per working thread.
 
-On the server's private socket, and with nothing of what libpq takes from the environment. Each wait
-for the server ends (see answer_limits.py).
+They use the server's private socket and ignore the environment variables of libpq. Every wait for
+the server has a time limit (see answer_limits.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from pgtemp.sql.answer_limits import (
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
-# What libpq would else take from the caller's variables: PGHOSTADDR alone would lead elsewhere.
+# Without these values, libpq would read the caller's environment variables. PGHOSTADDR alone would
+# make it connect to another server.
 _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "hostaddr": "",
     "connect_timeout": int(ANSWER_SECONDS),
@@ -51,14 +52,15 @@ _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "client_encoding": "UTF8",
 }
 _OPTIONS = f"-c plan_cache_mode=force_generic_plan -c lock_timeout={LOCK_SECONDS:g}s"
-# Beats ALTER ROLE and ALTER DATABASE ... SET: objects that a client made in the maintenance
-# database must not take the place of the catalogs and their functions.
+# Takes precedence over ALTER ROLE and ALTER DATABASE ... SET: objects that a client created in the
+# maintenance database must not replace the system catalogs and their functions.
 _CATALOGS_ONLY = "-c search_path=pg_catalog"
-# In which a warden tells that a server has died whose connections have broken.
-_MOMENTS, _MOMENT = 20, 0.01
+# How often, and at which interval in seconds, `check` is called after a connection broke: the
+# supervisor may need this time to report that the server has exited.
+_CRASH_CHECKS, _CRASH_CHECK_SECONDS = 20, 0.01
 
-# psycopg has no SQLSTATE of who is turned away.
-_COMES_BACK = re.compile(
+# psycopg reports no SQLSTATE if the server refuses a connection.
+_IS_RECOVERING = re.compile(
     "the database system is (in recovery mode|starting up|not yet accepting connections)"
 )
 _RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
@@ -67,10 +69,11 @@ T = TypeVar("T")
 
 
 class _Text(Loader):
-    """Reads text that need not be valid in the connection's encoding.
+    """Reads text that may be invalid in the connection's encoding.
 
-    PostgreSQL does not convert between equal encodings, so that names of roles and databases, which
-    all databases share, arrive as they were written in a database of another encoding.
+    All databases share the names of roles and databases. PostgreSQL does not convert text between
+    equal encodings, so a name that was written in a database with another encoding arrives as the
+    bytes that were written there.
     """
 
     def load(self, data: Buffer) -> str:
@@ -78,13 +81,13 @@ class _Text(Loader):
 
 
 class Connection(psycopg.Connection[Any]):
-    """One of pgtemp's own. A statement that gets no answer in time closes it."""
+    """A connection of pgtemp itself. It is closed if a statement exceeds its time limit."""
 
     _seconds = ANSWER_SECONDS
 
     @contextmanager
     def given(self, seconds: float) -> Iterator[None]:
-        """Let each statement of a block take so many seconds."""
+        """Set the time limit of each statement of a `with` block, in seconds."""
         self._seconds = seconds
         try:
             yield
@@ -92,51 +95,54 @@ class Connection(psycopg.Connection[Any]):
             self._seconds = ANSWER_SECONDS
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """As psycopg's, within the time that a statement has. Raises NoAnswerError."""
+        """Wait as psycopg does, within the statement's time limit. Raises NoAnswerError."""
         try:
-            waiting = limited(gen, self._seconds, lambda: check_running(self.home))
-            return super().wait(waiting, *args, **kwargs)
+            limited_gen = limited(gen, self._seconds, lambda: check_running(self.home))
+            return super().wait(limited_gen, *args, **kwargs)
         except NoAnswerError:
             self.pgconn.finish()
             raise
 
     @cached_property
-    def _known(self) -> dict[str, bytes]:
-        """What was prepared, and under which name."""
+    def _prepared_names(self) -> dict[str, bytes]:
+        """The prepared statements: SQL text to name."""
         return {}
 
     @cached_property
     def home(self) -> Path:
-        """The run directory of the server, in which the directory of its socket is."""
+        """The run directory of the server; it contains the socket directory."""
         return Path(self.info.host).resolve().parent
 
     def ask(self, statement: LiteralString, *values: str) -> psycopg.Cursor[Any]:
-        """Execute a statement that is executed again and again; it is planned once.
+        """Execute a statement that is executed often; it is planned only once.
 
-        What is asked of the catalogs takes ten times as long to plan as to execute. psycopg
-        forgets what it has prepared with each DROP and ALTER, so it is prepared in SQL.
+        Planning a catalog query takes ten times as long as executing it. psycopg discards its
+        prepared statements at each DROP and ALTER, so this method uses SQL's PREPARE instead.
 
         Args:
-            values: of its parameters, $1 and so on.
+            values: the values of the parameters $1, $2 and so on.
         """
-        name = self._known.get(statement)
+        name = self._prepared_names.get(statement)
         if name is None:
-            # Another each time, since who was interrupted does not know whether it was prepared.
+            # A new name each time: after an interrupted PREPARE, it is unknown whether the name
+            # is in use.
             name = f"ask_{next(_numbers)}".encode()
             self.execute(b"PREPARE %s AS %s" % (name, statement.encode()))
-            self._known[statement] = name
+            self._prepared_names[statement] = name
         quote = psycopg.pq.Escaping(self.pgconn).escape_literal
-        given = b", ".join(quote(value.encode()) for value in values)
-        return self.execute(b"EXECUTE %s(%s)" % (name, given) if values else b"EXECUTE " + name)
+        quoted = b", ".join(quote(value.encode()) for value in values)
+        return self.execute(b"EXECUTE %s(%s)" % (name, quoted) if values else b"EXECUTE " + name)
 
 
 def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
-    """An autocommit connection of pgtemp's own; waits for a server that has crashed and comes back.
+    """Open an autocommit connection; wait if the server is in recovery after a crash.
 
     Args:
-        options: further settings of the session, as of the program `postgres`.
+        options: further settings of the session, in the syntax of the program `postgres`.
 
-    Raises psycopg's errors; NoAnswerError if the server does not answer.
+    Raises:
+        psycopg.Error: the error of psycopg.
+        NoAnswerError: the server did not answer in time.
     """
     deadline = time.monotonic() + _RECOVERY_SECONDS
     while True:
@@ -159,104 +165,122 @@ def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
                 refuse_descriptors(connected)
             return connection
         except errors.ConnectionTimeout as error:
-            raise NoAnswerError(f"the server let nobody in within {ANSWER_SECONDS:g} s") from error
+            raise NoAnswerError(
+                f"the server accepted no connection within {ANSWER_SECONDS:g} s"
+            ) from error
         except psycopg.OperationalError as error:
-            # One that cannot come back ends, and then the words are others.
-            if not _COMES_BACK.search(str(error)) or time.monotonic() > deadline:
+            # A server that cannot recover exits; the message is then a different one.
+            if not _IS_RECOVERING.search(str(error)) or time.monotonic() > deadline:
                 raise
         time.sleep(_RECOVERY_POLL)
 
 
 def server_user(socket_dir: str) -> str:
-    """The user whose server must answer in a directory, for libpq's requirepeer.
+    """Return the server user of a socket directory, for libpq's requirepeer.
 
-    A server's user can put a link in place of its socket. "" if that user is the caller.
+    The check is needed because the server user can replace the socket by a link. The result is ""
+    if the server user is the caller.
     """
     uid = os.stat(f"{socket_dir}/../{DATA}").st_uid
     return identity.name_of(uid) if uid != os.geteuid() else ""
 
 
 def conninfo(to: ConnectionInfo) -> str:
-    """How a program reaches a server by its socket; without a password, for a command line."""
+    """Return a connection string for a command line: over the socket, without a password."""
     return make_conninfo(to.conninfo, requirepeer=server_user(to.host))
 
 
-def has_news(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the server has said something unasked, such as that it has ended the session."""
+def has_unread_input(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether an idle session was closed or has received an unsolicited message.
+
+    Such a message is, for example, that the server has terminated the session.
+    """
     return connection.closed or bool(select.select([connection], [], [], 0)[0])
 
 
 @contextmanager
 def connected(to: ConnectionInfo) -> Iterator[Connection]:
-    """A connection for a block, which turns what goes wrong into a ClusterError."""
-    with _told(to), connect(to) as connection:
+    """Open a connection for a `with` block; errors of psycopg are raised as ClusterError."""
+    with _cluster_errors(to), connect(to) as connection:
         yield connection
 
 
 @contextmanager
-def _told(to: ConnectionInfo) -> Iterator[None]:
+def _cluster_errors(to: ConnectionInfo) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        words = str(error).strip()
-        if isinstance(error, errors.DiskFull) or disk_space.says_full(words):
-            place = Path(to.host).resolve()
+        message = str(error).strip()
+        if isinstance(error, errors.DiskFull) or disk_space.says_full(message):
+            directory = Path(to.host).resolve()
             raise DiskFullError(
-                f"{place} is full ({disk_space.left(place)}): {words.splitlines()[0]}",
+                f"{directory} is full ({disk_space.left(directory)}): {message.splitlines()[0]}",
                 remedy=disk_space.REMEDY,
             ) from error
         if isinstance(error, NoAnswerError):
             raise ClusterError(
-                f"PostgreSQL at {to.host}: {words}", remedy="start a new server"
+                f"PostgreSQL at {to.host}: {message}", remedy="start a new server"
             ) from error
-        raise ClusterError(f"PostgreSQL at {to.host} refused: {words}") from error
+        raise ClusterError(f"PostgreSQL at {to.host} refused: {message}") from error
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
-    """A connection that was opened before anybody asked, as its user would have opened it."""
+class WarmConnection:
+    """A connection that was opened in advance, in the way its user would have opened it.
+
+    Attributes:
+        environment: the variables of libpq when it was opened.
+    """
 
     connection: psycopg.Connection[Any]
     environment: frozenset[tuple[str, str]]
 
-    def serves(self) -> bool:
-        """Whether it lives, and would be opened in the same way now."""
-        return self.environment == _libpq_environment() and not has_news(self.connection)
+    def is_usable(self) -> bool:
+        """Return whether it is open and the environment would still lead to the same connection."""
+        return self.environment == _libpq_environment() and not has_unread_input(self.connection)
 
 
-def open_ahead(uri: str) -> Ahead:
-    """Open a connection ahead. Raises psycopg's errors.
+def open_warm(uri: str) -> WarmConnection:
+    """Open a warm connection. Raises psycopg's errors.
 
-    A statement is prepared in it and forgotten, which fills caches that the first would fill.
+    It prepares a statement and discards it. This fills the caches of the backend that the client's
+    first statement would otherwise have to fill.
     """
     environment = _libpq_environment()
     connection = psycopg.connect(uri)
     for statement in (b"SELECT $1::int4, $2::text", b""):
         connection.pgconn.prepare(b"", statement)
-    if environment != _libpq_environment():  # nobody knows which of the two libpq has read
+    if environment != _libpq_environment():  # it is unknown which of the two libpq has read
         environment = frozenset()
-    return Ahead(connection, environment)
+    return WarmConnection(connection, environment)
 
 
 def _libpq_environment() -> frozenset[tuple[str, str]]:
-    """What libpq reads of the environment, and something that is always there."""
+    """Return the environment variables of libpq, and one constant pair.
+
+    The pair makes the result differ from the empty set, which stands for an unknown environment.
+    """
     return frozenset([("", ""), *(pair for pair in os.environ.items() if pair[0].startswith("PG"))])
 
 
 def was_lost(error: BaseException | None) -> bool:
-    """Whether a connection broke; without an SQLSTATE, the error is one of libpq."""
+    """Return whether the error means that a connection broke.
+
+    An OperationalError without an SQLSTATE comes from libpq, not from the server.
+    """
     lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
     return lost and not isinstance(error, NoAnswerError)
 
 
 class AdminConnections:
-    """Administrative connections that stay open, one for each thread at work.
+    """Administrative connections that stay open, one per working thread.
 
     Args:
-        check: raises where the server has died, which says more than what a connection hears of it.
+        check: raises if the server has exited; its error is more informative than psycopg's.
 
     Attributes:
-        unanswered: whether the server has left one of them without an answer.
+        unanswered: whether the server has failed to answer on one of the connections in time.
+        closing: set when the connections are closed.
     """
 
     def __init__(self, to: ConnectionInfo, check: Callable[[], None]) -> None:
@@ -269,13 +293,16 @@ class AdminConnections:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """One of them; a broken one is not used again. Errors as with `connected`."""
+        """Return a connection for a `with` block; a broken one is not used again.
+
+        Raises the errors of `connected`.
+        """
         if self._owner != os.getpid():
             raise ClusterError(
                 "the cluster belongs to the process that this one was forked from",
                 remedy="make one in this process",
             )
-        with self._told_of_a_crash(), _told(self._to):
+        with self._crash_errors(), _cluster_errors(self._to):
             connection = self._get()
             try:
                 yield connection
@@ -286,31 +313,35 @@ class AdminConnections:
                     self._idle.append(connection)
 
     @contextmanager
-    def _told_of_a_crash(self) -> Iterator[None]:
+    def _crash_errors(self) -> Iterator[None]:
+        """If the server has exited, raise the error of `check` instead of psycopg's."""
         try:
             yield
         except ClusterError as error:
-            of = error.__cause__
-            self.unanswered |= isinstance(of, NoAnswerError | errors.LockNotAvailable)
-            for _ in range(_MOMENTS if was_lost(of) else 0):
+            cause = error.__cause__
+            self.unanswered |= isinstance(cause, NoAnswerError | errors.LockNotAvailable)
+            for _ in range(_CRASH_CHECKS if was_lost(cause) else 0):
                 try:
                     self._check()
-                except PgTempError as death:
-                    raise death from error
-                self.closing.wait(_MOMENT)
+                except PgTempError as crash:
+                    raise crash from error
+                self.closing.wait(_CRASH_CHECK_SECONDS)
             raise
 
     def _get(self) -> Connection:
-        """An idle connection that lives; tests like to terminate all others they find."""
+        """Return an open connection: an idle one, or a new one.
+
+        An idle one may be closed, because tests often terminate all other backends of the server.
+        """
         while self._idle:
             connection = self._idle.pop()
-            if not has_news(connection):
+            if not has_unread_input(connection):
                 return connection
             connection.close()
         return connect(self._to, options=_CATALOGS_ONLY)
 
-    def elsewhere(self, dbname: str) -> ConnectionInfo:
-        """The same way to another database."""
+    def info_of(self, dbname: str) -> ConnectionInfo:
+        """Return the connection parameters for another database of the same server."""
         to = self._to
         return ConnectionInfo(host=to.host, port=to.port, user=to.user, dbname=dbname)
 

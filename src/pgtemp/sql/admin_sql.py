@@ -1,4 +1,4 @@
-"""The few SQL statements pgtemp needs, over psycopg, on the server's private socket."""
+"""The SQL statements that pgtemp executes, over psycopg, on the server's private socket."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pgtemp.sql.answer_limits import seconds_to_copy
 from pgtemp.sql.passwords import Secret
 from pgtemp.uri import ConnectionInfo
 
-MAINTENANCE = "postgres"  # the database that administrative connections go to
-BASE = "template1"  # the empty database that others begin with
-ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, whoever made it
-# How long a source may be in use by somebody else before a clone of it fails.
+MAINTENANCE = "postgres"  # the database of administrative connections
+BASE = "template1"  # the empty database that others are cloned from
+ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, also in a copied directory
+# How long other sessions may use the source database before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
-_EMPTY_BYTES, _EMPTY_FILES = 8 << 20, 300  # of an empty database
+_EMPTY_BYTES, _EMPTY_FILES = 8 << 20, 300  # the size of an empty database
 _NEVER = threading.Event()
 
 
 def ensure_role(connection: Connection, user: str, secret: Secret | None) -> None:
-    """Make `user` a superuser that can log in, with this password; it may exist already."""
+    """Create or alter the role `user`: a superuser that can log in with this password."""
     clauses = sql.SQL("{} SUPERUSER LOGIN").format(sql.Identifier(user))
     clauses += _password(connection, user, secret)
     try:
@@ -36,11 +36,13 @@ def ensure_role(connection: Connection, user: str, secret: Secret | None) -> Non
 
 
 def ensure_login(connection: Connection, user: str, attributes: str, secret: Secret | None) -> bool:
-    """Make a role for a client that connects, unless it exists; whether it was made.
+    """Create a role for a client that connects, and return whether it was created.
+
+    An existing role is not changed.
 
     Args:
-        attributes: of the role, as options.py has checked them.
-        secret: the password of a role that has none.
+        attributes: the attributes of the role, already checked by options/daemon.py.
+        secret: the password; also given to an existing role that has none.
     """
     found = connection.execute(
         "SELECT rolpassword IS NULL FROM pg_authid WHERE rolname = %s", [user]
@@ -57,12 +59,12 @@ def ensure_login(connection: Connection, user: str, attributes: str, secret: Sec
     try:
         connection.execute(sql.SQL("CREATE ROLE {}").format(words))
     except (errors.DuplicateObject, errors.UniqueViolation):
-        return False  # another thread or client was faster
+        return False  # another session created the role in the meantime
     return True
 
 
 def _password(connection: Connection, user: str, secret: Secret | None) -> sql.Composed:
-    """The clause that gives a role its password; a verifier, since statements may be logged."""
+    """Return the PASSWORD clause; it contains a verifier, because statements may be logged."""
     if secret is None:
         return sql.Composed([])
     verifier = (
@@ -75,31 +77,31 @@ def _password(connection: Connection, user: str, secret: Secret | None) -> sql.C
 
 
 def set_owner(connection: Connection, dbname: str, owner: str) -> None:
-    """Give a database to a role."""
-    connection.execute(_about("ALTER DATABASE {} OWNER TO {}", dbname, owner))
+    """Change the owner of a database."""
+    connection.execute(_with_names("ALTER DATABASE {} OWNER TO {}", dbname, owner))
 
 
-def empty(connection: Connection, dbname: str) -> None:
-    """End everybody who is connected to a database, and wait until they are gone."""
+def disconnect_all(connection: Connection, dbname: str) -> None:
+    """Terminate all sessions of a database and wait until their backends have exited."""
     connection.ask(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", dbname
     )
 
 
 def ensure_database(connection: Connection, dbname: str, owner: str) -> None:
-    """Make a database unless it exists."""
+    """Create a database unless it exists."""
     if not exists(connection, dbname):
         clone(connection, dbname, BASE, owner)
 
 
 def exists(connection: Connection, dbname: str) -> bool:
-    """Whether there is a database of that name."""
+    """Return whether a database of that name exists."""
     found = connection.ask("SELECT 1 FROM pg_database WHERE datname = $1", dbname)
     return found.fetchone() is not None
 
 
 def databases(connection: Connection) -> list[str]:
-    """The names of those that one can connect to, but for the maintenance databases."""
+    """Return the names of all databases that allow connections, except those in ALWAYS_THERE."""
     rows = connection.execute(
         "SELECT datname FROM pg_database WHERE datallowconn AND datname <> ALL(%s) ORDER BY 1",
         [list(ALWAYS_THERE)],
@@ -108,7 +110,10 @@ def databases(connection: Connection) -> list[str]:
 
 
 def take_over(connection: Connection, dbname: str, name: str, owner: str) -> None:
-    """Make a sealed database a usual one, with another name and owner; nobody else wants it."""
+    """Make a sealed database an ordinary one, with another name and owner.
+
+    No other session may use the database in the meantime.
+    """
     unseal(connection, dbname)
     if name != dbname:
         rename(connection, dbname, name)
@@ -116,8 +121,8 @@ def take_over(connection: Connection, dbname: str, name: str, owner: str) -> Non
 
 
 def drop_empty(connection: Connection, dbname: str) -> None:
-    """Drop a database in which nobody has worked yet."""
-    connection.execute(_about("DROP DATABASE {}", dbname))
+    """Drop a database that no session has used yet."""
+    connection.execute(_with_names("DROP DATABASE {}", dbname))
 
 
 def clone(
@@ -130,24 +135,26 @@ def clone(
     attributes: bool = True,
     size: int | None = None,
 ) -> None:
-    """Make a database as a copy of another; waits while that one is in use.
+    """Create a database as a copy of another; wait while other sessions use the source.
 
     Args:
-        attributes: copy settings and privileges of the database itself, too.
-        give_up: set when waiting any longer is pointless.
-        size: of the source in bytes; None asks for it.
+        attributes: also copy the settings and the privileges of the database itself.
+        give_up: an event that, when set, stops the wait.
+        size: the size of the source in bytes; None queries it.
 
     Raises:
-        errors.ObjectInUse: it stayed in use; names nobody, see `users_of`.
-        DiskFullError: there is too little room.
+        errors.ObjectInUse: other sessions still use the source. The error does not name them; see
+            `sessions_in`.
+        DiskFullError: there is too little disk space.
     """
-    # Before PostgreSQL tries: it begins with a checkpoint, and on a full disk that ends the server.
+    # Check before PostgreSQL tries: CREATE DATABASE begins with a checkpoint, and a checkpoint on a
+    # full disk makes the server shut down.
     if size is None:
         size = _EMPTY_BYTES if source == BASE else size_of(connection, source)
     disk_space.check_with_spare(connection.home, "another database", size=size, files=_EMPTY_FILES)
-    # The files are copied rather than logged, which takes half the time from a small template and
-    # a third from one of fifty tables.
-    statement = _about(
+    # file_copy copies the files instead of writing them to the WAL. This takes half the time for a
+    # small template and a third of the time for one of fifty tables.
+    statement = _with_names(
         "CREATE DATABASE {} TEMPLATE {} OWNER {} STRATEGY file_copy", dbname, source, owner
     )
     deadline = time.monotonic() + IN_USE_SECONDS
@@ -157,16 +164,17 @@ def clone(
                 connection.execute(statement)
             break
         except errors.ObjectInUse:
-            # Nothing tells when somebody leaves a database; the server itself waits five seconds.
+            # PostgreSQL sends no notification when a session ends, so poll. CREATE DATABASE itself
+            # has already waited five seconds.
             if time.monotonic() > deadline or (give_up or _NEVER).wait(_IN_USE_POLL):
                 raise
 
-    if attributes and source != BASE:  # whose privileges are for those who make databases of it
+    if attributes and source != BASE:  # the privileges of template1 are not meant for clones
         copy_attributes(connection, source, dbname)
 
 
 def has_attributes(connection: Connection, dbname: str) -> bool:
-    """Whether a database has settings or privileges of its own, which CREATE DATABASE leaves."""
+    """Return whether a database has settings or privileges that CREATE DATABASE does not copy."""
     found = connection.execute(
         "SELECT 1 FROM pg_database d WHERE datname = %s AND (datacl IS NOT NULL OR EXISTS"
         " (SELECT 1 FROM pg_db_role_setting WHERE setdatabase = d.oid))",
@@ -176,15 +184,15 @@ def has_attributes(connection: Connection, dbname: str) -> bool:
 
 
 def size_of(connection: Connection, dbname: str) -> int:
-    """The bytes of a database's files."""
+    """Return the size of a database's files in bytes; 0 if it does not exist."""
     row = connection.execute("SELECT pg_database_size(%s::name)", [dbname]).fetchone()
     return int(row[0]) if row is not None else 0
 
 
 def copy_attributes(connection: Connection, source: str, dbname: str) -> None:
     """Copy the settings and privileges of a database itself, which CREATE DATABASE leaves out."""
-    # Row by row in the catalogs: as statements they would have to be put together from texts that
-    # PostgreSQL has no function to quote (pg_dump does it in C).
+    # Copy the catalog rows. ALTER DATABASE and GRANT statements would have to be built from texts
+    # that no function of PostgreSQL can quote (pg_dump does it in C).
     names = {"source": source, "dbname": dbname}
     connection.execute(
         "INSERT INTO pg_db_role_setting SELECT d.oid, setrole, setconfig"
@@ -199,42 +207,43 @@ def copy_attributes(connection: Connection, source: str, dbname: str) -> None:
     )
 
 
-def users_of(connection: Connection, dbname: str) -> list[str]:
-    """Who is connected to a database, as "application, query"."""
+def sessions_in(connection: Connection, dbname: str) -> list[str]:
+    """Return the sessions of a database, each as "application: query"."""
     rows = connection.execute(
         "SELECT coalesce(nullif(application_name, ''), 'pid ' || pid), left(query, 80)"
         " FROM pg_stat_activity WHERE datname = %s",
         [dbname],
     ).fetchall()
-    return [f"{who}: {query}" if query else who for who, query in rows]
+    return [f"{client}: {query}" if query else client for client, query in rows]
 
 
 def seal(connection: Connection, dbname: str, name: str, there: ConnectionInfo) -> None:
-    """Make a database a template that nobody can change any more; its final name comes last.
+    """Make a database a template that no session can change; it is renamed last.
 
     Args:
-        there: the way to the database itself.
+        there: the connection parameters of the database itself.
     """
-    _clear(connection, dbname, there)  # a prepared transaction would stay in it for good
-    close_door(connection, dbname)
-    empty(connection, dbname)
-    connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE true", dbname))
+    _clear(connection, dbname, there)  # a prepared transaction would stay in it permanently
+    forbid_connections(connection, dbname)
+    disconnect_all(connection, dbname)
+    connection.execute(_with_names("ALTER DATABASE {} IS_TEMPLATE true", dbname))
     rename(connection, dbname, name)
 
 
-def close_door(connection: Connection, dbname: str) -> None:
-    """Let nobody connect to a database any more."""
-    connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
+def forbid_connections(connection: Connection, dbname: str) -> None:
+    """Make a database refuse new connections."""
+    connection.execute(_with_names("ALTER DATABASE {} ALLOW_CONNECTIONS false", dbname))
 
 
 def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
-    """Drop a database, whoever is connected and whatever they left in it.
+    """Drop a database, even if it has sessions, slots, prepared transactions or subscriptions.
 
     Args:
-        there: the way to the database itself, for what can only be undone from inside.
+        there: the connection parameters of the database itself; prepared transactions and
+            subscriptions can only be removed from inside it.
     """
-    statement = _about("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
-    # It begins with a checkpoint, which on a full disk ends the server.
+    statement = _with_names("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
+    # DROP DATABASE begins with a checkpoint; on a full disk that makes the server shut down.
     with disk_space.spared(connection.home):
         try:
             connection.execute(statement)
@@ -243,8 +252,11 @@ def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
             connection.execute(statement)
 
 
-def clings(connection: Connection, dbname: str) -> bool:
-    """Whether something of a database, seen in all others, keeps it; see `drop`."""
+def has_drop_obstacles(connection: Connection, dbname: str) -> bool:
+    """Return whether slots, prepared transactions or subscriptions prevent DROP DATABASE.
+
+    The catalogs show them in every database. `drop` removes them.
+    """
     found = connection.ask(
         "SELECT 1 FROM pg_replication_slots WHERE database = $1"
         " UNION ALL SELECT 1 FROM pg_prepared_xacts WHERE database = $1"
@@ -256,18 +268,18 @@ def clings(connection: Connection, dbname: str) -> bool:
 
 
 def unseal(connection: Connection, dbname: str) -> None:
-    """Undo what `seal` may have begun."""
-    connection.execute(_about("ALTER DATABASE {} IS_TEMPLATE false", dbname))
-    connection.execute(_about("ALTER DATABASE {} ALLOW_CONNECTIONS true", dbname))
+    """Undo `seal`, even if it did not finish; the name is not changed."""
+    connection.execute(_with_names("ALTER DATABASE {} IS_TEMPLATE false", dbname))
+    connection.execute(_with_names("ALTER DATABASE {} ALLOW_CONNECTIONS true", dbname))
 
 
 def rename(connection: Connection, dbname: str, name: str) -> None:
-    """Give a database that nobody is connected to another name."""
-    connection.execute(_about("ALTER DATABASE {} RENAME TO {}", dbname, name))
+    """Rename a database that has no sessions."""
+    connection.execute(_with_names("ALTER DATABASE {} RENAME TO {}", dbname, name))
 
 
 def _clear(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
-    """Undo what keeps a database: slots, prepared transactions, subscriptions."""
+    """Remove what prevents DROP DATABASE: slots, prepared transactions, subscriptions."""
     for slot, pid in connection.execute(
         "SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s", [dbname]
     ).fetchall():
@@ -283,10 +295,11 @@ def _clear(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
             "SELECT subname FROM pg_subscription WHERE subdbid ="
             " (SELECT oid FROM pg_database WHERE datname = current_database())"
         ).fetchall():
-            inside.execute(_about("ALTER SUBSCRIPTION {} DISABLE", name))
-            inside.execute(_about("ALTER SUBSCRIPTION {} SET (slot_name = NONE)", name))
-            inside.execute(_about("DROP SUBSCRIPTION {}", name))
+            inside.execute(_with_names("ALTER SUBSCRIPTION {} DISABLE", name))
+            inside.execute(_with_names("ALTER SUBSCRIPTION {} SET (slot_name = NONE)", name))
+            inside.execute(_with_names("DROP SUBSCRIPTION {}", name))
 
 
-def _about(statement: LiteralString, *names: str) -> sql.Composed:
+def _with_names(statement: LiteralString, *names: str) -> sql.Composed:
+    """Insert the quoted names into a statement."""
     return sql.SQL(statement).format(*(sql.Identifier(name) for name in names))

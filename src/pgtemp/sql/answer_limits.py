@@ -1,8 +1,8 @@
 """How long pgtemp waits for an answer of a server.
 
-A superuser in a server can stop its processes (SIGSTOP), put another program behind its socket, or
-run code that never ends. So each wait for an answer ends, if not with the answer then with
-NoAnswerError. Heavyweight locks are limited by the server itself (`lock_timeout`).
+A superuser of a server can stop its processes (SIGSTOP), put another program behind its socket, or
+run code that never returns. Every wait for an answer therefore has a time limit, after which it
+raises NoAnswerError. The server itself limits waits for heavyweight locks (`lock_timeout`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pgtemp.supervisor.crash import postgres_in
 from pgtemp.supervisor.leftovers import DATA
 
 T = TypeVar("T")
-# pgtemp's statements read and write catalogs, which takes milliseconds. The rest is for a machine
-# with far more work than cores.
+# pgtemp's statements read and write catalogs, which takes milliseconds. The limit is far larger for
+# machines that run far more processes than they have cores.
 ANSWER_SECONDS = 10.0
-LOCK_SECONDS = 5.0  # no session but one that means harm locks a shared catalog for longer
-# Of statements in which a server reads all of a database, such as VACUUM.
+LOCK_SECONDS = 5.0  # only a session with bad intent locks a shared catalog for longer
+# For statements that read a whole database, such as VACUUM.
 LONG_SECONDS = 600.0
-_COPIED_PER_SECOND = 1 << 20  # bytes, by the slowest disk
-_LOOK_SECONDS = 1.0
-# psycopg wakes up ten times a second. A longer pause is one of this process (SIGSTOP, a suspended
-# machine), for which the server is not to blame.
+_COPIED_PER_SECOND = 1 << 20  # bytes, on the slowest disk
+_CHECK_SECONDS = 1.0
+# psycopg wakes up ten times a second. A longer pause means that this process did not run (SIGSTOP,
+# a suspended machine); it does not count as time in which the server failed to answer.
 _PAUSE_SECONDS = 0.2
 
 
@@ -38,20 +38,21 @@ class NoAnswerError(psycopg.OperationalError):
 
 
 def seconds_to_copy(size: int) -> float:
-    """The time in which CREATE DATABASE answers, for a source of so many bytes."""
+    """Return the time limit of CREATE DATABASE in seconds, for a source of `size` bytes."""
     return ANSWER_SECONDS + size / _COPIED_PER_SECOND
 
 
 def limited(waiting: PQGen[T], seconds: float, check: Callable[[], None]) -> PQGen[T]:
-    """Wrap what psycopg waits for, so that it takes no longer than so many seconds.
+    """Wrap a generator that psycopg waits for, and limit the wait.
 
     Args:
-        check: called once a second; raises to end the wait.
+        seconds: the limit.
+        check: called once a second; it can raise to stop the wait.
 
     Raises:
-        NoAnswerError: there was no complete answer.
+        NoAnswerError: the complete answer did not arrive in time.
     """
-    waited, look = 0.0, _LOOK_SECONDS
+    waited, next_check = 0.0, _CHECK_SECONDS
     before = time.monotonic()
     try:
         wanted = next(waiting)
@@ -63,8 +64,8 @@ def limited(waiting: PQGen[T], seconds: float, check: Callable[[], None]) -> PQG
             before = now
             if waited > seconds:
                 raise NoAnswerError(f"the server did not answer within {seconds:g} s")
-            if waited > look:
-                look += _LOOK_SECONDS
+            if waited > next_check:
+                next_check += _CHECK_SECONDS
                 check()
     except StopIteration as end:
         result: T = end.value
@@ -72,7 +73,7 @@ def limited(waiting: PQGen[T], seconds: float, check: Callable[[], None]) -> PQG
 
 
 def check_running(home: Path) -> None:
-    """Raise NoAnswerError if a process of the server in this home is stopped."""
+    """Raise NoAnswerError if a process of the server in this run directory is stopped."""
     stopped = [pid for pid in postgres_in(str(home / DATA)) if procfs.is_stopped(pid)]
     if stopped:
         pids = ", ".join(map(str, stopped))

@@ -1,8 +1,8 @@
-"""Dumps: into a database with psql or pg_restore, out of it with pg_dump.
+"""Load a dump into a database with psql or pg_restore; dump a database with pg_dump.
 
-psql rather than SQL over a driver, because what pg_dump writes holds psql's own commands
-(`\\restrict`, `\\connect`, COPY data). Programs are reached over the private socket, so no
-password is passed to any.
+SQL is loaded with psql instead of a driver, because the output of pg_dump contains psql commands
+(`\\restrict`, `\\connect`, COPY data). The programs connect over the server's private socket, so
+they need no password.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from pgtemp.sql.answer_limits import ANSWER_SECONDS
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_ARCHIVE = b"PGDMP"  # how the custom format begins
+_ARCHIVE = b"PGDMP"  # the first bytes of the custom format
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
-# What users run into most, by the words of psql and pg_restore.
+# The most common errors of psql and pg_restore, and a remedy for each.
 _HINTS = (
     (
         r'role ".*" does not exist',
-        "dump it with --no-owner --no-privileges, or begin it with CREATE ROLE",
+        "dump it with --no-owner --no-privileges, or put CREATE ROLE at its start",
     ),
     (
         r"unrecognized configuration parameter|unsupported version",
-        "it was made by a newer PostgreSQL; ask for that version",
+        "it was made by a newer PostgreSQL; request that version",
     ),
     (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
-        "is it compressed, or no dump at all? decompress it first",
+        "the file may be compressed, or not be a dump; decompress it first",
     ),
 )
 
@@ -52,16 +52,16 @@ def load(
     """Load a dump into a database.
 
     Args:
-        to: the database; reached without a password.
+        to: the database; it is reached without a password.
         dump: plain SQL, or pg_dump's custom, tar or directory format.
-        all_or_nothing: in one transaction, so that a bad dump leaves the database as it was.
+        all_or_nothing: load it in one transaction, so that a bad dump does not change the database.
 
     Raises:
-        TransferError: it was not loaded; carries the program's own message and line.
+        TransferError: it could not be loaded; the error contains the program's message and line.
     """
     path = Path(dump).absolute()
     if not path.exists():
-        raise TransferError(f"there is no {path}", remedy="name a dump that exists")
+        raise TransferError(f"{path} does not exist", remedy="name an existing dump")
     argv: list[str | Path]
     with step(f"loading {path.name}"):
         if _is_archive(path):
@@ -81,17 +81,17 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     """Dump a database as plain SQL.
 
     Raises:
-        TransferError: nothing was written; a file of that name stays as it was.
+        TransferError: nothing was written; an existing file of that name is unchanged.
     """
     path = Path(to).absolute()
     cause = f"{source.dbname} could not be dumped to {path}"
     with (
         step(f"dumping {source.dbname} to {path.name}"),
-        _writing(path),
-        reach.place_of(path) as place,  # a link of the caller stays one
+        _write_errors(path),
+        reach.place_of(path) as place,  # a link of the caller is followed and remains
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
-            raise TransferError(f"{path} is no regular file", remedy="name another file")
+            raise TransferError(f"{path} is not a regular file", remedy="name another file")
         # A new file in an open directory: a file that another user puts there is never written.
         fresh = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         output = os.open(fresh, _NEW, 0o600, dir_fd=place.fd)
@@ -112,7 +112,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
 
 
 def _is_regular(place: reach.Place) -> bool:
-    """Whether a file is regular, or is still to be made."""
+    """Return whether a file is regular, or does not exist yet."""
     try:
         status = os.stat(place.name, dir_fd=place.fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def _is_regular(place: reach.Place) -> bool:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -131,7 +131,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def psql(installation: Installation, to: ConnectionInfo, command: str) -> str:
-    """What psql prints for a command. Raises TransferError."""
+    """Run a command in psql and return its output. Raises TransferError."""
     argv = ["-X", "-v", "ON_ERROR_STOP=1", "-d", conninfo(to), "-c", command]
     result = processes.run([installation.program("psql"), *argv])
     if result.returncode != 0:
@@ -140,13 +140,13 @@ def psql(installation: Installation, to: ConnectionInfo, command: str) -> str:
 
 
 def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
-    """Run psql on the terminal until the user leaves it. Raises TransferError without one."""
+    """Run psql on the terminal until it exits. Raises TransferError if there is no terminal."""
     try:
         with open("/dev/tty", "r+b", buffering=0) as terminal:
             processes.run_on(terminal, [installation.program("psql"), "-d", conninfo(to)])
     except OSError as error:
         raise TransferError(
-            "there is no terminal for psql", remedy="give psql() a command"
+            "there is no terminal for psql", remedy="pass a command to psql()"
         ) from error
 
 
@@ -161,20 +161,20 @@ def _is_archive(path: Path) -> bool:
 def _failed(
     cause: str,
     result: subprocess.CompletedProcess[str],
-    where: Path,
+    directory: Path,
     remedy: str = disk_space.REMEDY,
 ) -> TransferError:
-    """The error for a program that failed.
+    """Return the error for a program that failed.
 
     Args:
-        where: it wrote to.
-        remedy: where that is full.
+        directory: the directory that the program wrote to.
+        remedy: the remedy if the disk of `directory` is full.
     """
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     if disk_space.says_full(result.stderr):
-        place = where.resolve()
-        cause = f"{cause}: {place} is full ({disk_space.left(place)})"
+        directory = directory.resolve()
+        cause = f"{cause}: {directory} is full ({disk_space.left(directory)})"
     else:
         hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
-        remedy = hints[0] if hints else "see the program's words below"
+        remedy = hints[0] if hints else "see the program's messages below"
     return TransferError(cause, remedy=remedy, details=lines[-10:])

@@ -1,4 +1,4 @@
-"""Extensions by name: created where they are installed, and a helpful word where they are not."""
+"""Create extensions by name; if one is not installed, the error names the package to install."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pgtemp.errors import OptionError
 
 ALL = "all"
 _log = logging.getLogger("pgtemp")
-# The package of an extension, where it is not the extension's own name. Debian's and Ubuntu's are
-# postgresql-MAJOR-NAME; what comes with PostgreSQL itself is in postgresql-contrib elsewhere.
+# The NAME in the package of an extension. Packages of Debian and Ubuntu are called
+# postgresql-MAJOR-NAME; the extensions of PostgreSQL itself are in postgresql-contrib on other
+# systems. An extension that is not listed here has its own name, with - for _.
 _PACKAGES = {
     "vector": "pgvector",
     "postgis": "postgis-3",
@@ -38,16 +39,17 @@ _PACKAGES = {
 
 
 def create(connection: psycopg.Connection[Any], names: Sequence[str], major: int) -> None:
-    """Create extensions, with those they need.
+    """Create extensions and the extensions that they require.
 
     Args:
-        connection: an autocommit one to the database, as a superuser.
-        names: of extensions; "all" is every one that there is and that can be created.
-        major: the version of PostgreSQL, for the name of a package.
+        connection: an autocommit connection to the database, as a superuser.
+        names: the names of extensions; "all" is every available extension that can be created.
+        major: the major version of PostgreSQL, for the name of a package.
 
     Raises:
-        OptionError: one is not installed; names those that are, and the package.
-        psycopg.Error: PostgreSQL's, where it is installed and cannot be created.
+        OptionError: an extension is not installed; the error names the installed extensions and
+            the package.
+        psycopg.Error: an extension is installed but PostgreSQL could not create it.
     """
     rows = connection.execute("SELECT name FROM pg_available_extensions ORDER BY name").fetchall()
     available = [str(name) for (name,) in rows]
@@ -70,14 +72,14 @@ def _create_all(connection: psycopg.Connection[Any], available: Sequence[str]) -
     for name in available:
         try:
             _create(connection, name)
-        except psycopg.Error as error:  # it needs a setting, or a program that is not there
+        except psycopg.Error as error:  # it needs a setting, or a program that is not installed
             _log.info("extension %s cannot be created: %s", name, str(error).strip())
 
 
 def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
     package = f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"
     close = difflib.get_close_matches(name, available, n=1)
-    remedy = f"did you mean {close[0]}? else " if close else ""
+    remedy = f"did you mean {close[0]}? otherwise " if close else ""
     return OptionError(
         f"the extension {name!r} is not installed for this PostgreSQL {major}",
         remedy=f"{remedy}install it (on Debian and Ubuntu: apt-get install {package})",

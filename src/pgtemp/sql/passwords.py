@@ -1,8 +1,9 @@
-"""Passwords, and what PostgreSQL stores of them.
+"""Passwords and their SCRAM verifiers, which PostgreSQL stores.
 
-A verifier carries its own count of hash rounds (RFC 5802; PostgreSQL docs, 53.10). Rounds protect
-passwords that can be guessed; a random one of 144 bits cannot, so ours has one round, which spares
-each connection five milliseconds in libpq. A password that a user chose gets libpq's own 4,096.
+A verifier contains its own number of hash rounds (RFC 5802; PostgreSQL docs, 53.10). Rounds protect
+passwords that can be guessed. A random password of 144 bits cannot be guessed, so its verifier has
+one round, which saves libpq five milliseconds per connection. A password that a user chose gets
+libpq's own 4,096 rounds.
 """
 
 from __future__ import annotations
@@ -15,25 +16,28 @@ from dataclasses import dataclass, field
 
 _BYTES = 18
 _ROUNDS = 1
-STRONG_ROUNDS = 4096  # what libpq itself takes
+STRONG_ROUNDS = 4096  # the number that libpq itself uses
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A password. `verifier` is what to store for it; None lets libpq work that out."""
+    """A password and its verifier; if `verifier` is None, libpq computes it."""
 
     password: str = field(repr=False)
     verifier: str | None = field(default=None, repr=False)
 
 
 def random_secret(rounds: int = _ROUNDS) -> Secret:
-    """A password that needs no quoting anywhere."""
+    """Return a random password of hexadecimal digits, which never need quoting."""
     password = secrets.token_hex(_BYTES)
     return Secret(password, _scram_verifier(password, secrets.token_bytes(16), rounds))
 
 
 def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:
-    """SCRAM-SHA-256 as PostgreSQL stores it. For ASCII only, which SASLprep leaves as it is."""
+    """Return the SCRAM-SHA-256 verifier as PostgreSQL stores it.
+
+    The password must be ASCII, which SASLprep does not change.
+    """
     salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, rounds)
     client_key = hmac.digest(salted, b"Client Key", "sha256")
     stored_key = hashlib.sha256(client_key).digest()
@@ -41,5 +45,5 @@ def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:
     salt64, stored64, server64 = (
         base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
     )
-    # Four digits, as initdb's own 4096, so that every verifier has the same length.
+    # Four digits, as in initdb's 4096, so that all verifiers have the same length.
     return f"SCRAM-SHA-256${rounds:04d}:{salt64}${stored64}:{server64}"

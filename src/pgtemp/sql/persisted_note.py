@@ -1,4 +1,4 @@
-"""The note beside persisted data: the user and the databases to which it belongs."""
+"""The note in the run directory of persisted data: its user and its databases."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NOTE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What stands beside data that is kept.
+    """The content of the note.
 
     Attributes:
-        user: whose it was.
+        user: the user of the data.
         dbname: the database.
-        databases: what each of several databases is of.
+        databases: if there are several databases, the origin of each, by database name.
     """
 
     user: str
@@ -35,10 +35,11 @@ class Note:
 
 
 def write_note(directory: Path, note: Note) -> None:
-    """Remember, beside data that is kept, whose it was.
+    """Write the note into the run directory of persisted data.
 
     Raises:
-        ClusterError: it cannot be written; the data can be opened all the same, as anybody's.
+        ClusterError: it cannot be written. The data can still be opened, with the default user and
+            database.
     """
     with disk_space.writing(directory / NOTE), Tree.open(directory) as tree:
         put_note(tree, note)
@@ -50,7 +51,7 @@ def put_note(tree: Tree, note: Note) -> None:
 
 
 def try_note(directory: Path, note: Note) -> None:
-    """As `write_note`, but what goes wrong is only logged: the data itself is kept."""
+    """Write the note; an error is only logged, because the data itself is persisted."""
     try:
         write_note(directory, note)
     except ClusterError as error:
@@ -58,10 +59,10 @@ def try_note(directory: Path, note: Note) -> None:
 
 
 def read_note(directory: Path) -> Note:
-    """Whose data it was."""
+    """Read the note; without a readable one, return the default user and database."""
     try:
         with reach.open_tree(directory) as tree:
-            said = json.loads(tree.read(NOTE, _NOTE_BYTES))
-        return Note(str(said["user"]), str(said["dbname"]), dict(said.get("databases", {})))
+            fields = json.loads(tree.read(NOTE, _NOTE_BYTES))
+        return Note(str(fields["user"]), str(fields["dbname"]), dict(fields.get("databases", {})))
     except (OSError, ValueError, KeyError, TypeError):
         return Note(initdb.SUPERUSER, admin_sql.MAINTENANCE)

@@ -1,6 +1,7 @@
-"""From options to a running server with its user and database: what every door shares.
+"""Turn options into a running server with its user and database.
 
-`Plan` is worked out once (programs, user, image, settings) and serves for any number of servers.
+The library, the pytest plugin and the daemon all use it. A `Plan` (programs, user, image, settings)
+is determined once and is used for any number of servers.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pgtemp.uri import ConnectionInfo
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How servers are made for some options.
+    """How servers are made for given options.
 
     Attributes:
-        superuser: of the servers, as whom pgtemp itself comes.
-        template: the database in the source that databases are made from; None is an empty one.
-        plain: whether databases are made with nothing in them.
-        secret: what everybody needs who comes by TCP; None where nobody does.
+        superuser: the superuser of the servers; pgtemp itself connects as this role.
+        template: the database in the source that databases are cloned from; None for an empty one.
+        plain: whether new databases are empty.
+        secret: the password that every TCP client must give; None if none is required.
     """
 
     options: ServerOptions
@@ -48,7 +49,7 @@ class Plan:
 
     @property
     def users(self) -> set[str]:
-        """The roles that its servers have from the start."""
+        """The roles that exist in every new server."""
         return {self.options.user, self.superuser}
 
     @property
@@ -57,27 +58,27 @@ class Plan:
 
 
 def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None = None) -> Plan:
-    """Work out what servers are made from.
+    """Determine what servers are made from.
 
     Args:
-        addresses: loopback addresses to listen on; none is the unix socket only, but where there
-            is a secret.
-        secret: the password that all users have.
+        addresses: loopback addresses to listen on. If there are none, servers listen on the unix
+            socket only; with a secret they then listen on ports.LOOPBACK, too.
+        secret: the password of all users.
 
     Raises:
-        PgTempError: programs, user or a file cannot be had.
+        PgTempError: the programs, the user or a file are not available.
     """
     paths.check_umask()
     owner = identity.choose(options.run_as)
     copied = Path(options.copy_from).absolute() if options.copy_from is not None else None
     if copied is not None and not (copied / "PG_VERSION").exists():
-        copied = copied / DATA  # a home that was kept
+        copied = copied / DATA  # the run directory of persisted data
     if secret is not None and not addresses:
         addresses = [ports.LOOPBACK]
     version = options.version
     if copied is not None and version is None:
         version = image.Directory(copied).version
-    rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # said now, not later
+    rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # raise errors early
     programs = installation.find(options.bin_dir, version).within_reach(owner)
     source: image.Source
     if copied is not None:
@@ -85,7 +86,7 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         source = image.Directory(copied)
     else:
         source = cache.Cached(programs, options.initdb_args, owner)
-    # In a directory that somebody made, the superuser is somebody's choice too.
+    # The superuser of a copied data directory is not always initdb's default.
     superuser = options.user if copied is not None else initdb.SUPERUSER
     spec = ServerSpec(
         installation=programs,
@@ -104,16 +105,16 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
 
 
 def provision(plan: Plan, secret: Secret | None) -> Postmaster:
-    """Start a server that has the options' user and database, with the dump loaded.
+    """Start a server with the options' user, database and extensions; load the dump.
 
     Args:
-        secret: the user's; None where nobody comes by TCP.
+        secret: the user's password; None if clients do not connect over TCP.
 
     Raises:
-        PgTempError: it cannot be made; nothing of it is left.
+        PgTempError: the server could not be started or prepared; it leaves nothing behind.
     """
     options = plan.options
-    _learn(plan)
+    _cache_relcache(plan)
     postmaster = start(plan, secret)
     try:
         prepare_database(postmaster, plan, options.dbname, options.user)
@@ -131,7 +132,7 @@ def provision(plan: Plan, secret: Secret | None) -> Postmaster:
 
 
 def start(plan: Plan, secret: Secret | None) -> Postmaster:
-    """Start a server that has the options' user. Raises PgTempError; nothing of it is left."""
+    """Start a server with the options' user. Raises PgTempError; it then leaves nothing behind."""
     user = plan.options.user
     own = secret if user == plan.superuser else None
     postmaster = Postmaster(plan.spec, verifier=own.verifier if own is not None else None)
@@ -144,10 +145,10 @@ def start(plan: Plan, secret: Secret | None) -> Postmaster:
     return postmaster
 
 
-def _learn(plan: Plan) -> None:
-    """The first time an image is used, connect to a cluster on it and keep its relation cache.
+def _cache_relcache(plan: Plan) -> None:
+    """When an image is first used, start a server on it and add its relation cache to the image.
 
-    The files spare each first connection four milliseconds (see image.py).
+    The files save the first connection to each database four milliseconds (see image.py).
     """
     source = plan.spec.source
     if not isinstance(source, cache.Cached) or source.resolve().relcache:
@@ -177,7 +178,7 @@ def _learn(plan: Plan) -> None:
 
 
 def prepare_role(postmaster: Postmaster, plan: Plan, user: str, secret: Secret | None) -> None:
-    """Make a user in a server, unless it is there and needs no password."""
+    """Create a user in a server, unless it exists and needs no password."""
     if user == plan.superuser and (secret is None or postmaster.has_password):
         return
     with administered(postmaster, plan) as connection:
@@ -185,7 +186,7 @@ def prepare_role(postmaster: Postmaster, plan: Plan, user: str, secret: Secret |
 
 
 def give_password(postmaster: Postmaster, plan: Plan) -> None:
-    """Give the plan's password, where it has one, to those who are there from the start."""
+    """Set the plan's password, if it has one, for the roles that exist in every new server."""
     if plan.secret is not None:
         with administered(postmaster, plan) as connection:
             for user in sorted(plan.users):
@@ -193,15 +194,15 @@ def give_password(postmaster: Postmaster, plan: Plan) -> None:
 
 
 def prepare_database(postmaster: Postmaster, plan: Plan, dbname: str, user: str) -> None:
-    """Make a database in a server, unless it is there: the plan's template becomes it.
+    """Create a database in a server, unless it exists: rename the plan's template.
 
-    A server has one template, so that only the first database comes from it.
+    A server has one template, so only the first database comes from it. Further ones are empty.
     """
     if dbname == "template1" or (dbname == admin_sql.MAINTENANCE and plan.plain):
-        return  # initdb made it
-    # A database cannot be replaced from within itself.
-    entrance = "template1" if dbname == admin_sql.MAINTENANCE else admin_sql.MAINTENANCE
-    with administered(postmaster, plan, entrance) as connection:
+        return  # initdb has created it
+    # A session cannot drop or rename the database it is connected to.
+    other = "template1" if dbname == admin_sql.MAINTENANCE else admin_sql.MAINTENANCE
+    with administered(postmaster, plan, other) as connection:
         if plan.template is None or not admin_sql.exists(connection, plan.template):
             admin_sql.ensure_database(connection, dbname, user)
             return
@@ -214,7 +215,7 @@ def prepare_database(postmaster: Postmaster, plan: Plan, dbname: str, user: str)
 def administered(
     postmaster: Postmaster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
 ) -> Iterator[Connection]:
-    """A superuser's connection for a block. Raises ClusterError."""
+    """Open a connection as superuser for a `with` block. Raises ClusterError."""
     with admin_connections.connected(
         private_info(postmaster, plan.superuser, dbname)
     ) as connection:
@@ -224,10 +225,10 @@ def administered(
 def ensure_role(
     postmaster: Postmaster, plan: Plan, user: str, attributes: str, owns: str | None
 ) -> None:
-    """Make a role for somebody who connects, unless it is there. Raises ClusterError.
+    """Create a role for a client that connects, unless it exists. Raises ClusterError.
 
     Args:
-        owns: the database that is to be the user's.
+        owns: a database that the role shall own; None for none.
     """
     with administered(postmaster, plan) as connection:
         admin_sql.ensure_login(connection, user, attributes, plan.secret)
@@ -236,13 +237,13 @@ def ensure_role(
 
 
 def discard(postmaster: Postmaster) -> None:
-    """End a server and keep nothing of it, whatever its options say."""
+    """Stop a server and remove its data, even if its options persist them."""
     postmaster.spec = replace(postmaster.spec, keep=False)
     postmaster.stop()
 
 
 def private_info(postmaster: Postmaster, user: str, dbname: str) -> ConnectionInfo:
-    """How pgtemp itself reaches a server: through its socket, without a password."""
+    """Return the connection parameters of pgtemp itself: over the socket, without a password."""
     return ConnectionInfo(
         host=str(postmaster.socket_dir), port=postmaster.port, user=user, dbname=dbname
     )
@@ -262,12 +263,12 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
 
 
 def check_copied(path: Path, programs: installation.Installation) -> None:
-    """Raise OptionError where a data directory is of another version, or in use."""
+    """Raise OptionError if a data directory is of another version, or in use."""
     made_by = image.Directory(path).version
     if made_by != str(programs.major):
         raise OptionError(
             f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
-            remedy=f"ask for version {made_by}",
+            remedy=f"request version {made_by}",
         )
     if image.Directory(path).is_in_use():
         raise OptionError(

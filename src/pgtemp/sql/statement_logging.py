@@ -1,10 +1,13 @@
-"""Who is told of statements that are planned, and not executed, so that none are ahead of time."""
+"""Detect settings that would report a statement that is planned but not executed.
+
+With such settings, pgtemp plans no statement in advance, because the report would show it.
+"""
 
 from __future__ import annotations
 
 from pgtemp.sql.admin_connections import Connection
 
-# In names of settings by which somebody is told of statements that are only planned, too.
+# Parts of the names of settings that log, or pass to a library, statements that are only planned.
 WATCHING = (
     "preload_libraries", "log_statement", "log_duration", "log_min_duration", "log_min_messages",
     "log_transaction_sample_rate", "log_parser_stats", "log_planner_stats", "debug_print_",
@@ -12,7 +15,7 @@ WATCHING = (
 
 
 def is_watched(connection: Connection) -> bool:
-    """Whether a server tells somebody of each statement, or may for some roles; see WATCHING."""
+    """Return whether a setting in WATCHING is changed, for the server, a database or a role."""
     patterns = [f"%{name}%" for name in WATCHING]
     found = connection.execute(
         "SELECT 1 FROM pg_settings WHERE name LIKE ANY (%(patterns)s)"

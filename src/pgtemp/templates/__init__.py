@@ -1,1 +1,1 @@
-"""Templates: recipes, builders, clones and recycled directories."""
+"""Templates: recipes, builders, clones, recycling, and the proof that a clone is unmodified."""

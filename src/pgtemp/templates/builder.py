@@ -1,8 +1,9 @@
-"""A workshop: a server of its own in which a template is built. What it leaves is an image.
+"""A builder starts a separate server in which a template is built. The result is an image.
 
-Nothing of a build that fails can be anywhere else, and roles and settings that a build makes come
-along with its database. What a recipe makes whose outcome can be told from its parts is kept in
-the cache, so that it is built once on this machine; the rest lasts as long as its workshop.
+A build that fails therefore leaves nothing in any other server, and the image contains the roles
+and settings that the build makes, in addition to its database. If the result of a recipe follows
+from its parts, the image is stored in the cache, so that it is built once on this machine. Other
+images exist as long as their builder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
 
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
-_BUILDING = "pgtemp_building"  # where the name that was given is taken
+_BUILDING = "pgtemp_building"  # the database's name during the build, if the given one is reserved
 _TAKEN = (*admin_sql.ALWAYS_THERE, TEMPLATE)
 
 
@@ -36,12 +37,12 @@ class TemplateBuilder:
     """A server with one database to build in."""
 
     def __init__(self, plan: Plan, name: str) -> None:
-        """Nothing is started yet.
+        """Prepare a builder; `open` starts the server.
 
         Args:
-            plan: what the server is made from; a template in its source is what the build begins
-                with.
-            name: of the template, and of the database while it is built.
+            plan: what the server is made from; if its source contains a template, the build starts
+                from that template.
+            name: the name of the template, and of the database during the build.
         """
         self._plan = plan
         self._conf = ""
@@ -50,16 +51,16 @@ class TemplateBuilder:
         self.info: ConnectionInfo
 
     def open(self) -> None:
-        """Start the server and make the database.
+        """Start the server and create the database.
 
         Raises:
-            PgTempError: it could not be made; nothing of it is left.
+            PgTempError: one of the two failed; nothing is left behind.
         """
         plan, user = self._plan, self._plan.options.user
-        # A build's client may be any; some refuse verifiers of few rounds.
+        # A build may use any client, and some clients refuse verifiers with few rounds.
         secret = random_secret(STRONG_ROUNDS)
         spec = replace(
-            plan.spec, conf=self._remember, addresses=(ports.LOOPBACK,), port=None,
+            plan.spec, conf=self._record_conf, addresses=(ports.LOOPBACK,), port=None,
             keep=False, ttl=None, log_path=None,
         )  # fmt: skip
         self.postmaster = server_setup.start(replace(plan, spec=spec), secret)
@@ -77,13 +78,13 @@ class TemplateBuilder:
         )
 
     def apply(self, recipe: Recipe) -> None:
-        """Build. Raises what the recipe raises."""
+        """Apply a recipe to the database. Raises the errors of `Recipe.apply`."""
         recipe.apply(self._plan.installation, self._inside(), self.info)
 
     def seal(self) -> Image:
         """Seal the database and shut the server down; the image lasts until `close`."""
-        # Clones come with a relation cache, since somebody was connected; and who only reads one
-        # changes nothing in it, not even a hint (unmodified.py).
+        # This connection also creates the relation cache that clones contain. VACUUM FREEZE sets
+        # all hint bits, so that a session that only reads a clone writes no page (unmodified.py).
         with (
             admin_connections.connected(self._inside()) as connection,
             connection.given(LONG_SECONDS),
@@ -93,7 +94,7 @@ class TemplateBuilder:
             connection.execute("SELECT 1")
             admin_sql.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.postmaster.halt()
-        # A server that starts on the image has settings of its own, so these are not in it.
+        # A server that starts on the image gets its own settings, so the image contains initdb's.
         made = initdb.shut_down(
             self.postmaster.home.path,
             self._plan.installation,
@@ -105,30 +106,31 @@ class TemplateBuilder:
         return made
 
     def close(self) -> None:
-        """End the server, and remove it and its image."""
+        """Stop the server, and remove its run directory and its image."""
         server_setup.discard(self.postmaster)
 
     def _inside(self) -> ConnectionInfo:
         return server_setup.private_info(self.postmaster, self._plan.superuser, self.dbname)
 
-    def _remember(self, existing: str) -> str:
+    def _record_conf(self, existing: str) -> str:
+        """Return the server's settings, and store those that the data directory came with."""
         self._conf = existing
         return self._plan.spec.conf(existing)
 
 
 @contextmanager
 def _opened(plan: Plan, name: str) -> Iterator[TemplateBuilder]:
-    workshop = TemplateBuilder(plan, name)
-    workshop.open()
+    builder = TemplateBuilder(plan, name)
+    builder.open()
     try:
-        yield workshop
+        yield builder
     finally:
-        workshop.close()
+        builder.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Lasting(cache.Ensured):
-    """The image of a template, kept in the cache under the hash of what it is made from."""
+    """The image of a template, stored in the cache under the hash of its inputs."""
 
     plan: Plan
     name: str
@@ -150,7 +152,7 @@ class Lasting(cache.Ensured):
         )
 
     def resolve(self) -> Image:
-        """The image; builds the template where there is none. Raises PgTempError."""
+        """Return the image; build the template if there is none. Raises PgTempError."""
         return cache.ensure(
             cache.name_of(self.plan.installation.major, self.identity, self.recipe.run),
             f"building template {self.name}",
@@ -159,35 +161,39 @@ class Lasting(cache.Ensured):
 
     def _build(self, path: Path, lock: int) -> None:
         self._check_unchanged()
-        with _opened(self.plan, self.name) as workshop:
-            workshop.apply(self.recipe)
-            made = workshop.seal()
+        with _opened(self.plan, self.name) as builder:
+            builder.apply(self.recipe)
+            made = builder.seal()
             self._check_unchanged()
             initdb.publish(made, path, lock)
 
     def _check_unchanged(self) -> None:
-        """Nothing is kept under the hash of what it was not made from."""
+        """Raise ClusterError if the recipe's files have changed since the hash was computed."""
         if self.recipe.fingerprint() != self.fingerprint:
             raise ClusterError(
-                f"what template {self.name} is made from has changed since it was first looked at",
+                f"the files of template {self.name} have changed since they were first read",
                 remedy="start again",
             )
 
 
 def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
-    """A plan for servers that have a template, which is built when the first of them starts.
+    """Return a plan for servers with a template that can be cached.
+
+    The template is built when the first of these servers starts.
 
     Args:
-        plan: for servers without it; a template in their source is what the build begins with.
+        plan: the plan of servers without the template; if their source contains a template, the
+            build starts from it.
 
     Returns:
-        None where it cannot be told how the recipe comes out, so that it cannot be kept.
+        The plan; None if the recipe's result does not follow from its parts, so that it cannot be
+        cached.
 
     Raises:
         OptionError: a file is missing.
     """
     if isinstance(plan.spec.source, image.Image):
-        return None  # it begins with what is not kept itself
+        return None  # it starts from a template that is not cached
     if (data_dir := recipe.data_dir) is not None:
         server_setup.check_copied(data_dir, plan.installation)
         plan = replace(
@@ -205,32 +211,34 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
 
 
 def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, TemplateBuilder | None]:
-    """A plan for servers that have a template, which is built now.
+    """Build a template now and return a plan for servers with it.
 
     Returns:
-        The plan, and the workshop to close in the end where the template is not kept.
+        The plan. If the template is not cached, also its builder, which the caller has to close
+        after the last of these servers.
 
     Raises:
-        PgTempError: the build failed; nothing of it is left. A callable's own error comes as it is.
+        PgTempError: the build failed; nothing is left behind. An error of a callable is raised
+            unchanged.
     """
     planned = lasting(plan, name, recipe)
     if planned is not None:
         planned.spec.source.resolve()
         return planned, None
-    workshop = TemplateBuilder(plan, name)
-    workshop.open()
+    builder = TemplateBuilder(plan, name)
+    builder.open()
     try:
         with step(f"building template {name}"):
-            workshop.apply(recipe)
-            return sealed(plan, workshop), workshop
+            builder.apply(recipe)
+            return sealed(plan, builder), builder
     except BaseException:
-        workshop.close()
+        builder.close()
         raise
 
 
-def sealed(plan: Plan, workshop: TemplateBuilder) -> Plan:
-    """A plan for servers that have the template of a workshop."""
-    return _with_source(plan, workshop.seal(), plain=False)
+def sealed(plan: Plan, builder: TemplateBuilder) -> Plan:
+    """Seal a builder's template and return a plan for servers with it."""
+    return _with_source(plan, builder.seal(), plain=False)
 
 
 def _with_source(plan: Plan, source: image.Source, *, plain: bool) -> Plan:

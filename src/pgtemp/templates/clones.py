@@ -1,9 +1,9 @@
-"""Templates: sealed databases that databases are cloned from, built once.
+"""Templates are sealed databases, built once, from which databases are cloned.
 
-A build works on a database with a name of its own and gets its final name last, so that a template
-that can be found is whole; one that fails leaves nothing, and everybody who waited gets its error.
-Before it is sealed it is connected to once: a clone then comes with its relation cache, and the
-first connection to it takes 3 ms instead of 5.
+A template is built in a database with a temporary name and is renamed last, so a template that can
+be found is always complete. A build that fails leaves nothing behind, and every caller that waited
+for it receives its error. pgtemp connects to the template once before it is sealed, so that clones
+include a relation cache; the first connection to a clone then takes 3 ms instead of 5.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ from pgtemp.host import disk_space
 from pgtemp.host.progress import step
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Ahead, Connection, was_lost
+from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection, was_lost
 from pgtemp.templates.recipe import Recipe
 from pgtemp.templates.recycle import Reuse
-from pgtemp.templates.unmodified import untouched
+from pgtemp.templates.unmodified import is_unmodified
 from pgtemp.uri import ConnectionInfo
 
 _log = logging.getLogger("pgtemp")
 
 
 class Clones:
-    """What a pool needs to know of the clones of one template.
+    """Makes and drops the clones of one template for a pool.
 
     Attributes:
-        ahead: opens a connection to a clone before anybody asks; None opens none.
+        warm: opens a warm connection to a new clone, given its name; None opens none.
     """
 
     def __init__(self, admins: AdminConnections, source: str, owner: str, prefix: str) -> None:
         self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
-        # Of the source, which is sealed, so that they stay.
+        # Facts about the source; they do not change, because it is sealed. None: not yet known.
         self._attributes: bool | None = None
         self._size = 0
         self._reuse = Reuse(admins, source, owner)
-        self.ahead: Callable[[str], Ahead] | None = None
-        self._opened: dict[str, Ahead] = {}
+        self.warm: Callable[[str], WarmConnection] | None = None
+        self._warm_connections: dict[str, WarmConnection] = {}
 
     @property
     def recycles(self) -> bool:
-        """Whether a database that was dropped makes the next one cheaper."""
+        """Whether dropped databases are recycled, which makes the next clone cheaper."""
         return self._reuse.works
 
     def provision(self) -> str:
-        """A new database; its name."""
+        """Make a new clone, with a warm connection if wanted, and return its name."""
         name = unique_name(self._prefix)
         self.make(name)
-        if (ahead := self.ahead) is not None:
-            with suppress(psycopg.Error):  # whoever connects will hear it
-                self._opened[name] = ahead(name)
+        if (open_warm := self.warm) is not None:
+            with suppress(psycopg.Error):  # the client gets the error when it connects itself
+                self._warm_connections[name] = open_warm(name)
         return name
 
-    def opened(self, name: str) -> Ahead | None:
-        """The connection that was opened ahead to a clone, for whoever asks first."""
-        return self._opened.pop(name, None)
+    def take_warm(self, name: str) -> WarmConnection | None:
+        """Return the warm connection to a clone, if there is one; the caller then owns it."""
+        return self._warm_connections.pop(name, None)
 
     def make(self, name: str) -> None:
-        """A new database of that name.
+        """Make a clone of that name.
 
         Raises:
-            ClusterError: it could not be made; a DiskFullError where there is no room.
+            ClusterError: it could not be made; it is a DiskFullError if the disk is full.
         """
 
         def clone(connection: Connection) -> None:
@@ -99,32 +99,39 @@ class Clones:
             raise in_use(connection, self._source) from error
 
     def owns(self, name: str) -> bool:
-        """Whether a database of this name is one that making and dropping clones takes."""
+        """Return whether a database of this name is a temporary one of the recycling."""
         return self._reuse.owns(name)
 
     def settle(self) -> None:
-        """Leave nothing in the server but the template and its clones: its data is kept."""
+        """Remove everything from the server except the template and its clones.
+
+        Called before the server's data is persisted.
+        """
         with self._admins.connection() as connection:
             self._reuse.end(connection)
 
     def close(self) -> None:
-        """Close the connections that nobody has asked for; nothing more is made."""
-        while self._opened:
-            self._opened.popitem()[1].connection.close()
+        """Close the unused warm connections; no further clones are made."""
+        while self._warm_connections:
+            self._warm_connections.popitem()[1].connection.close()
         self._reuse.close()
 
     def dispose(self, name: str) -> None:
-        if (unused := self.opened(name)) is not None:
+        """Drop a clone, and close its warm connection if it was not used."""
+        if (unused := self.take_warm(name)) is not None:
             unused.connection.close()
         self._do(lambda connection: self._reuse.dispose(connection, name, size=self._size))
 
     def again(self, name: str, data_dir: Path, since: int) -> str | None:
-        """A clone that is proved to be what it was (see unmodified.py), under another name.
+        """If a clone is provably unmodified (see unmodified.py), rename it and return the new name.
 
-        Under the old one somebody might still come, late.
+        It is renamed because a late client might still connect to the old name.
+
+        Args:
+            since: when the clone was handed out, in nanoseconds since the epoch.
         """
         with self._admins.connection() as connection:
-            if not untouched(
+            if not is_unmodified(
                 connection, data_dir, name, source=self._source, owner=self._owner, since=since
             ):
                 return None
@@ -133,15 +140,16 @@ class Clones:
             return fresh
 
     def _do(self, work: Callable[[Connection], None]) -> None:
-        """Do it once more where our connection was ended, as all were that somebody found.
+        """Execute `work` with a connection; repeat it once if the connection is terminated.
 
-        Or with all of the server, which has crashed and comes back.
+        A test may have terminated all backends of the server, or the server has crashed and is
+        restarting.
         """
         try:
             with self._admins.connection() as connection:
                 work(connection)
         except ClusterError as error:
-            if not _was_ended(error.__cause__) or self._admins.closing.is_set():
+            if not _was_terminated(error.__cause__) or self._admins.closing.is_set():
                 raise
             with self._admins.connection() as connection:
                 work(connection)
@@ -150,8 +158,8 @@ class Clones:
         return True
 
 
-def _was_ended(error: BaseException | None) -> bool:
-    # Or the connection broke before the server could say anything.
+def _was_terminated(error: BaseException | None) -> bool:
+    # `was_lost`: the connection broke before the server could send an error.
     return isinstance(error, errors.AdminShutdown | errors.CrashShutdown) or was_lost(error)
 
 
@@ -164,17 +172,18 @@ def build(
     source: str,
     info: ConnectionInfo,
 ) -> str:
-    """Build a template in a cluster that runs; the name of its sealed database.
+    """Build a template in a running server and return the name of its sealed database.
 
     Args:
-        source: the database to begin with.
-        info: how a build reaches the cluster; its user owns the database.
+        source: the database that the build starts from.
+        info: the connection parameters that the build uses; its user owns the database.
 
     Raises:
-        PgTempError: the build failed; nothing of it is left. A callable's own error comes as it is.
+        PgTempError: the build failed; nothing is left behind. An error of a callable is raised
+            unchanged.
     """
     fresh, final = unique_name(f"building_{name}"), unique_name(f"template_{name}")
-    there = admins.elsewhere(fresh)
+    there = admins.info_of(fresh)
     with step(f"building template {name}"):
         with admins.connection() as connection:
             admin_sql.clone(connection, fresh, source, info.user, admins.closing)
@@ -191,31 +200,32 @@ def build(
 
 
 def _discard(admins: AdminConnections, dbname: str) -> None:
-    """Drop what a failed build left; its error says more than ours would."""
+    """Drop the database of a failed build; log errors, because the build's error is raised."""
     try:
         with admins.connection() as connection:
             admin_sql.unseal(connection, dbname)
-            admin_sql.drop(connection, dbname, admins.elsewhere(dbname))
+            admin_sql.drop(connection, dbname, admins.info_of(dbname))
     except PgTempError as error:
-        _log.warning("what a failed build left could not be dropped: %s", error)
+        _log.warning("the database of a failed build could not be dropped: %s", error)
 
 
 def check_name(name: str) -> None:
-    """Raise OptionError for what cannot name a template."""
+    """Raise OptionError if a template cannot have this name."""
     if not name or "\0" in name or name.encode(errors="replace") != name.encode(errors="ignore"):
-        raise OptionError(f"{name!r} cannot name a template", remedy="give it a name of letters")
+        raise OptionError(
+            f"{name!r} is not a valid name of a template", remedy="give it a name of letters"
+        )
 
 
 def unique_name(prefix: str) -> str:
-    """A database name that nobody has; PostgreSQL's limit is 63 bytes."""
+    """Return an unused database name; PostgreSQL's limit is 63 bytes."""
     return f"{prefix.encode()[:50].decode(errors='ignore')}_{secrets.token_hex(4)}"
 
 
 def in_use(connection: Connection, dbname: str) -> PgTempError:
-    """The error for a database that cannot be copied because somebody is in it."""
-    who = admin_sql.users_of(connection, dbname)
+    """Return the error for a database that cannot be copied because it has other sessions."""
     return ClusterError(
-        f"{dbname} cannot be copied while others are connected to it",
+        f"{dbname} cannot be copied while other sessions are connected to it",
         remedy="close their connections first",
-        details=who,
+        details=admin_sql.sessions_in(connection, dbname),
     )

@@ -1,8 +1,8 @@
-"""What a template is made from, and the hash of everything that decides how it comes out.
+"""A recipe: the inputs of a template, and the hash of everything that determines its result.
 
-A recipe whose outcome can be told from its parts has a fingerprint, and what was built from it
-can be kept for tomorrow. One that cannot (a function, a command, SQL that reads other files) has
-none until it is told a key, or which files to watch.
+If the result follows from the inputs, the recipe has a fingerprint and the template can be cached.
+The result of a function, a command, or SQL that reads other files does not follow from the inputs;
+such a recipe has no fingerprint unless it has a key or files to watch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
-# A callable gets the URI of the database to build; "cmd:…" is a shell command that gets it in
+# A callable gets the URI of the database to build; "cmd:…" is a shell command that gets the URI in
 # DATABASE_URL; a path is SQL, a directory of SQL files in the order of their names, or a dump;
-# several are applied in turn.
+# several steps are applied in turn.
 Step = Callable[[str], object] | StrPath
 Build = Step | Sequence[Step]
 COMMAND = "cmd:"
 _COMMAND_LINES = 12
-# psql's commands, and SQL's, that read what is not in the file itself.
+# Commands of psql and SQL that read something outside the file itself.
 _READS_MORE = re.compile(
     rb"\\(i|ir|include|include_relative|copy|lo_import|getenv|!)(?=\s|$)"
     rb"|\\[a-z]+\s[^\n']*`"
@@ -50,17 +50,17 @@ _READS_MORE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What turns one database into a template.
+    """The steps that turn a database into a template.
 
     Attributes:
-        build: what is applied: a callable that gets a URI; "cmd:" and a shell command that gets
-            the URI in DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of
-            a data directory that was kept; or several of these. Nothing by default.
-        key: says, for a callable or a command, when it would come out otherwise.
-        watch: glob patterns of files that decide how it comes out.
-        extensions: created first.
-        cwd: where commands are run; None is the current directory.
-        run: names the run of a program for which alone the template is kept.
+        build: the steps: a callable that gets a URI; "cmd:" and a shell command that gets the URI
+            in DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of a
+            persisted data directory; or several of these. Nothing by default.
+        key: stands for the result of a callable or a command; change it when the result changes.
+        watch: glob patterns of files that determine the result.
+        extensions: extensions to create before the first step.
+        cwd: the directory in which commands are run; None is the current directory.
+        run: the name of a program's run; the template is cached for this run only.
     """
 
     build: Build = ()
@@ -77,7 +77,7 @@ class Recipe:
 
     @property
     def data_dir(self) -> Path | None:
-        """The data directory that is the build, where it is one."""
+        """The data directory, if the build is one; else None."""
         if not isinstance(self.build, str | os.PathLike):
             return None
         path = Path(self.build)
@@ -85,20 +85,25 @@ class Recipe:
         return found[0] if found else None
 
     def fingerprint(self) -> str | None:
-        """The hash of what decides the outcome; None where that is not known.
+        """Return the hash of everything that determines the result; None if that is not known.
 
         Raises:
-            OptionError: a file is missing, or a pattern fits none.
+            OptionError: a file is missing, or a pattern matches no file.
         """
         hashed = hashlib.sha256()
-        told = self.key is not None or bool(self.watch) or self.run is not None
-        for part in self._parts(told):
+        declared = self.key is not None or bool(self.watch) or self.run is not None
+        for part in self._parts(declared):
             if part is None:
                 return None
             hashed.update(len(part).to_bytes(8, "big") + part)
         return hashed.hexdigest()
 
-    def _parts(self, told: bool) -> Iterator[bytes | None]:
+    def _parts(self, declared: bool) -> Iterator[bytes | None]:
+        """Yield what is hashed; None for a step whose result is not known.
+
+        Args:
+            declared: whether the recipe declares when its result changes (key, watch, run).
+        """
         yield repr((self.key, self.run, self.extensions)).encode()
         for pattern in self.watch:
             for path in _watched(os.fspath(pattern)):
@@ -106,30 +111,30 @@ class Recipe:
                 yield path.read_bytes()
         for one in _each(self.build):
             if callable(one):
-                alone = self.key is None and not self.watch
-                yield _name_of(one).encode() if told and (not alone or _is_known(one)) else None
+                named = self.key is not None or bool(self.watch) or _is_importable(one)
+                yield _name_of(one).encode() if declared and named else None
                 continue
             if (command := _command(one)) is not None:
-                yield f"{self._place}\0{command}".encode() if told else None
+                yield f"{self._directory}\0{command}".encode() if declared else None
                 continue
             for path in _files(Path(one)):
                 for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                     content = file.read_bytes()
-                    yield content if told or not _reads_more(content) else None
+                    yield content if declared or not _reads_more(content) else None
 
     @property
-    def _place(self) -> str:
+    def _directory(self) -> str:
         return os.path.abspath(self.cwd) if self.cwd is not None else os.getcwd()
 
     def apply(self, programs: Installation, private: ConnectionInfo, info: ConnectionInfo) -> None:
-        """Build, in a database that is there.
+        """Apply the steps to an existing database.
 
         Args:
-            private: how pgtemp reaches the database, as a superuser.
-            info: how everybody else does.
+            private: the connection parameters that pgtemp uses, as a superuser.
+            info: the connection parameters that callables and commands get.
 
         Raises:
-            PgTempError: it failed. A callable's own error comes as it is.
+            PgTempError: a step failed. An error of a callable is raised unchanged.
         """
         if self.extensions:
             with admin_connections.connected(private) as connection, connection.given(LONG_SECONDS):
@@ -139,27 +144,30 @@ class Recipe:
                 _call(one, info.uri)
                 continue
             if (command := _command(one)) is not None:
-                _run(command, self._place, info)
+                _run(command, self._directory, info)
                 continue
             for dump in _files(Path(one)):
                 dump_restore.load(programs, private, dump, all_or_nothing=False)
 
 
 def _each(build: Build) -> Sequence[Step]:
-    """The steps of a build. Raises OptionError where it is none."""
+    """Return the steps of a build. Raises OptionError if it is not a valid build."""
     steps = [build] if callable(build) or isinstance(build, str | os.PathLike) else build
     if not isinstance(steps, list | tuple) or not all(
         callable(one) or isinstance(one, str | os.PathLike) for one in steps
     ):
         raise OptionError(
-            f"{build!r} builds nothing",
+            f"{build!r} is not a valid build",
             remedy='give a function, a path, "cmd:…", or a list of these',
         )
     return steps
 
 
 def _call(build: Callable[[str], object], uri: str) -> None:
-    """A coroutine function is run to its end, in a thread because a loop may run in this one."""
+    """Call a function; if it returns a coroutine, run it until it completes.
+
+    The coroutine runs in another thread, because this one may be running an event loop.
+    """
     result = build(uri)
     if inspect.iscoroutine(result):
         with ThreadPoolExecutor(1) as thread:
@@ -179,35 +187,36 @@ def _run(command: str, cwd: str, info: ConnectionInfo) -> None:
         lines = [line for line in result.stdout.splitlines() if line.strip()]
         raise TransferError(
             f"the command {command!r} failed with status {result.returncode}",
-            remedy="it was run with DATABASE_URL set to the database to build",
+            remedy="its output is below; DATABASE_URL was the URL of the database to build",
             details=lines[-_COMMAND_LINES:],
         )
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, or the SQL files of a directory in the order of their names."""
+    """Return the file itself, or the SQL files of a directory in the order of their names."""
     if not path.exists():
-        raise OptionError(f"there is no {path}", remedy="name a file or a directory that exists")
+        raise OptionError(f"{path} does not exist", remedy="name an existing file or directory")
     if not path.is_dir() or (path / "toc.dat").exists():
         return [path]
     found = sorted(path.glob("*.sql"))
     if not found:
-        raise OptionError(f"{path} holds no .sql file", remedy="name a directory of SQL files")
+        raise OptionError(f"{path} contains no .sql file", remedy="name a directory of SQL files")
     return found
 
 
 def _watched(pattern: str) -> list[Path]:
-    """The files that a pattern stands for; a directory stands for all in it."""
+    """Return the files that match a pattern; a directory stands for all files below it."""
     found = [Path(name) for name in glob.glob(pattern, recursive=True)]
     files = {path for path in found if path.is_file()}
     for path in found:
         if path.is_dir():
             files |= {inside for inside in path.rglob("*") if inside.is_file()}
-    # What an interpreter writes beside the sources changes without them.
+    # The interpreter's bytecode files change even if the sources do not.
     files = {path for path in files if "__pycache__" not in path.parts}
     if not files:
         raise OptionError(
-            f"there is no file {pattern!r} to watch", remedy="patterns are those of the shell"
+            f"no file to watch matches {pattern!r}",
+            remedy="write the pattern in the shell's syntax",
         )
     return sorted(files)
 
@@ -216,14 +225,14 @@ def _reads_more(content: bytes) -> bool:
     return content[:5] != b"PGDMP" and _READS_MORE.search(content) is not None
 
 
-def _is_known(build: object) -> bool:
-    """Whether another process finds the same callable under its name, as it does a function's."""
+def _is_importable(build: object) -> bool:
+    """Return whether another process can find the same callable by its module and name."""
     module = sys.modules.get(getattr(build, "__module__", ""))
     return getattr(module, getattr(build, "__qualname__", ""), None) is build
 
 
 def _name_of(build: object) -> str:
-    """Where a callable comes from, so that two projects may use the same key."""
+    """Return where a callable is defined, so that two projects can use the same key."""
     inner = inspect.unwrap(build) if callable(build) else build
     if isinstance(inner, functools.partial):
         return f"{_name_of(inner.func)}\0{inner.args!r}\0{sorted(inner.keywords.items())!r}"

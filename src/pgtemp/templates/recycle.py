@@ -35,54 +35,60 @@ from pgtemp.supervisor.leftovers import DATA
 from pgtemp.supervisor.protocol import decode, encode
 
 _log = logging.getLogger("pgtemp")
-_AFTER = 4  # databases that are dropped in the usual way; who has no more needs no shelf
-_MOST, _MOST_BYTES = 4, 64 << 20  # directories on the shelf; of large ones, one
+_AFTER = 4  # recycling begins after so many databases; it does not pay off for fewer
+_MOST, _MOST_BYTES = 4, 64 << 20  # limits of the directories kept for recycling; at least one
 _STUB_BYTES = 1 << 16
-# It renames directories, and copies 64 MB at most.
+# The time limit of the recycling process, which renames directories and copies at most 64 MB.
 _ANSWER_SECONDS, _MOST_ANSWER = 10.0, 64 << 10
 _LOOK_SECONDS = 0.5
-# Whoever replays the server's log would copy the stub, and have no files.
+# A standby that replays the WAL would copy the empty stub database.
 _REPLAYED = """
 SELECT FROM pg_stat_get_wal_senders() UNION ALL
 SELECT FROM pg_get_replication_slots() WHERE slot_type = 'physical'
 """
-_ELSEWHERE = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
+_TABLESPACES = "SELECT FROM pg_tablespace WHERE spcname !~ '^pg_'"
 
 
 class Reuse:
-    """The shelf of one template's clones. Where it does not work, nothing is lost but time."""
+    """Recycles the directories of one template's clones.
+
+    If recycling does not work, databases are copied and dropped as usual, which only takes longer.
+    """
 
     def __init__(self, admins: AdminConnections, source: str, owner: str) -> None:
         self._admins, self._source, self._owner = admins, source, owner
         self._stub = f"stub_{secrets.token_hex(4)}"
-        self._leaving: set[str] = set()
+        self._dropping: set[str] = set()  # renamed databases that are being dropped
         self._disposed = 0
-        self._shelved = 0
-        self._refused = False
+        self._available = 0  # recycled directories that can be used
+        self._disabled = False
         self._process: supervision.Process | None = None
         self._channel: socket.socket | None = None
         self._buffer = bytearray()
         self._changing = threading.Lock()
-        self._talking = threading.Lock()
+        self._requesting = threading.Lock()  # held while a request to the process is under way
 
     @property
     def works(self) -> bool:
-        """Whether directories are put on the shelf."""
-        return self._channel is not None and not self._refused
+        """Whether directories of dropped databases are recycled."""
+        return self._channel is not None and not self._disabled
 
     def owns(self, name: str) -> bool:
-        """Whether a database of this name is the stub, or one that is about to be dropped."""
-        return name == self._stub or name in self._leaving
+        """Return whether a database of this name is the stub, or is about to be dropped."""
+        return name == self._stub or name in self._dropping
 
     def make(self, connection: Connection, name: str, *, attributes: bool) -> bool:
-        """Make a database of what is on the shelf; False where it has to be made otherwise.
+        """Make a database with a recycled directory.
 
-        Raises what `admin.clone` raises.
+        Returns:
+            False if the caller has to make it in the usual way.
+
+        Raises the errors of `admin_sql.clone`.
         """
         with self._changing:
-            if not self._shelved:
+            if not self._available:
                 return False
-            self._shelved -= 1
+            self._available -= 1
         try:
             replayed = connection.ask(_REPLAYED).fetchone() is not None
             if not replayed:
@@ -95,82 +101,88 @@ class Reuse:
                     admin_sql.copy_attributes(connection, self._source, name)
         except BaseException:
             with self._changing:
-                self._shelved += 1
+                self._available += 1
             raise
         if replayed:
             self.end(connection)
             return False
-        if self._do("put", _oid_of(connection, name)):
+        if self._request("put", _oid_of(connection, name)):
             return True
         with self._changing:
-            self._shelved = 0  # it was idle, and has cleared the shelf
-        admin_sql.drop(connection, name, self._admins.elsewhere(name))
+            self._available = 0  # the process was idle and has removed the recycled directories
+        admin_sql.drop(connection, name, self._admins.info_of(name))
         return False
 
     def dispose(self, connection: Connection, name: str, *, size: int) -> None:
-        """Drop a database, whoever is in it, and keep its directory where that may be of use.
+        """Drop a database, even if it has sessions, and recycle its directory if possible.
 
         Args:
-            size: of the template, in bytes.
+            size: that of the template, in bytes.
 
-        Raises what `admin.drop` raises.
+        Raises the errors of `admin_sql.drop`.
         """
-        left, oid = name, ""
-        if self._has_use(connection, size):
-            left, oid = self._take(connection, name)
+        remaining, oid = name, ""
+        if self._can_recycle(connection, size):
+            remaining, oid = self._take(connection, name)
         try:
-            admin_sql.drop(connection, left, self._admins.elsewhere(left))
+            admin_sql.drop(connection, remaining, self._admins.info_of(remaining))
         finally:
-            self._leaving.discard(left)
-        if oid and self._do("restore", oid, answer=False):
+            self._dropping.discard(remaining)
+        if oid and self._request("restore", oid, answer=False):
             with self._changing:
-                self._shelved += 1
+                self._available += 1
 
     def end(self, connection: Connection) -> bool:
-        """Take away all that is kept for this, for good; whether there was any."""
-        with self._changing:
-            self._refused, self._shelved = True, 0
-            there = self._channel is not None
-        if there:
-            self._take_away(connection)
-        return there
+        """Disable recycling permanently and remove the recycled directories and the stub.
 
-    def _take_away(self, connection: Connection) -> None:
-        self._do("leave", "")
+        Returns:
+            Whether recycling was active.
+        """
+        with self._changing:
+            self._disabled, self._available = True, 0
+            active = self._channel is not None
+        if active:
+            self._remove_all(connection)
+        return active
+
+    def _remove_all(self, connection: Connection) -> None:
+        self._request("leave", "")
         self.close()
         with suppress(Error, PgTempError):
-            admin_sql.drop(connection, self._stub, self._admins.elsewhere(self._stub))
+            admin_sql.drop(connection, self._stub, self._admins.info_of(self._stub))
 
     def close(self) -> None:
-        """End the process; the server with all that is in it goes by itself."""
-        with self._talking:
+        """Stop the process; the recycled directories are removed with the server."""
+        with self._requesting:
             self._abandon()
 
-    def _has_use(self, connection: Connection, size: int) -> bool:
+    def _can_recycle(self, connection: Connection, size: int) -> bool:
+        """Return whether to recycle the next directory; start the process if necessary."""
         with self._changing:
             self._disposed += 1
-            if self._refused or self._disposed <= _AFTER or self._admins.closing.is_set():
+            if self._disabled or self._disposed <= _AFTER or self._admins.closing.is_set():
                 return False
             if self._process is None:
                 try:
                     self._begin(connection)
                 except (PgTempError, Error, OSError) as error:
-                    self._refused = True
-                    _log.info("directories of databases are not used again: %s", error)
-                    self._take_away(connection)
+                    self._disabled = True
+                    _log.info("directories of databases are not recycled: %s", error)
+                    self._remove_all(connection)
                     return False
-            full = self._shelved >= max(1, min(_MOST, _MOST_BYTES // max(1, size)))
-        # A checkpoint on a full disk ends the server.
-        return not full and not disk_space.is_full(connection.home)
+            enough = self._available >= max(1, min(_MOST, _MOST_BYTES // max(1, size)))
+        # `_take` executes CHECKPOINT; on a full disk that makes the server shut down.
+        return not enough and not disk_space.is_full(connection.home)
 
     def _begin(self, connection: Connection) -> None:
-        if connection.execute(_ELSEWHERE).fetchone() is not None:
+        """Make the stub and start the recycling process. Raises PgTempError, Error, OSError."""
+        if connection.execute(_TABLESPACES).fetchone() is not None:
             raise ClusterError("there are tablespaces")
         admin_sql.clone(
             connection, self._stub, self._source, self._owner, self._admins.closing,
             attributes=False,
         )  # fmt: skip
-        admin_sql.close_door(connection, self._stub)
+        admin_sql.forbid_connections(connection, self._stub)
         home = connection.home
         with Tree.open(home / DATA) as data:
             owner = os.fstat(data.fd)
@@ -183,58 +195,62 @@ class Reuse:
         self._process.start_shelf(
             home, owner.st_uid if switch else None, owner.st_gid if switch else None
         )
-        if not self._do("begin", _oid_of(connection, self._stub)):
-            raise ClusterError("the shelf could not be made")
+        if not self._request("begin", _oid_of(connection, self._stub)):
+            raise ClusterError("the directory for recycling could not be made")
 
     def _take(self, connection: Connection, name: str) -> tuple[str, str]:
-        """Move a database's directory to the shelf.
+        """Rename a database and move its directory away, to be recycled.
 
         Returns:
-            The name of the database, which has still to be dropped; its oid, "" if it has its
-            directory still.
+            The name of the database, which still has to be dropped; and its oid, or "" if its
+            directory was not moved.
         """
-        # A name that nobody knows; the same if this was begun once already.
+        # A name that no client knows. A repeated call computes the same name.
         gone = "gone_" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         oid = _oid_of(connection, name)
         if not oid:
             return gone, ""
-        if admin_sql.clings(connection, name):
+        if admin_sql.has_drop_obstacles(connection, name):
             return name, ""
-        self._leaving.add(gone)
-        admin_sql.empty(connection, name)
+        self._dropping.add(gone)
+        admin_sql.disconnect_all(connection, name)
         try:
             admin_sql.rename(connection, name, gone)
-        except Error:  # somebody has come meanwhile
-            self._leaving.discard(gone)
+        except Error:  # another session connected in the meantime
+            self._dropping.discard(gone)
             return name, ""
         connection.execute("CHECKPOINT")
-        return gone, oid if self._do("take", oid) else ""
+        return gone, oid if self._request("take", oid) else ""
 
-    def _do(self, what: str, oid: str, *, answer: bool = True) -> bool:
-        """Have the shelf's process do something; whether it was done, or it was told to."""
-        with self._talking:
+    def _request(self, action: str, oid: str, *, answer: bool = True) -> bool:
+        """Send a request to the recycling process.
+
+        Returns:
+            Whether the process reported success; without `answer`, whether the request was sent.
+        """
+        with self._requesting:
             if self._channel is None:
                 return False
             try:
                 self._channel.settimeout(_ANSWER_SECONDS)
-                self._channel.sendall(encode({"do": what, "oid": oid, "answer": answer}))
+                self._channel.sendall(encode({"do": action, "oid": oid, "answer": answer}))
                 if not answer:
                     return True
-                said = self._answer(self._channel)
+                reply = self._receive(self._channel)
             except OSError as error:
-                _log.info("directories of databases are not used again: %s", error)
-                self._refused = True
+                _log.info("directories of databases are not recycled: %s", error)
+                self._disabled = True
                 self._abandon()
                 return False
-        if said["error"]:
-            _log.debug("a directory could not be used again: %s", said["error"])
-        return not said["error"]
+        if reply["error"]:
+            _log.debug("a directory could not be recycled: %s", reply["error"])
+        return not reply["error"]
 
-    def _answer(self, channel: socket.socket) -> dict[str, Any]:
-        """What the process says. Raises OSError if it says nothing, or too much, in time."""
+    def _receive(self, channel: socket.socket) -> dict[str, Any]:
+        """Receive the reply. Raises OSError if it does not arrive in time, or is too long."""
         assert self._process is not None
         seconds = _ANSWER_SECONDS
-        while (said := decode(self._buffer)) is None:
+        while (reply := decode(self._buffer)) is None:
             channel.settimeout(_LOOK_SECONDS)
             try:
                 data = channel.recv(65536)
@@ -245,11 +261,11 @@ class Reuse:
                 continue
             self._buffer += data
             if not data or len(self._buffer) > _MOST_ANSWER:
-                raise ConnectionError("its process has ended")
-        return said
+                raise ConnectionError("the recycling process has exited")
+        return reply
 
     def _abandon(self) -> None:
-        """Have the process ended; with `_talking` held."""
+        """Close the channel and let the supervisor stop the process; `_requesting` must be held."""
         if self._channel is not None:
             self._channel.close()
         self._channel = None

@@ -1,9 +1,9 @@
-"""Whether a clone is still, byte for byte, the copy that it was when somebody got it.
+"""Prove that a clone is still, byte for byte, the copy that was handed out.
 
-Counters can be switched off, so they only tell at once what was touched. The proof is physical:
-whatever changes a database changes a page in the shared buffers or a file in its directory. So
-it is untouched where none of its buffers is dirty and none of its files was written since, and
-what is said of it in the catalogs that all databases share is what is said of its source.
+A client can switch PostgreSQL's counters off, so they only serve as a quick first test. The proof
+is physical: every change of a database changes a page in the shared buffers or a file in its
+directory. A clone is unmodified if none of its buffers is dirty, none of its files was written
+since it was handed out, and the shared catalogs contain the same about it as about its source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psycopg import errors
 from pgtemp.host.tree import Tree
 from pgtemp.sql.admin_connections import Connection
 
-# Files have the time of the kernel's last tick, which is up to 10 ms ago.
+# The kernel stamps files with the time of its last tick, which may be 10 ms in the past.
 _TICK_NANOSECONDS = 20_000_000
 _QUIET = """
 SELECT d.oid FROM pg_database d
@@ -40,8 +40,9 @@ WHERE d.datname = $2
       (SELECT array_agg((setrole, setconfig) ORDER BY setrole) FROM pg_db_role_setting
        WHERE setdatabase = source.oid)
 """
-# The extension's own view, without the extension, which would be seen by everybody in there.
-_LEARN = """
+# The C function of the extension pg_buffercache, declared in this session only. All sessions in the
+# database could see the extension itself.
+_DECLARE = """
 CREATE FUNCTION pg_temp.pgtemp_buffers() RETURNS SETOF record
 AS '$libdir/pg_buffercache', 'pg_buffercache_pages' LANGUAGE C
 """
@@ -53,7 +54,7 @@ WHERE isdirty AND reldatabase = $1)
 """
 
 
-def untouched(
+def is_unmodified(
     connection: Connection,
     data_dir: Path,
     dbname: str,
@@ -62,17 +63,17 @@ def untouched(
     owner: str,
     since: int,
 ) -> bool:
-    """Whether it is proved; a server without pg_buffercache proves nothing.
+    """Return whether a clone is provably unmodified; False if the server has no pg_buffercache.
 
     Args:
         source: the database that it was cloned from.
-        owner: the role it was made for.
-        since: when somebody got it, in nanoseconds since the epoch.
+        owner: the role that owned it at first.
+        since: when it was handed out, in nanoseconds since the epoch.
     """
     row = connection.ask(_QUIET, source, dbname, owner).fetchone()
     if row is None:
         return False
-    # The files last: a page that was written out meanwhile is seen there.
+    # Check the files last: a buffer that was written out in the meantime has changed its file.
     return _has_no_dirty_buffer(connection, row[0]) and _is_older(
         data_dir, f"base/{row[0]}", since - _TICK_NANOSECONDS
     )
@@ -83,7 +84,7 @@ def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
         try:
             row = connection.ask(_CLEAN, str(oid)).fetchone()
         except (errors.UndefinedFunction, errors.InvalidSchemaName):
-            connection.execute(_LEARN)
+            connection.execute(_DECLARE)
             row = connection.ask(_CLEAN, str(oid)).fetchone()
     except (errors.UndefinedFile, errors.UndefinedFunction):
         return False
@@ -91,7 +92,7 @@ def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
 
 
 def _is_older(data_dir: Path, name: str, when: int) -> bool:
-    """Whether neither a directory nor any file in it was written at that time or later."""
+    """Return whether a directory and all files in it were last written before that time."""
     try:
         with Tree.open(data_dir) as data:
             directory = data.status(name)

@@ -38,7 +38,7 @@ class RolledBack(Database):
             base: the database itself.
             bases: where it goes for the next test, unless this one has changed it.
         """
-        base._forget_ahead()
+        base._close_warm()
         super().__init__(base.works, base.dbname, base._pool)
         self._base, self._bases = base, bases
         self._one: _Connection | _AsyncConnection | None = None
