@@ -27,7 +27,7 @@ from pgtemp.daemon.backend import Backend, connect, log_in, plan_ahead, prepare
 from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.errors import PgTempError
 from pgtemp.sql.statement_logging import WATCHING
-from pgtemp.wire.messages import ANY_PLAN, ProtocolError, undone
+from pgtemp.wire.messages import ANY_PLAN, ProtocolError, in_read_only_transaction
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
@@ -217,7 +217,7 @@ class WarmConnections:
                 return await plan_ahead(backend, ANY_PLAN)
         with suppress(TimeoutError):
             async with asyncio.timeout(_PLAN_SECONDS):
-                if await plan_ahead(backend, undone(plan)):
+                if await plan_ahead(backend, in_read_only_transaction(plan)):
                     return True
         stage.plan, stage.unplanned = b"", plan
         raise ProtocolError("what clients begin with could not be planned ahead")
