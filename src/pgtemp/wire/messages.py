@@ -82,7 +82,9 @@ def untyped(code: int, payload: bytes = b"") -> bytes:
 
 def startup_message(parameters: Mapping[str, str], version: int = PROTOCOL_3) -> bytes:
     """Build a StartupMessage from parameters."""
-    pairs = b"".join(_zero_terminated(name) + _zero_terminated(value) for name, value in parameters.items())
+    pairs = b"".join(
+        _zero_terminated(name) + _zero_terminated(value) for name, value in parameters.items()
+    )
     return untyped(version, pairs + b"\x00")
 
 

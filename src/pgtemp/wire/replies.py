@@ -40,7 +40,7 @@ def greeting(version: int, parameters: dict[str, str], server_version: str) -> b
     return answer + frame(b"K", bytes(8)) + frame(b"Z", b"I")
 
 
-def broke_off(last: bytes) -> bool:
+def ended_by_crash(last: bytes) -> bool:
     """Whether a connection that closed after these bytes was closed by a crash of the server.
 
     A backend that is terminated because of a crash sends a notice at most, which no client

@@ -65,7 +65,7 @@ class Tls:
         return b"".join(parts)
 
     def encrypt(self, data: bytes) -> bytes:
-        """Return the bytes to send for `data`; `data` is dropped if the handshake is not complete."""
+        """Return the bytes to send for `data`; before the handshake is complete, drop `data`."""
         if data and self._agreed:
             self._tls.write(data)
         return self.take()
