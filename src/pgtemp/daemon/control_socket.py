@@ -59,7 +59,7 @@ class Answer:
     leases: Sequence[dict[str, Any]]
 
 
-def ask(homes: Iterable[Path]) -> dict[Path, Answer]:
+def ask(run_dirs: Iterable[Path]) -> dict[Path, Answer]:
     """Query the daemons in these run directories concurrently, for at most one second.
 
     A run directory without a daemon, or whose daemon does not answer in time, is not in the result.
@@ -71,9 +71,9 @@ def ask(homes: Iterable[Path]) -> dict[Path, Answer]:
     complete: list[_Query] = []
     with ExitStack() as stack, selectors.DefaultSelector() as waiting:
         left: dict[int, int] = defaultdict(lambda: _MAX_BYTES)
-        for home in _in_turn(homes):
+        for run_dir in _in_turn(run_dirs):
             with suppress(OSError):
-                query = _Query.connect(home)
+                query = _Query.connect(run_dir)
                 stack.callback(query.socket.close)
                 waiting.register(query.socket, selectors.EVENT_READ, query)
         while waiting.get_map() and (seconds := deadline - time.monotonic()) > 0:
@@ -88,45 +88,45 @@ def ask(homes: Iterable[Path]) -> dict[Path, Answer]:
                 query.socket.close()
                 if data is not None:
                     complete.append(query)
-    answers = {query.home: _read(query.received) for query in complete}
-    return {home: answer for home, answer in answers.items() if answer is not None}
+    answers = {query.run_dir: _read(query.received) for query in complete}
+    return {run_dir: answer for run_dir, answer in answers.items() if answer is not None}
 
 
-def _in_turn(homes: Iterable[Path]) -> list[Path]:
+def _in_turn(run_dirs: Iterable[Path]) -> list[Path]:
     """Sort: the first run directory of each user, then the second, and so on.
 
     The process may have fewer descriptors than there are run directories.
     """
     ranks: Counter[int] = Counter()
     ranked = []
-    for home in homes:
+    for run_dir in run_dirs:
         with suppress(OSError):
-            uid = home.lstat().st_uid
+            uid = run_dir.lstat().st_uid
             ranks[uid] += 1
-            ranked.append((ranks[uid], home))
-    return [home for _, home in sorted(ranked)]
+            ranked.append((ranks[uid], run_dir))
+    return [run_dir for _, run_dir in sorted(ranked)]
 
 
 @dataclass(slots=True)
 class _Query:
     """A connection to the control socket of a run directory that belongs to the user `uid`."""
 
-    home: Path
+    run_dir: Path
     uid: int
     socket: socket.socket
     received: bytearray = field(default_factory=bytearray)
 
     @classmethod
-    def connect(cls, home: Path) -> Self:
+    def connect(cls, run_dir: Path) -> Self:
         """Connect. Raises OSError, even if connecting would only block, as the queue is full."""
-        with inventory.opened(home) as directory, ExitStack() as on_failure:
+        with inventory.opened(run_dir) as directory, ExitStack() as on_failure:
             uid = os.fstat(directory).st_uid
             asking = on_failure.enter_context(socket.socket(socket.AF_UNIX))
             asking.setblocking(False)
-            _connect(asking, home, directory)
+            _connect(asking, run_dir, directory)
             check_listener(asking, uid)
             on_failure.pop_all()
-            return cls(home, uid, asking)
+            return cls(run_dir, uid, asking)
 
     def receive(self, most: int) -> bytes | None:
         """Return more of the answer; b"" at its end, None if it fails or is longer than `most`."""
@@ -137,14 +137,14 @@ class _Query:
         return data if len(data) <= most else None
 
 
-def _connect(asking: socket.socket, home: Path, directory: int) -> None:
+def _connect(asking: socket.socket, run_dir: Path, directory: int) -> None:
     """Connect to the control socket by the descriptor of its directory.
 
     The path may be too long for a socket address, and a symbolic link in its place would direct
     root to any socket.
     """
     if not hasattr(os, "O_PATH"):  # macOS
-        asking.connect(f"{home}/{SOCKET}/{NAME}")
+        asking.connect(f"{run_dir}/{SOCKET}/{NAME}")
         return
     within = os.open(SOCKET, DIRECTORY, dir_fd=directory)
     try:
@@ -153,7 +153,7 @@ def _connect(asking: socket.socket, home: Path, directory: int) -> None:
         os.close(within)
     try:
         if not stat.S_ISSOCK(os.fstat(there).st_mode):
-            raise ConnectionRefusedError(f"{home}/{SOCKET}/{NAME} is not a socket")
+            raise ConnectionRefusedError(f"{run_dir}/{SOCKET}/{NAME} is not a socket")
         asking.connect(f"/proc/self/fd/{there}")
     finally:
         os.close(there)

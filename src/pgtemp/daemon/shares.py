@@ -62,8 +62,8 @@ async def _without_deadline(allocation: Allocation, do: Callable[[], T]) -> T:
 
 @asynccontextmanager
 async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[None]:
-    home = allocation.postmaster.home.path
-    turns = _turns.setdefault(home, _Turns())
+    run_dir = allocation.postmaster.home.path
+    turns = _turns.setdefault(run_dir, _Turns())
     turns.calls += 1
     try:
         await _acquire(turns.free, seconds)
@@ -74,7 +74,7 @@ async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[
     finally:
         turns.calls -= 1
         if not turns.calls:
-            del _turns[home]
+            del _turns[run_dir]
 
 
 async def _acquire(free: asyncio.Semaphore, seconds: float | None) -> None:
