@@ -100,7 +100,7 @@ _MECHANISM = {
 }
 # The functions that use paths, and of what: never below a data directory, nor in an image.
 _PATHS = {
-    "cli/main.py:_fill_gaps": "/dev/null",
+    "cli/main.py:_open_standard_streams": "/dev/null",
     "daemon/control_socket.py:_connect": "the run directory of a daemon, by a descriptor",
     "daemon/credentials.py:password": "a file that an option names",
     "daemon/credentials.py:write_root": "the daemon's own run directory",

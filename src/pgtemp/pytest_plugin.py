@@ -1,6 +1,6 @@
-"""pytest's door: options, fixtures and hooks. What they do is in `suite/`.
+"""The pytest plugin: options, fixtures and hooks. Their implementation is in `testing/`.
 
-Until a test asks for a fixture nothing is imported beyond the options, and nothing is started.
+Until a test requests a fixture, only the options are imported, and no server is started.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _SUITE = pytest.StashKey["Suite"]()
 _CASE = pytest.StashKey["Case"]()
 _RUN = pytest.StashKey[Run]()
 _HAS_WORKERS = pytest.StashKey[bool]()
-_OPENS = "pgtemp_open"  # the property of a report that tells how to open what was kept
+_OPENS = "pgtemp_open"  # the property of a report with the command that opens a database
 
 
 @pytest.fixture(scope="session")
 def pgtemp_cluster(_pgtemp_suite: Suite) -> Cluster:
-    """The server of this process's tests, a `pgtemp.Cluster`."""
+    """The server for this process's tests, a `pgtemp.Cluster`."""
     return _pgtemp_suite.cluster
 
 
 @pytest.fixture(scope="session")
 def pgtemp_template(pytestconfig: pytest.Config) -> Build | Recipe | None:
-    """What databases start with; override it to return a function, a path, "cmd:…", a Recipe.
+    """The template of databases; override it to return a function, a path, "cmd:…" or a Recipe.
 
-    None is an empty database. The default is the option `--pgtemp-template`.
+    Return None for an empty database. The default is the option `--pgtemp-template`.
     """
     return tuple(pytest_config.chosen(pytestconfig).template) or None
 
@@ -51,7 +51,7 @@ def pgtemp(
     pgtemp_cluster: Cluster,
     pgtemp_template: Build | Recipe | None,
 ) -> Iterator[Database]:
-    """A database of the test's own, a clone of the template; gone when the test has ended."""
+    """A database of the test's own: a clone of the template, dropped after the test."""
     for claim in _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template):
         yield claim()
 
@@ -69,7 +69,7 @@ def pgtemp_factory(
     pgtemp_cluster: Cluster,
     pgtemp_template: Build | Recipe | None,
 ) -> Iterator[Callable[..., Database]]:
-    """Makes databases for the test; takes the keyword arguments of the mark."""
+    """A function that makes databases for the test; it takes the mark's keyword arguments."""
     yield from _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template)
 
 
@@ -92,7 +92,7 @@ def _pgtemp_suite(pytestconfig: pytest.Config) -> Suite:
     suite = Suite(
         pytest_config.chosen(pytestconfig), pytestconfig.rootpath, pytestconfig.stash[_RUN]
     )
-    # Closed when the session has ended: the last test is reported after its fixtures' end.
+    # Closed in pytest_sessionfinish: the report of the last test is made after fixture teardown.
     pytestconfig.stash[_SUITE] = suite
     return suite
 
@@ -103,7 +103,7 @@ def _claims(
     cluster: Cluster,
     template: Build | Recipe | None,
 ) -> Iterator[Callable[..., Database]]:
-    """Claims for a test or a module, which get their defaults from its mark."""
+    """Yield the function that claims databases for a test or a module, with its mark's defaults."""
     from pgtemp.testing.databases_of_a_test import Case
     from pgtemp.testing.leaks import left_open
     from pgtemp.testing.requirements import needs_of
@@ -121,10 +121,10 @@ def _claims(
 
     yield claim
     try:
-        if left := [who for database in claimed for who in left_open(database)]:
+        if left := [line for database in claimed for line in left_open(database)]:
             _warn(node, left)
     finally:
-        if not isinstance(node, pytest.Item):  # a test's report is made after this
+        if not isinstance(node, pytest.Item):  # a test's case ends later, after its report
             case.end()
 
 
@@ -158,7 +158,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "pgtemp(template=, isolation=, extensions=[], config={}, keep=False, rollback=False): "
-        "what the test's database is like; see pgtemp's documentation",
+        "requirements for the test's database; see pgtemp's documentation",
     )
     worker = getattr(config, "workerinput", {})
     config.stash[_RUN] = Run(worker.get("pgtemp_run") or new_name(), worker.get("workerid"))
@@ -166,7 +166,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """pytest-xdist: all workers belong to one run."""
+    """Pass the run's name to a worker of pytest-xdist: all workers belong to one run."""
     node.config.stash[_HAS_WORKERS] = True
     node.workerinput["pgtemp_run"] = node.config.stash[_RUN].name
 
@@ -181,7 +181,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the servers; what workers have kept for their run alone goes with it."""
+    """Stop the servers, and remove the templates that workers cached for their run only."""
     stash = session.config.stash
     if (suite := stash.get(_SUITE, None)) is not None:
         from pgtemp.testing.terminal import close
@@ -208,10 +208,10 @@ def pytest_runtest_makereport(
     for case in (own, _case_of_module(item)):
         if case is not None and report.failed and not (case is own and case.failed):
             report.sections.extend(case.explain())
-            report.user_properties.extend((_OPENS, command) for command in case.kept)
+            report.user_properties.extend((_OPENS, command) for command in case.commands)
     if own is not None and call.when == "teardown":
         own.end()
-        report.user_properties.extend((_OPENS, command) for command in own.kept)
+        report.user_properties.extend((_OPENS, command) for command in own.commands)
         del item.stash[_CASE]
     return report
 
@@ -227,6 +227,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     from pgtemp.testing.terminal import commands_in
 
     if commands := commands_in(terminalreporter, _OPENS):
-        terminalreporter.section("databases kept by pgtemp")
+        terminalreporter.section("databases persisted by pgtemp")
         for test, command in commands:
             terminalreporter.write_line(f"{test}\n    {command}")

@@ -163,7 +163,7 @@ def test_what_is_answered_is_shown_as_valid_json(open_dir: Path) -> None:
 def test_an_answer_without_end(open_dir: Path) -> None:
     """It is given up, not kept in memory."""
     with held_home(open_dir, "x") as home:
-        assert said_by(home, b" " * (1 << 16), times=(control_socket._MOST >> 16) + 8) is None
+        assert said_by(home, b" " * (1 << 16), times=(control_socket._MAX_BYTES >> 16) + 8) is None
 
 
 def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other_user: str) -> None:

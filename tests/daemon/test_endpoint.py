@@ -79,8 +79,8 @@ def test_only_what_passes_the_inspection_is_passed_on(
         while not end._arrived:
             await asyncio.sleep(0)
         heard: list[bytes] = []
-        end.inspect, end.listen = bytes.lower, heard.append
-        end.join(peer, end=True)
+        end.inspect, end.observe = bytes.lower, heard.append
+        end.join(peer, eof=True)
         client.sendall(b"WORDS")
         client.close()
         arrived = b""

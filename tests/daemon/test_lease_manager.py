@@ -155,7 +155,7 @@ def test_who_wants_a_template_that_is_being_edited_is_told(daemon: DaemonType) -
     """Rather than handed something half-made."""
     served = daemon("--wait", "0.3")
     with psycopg.connect(at(served, "app~template")):
-        with pytest.raises(psycopg.OperationalError, match="is being edited still") as refused:
+        with pytest.raises(psycopg.OperationalError, match="is still being edited") as refused:
             psycopg.connect(at(served, "app"))
         assert "HINT:  close all connections to app~template" in str(refused.value)
         assert one(at(served, "other"), TABLES) == 0

@@ -146,7 +146,10 @@ def test_no_more_are_kept_than_there_may_be(keeping: Project) -> None:
     result = keeping.run("--pgtemp-keep-most=2", text=text)
     assert result.count("failed") == 4
     assert len(keeping.kept_databases()) == 2
-    assert result.output.count("not kept: 2 are kept already (--pgtemp-keep-most)") == 2
+    assert (
+        result.output.count("not persisted: 2 databases are persisted already (--pgtemp-keep-most)")
+        == 2
+    )
 
 
 @pytest.mark.slow
@@ -253,7 +256,7 @@ def test_only_what_pgtemp_has_kept_is_removed(keeping: Project) -> None:
     (keeping.kept / "pgtemp-failed").write_text("")
     result = keeping.run()
     assert result.count("failed") == 1, result.output
-    assert "not kept: " in section(result, "pgtemp: database")
+    assert "not persisted: " in section(result, "pgtemp: database")
 
 
 def test_a_test_that_ends_its_server(project: Project) -> None:

@@ -24,7 +24,7 @@ from pgtemp.wire.messages import (
     startup_message,
     untyped,
 )
-from pgtemp.wire.replies import ClientStart, ServerStart, broke_off, fatal
+from pgtemp.wire.replies import ClientStart, ServerStart, ended_by_crash, fatal
 from pgtemp.wire.startup import Cancel, Negotiation, Reply, Startup
 
 HUGE = (1 << 30).to_bytes(4, "big")
@@ -153,8 +153,8 @@ def test_a_start_in_pieces(asked: list[bytes], cut: tuple[bytes, Pieces]) -> Non
 
 @given(st.binary(max_size=100), st.sampled_from([b"", fatal("57P01", "x"), frame(b"Z", b"I")]))
 def test_any_last_words_are_looked_at(noise: bytes, end: bytes) -> None:
-    assert broke_off(noise + end) in (True, False)
-    assert broke_off(noise + frame(b"Z", b"I"))
+    assert ended_by_crash(noise + end) in (True, False)
+    assert ended_by_crash(noise + frame(b"Z", b"I"))
 
 
 def test_what_is_announced_is_not_made_room_for() -> None:

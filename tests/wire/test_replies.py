@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgtemp.wire.messages import PROTOCOL_3, TERMINATE, Frames, ProtocolError, frame
-from pgtemp.wire.replies import ClientStart, ServerStart, broke_off, fatal, greeting
+from pgtemp.wire.replies import ClientStart, ServerStart, ended_by_crash, fatal, greeting
 
 
 def test_a_fatal_error_carries_all_its_fields() -> None:
@@ -89,4 +89,4 @@ ROW = frame(b"D", b"\0\1\0\0\0\2ab")
 )
 def test_a_server_that_broke_off(last: bytes, broke: bool) -> None:
     """It ended between two messages and has not said why, so that it can be said for it."""
-    assert broke_off(last) is broke
+    assert ended_by_crash(last) is broke

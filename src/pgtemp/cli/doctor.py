@@ -1,4 +1,4 @@
-"""`pgtemp doctor`: what there is on this machine, and what is in the way."""
+"""`pgtemp doctor`: check that servers can run on this machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _INDENT = " " * 22
 @flags_of(ServerOptions, leave_out={one.name for one in fields(ServerOptions)} - {*_TAKEN})
 @show.as_json
 def doctor(json_wanted: bool, **given: Any) -> int:
-    """Look at all that servers need here: each with a verdict and, where need be, a cure.
+    """Check everything that servers need on this machine.
 
-    A server is started, too. The exit status is 1 where something fails.
+    Each check prints a verdict and, if it did not pass, a cure. One check starts a server. The
+    exit status is 1 if a check fails.
     """
     show_progress()
     console = Console(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Flags for click, derived from the options' fields; and values back into options."""
+"""Derive click's flags from the fields of the options, and options from the given values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Setting(click.ParamType[tuple[str, str]]):
 
 
 def flags_of(options: type[ServerOptions], leave_out: Iterable[str] = ()) -> Callable[[F], F]:
-    """A decorator that gives a command one flag for each option that has one."""
+    """Return a decorator that adds a flag to a command for each option that has a flag."""
     hints = get_type_hints(options)
     skip = frozenset(leave_out)
 
@@ -63,11 +63,11 @@ def _flag(spec: Field[Any], hint: Any) -> Callable[[F], F]:
 
 
 def values_given(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, as keyword arguments for the options.
+    """Return the values given on the command line, as keyword arguments for the options.
 
     Raises:
-        OptionError: a template is given twice. Of a setting that is, the last counts, as it does
-            for PostgreSQL.
+        OptionError: a template is given twice. If a server setting is given twice, the last value
+            counts, as for PostgreSQL.
     """
     names = [name for name, _ in given.get("templates") or ()]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -1,4 +1,4 @@
-"""The commands, put together. `pgtemp URI` is `pgtemp serve URI`."""
+"""The group of all commands. `pgtemp URI` is `pgtemp serve URI`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import click
 
 from pgtemp.cli.doctor import doctor
 from pgtemp.cli.machine import ls, sweep
-from pgtemp.cli.open import open_kept
+from pgtemp.cli.open import open_persisted
 from pgtemp.cli.run import run, shell
 from pgtemp.cli.serve import serve
 
 
 class _ServeByDefault(click.Group):
-    """A group whose arguments are those of `serve` unless they name another command."""
+    """A group that passes its arguments to `serve` unless they name another command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = [*self.commands, "--help", "-h", "--version"]
         if not args or args[0] not in known:
             if args and args[0].isalnum():
-                meant = difflib.get_close_matches(args[0], self.commands, n=1)
-                hint = f"did you mean {meant[0]}?" if meant else "a URI begins with postgresql://"
+                close = difflib.get_close_matches(args[0], self.commands, n=1)
+                hint = f"did you mean {close[0]}?" if close else "a URI begins with postgresql://"
                 ctx.fail(f"there is no command {args[0]!r}; {hint}")
             args = ["serve", *args]
         return super().parse_args(ctx, args)
@@ -30,7 +30,7 @@ class _ServeByDefault(click.Group):
 @click.group(
     cls=_ServeByDefault,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="pgtemp COMMAND --help tells the options of a command.",
+    epilog="Run pgtemp COMMAND --help for the options of a command.",
 )
 @click.version_option(package_name="pgtemp", prog_name="pgtemp")
 def cli() -> None:
@@ -38,32 +38,34 @@ def cli() -> None:
 
     \b
     pgtemp postgresql://localhost:6543/mytestdb
-        every connection to this URL gets a database of its own, new and empty,
-        gone when the connection ends (the same as `pgtemp serve URL`);
-        /mytestdb~word is shared by all that name the word,
-        /mytestdb~template is the template, to migrate it
+        every connection to this URL gets its own new, empty database, which is
+        dropped when the connection closes (the same as `pgtemp serve URL`);
+        connections to /mytestdb~word share one database, for any word;
+        connect to /mytestdb~template to edit the template, for example to migrate it
     pgtemp --single postgresql://localhost:6543/mytestdb
-        all connections share one server, gone when pgtemp ends
+        all connections share one server, which is removed when pgtemp exits
     pgtemp --load-from dump.sql postgresql://localhost:6543/mytestdb
         every database starts with this dump loaded
     pgtemp --persist postgresql://localhost:6543/mytestdb
-        data directories are kept; `pgtemp open DIR` starts one again
+        data directories are persisted; `pgtemp open DIR` starts a server on one
 
+    \b
     pgtemp run -- COMMAND, pgtemp shell
-        a server for one command, or for psql, gone when it ends
+        run one command, or psql, with a server that is removed afterwards
 
     \b
     pgtemp ls, pgtemp sweep, pgtemp doctor
-        who has servers here; what is left of those who are gone; what is in the way
+        list the owners of servers on this machine; remove leftovers of owners that
+        have exited; check that servers can run here
 
-    Give the URL to your tests as DATABASE_URL. Ctrl-C ends everything.
+    Give the URL to your tests as DATABASE_URL. Ctrl-C stops the daemon and all its servers.
     """
 
 
 cli.add_command(serve)
 cli.add_command(run)
 cli.add_command(shell)
-cli.add_command(open_kept)
+cli.add_command(open_persisted)
 cli.add_command(ls)
 cli.add_command(sweep)
 cli.add_command(doctor)

@@ -1,4 +1,4 @@
-"""How the daemon's log looks: lines for people, or a JSON object a line for programs."""
+"""The format of the daemon's log: lines for people, or one JSON object per line for programs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from datetime import UTC, datetime
 
 
 class _Json(logging.Formatter):
-    """One object a line; of a lease its facts too, by the names of `daemon/lease_manager.py`."""
+    """Formats a record as one JSON object; includes the facts of a lease (`daemon/lease.py`)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             **getattr(record, "facts", {}),
         }
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
 
 
 def set_up(level: str, *, as_json: bool) -> None:
-    """Log to standard error."""
+    """Configure logging to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     lines = logging.Formatter("pgtemp: %(levelname)s: %(message)s")
     handler.setFormatter(_Json() if as_json else lines)
-    logging.raiseExceptions = False  # what cannot be logged, on a full disk, is no reason to end
+    logging.raiseExceptions = False  # a failure to log, as on a full disk, is ignored
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -1,4 +1,4 @@
-"""`pgtemp ls` and `pgtemp sweep`: who has servers on this machine, and what others have left."""
+"""`pgtemp ls` and `pgtemp sweep`: the owners of servers on this machine, and leftovers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _directories = click.argument(
 @_directories
 @show.as_json
 def ls(directories: Sequence[Path], json_wanted: bool) -> int:
-    """List all owners of servers on this machine: daemons, test runs, programs.
+    """List the owners of servers on this machine: daemons, test runs, programs.
 
-    DIRECTORIES are looked into too (data_dir_prefix), for what was left there.
+    The list ends with the leftovers of owners that have exited. DIRECTORIES are searched for
+    leftovers too; give those used as data_dir_prefix.
     """
     homes = inventory.homes(directories)
     found = running_owners.of(homes)
@@ -46,13 +47,16 @@ def ls(directories: Sequence[Path], json_wanted: bool) -> int:
         titles = "PID", "USER", "AGE", "SERVERS", "DATABASES", "LEASES", "SIZE", "COMMAND"
         show.table(titles, [_row(one) for one in found])
     else:
-        click.echo("nobody has a server here")
+        click.echo("there are no servers on this machine")
     if closed:
         users = show.plain(", ".join(sorted({identity.name_of(one.uid) for one in closed})))
-        click.echo(f"of other users ({users}): {len(closed)} directories, closed to you")
+        click.echo(f"{len(closed)} directories of other users ({users}) cannot be read")
     if left:
         size = show.size(sum(one.size for one in left))
-        click.echo(f"left by owners that are gone: {len(left)} directories, {size}; pgtemp sweep")
+        click.echo(
+            f"{len(left)} directories ({size}) were left by owners that have exited; "
+            "remove them with pgtemp sweep"
+        )
     return 0
 
 
@@ -66,13 +70,14 @@ def _row(one: running_owners.Owner) -> Sequence[str]:
 
 @click.command()
 @_directories
-@click.option("--dry-run", is_flag=True, help="only say what there is")
+@click.option("--dry-run", is_flag=True, help="list the leftovers without removing them")
 @show.as_json
 def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
-    """Take away what owners that are gone have left: processes, directories, shared memory.
+    """Remove the leftovers of owners that have exited: processes, directories, shared memory.
 
-    Each start of a server does that too, where it makes its own. DIRECTORIES are looked into as
-    well (data_dir_prefix). What somebody holds, and what was kept on purpose, stays.
+    Each start of a server also removes leftovers in the directory in which it creates its own.
+    DIRECTORIES are searched too; give those used as data_dir_prefix. Run directories in use and
+    persisted data are not removed.
 
     A directory that the system does not let you remove (of another user, immutable, mounted) is
     left alone, and the reason is printed; this is not an error. If the removal of a directory of
@@ -98,7 +103,7 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
         for path in caches:
             click.echo(f"removed {show.plain(str(path))}, which was never finished")
         if not found and not caches:
-            click.echo("nothing was left")
+            click.echo("there are no leftovers")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Run the command line: errors become one line and an exit status, in this one place."""
+"""Run the command line, and turn every error into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Never a traceback: an error of ours or a wrong word is status 2, Ctrl-C is 130."""
-    _fill_gaps()
-    # While nothing has to be undone, Ctrl-C just ends this: a KeyboardInterrupt amid imports may
-    # fall into a callback that swallows it.
+    """Run the command line without tracebacks.
+
+    The exit status is 2 for pgtemp's errors and for wrong usage, and 130 for Ctrl-C.
+    """
+    _open_standard_streams()
+    # Until something has to be undone, Ctrl-C ends the process directly: a KeyboardInterrupt
+    # during imports may be raised in a callback that ignores it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -24,17 +27,17 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def _fill_gaps() -> None:
-    """Take the numbers of standard streams that are closed; uvloop aborts where it gets one."""
+def _open_standard_streams() -> None:
+    """Open /dev/null for each closed standard stream: uvloop aborts if it gets such a number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # returns the lowest unused number
 
 
 def _run() -> int:
-    # Imported here, because Ctrl-C may come while the imports go on.
+    # Imported here, because Ctrl-C may be pressed during the imports.
     import click
 
     from pgtemp.cli.group import cli

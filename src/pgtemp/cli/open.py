@@ -1,4 +1,4 @@
-"""`pgtemp open DIR`: look at data that was kept."""
+"""`pgtemp open DIR`: run a server on persisted data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pgtemp.cli.progress import show_progress
 
 @click.command("open")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("-d", "--dbname", default=None, help="the database, where several were kept")
+@click.option("-d", "--dbname", default=None, help="the database, if several were persisted")
 @click.option("--port", type=int, default=None, help="TCP port; a free one by default")
 @click.option("--bin-dir", default=None, help="folder of PostgreSQL's programs [PGTEMP_BIN]")
-def open_kept(directory: Path, dbname: str | None, port: int | None, bin_dir: str | None) -> int:
-    """Start a server again on a data directory that was kept, until Ctrl-C; it stays kept."""
+def open_persisted(
+    directory: Path, dbname: str | None, port: int | None, bin_dir: str | None
+) -> int:
+    """Run a server on a persisted data directory until Ctrl-C. The directory is not removed."""
     show_progress()
     stop = threading.Event()
     numbers: list[int] = []
@@ -32,11 +34,11 @@ def open_kept(directory: Path, dbname: str | None, port: int | None, bin_dir: st
         signal.signal(number, on_signal)
     bin_dir = bin_dir or os.environ.get("PGTEMP_BIN")
     act_as_owner(directory)
-    with PersistedDB(directory, dbname=dbname, port=port, bin_dir=bin_dir) as kept:
-        click.echo(f"{kept.directory} is served by PostgreSQL {kept.version} at")
-        click.echo(f"    {kept.info.uri}")
-        for name, of in kept.note.databases.items():
-            click.echo(f"{name} is of {of}")
-        click.echo("Ctrl-C ends it; the directory stays")
+    with PersistedDB(directory, dbname=dbname, port=port, bin_dir=bin_dir) as persisted:
+        click.echo(f"PostgreSQL {persisted.version} serves {persisted.directory} at")
+        click.echo(f"    {persisted.info.uri}")
+        for name, origin in persisted.note.databases.items():
+            click.echo(f"database {name} belongs to {origin}")
+        click.echo("Ctrl-C stops the server and keeps the directory")
         stop.wait()
     return 130 if signal.SIGINT in numbers else 0

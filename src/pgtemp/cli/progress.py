@@ -1,4 +1,4 @@
-"""What a person at a terminal sees while something long goes on."""
+"""Progress of long operations, shown at a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgtemp.host import progress
 
 
 def show_progress() -> None:
-    """Show steps with a spinner, on a terminal only."""
+    """Show each step with a spinner, if standard error is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         return

@@ -1,4 +1,4 @@
-"""`pgtemp run COMMAND` and `pgtemp shell`: a server for as long as one command runs."""
+"""`pgtemp run COMMAND` and `pgtemp shell`: a server that runs as long as one command."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def _server_flags(command: Callable[..., object]) -> Callable[..., object]:
 @_server_flags
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(command: Sequence[str], **given: Any) -> int:
-    """Run a command with a server of its own, gone when the command has ended.
+    """Run a command with a server of its own, which is removed when the command exits.
 
-    It finds the server in DATABASE_URL, PGHOST, PGPORT, PGUSER, PGPASSWORD and PGDATABASE. Signals
-    reach it, and its exit status is pgtemp's.
+    The command gets the server's address in DATABASE_URL, PGHOST, PGPORT, PGUSER, PGPASSWORD and
+    PGDATABASE. pgtemp forwards signals to it, and exits with its exit status.
 
     \b
         pgtemp run -- npm test
@@ -51,7 +51,7 @@ def run(command: Sequence[str], **given: Any) -> int:
 @_server_flags
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def shell(arguments: Sequence[str], **given: Any) -> int:
-    """Run psql in a new database, gone when you leave it.
+    """Run psql in a new database, which is removed when psql exits.
 
     \b
         pgtemp shell
@@ -62,7 +62,8 @@ def shell(arguments: Sequence[str], **given: Any) -> int:
 
 def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) -> int:
     show_progress()
-    # A random one that PgTempDB chooses has one hash round, which clients in Java refuse.
+    # PgTempDB hashes a password that it chooses itself with one iteration, which Java clients
+    # refuse. A given password is hashed with PostgreSQL's number of iterations.
     options = ServerOptions(password=secrets.token_hex(16), **values_given(given))
     with PgTempDB.with_options(options) as db:
         argv = command(db)
@@ -82,7 +83,7 @@ def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) ->
 
 
 def _die_by(number: int) -> None:
-    """End as the command did, so that a shell or make sees the signal."""
+    """Exit by the signal that ended the command, so that a shell or make can see it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)

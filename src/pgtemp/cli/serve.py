@@ -29,16 +29,17 @@ _DEFAULT_URI = f"postgresql://{DEFAULT_HOST}:{DEFAULT_PORT}/postgres"
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="what is logged to standard error: warning; info, a line a lease, with --log-json",
+    help="level of the log on standard error (default warning, or info with --log-json); "
+    "info logs one line per lease",
 )
-@click.option("--log-json", is_flag=True, help="log a JSON object a line")
+@click.option("--log-json", is_flag=True, help="log one JSON object per line")
 def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) -> int:
     """Serve temporary databases at URI; every connection gets its own.
 
-    Without URI, PGTEMP_URI is taken, else DATABASE_URL, else postgresql://localhost:6543/postgres.
-    User and database in it are those the servers are made with.
+    The default of URI is PGTEMP_URI, else DATABASE_URL, else
+    postgresql://localhost:6543/postgres. The servers are created with its user and database.
     """
-    # Nothing is there yet; the daemon listens to signals before anything is.
+    # Until the daemon installs its handlers, a signal may end the process: nothing is started yet.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     logs.set_up(log_level or ("info" if log_json else "warning"), as_json=log_json)
@@ -55,8 +56,8 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
         if not uri and (uri := os.environ.get(variable)):
             source = variable
     uri = uri or _DEFAULT_URI
-    said = parse(uri, source)
-    host = said.host or DEFAULT_HOST
+    parsed = parse(uri, source)
+    host = parsed.host or DEFAULT_HOST
     if host.startswith("/") or not ports.loopback_addresses(host):
         raise OptionError(
             f"{redact(uri)!r}: {host} is not this machine",
@@ -65,29 +66,29 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
     named = {
         name: value
         for name in ("port", "user", "password", "dbname")
-        if (value := getattr(said, name)) is not None
+        if (value := getattr(parsed, name)) is not None
     }
     return DaemonOptions(host=host, **named, **values_given(given))
 
 
 def _print_line(text: str) -> None:
-    with suppress(OSError):  # on a full disk; what goes on is worth more
+    with suppress(OSError):  # on a full disk; the daemon's work is more important
         click.echo(text, err=True)
 
 
 def _print_ready(served: Announcement) -> None:
     click.echo(f"pgtemp serves PostgreSQL {served.version}, {served.each}, at")
     click.echo(f"    {served.info.uri}")
-    click.echo("try")
+    click.echo("try it with")
     click.echo(f"    {served.psql} {shlex.quote(served.info.uri)} -c 'select version()'")
     if served.root is not None:
-        click.echo(f"its TLS is vouched for by sslrootcert={served.root}")
-    click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C ends everything")
+        click.echo(f"to verify its TLS certificate, connect with sslrootcert={served.root}")
+    click.echo(f"the unix socket is in {served.socket_dir}; Ctrl-C stops everything")
 
 
 def _loop_factory() -> Any:
     try:
         import uvloop
-    except ImportError:  # no wheel for this Python; asyncio's own loop does the same, slower
+    except ImportError:  # no wheel for this Python; asyncio's own loop works too, but is slower
         return None
     return uvloop.new_event_loop

@@ -1,4 +1,4 @@
-"""How commands show what they have found: a table for people, JSON for programs."""
+"""Print the results of commands: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDE = 200  # characters a line, where it is not a terminal's
+_WIDTH = 200  # characters per line, if the output is not a terminal
 
-as_json = click.option("--json", "json_wanted", is_flag=True, help="say it as one JSON object")
+as_json = click.option(
+    "--json", "json_wanted", is_flag=True, help="print the result as one JSON object"
+)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; what is all digits, or empty, goes to the right."""
+    """Print a table; a column whose cells all start with a digit is right-aligned."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+        console = Console(highlight=False, width=_WIDTH)
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column, title in enumerate(titles):
         numbers = all(row[column].replace(" ", "")[:1].isdigit() for row in rows)
@@ -32,9 +34,9 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain(text: str) -> str:
-    """A text of other users: with what may control a terminal, or cannot be encoded, escaped.
+    """Escape a text of other users: the characters that control a terminal or cannot be encoded.
 
-    That includes line breaks, the marks that change the direction of text, and the bytes of a name
+    These include line breaks, the marks that change the direction of text, and the bytes of a name
     that are not UTF-8.
     """
     shown = "".join(
@@ -45,20 +47,20 @@ def plain(text: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def json_object(said: dict[str, Any]) -> None:
-    """Print an object, in ASCII: any terminal and any encoding can take it."""
-    click.echo(json.dumps(said, indent=2, allow_nan=False))
+def json_object(result: dict[str, Any]) -> None:
+    """Print an object as ASCII, which every terminal and encoding supports."""
+    click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
 def size(count: int) -> str:
-    """Bytes, for people."""
+    """Format a number of bytes for people."""
     if count < 1 << 20:
         return f"{count >> 10} kB"
     return f"{count >> 20} MB" if count < 10 << 30 else f"{count >> 30} GB"
 
 
 def age(seconds: float | None) -> str:
-    """Seconds, for people."""
+    """Format a number of seconds for people."""
     if seconds is None:
         return "?"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

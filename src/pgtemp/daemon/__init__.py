@@ -1,1 +1,1 @@
-"""The front door: one port, each connection gets a lease."""
+"""The daemon: one port, on which each connection gets a lease."""

@@ -1,4 +1,4 @@
-"""The server's side of one client: a connection to a database, logged in as the client asked."""
+"""The daemon's connection to a backend: one database, logged in with the client's parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from pgtemp.wire.startup import Startup, check_length
 
 _QUEUE_SECONDS = 0.01
 _SASL = (10).to_bytes(4, "big")
-_BEFORE_QUESTION = (b"N", b"v")  # NoticeResponse, NegotiateProtocolVersion
-_MOST_GREETING = 64 * 1024  # bytes that are kept for a client who is not there yet
-# What the relay reads at once must fit in while the server is at the last of it; else COPY into a
-# database takes the relay half as long again. A unix socket's buffer does not grow by itself.
+_BEFORE_PASSWORD_REQUEST = (b"N", b"v")  # NoticeResponse, NegotiateProtocolVersion
+_MAX_GREETING = 64 * 1024  # bytes that are stored until a client takes the connection
+# The buffer must hold one read of the relay while the server processes the previous one; otherwise
+# COPY into a database takes the relay 1.5 times as long. A unix socket's buffer does not grow by
+# itself.
 _SEND_BUFFER = 1024 * 1024
 
 
@@ -33,8 +34,8 @@ class Backend:
     """A connection to a server.
 
     Attributes:
-        login: what the server has said so far; with the key that cancels.
-        greeting: what it said while nobody was there to hear it.
+        login: the state of the login, with the cancel key.
+        greeting: the server's messages that are still to be sent to the client.
     """
 
     server: Endpoint
@@ -43,18 +44,18 @@ class Backend:
 
     @property
     def refused(self) -> bool:
-        """Whether the server has not let the client in, and will not."""
-        return self.login.failed or (self.server.over and not self.login.done)
+        """Whether the login has failed."""
+        return self.login.failed or (self.server.at_eof and not self.login.done)
 
     def close(self) -> None:
-        """Say goodbye, where the login is over, and close."""
+        """Close the connection; send Terminate first if the login is complete."""
         if self.login.done:
             self.server.write(TERMINATE)
         self.server.close()
 
 
 async def prepare(isolation: Isolation, allocation: Allocation, request: DatabaseRequest) -> str:
-    """Make a place fit for who connects; the database's real name. Raises PgTempError."""
+    """Prepare an allocation for a client; return the database's real name. Raises PgTempError."""
     dbname = isolation.is_prepared(allocation, request)
     if dbname is not None:
         return dbname
@@ -64,15 +65,15 @@ async def prepare(isolation: Isolation, allocation: Allocation, request: Databas
 async def connect(
     allocation: Allocation, startup: Startup, dbname: str, *, by_password: bool
 ) -> Backend:
-    """Connect and send the client's parameters, rebuilt with the database's real name.
+    """Connect and send the client's parameters, with the database's real name.
 
     Args:
-        by_password: come by TCP, where servers ask for a password, which is the client's to say.
+        by_password: connect over TCP, where servers request a password, which the client must give.
 
     Raises:
         OSError: the server cannot be reached; TimeoutError if it does not answer.
-        ProtocolError: with that name the packet is longer than a server takes.
-        ClusterError: it asks for no password; nobody else gets a place in it.
+        ProtocolError: with that name the packet is longer than servers accept.
+        ClusterError: the server requests no password; no other client gets an allocation in it.
     """
     packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
     check_length(len(packet))
@@ -82,12 +83,12 @@ async def connect(
             _, server = await loop.create_connection(Endpoint, *allocation.address)
             backend = Backend(server, ServerStart())
             try:
-                if not allocation.alive:  # its port may be somebody else's by now
+                if not allocation.alive:  # another process may listen on its port by now
                     raise ConnectionRefusedError(
                         errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
                     )
                 server.write(packet)
-                await _await_question(backend, allocation)
+                await _await_password_request(backend, allocation)
             except BaseException:
                 server.close()
                 raise
@@ -97,9 +98,10 @@ async def connect(
         raw.setblocking(False)
         refuse_descriptors(raw)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        # A unix socket connects at once, so the server is at work before the loop comes round.
+        # A unix socket connects at once, so the server starts to work before the event loop's next
+        # iteration.
         code = raw.connect_ex(allocation.socket)
-        if code == errno.EAGAIN:  # the server's queue is full
+        if code == errno.EAGAIN:  # the queue of the server's listening socket is full
             async with login(allocation):
                 while (code := raw.connect_ex(allocation.socket)) == errno.EAGAIN:
                     await asyncio.sleep(_QUEUE_SECONDS)
@@ -122,61 +124,68 @@ async def connect(
 
 
 async def _read(backend: Backend) -> bytes:
-    """Read what the server says, and keep it for the client; b"" at the end."""
+    """Read from the server, and append to the greeting; b"" at end of file."""
     data = await backend.server.read()
     backend.greeting += data
     backend.login.feed(data)
     return data
 
 
-async def _await_question(backend: Backend, allocation: Allocation) -> None:
-    """Hear the server out until it asks for the password, refuses or ends.
+async def _await_password_request(backend: Backend, allocation: Allocation) -> None:
+    """Read from the server until it requests the password, refuses the client or disconnects.
 
-    Whoever has a superuser's connection can have pg_hba.conf say that no password is needed.
+    A client with a superuser's connection can change pg_hba.conf, so that no password is needed.
+
+    Raises:
+        ClusterError: the server lets the client in without a password.
     """
-    frames = Frames(wanted=b"R", most=_MOST_GREETING)
+    frames = Frames(wanted=b"R", most=_MAX_GREETING)
     while data := await _read(backend):
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
-            if kind not in _BEFORE_QUESTION:
+            if kind not in _BEFORE_PASSWORD_REQUEST:
                 allocation.mark_unreachable()
                 raise ClusterError(
-                    "the server does not ask for the password, since its pg_hba.conf was changed",
-                    remedy="connect again; not to a session whose pg_hba.conf it is",
+                    "the server does not ask for the password, because its pg_hba.conf was changed",
+                    remedy="connect again, but not to a session in that server",
                 )
 
 
 async def log_in(backend: Backend, allocation: Allocation) -> bool:
-    """Hear the server out until the client could speak; False if it refused or said too much.
+    """Read from the server until the login is complete.
 
-    Raises TimeoutError if it does not answer.
+    Returns:
+        False if the server refused the login, or sent more than the greeting may hold.
+
+    Raises:
+        TimeoutError: the server does not answer.
     """
     async with login(allocation):
-        await _hear(backend, backend.login)
+        await _read_until_done(backend, backend.login)
     return backend.login.done and not backend.login.failed
 
 
-async def plan_ahead(backend: Backend, plan: bytes) -> bool:
-    """Have a statement planned, and forgotten; whether it could be.
+async def plan_statement(backend: Backend, plan: bytes) -> bool:
+    """Plan a statement, discard the plan, and return whether it could be planned.
 
-    The first statement fills the backend's caches, and brings the catalogs' pages into the shared
-    buffers, which takes half a millisecond and more.
+    The first statement of a backend fills its caches, and reads the pages of catalogs into the
+    shared buffers, which takes half a millisecond or more.
 
     Args:
-        plan: messages that plan it, as the unnamed statement and portal.
+        plan: protocol messages that plan the statement, as the unnamed statement and portal.
     """
     greeting, planned = backend.greeting, ServerStart()
     backend.server.write(plan + FORGET)
-    await _hear(backend, planned)
+    await _read_until_done(backend, planned)
     backend.greeting = greeting
     return planned.done and not planned.failed
 
 
-async def _hear(backend: Backend, heard: ServerStart) -> None:
-    while not heard.done and len(backend.greeting) <= _MOST_GREETING:
+async def _read_until_done(backend: Backend, observer: ServerStart) -> None:
+    while not observer.done and len(backend.greeting) <= _MAX_GREETING:
         data = await backend.server.read()
         if not data:
             return
-        heard.feed(data)
+        observer.feed(data)
         backend.greeting += data

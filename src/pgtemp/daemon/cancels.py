@@ -1,7 +1,8 @@
 """Route a CancelRequest to the backend that owns the key.
 
-Keys are learned from each server's BackendKeyData. The canceller's connection is closed only after
-the backend's side has closed, else a cancel could hit the query after the one it was meant for.
+The keys are read from each backend's BackendKeyData. The daemon closes the connection that sent the
+CancelRequest only after the server has closed its side; otherwise a cancel could stop the query
+after the intended one.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _SECONDS = 10.0
 
 
 class Cancels:
-    """Which server's socket a cancel key belongs to."""
+    """The servers' sockets by cancel key."""
 
     def __init__(self) -> None:
         self._sockets: dict[bytes, tuple[str, int]] = {}
 
     @contextmanager
     def registered(self, key: bytes, socket: str, uid: int) -> Iterator[None]:
-        """The key leads to the server for as long as the block lasts.
+        """Route the key to the server while the block runs.
 
         Args:
             socket: the path of the server's socket.
@@ -39,7 +40,7 @@ class Cancels:
                 del self._sockets[key]
 
     async def route(self, key: bytes) -> bool:
-        """Pass a cancel on, and wait until it was taken; False for a key that nobody has."""
+        """Forward a CancelRequest, and wait until the server took it; False for an unknown key."""
         found = self._sockets.get(key)
         if found is None:
             return False

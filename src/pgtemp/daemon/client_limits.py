@@ -1,8 +1,8 @@
-"""How many clients there may be: a client that is too many is refused with an error.
+"""Limits on the number of clients. A client above a limit is refused with an error.
 
-Clients of other users get at most a quarter of the room, whatever they send and however slowly they
-send it. A client is a stranger until the door has admitted it or its connection is closed. While
-strangers hold a quarter of the room, the door checks each new client at accept.
+Clients of other users get at most a quarter of the limit, whatever they send and however slowly
+they send it. A client is a stranger until the listener has admitted it or its connection is closed.
+While strangers hold a quarter of the limit, the listener checks each new client at accept.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.host import file_limits
 
-MAX_STARTING = 1000  # clients that have not said yet who they are
+MAX_STARTING = 1000  # clients that have not completed the start-up
 MORE_FILES = "raise the limit on open files (ulimit -n)"
-_OWN_FILES = 48  # that are open without a client
-_FILES_EACH = {"database": 2, "cluster": 5}  # of a client, and of what it is given
+_OWN_FILES = 48  # that the daemon has open without clients
+_FILES_EACH = {"database": 2, "cluster": 5}  # open files per client and its lease, by isolation
 
 
 class ClientLimits:
-    """Counts clients.
+    """Counts clients, and refuses those above a limit.
 
     Attributes:
-        starting: how many have not said yet who they are.
+        starting: the number of clients that have not completed the start-up.
     """
 
     def __init__(self, isolation: str) -> None:
@@ -33,14 +33,15 @@ class ClientLimits:
         self._most = max(2, (file_limits.limit() - _OWN_FILES) // _FILES_EACH[isolation])
 
     def enter(self, refusal: Callable[[], RefusedError | None], inside: int) -> Newcomer:
-        """Count a client that has just connected as one that starts.
+        """Count a client that has just connected as starting.
 
         Args:
-            refusal: asks the door why it does not admit the client; None if it does.
-            inside: how many clients there are.
+            refusal: returns the reason why the listener does not admit the client; None if it
+                does.
+            inside: the number of connected clients.
 
         Raises:
-            RefusedError: the client is one too many, or the door does not admit it.
+            RefusedError: a limit is reached, or the listener does not admit the client.
         """
         if self.starting >= MAX_STARTING:
             raise RefusedError("53300", "too many clients are starting", "connect again")
@@ -54,9 +55,13 @@ class ClientLimits:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """While the block lasts there is one client more who has a database.
+        """Count one more client that has a database, while the block runs.
 
-        Not all that have come can have one, so that who cancels, or looks in, finds room.
+        An eighth of the limit is reserved for clients without a database, so that cancel requests
+        and probes are still accepted.
+
+        Raises:
+            RefusedError: the limit is reached.
         """
         _check_files(self._served, self._most - self._most // 8)
         self._served += 1
@@ -67,33 +72,33 @@ class ClientLimits:
 
 
 class Newcomer:
-    """A client that has connected, a stranger so far."""
+    """A client that has connected; a stranger until the listener admits it."""
 
     def __init__(
         self, strangers: set[Newcomer], refusal: Callable[[], RefusedError | None]
     ) -> None:
         self._strangers = strangers
         self._strangers.add(self)
-        self._ask = refusal
-        self._asked = False
+        self._check = refusal
+        self._checked = False
         self._refusal: RefusedError | None = None
 
     @property
     def refusal(self) -> RefusedError | None:
-        """Why the door does not admit the client; None if it does. The door is asked once."""
-        if not self._asked:
-            self._asked = True
-            self._refusal = self._ask()
+        """Why the listener does not admit the client; None if it does. It is checked once."""
+        if not self._checked:
+            self._checked = True
+            self._refusal = self._check()
             if self._refusal is None:
                 self.leave()
         return self._refusal
 
     def leave(self) -> None:
-        """The client is admitted, or its connection is closed."""
+        """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
         self._strangers.discard(self)
 
 
 def _check_files(clients: int, most: int) -> None:
     if clients >= most:
-        reason = f"there are {clients} clients, and no files for more"
+        reason = f"there are {clients} clients, and the limit on open files allows no more"
         raise RefusedError("53300", reason, MORE_FILES)

@@ -1,7 +1,8 @@
-"""What `pgtemp ls` asks a running daemon, over a socket in the `socket` directory of its home.
+"""Serve the daemon's status to `pgtemp ls`, on a socket in its run directory (`socket/control`).
 
-Whoever connects is told all there is to tell, as one JSON object, and hung up on. The home's mode
-says who may. The command does not trust the answer: root asks the daemons of all users.
+The daemon sends its URI, version and leases to every client of the socket, as one JSON object, and
+disconnects. The mode of the run directory decides which users may connect. `pgtemp ls` does not
+trust the answer: root queries the daemons of all users.
 """
 
 from __future__ import annotations
@@ -28,104 +29,108 @@ from pgtemp.uri import redact
 
 NAME = "control"
 _SECONDS = 1.0  # for all answers together
-_MOST = 4 << 20  # bytes of the answers of one user's daemons
-_LONGEST = 1024  # characters of a text in an answer
-_LARGEST = 1 << 63  # a number in an answer is below
+_MAX_BYTES = 4 << 20  # of the answers of one user's daemons
+_MAX_TEXT = 1024  # characters of a text in an answer
+_MAX_NUMBER = 1 << 63  # the numbers in an answer are smaller
 
 
 class _Answer(asyncio.Protocol):
-    def __init__(self, tell: Callable[[], dict[str, Any]]) -> None:
-        self._tell = tell
+    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
+        self._status = status
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        answering = cast(asyncio.WriteTransport, transport)  # uvloop's is none of asyncio's classes
-        answering.write(json.dumps(self._tell()).encode())
+        # uvloop's transports are not instances of asyncio's classes.
+        answering = cast(asyncio.WriteTransport, transport)
+        answering.write(json.dumps(self._status()).encode())
         answering.close()
 
 
-async def listen(directory: str, tell: Callable[[], dict[str, Any]]) -> asyncio.Server:
-    """Answer whoever asks in `directory`."""
+async def listen(directory: str, status: Callable[[], dict[str, Any]]) -> asyncio.Server:
+    """Listen on the control socket in `directory`, and send `status()` to each client."""
     loop = asyncio.get_running_loop()
-    return await loop.create_unix_server(lambda: _Answer(tell), f"{directory}/{NAME}")
+    return await loop.create_unix_server(lambda: _Answer(status), f"{directory}/{NAME}")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a daemon reports: where it serves, without its password, and its leases."""
+    """A daemon's answer: its URI, without the password, and its leases."""
 
     uri: str
     leases: Sequence[dict[str, Any]]
 
 
-def ask(homes: Iterable[Path]) -> dict[Path, Answer]:
-    """The answers of the daemons in these homes, asked all at once, within one second.
+def ask(run_dirs: Iterable[Path]) -> dict[Path, Answer]:
+    """Query the daemons in these run directories concurrently, for at most one second.
 
-    A home without a daemon, or whose daemon does not answer in time, has no answer. Every user can
-    put a socket there that answers slowly, endlessly or with anything, so the users of the homes
-    share neither their turns nor the size of their answers, and an answer is checked field by
-    field.
+    A run directory without a daemon, or whose daemon does not answer in time, is not in the result.
+    Every user can put a socket there that answers slowly, endlessly or with any content. So each
+    user has a limit of their own on the size of the answers, the first run directory of every user
+    is queried before the second of any, and every field of an answer is checked.
     """
     deadline = time.monotonic() + _SECONDS
-    whole: list[_Asked] = []
+    complete: list[_Query] = []
     with ExitStack() as stack, selectors.DefaultSelector() as waiting:
-        left: dict[int, int] = defaultdict(lambda: _MOST)
-        for home in _in_turn(homes):
+        left: dict[int, int] = defaultdict(lambda: _MAX_BYTES)
+        for run_dir in _in_turn(run_dirs):
             with suppress(OSError):
-                asked = _Asked.connect(home)
-                stack.callback(asked.socket.close)
-                waiting.register(asked.socket, selectors.EVENT_READ, asked)
+                query = _Query.connect(run_dir)
+                stack.callback(query.socket.close)
+                waiting.register(query.socket, selectors.EVENT_READ, query)
         while waiting.get_map() and (seconds := deadline - time.monotonic()) > 0:
             for key, _ in waiting.select(seconds):
-                asked = key.data
-                data = asked.receive(left[asked.uid])
+                query = key.data
+                data = query.receive(left[query.uid])
                 if data:
-                    left[asked.uid] -= len(data)
-                    asked.said += data
+                    left[query.uid] -= len(data)
+                    query.received += data
                     continue
-                waiting.unregister(asked.socket)
-                asked.socket.close()
+                waiting.unregister(query.socket)
+                query.socket.close()
                 if data is not None:
-                    whole.append(asked)
-    answers = {asked.home: _read(asked.said) for asked in whole}
-    return {home: answer for home, answer in answers.items() if answer is not None}
+                    complete.append(query)
+    answers = {query.run_dir: _read(query.received) for query in complete}
+    return {run_dir: answer for run_dir, answer in answers.items() if answer is not None}
 
 
-def _in_turn(homes: Iterable[Path]) -> list[Path]:
-    """The first home of each user, then the second of each: descriptors may not suffice for all."""
+def _in_turn(run_dirs: Iterable[Path]) -> list[Path]:
+    """Sort: the first run directory of each user, then the second, and so on.
+
+    The process may have fewer descriptors than there are run directories.
+    """
     ranks: Counter[int] = Counter()
     ranked = []
-    for home in homes:
+    for run_dir in run_dirs:
         with suppress(OSError):
-            uid = home.lstat().st_uid
+            uid = run_dir.lstat().st_uid
             ranks[uid] += 1
-            ranked.append((ranks[uid], home))
-    return [home for _, home in sorted(ranked)]
+            ranked.append((ranks[uid], run_dir))
+    return [run_dir for _, run_dir in sorted(ranked)]
 
 
 @dataclass(slots=True)
-class _Asked:
-    """A connection to the control socket of a home that belongs to the user `uid`."""
+class _Query:
+    """A connection to the control socket of a run directory that belongs to the user `uid`."""
 
-    home: Path
+    run_dir: Path
     uid: int
     socket: socket.socket
-    said: bytearray = field(default_factory=bytearray)
+    received: bytearray = field(default_factory=bytearray)
 
     @classmethod
-    def connect(cls, home: Path) -> Self:
-        """Raises OSError, also where connecting would have to wait."""
-        with inventory.opened(home) as directory, ExitStack() as on_failure:
+    def connect(cls, run_dir: Path) -> Self:
+        """Connect. Raises OSError, even if connecting would only block, as the queue is full."""
+        with inventory.opened(run_dir) as directory, ExitStack() as on_failure:
             uid = os.fstat(directory).st_uid
             asking = on_failure.enter_context(socket.socket(socket.AF_UNIX))
             asking.setblocking(False)
             refuse_descriptors(asking)
-            _connect(asking, home, directory)
+            _connect(asking, run_dir, directory)
             check_listener(asking, uid)
             on_failure.pop_all()
-            return cls(home, uid, asking)
+            return cls(run_dir, uid, asking)
 
     def receive(self, most: int) -> bytes | None:
-        """More of the answer; b"" at its end, None where it fails or is longer than `most`."""
+        """Return more of the answer; b"" at its end, None if it fails or is longer than `most`."""
         try:
             data = self.socket.recv(1 << 16)
         except OSError:
@@ -133,11 +138,14 @@ class _Asked:
         return data if len(data) <= most else None
 
 
-def _connect(asking: socket.socket, home: Path, directory: int) -> None:
-    """Connect to the socket in a directory, by its descriptor: the path may be too long for a
-    socket, and a link in its place would lead root to any socket."""
+def _connect(asking: socket.socket, run_dir: Path, directory: int) -> None:
+    """Connect to the control socket by the descriptor of its directory.
+
+    The path may be too long for a socket address, and a symbolic link in its place would direct
+    root to any socket.
+    """
     if not hasattr(os, "O_PATH"):  # macOS
-        asking.connect(f"{home}/{SOCKET}/{NAME}")
+        asking.connect(f"{run_dir}/{SOCKET}/{NAME}")
         return
     within = os.open(SOCKET, DIRECTORY, dir_fd=directory)
     try:
@@ -146,15 +154,15 @@ def _connect(asking: socket.socket, home: Path, directory: int) -> None:
         os.close(within)
     try:
         if not stat.S_ISSOCK(os.fstat(there).st_mode):
-            raise ConnectionRefusedError(f"{home}/{SOCKET}/{NAME} is not a socket")
+            raise ConnectionRefusedError(f"{run_dir}/{SOCKET}/{NAME} is not a socket")
         asking.connect(f"/proc/self/fd/{there}")
     finally:
         os.close(there)
 
 
-def _read(said: bytearray) -> Answer | None:
+def _read(received: bytearray) -> Answer | None:
     try:
-        answer = json.loads(said)
+        answer = json.loads(received)
     except (ValueError, RecursionError):
         return None
     if not isinstance(answer, dict):
@@ -163,18 +171,18 @@ def _read(said: bytearray) -> Answer | None:
     if not isinstance(uri, str) or not isinstance(leases, list):
         return None
     facts = [_plain(lease) for lease in leases if isinstance(lease, dict)]
-    return Answer(redact(uri[:_LONGEST]), facts)
+    return Answer(redact(uri[:_MAX_TEXT]), facts)
 
 
 def _plain(lease: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a lease, without any that is not a short text or a usual number (lease.py)."""
+    """Return the facts of a lease (lease.py) that are short texts, usual numbers or None."""
     facts = lease.items()
     return {name: value for name, value in facts if _is_plain(name) and _is_plain(value)}
 
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, str):
-        return len(value) <= _LONGEST
+        return len(value) <= _MAX_TEXT
     if isinstance(value, (int, float)):
-        return -_LARGEST < value < _LARGEST  # and so neither infinite nor NaN
+        return -_MAX_NUMBER < value < _MAX_NUMBER  # excludes infinity and NaN
     return value is None

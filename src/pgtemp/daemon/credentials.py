@@ -1,4 +1,4 @@
-"""What the daemon shows and asks for: its certificate, and the password from a file."""
+"""The daemon's TLS certificate, and the password that it reads from a file."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from pgtemp.sql.passwords import Secret
 from pgtemp.wire.tls import ALPN
 
 _log = logging.getLogger("pgtemp.daemon")
-_HERE = ("localhost", "127.0.0.1", "::1")
-_MOST = 1000  # bytes; libpq takes no more from a client
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_MAX_PASSWORD = 1000  # bytes; libpq accepts no longer password from a client
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What TLS is spoken with. `root` vouches for it, where it was made for this run (PEM)."""
+    """The certificate for TLS.
+
+    Attributes:
+        root: the root certificate (PEM) that clients verify it with, if it was made for this run.
+    """
 
     context: ssl.SSLContext
     root: bytes = b""
 
 
 def password(options: DaemonOptions) -> Secret | None:
-    """What clients need who come by TCP; None where nothing is asked. Raises OptionError."""
+    """Read the password for clients over TCP; None if none is required. Raises OptionError."""
     path = options.password_file
     if path is None:
         return None
@@ -40,38 +44,43 @@ def password(options: DaemonOptions) -> Secret | None:
     try:
         with open(reach.open_file(path), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            first = file.readline(_MOST + 1).rstrip(b"\r\n")
+            first = file.readline(_MAX_PASSWORD + 1).rstrip(b"\r\n")
         text = first.decode()
     except OSError as error:
         raise OptionError(
-            f"{shown} cannot be read: {error.strerror}", remedy="name a file with a password"
+            f"{shown} cannot be read: {error.strerror}",
+            remedy="give a file that contains the password",
         ) from error
     except UnicodeDecodeError as error:
         raise OptionError(
             f"the password in {shown} is not UTF-8", remedy="write it as UTF-8"
         ) from error
-    if not text or "\0" in text or len(first) > _MOST:
+    if not text or "\0" in text or len(first) > _MAX_PASSWORD:
         raise OptionError(
-            f"the first line of {shown} is no password", remedy="write one into it, and a newline"
+            f"the first line of {shown} is no password",
+            remedy="write the password and a newline into it",
         )
     if options.password not in (None, text):
         raise OptionError(
-            f"the URI has another password than {shown}", remedy="leave it out of the URI"
+            f"the URI has a different password than {shown}",
+            remedy="leave the password out of the URI",
         )
     if stat.S_ISREG(mode) and mode & 0o077:
-        _log.warning("%s is open to other users; chmod 600 closes it", shown)
+        _log.warning("other users can read or write %s; run chmod 600 on it", shown)
     return Secret(text)
 
 
 def certificate(options: DaemonOptions) -> Certificate | None:
-    """What TLS is spoken with; None where it is not. Raises OptionError."""
+    """Load or make the certificate for TLS; None if TLS is off. Raises OptionError."""
     if options.tls is None and options.tls_cert is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols([ALPN])
     context.options |= ssl.OP_NO_RENEGOTIATION
     if options.tls_cert is None:
-        return Certificate(context, _made_for(context, [*_HERE, socket.gethostname()]))
+        return Certificate(
+            context, _make_certificate(context, [*_LOCAL_NAMES, socket.gethostname()])
+        )
     _load(context, options.tls_cert, options.tls_key)
     return Certificate(context)
 
@@ -79,14 +88,15 @@ def certificate(options: DaemonOptions) -> Certificate | None:
 def _load(context: ssl.SSLContext, certificate: StrPath, key: StrPath | None) -> None:
     shown = f"{os.fspath(certificate)}{f' and {os.fspath(key)}' if key is not None else ''}"
 
-    def ask() -> str:
-        # Rather than on the terminal, where a daemon may have none.
+    def refuse_passphrase() -> str:
+        # OpenSSL would read it from the terminal, and a daemon may have none.
         raise OptionError(
-            f"the key in {shown} is locked by a passphrase", remedy="give one that is not"
+            f"the key in {shown} is protected by a passphrase",
+            remedy="give a key without a passphrase",
         )
 
     try:
-        context.load_cert_chain(certificate, key, password=ask)
+        context.load_cert_chain(certificate, key, password=refuse_passphrase)
     except ssl.SSLError as error:
         raise OptionError(
             f"{shown} cannot be used for TLS: {error.reason or error}",
@@ -94,27 +104,27 @@ def _load(context: ssl.SSLContext, certificate: StrPath, key: StrPath | None) ->
         ) from error
 
 
-def _made_for(context: ssl.SSLContext, names: list[str]) -> bytes:
-    """Make a certificate for this run; who vouches for it."""
+def _make_certificate(context: ssl.SSLContext, names: list[str]) -> bytes:
+    """Make a certificate for this run; return its root certificate (PEM)."""
     try:
         import trustme
     except ImportError as error:
         raise OptionError(
-            "a certificate cannot be made without trustme",
+            "making a certificate requires the package trustme",
             remedy="pip install 'pgtemp[tls]', or give --tls-cert",
         ) from error
     authority = trustme.CA(organization_name="pgtemp")
-    known = []
+    valid = []
     for name in names:
-        with suppress(ValueError):  # a machine's name need not be one that certificates can have
+        with suppress(ValueError):  # a host name may be invalid in a certificate
             authority.issue_cert(name)
-            known.append(name)
-    authority.issue_cert(*known).configure_cert(context)
+            valid.append(name)
+    authority.issue_cert(*valid).configure_cert(context)
     return authority.cert_pem.bytes()
 
 
 def write_root(made: Certificate | None, directory: str) -> Path | None:
-    """Put down who vouches for the certificate, for clients that check it."""
+    """Write the root certificate to a file, for clients that verify the daemon's certificate."""
     if made is None or not made.root:
         return None
     path = Path(directory) / "root.crt"

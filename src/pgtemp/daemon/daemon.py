@@ -1,4 +1,4 @@
-"""The daemon from beginning to end: start up, serve, shut down."""
+"""The daemon: start up, serve, shut down."""
 
 from __future__ import annotations
 
@@ -34,15 +34,24 @@ from pgtemp.supervisor import supervision
 from pgtemp.uri import ConnectionInfo, redact
 
 _FORCED = 130
-# A server in a state that nothing here foresees must not hold up the end: the warden ends it.
-_END_SECONDS = 4.0
+# The daemon exits after this time even if a server does not stop; the supervisor then stops it.
+_STOP_SECONDS = 4.0
 _CONNECTIONS = 1000
 _LOGIN_SECONDS = "10s"
 
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What whoever started the daemon is told when it serves."""
+    """Information for the caller once the daemon serves.
+
+    Attributes:
+        info: how clients connect.
+        socket_dir: the directory of the daemon's unix socket.
+        root: the file with the root certificate, if one was made.
+        version: the version of PostgreSQL.
+        psql: the command psql.
+        each: describes what each connection gets.
+    """
 
     info: ConnectionInfo
     socket_dir: str
@@ -58,31 +67,32 @@ async def run(
     ready: Callable[[Announcement], None],
     announce: Callable[[str], None],
 ) -> int:
-    """Serve until a signal says to stop; the signal's number.
+    """Serve until a signal stops the daemon; return the signal's number.
 
     Args:
         ready: called once the daemon serves.
-        announce: called with a line that concerns the user, such as where data was kept.
+        announce: called with a line for the user, such as the directory of persisted data.
 
     Raises:
-        PgTempError: it could not start; nothing is left.
+        PgTempError: the daemon could not start, or its single server exited. No server is left.
     """
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as at_the_end:
-        # A pipe may have to be waited for, and a signal is to end that.
+        # The files may be pipes, on which reading blocks. The signal handlers are installed later,
+        # so that a signal still stops the process.
         secret, certificate = credentials.password(options), credentials.certificate(options)
         stopping: asyncio.Future[int] = loop.create_future()
-        patient = options.persist or options.dump is not None  # what is to be kept takes its time
-        seconds = None if patient else _END_SECONDS
+        persists = options.persist or options.dump is not None  # persisting data may take long
+        seconds = None if persists else _STOP_SECONDS
         at_the_end.enter_context(_signals(loop, stopping, seconds))
 
         file_limits.raise_limit()
-        # start up: listening comes first, so that a port that is taken costs nothing
+        # start up: listening comes first, so that a port in use is reported at once
         listening = listeners.listen(options) if options.tcp else []
         for bound in listening:
             at_the_end.callback(bound.close)
         loop.set_default_executor(ThreadPoolExecutor(THREADS, "pgtemp-work"))
-        # A lease's time is not that of its server.
+
         plan = await whole(lambda: server_setup.plan(_for_servers(options), (), secret))
         isolation = _isolation(options, plan, announce)
         at_the_end.push_async_callback(whole, isolation.close)
@@ -112,9 +122,9 @@ async def run(
             )
         )
         announcement = _announcement(options, socket_dir, plan.installation, root)
-        told = {"uri": redact(announcement.info.uri), "version": announcement.version}
+        status = {"uri": redact(announcement.info.uri), "version": announcement.version}
         servers.append(
-            await control_socket.listen(socket_dir, lambda: {**told, "leases": gateway.facts()})
+            await control_socket.listen(socket_dir, lambda: {**status, "leases": gateway.facts()})
         )
         for server in servers:
             at_the_end.callback(server.close)
@@ -122,20 +132,23 @@ async def run(
             _watch(loop, isolation.single_server, stopping)
             at_the_end.callback(loop.remove_reader, isolation.single_server.fileno())
         gc.collect()
-        gc.freeze()  # what is there now stays, and need not be looked at while clients wait
+        gc.freeze()  # objects of the start-up live as long as the daemon; do not traverse them
         ready(announcement)
         return await stopping
-        # shut down: the exit stack goes backwards, from listening to the isolation
+        # shut down: the exit stack unwinds in reverse order, from the listeners to the isolation
 
 
 def exit_status(number: int) -> int:
-    """That of a process which a signal has stopped."""
+    """Return the exit status of a daemon that was stopped by this signal."""
     return 130 if number == signal.SIGINT else 0
 
 
 def _for_servers(options: DaemonOptions) -> DaemonOptions:
-    """What the servers are made with: a shared one has room for the connections of many leases,
-    and who has not shown a password yet does not keep one for long."""
+    """Return the options for the servers.
+
+    A shared server allows connections for many leases. If a password is required, a client that
+    does not authenticate is disconnected soon. `ttl` limits leases, not servers.
+    """
     config = dict(options.config)
     if options.password_file is not None:
         config.setdefault("authentication_timeout", _LOGIN_SECONDS)
@@ -147,10 +160,10 @@ def _for_servers(options: DaemonOptions) -> DaemonOptions:
 def _watch(
     loop: asyncio.AbstractEventLoop, postmaster: Postmaster, stopping: asyncio.Future[int]
 ) -> None:
-    """Stop with an error when the one server that everybody shares has died."""
+    """Stop the daemon with an error when the single server that all clients share has exited."""
     descriptor = postmaster.fileno()
 
-    def look() -> None:
+    def check() -> None:
         try:
             postmaster.check()
         except PgTempError as error:
@@ -158,16 +171,16 @@ def _watch(
             if not stopping.done():
                 stopping.set_exception(error)
 
-    loop.add_reader(descriptor, look)
+    loop.add_reader(descriptor, check)
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, None], stopping: asyncio.Future[int]) -> None:
-    """Do the work; a signal meanwhile cancels it, and it undoes itself."""
+    """Run `work`. If a signal arrives meanwhile, cancel `work`, which then undoes what it did."""
     task = asyncio.ensure_future(work)
     both: set[asyncio.Future[Any]] = {task, stopping}
     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
-        processes.interrupt()  # a load may take minutes
+        processes.interrupt()  # loading a dump may take minutes
         task.cancel()
         await asyncio.wait([task])
     elif (error := task.exception()) is not None:
@@ -184,10 +197,10 @@ def _isolation(
 
 @contextmanager
 def _socket_dir() -> Iterator[str]:
-    """A directory for the daemon's own unix socket, closed to other users."""
+    """Make a run directory for the daemon's own unix socket, which other users cannot enter."""
     caller = identity.Identity(os.geteuid(), os.getegid(), "", switch=False)
     directory = rundir.make(None, caller, keep=False)
-    try:  # the lease is held to the end: a warden that is killed must not take the door along
+    try:  # keep the lease file locked: if the supervisor is killed, the directory must stay
         held = supervision.current().hold(
             directory.leftovers(keep=False),
             keep=False,
@@ -209,14 +222,14 @@ def _socket_dir() -> Iterator[str]:
 def _signals(
     loop: asyncio.AbstractEventLoop, stopping: asyncio.Future[int], seconds: float | None
 ) -> Iterator[None]:
-    """The first signal stops, within so many seconds; the second does not wait.
+    """Handle signals: the first stops the daemon within `seconds`, the second exits at once.
 
-    What was before comes back.
+    The previous handlers are restored.
     """
 
     def stop(number: int) -> None:
         if stopping.done():
-            os._exit(_FORCED)  # the warden ends all servers
+            os._exit(_FORCED)  # the supervisor stops all servers
         if seconds is not None:
             limit = threading.Timer(seconds, os._exit, [exit_status(number)])
             limit.daemon = True
@@ -226,7 +239,7 @@ def _signals(
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever started us may have blocked them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # the parent process may have blocked them
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         loop.add_signal_handler(number, stop, number)

@@ -1,10 +1,10 @@
-"""What a client asks for, read from its StartupMessage.
+"""Read a client's database request from its StartupMessage.
 
-    /app             a database of its own, from template app where there is one
+    /app             a database of its own, from template app if there is one
     /app~checkout    the database of session checkout
     /app~template    the template app itself
 
-`options=-c pgtemp.session=checkout`, or a parameter of that name, says the same as `~checkout`.
+`options=-c pgtemp.session=checkout`, or a parameter of that name, means the same as `~checkout`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ SETTING = "pgtemp.session"
 
 
 def read(startup: Startup) -> DatabaseRequest:
-    """The wish. Raises NoDatabaseError where it cannot be told."""
+    """Return the database request. Raises NoDatabaseError if it is missing or ambiguous."""
     dbname, tilde, session = startup.dbname.partition("~")
-    said = {session} if tilde else set()
+    sessions = {session} if tilde else set()
     if names_session(startup):
-        said |= {value for name, value in _settings(startup) if name.lower() == SETTING}
-    wrong = ""
+        sessions |= {value for name, value in _settings(startup) if name.lower() == SETTING}
+    problem = ""
     if not dbname:
-        wrong = "has no name"
-    elif len(said) > 1:
-        wrong = "names another session"
-    elif "" in said:
-        wrong = "names no session"
-    if wrong:
+        problem = "has no name"
+    elif len(sessions) > 1:
+        problem = "names more than one session"
+    elif "" in sessions:
+        problem = "names no session"
+    if problem:
         raise NoDatabaseError(
-            f'database "{startup.dbname}" {wrong}',
+            f'database "{startup.dbname}" {problem}',
             remedy="write /DBNAME, /DBNAME~SESSION or /DBNAME~template",
         )
-    return DatabaseRequest(startup.user, clip(dbname), said.pop() if said else None)
+    return DatabaseRequest(startup.user, clip(dbname), sessions.pop() if sessions else None)
 
 
 def names_session(startup: Startup) -> bool:
-    """Whether the session is part of what the server itself is told."""
+    """Whether the session is in a parameter that the server receives."""
     parameters = startup.parameters
     return SETTING in parameters.get("options", "").lower() or any(
         name.lower() == SETTING for name in parameters
@@ -49,7 +49,10 @@ def names_session(startup: Startup) -> bool:
 
 
 def _settings(startup: Startup) -> Iterator[tuple[str, str]]:
-    """Server settings in a StartupMessage, by name or in `options` (PostgreSQL docs, 34.1.2)."""
+    """Yield the server settings of a StartupMessage, by name or in `options`.
+
+    PostgreSQL docs, 34.1.2.
+    """
     yield from startup.parameters.items()
     words = iter(_split(startup.parameters.get("options", "")))
     for word in words:
@@ -64,6 +67,6 @@ def _settings(startup: Startup) -> Iterator[tuple[str, str]]:
 
 
 def _split(options: str) -> list[str]:
-    """At white space, where a backslash takes the next character as it is."""
+    """Split at white space; a backslash escapes the next character."""
     words = re.findall(r"(?:\\.|[^\s\\])+", options, re.S)
     return [re.sub(r"\\(.)", r"\1", word, flags=re.S) for word in words]

@@ -1,4 +1,4 @@
-"""Why a client is turned away, as PostgreSQL would say it."""
+"""Errors for clients that are refused or disconnected, as PostgreSQL's ErrorResponse messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CRASH_SHUTDOWN = "57P02"
 
 
 class RefusedError(Exception):
-    """A client that is told why it gets no database, or loses it."""
+    """A client gets no database, or loses it; `reply` is the ErrorResponse for it."""
 
     def __init__(self, sqlstate: str, message: str, hint: str = "", detail: str = "") -> None:
         super().__init__(message)
@@ -24,22 +24,23 @@ class RefusedError(Exception):
 
 
 class UnreachableError(RefusedError):
-    """A client whose server cannot be reached; another one may be."""
+    """The client's server cannot be reached; a retry gets another server."""
 
 
 def crashed(postmaster: Postmaster) -> RefusedError:
-    """What somebody is told whose connection was taken along by a crash."""
-    cause, log = "PostgreSQL has ended all connections after a crash", postmaster.log_tail()
+    """Return the error for a client whose connection was closed by a crash of its server."""
+    cause = "PostgreSQL closed all connections after a crash"
+    log = postmaster.log_tail()
     try:
         postmaster.check()
     except PgTempError as error:
         cause, log = error.cause, list(error.details)
-    hint = "connect again; the end of the server's log is the detail"
+    hint = "connect again; the detail is the end of the server log"
     return RefusedError(_CRASH_SHUTDOWN, cause, hint, "\n".join(log))
 
 
 def refusal(error: PgTempError) -> RefusedError:
-    """The refusal for an error of ours."""
-    fitting = (state for kind, state in _SQLSTATES if isinstance(error, kind))
-    state = next(fitting, _CANNOT_CONNECT_NOW)
-    return RefusedError(state, error.cause, error.remedy, "\n".join(error.details))
+    """Return the refusal for one of pgtemp's errors."""
+    matching = (sqlstate for kind, sqlstate in _SQLSTATES if isinstance(error, kind))
+    sqlstate = next(matching, _CANNOT_CONNECT_NOW)
+    return RefusedError(sqlstate, error.cause, error.remedy, "\n".join(error.details))

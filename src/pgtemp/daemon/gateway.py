@@ -1,7 +1,7 @@
 """One client from accept to release.
 
-Nothing is leased before a whole, valid StartupMessage has arrived, so a probe, a scan or a cancel
-costs no server; and a server whose client left without a word serves the next.
+A lease starts only after a complete, valid StartupMessage has arrived, so a probe, a port scan or a
+cancel request uses no server. An allocation whose client sent no message serves the next client.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pgtemp.wire.tls import NO_TLS, Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 STARTUP_SECONDS = 10.0  # for the whole start-up, not extended by a byte
-_NOBODY_THERE = (
+_NOT_LISTENING = (
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.EPIPE, errno.ETIMEDOUT,
 )  # fmt: skip
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
@@ -50,7 +50,7 @@ _USUAL = {
 
 
 class Gateway:
-    """What happens to each client of the daemon."""
+    """Serves the clients of the daemon."""
 
     def __init__(
         self, isolation: Isolation, options: DaemonOptions, *, server_version: str
@@ -62,18 +62,18 @@ class Gateway:
         self._cancels = Cancels()
         self.peers = Peers()
         self._clients: set[asyncio.Task[None]] = set()
-        self._crowd = ClientLimits(options.isolation)
+        self._limits = ClientLimits(options.isolation)
         self._closing = False
 
     def listener(self, listener: Listener) -> Callable[[Endpoint], None]:
-        """What is to be done with each client that comes in there."""
+        """Return the function to call with each client that connects to this listener."""
         return lambda client: self._accept(client, listener)
 
     def _accept(self, client: Endpoint, listener: Listener) -> None:
         try:
             if self._closing:
                 raise RefusedError("57P03", "pgtemp is shutting down")
-            newcomer = self._crowd.enter(lambda: listener.refusal(client), len(self._clients))
+            newcomer = self._limits.enter(lambda: listener.refusal(client), len(self._clients))
         except RefusedError as why:
             _refuse(client, why)
             client.close()
@@ -84,15 +84,15 @@ class Gateway:
         task.add_done_callback(lambda _: newcomer.leave())
 
     def facts(self) -> list[dict[str, Any]]:
-        """What there is to tell of each lease."""
+        """Return the facts of each lease."""
         return self._leases.facts()
 
     async def close(self) -> None:
-        """End all clients, and wait until their leases are released."""
+        """Disconnect all clients, and wait until their leases are released."""
         self._closing = True
         for task in self._clients:
             task.cancel()
-        self._isolation.interrupt()  # the clients' tasks hear of their end first, though
+        self._isolation.interrupt()  # after the tasks are cancelled, so that they do not retry
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._leases.close()
         self.peers.close()
@@ -101,7 +101,7 @@ class Gateway:
         try:
             startup = await self._start_up(client, listener, newcomer)
             if startup is not None:
-                with self._crowd.served():
+                with self._limits.served():
                     await self._lease(client, startup, listener)
         except RefusedError as why:
             _refuse(client, why)
@@ -114,7 +114,7 @@ class Gateway:
             client.close()
             raise
         except OSError as error:
-            _log.info("lost a client: %s", error)
+            _log.info("a client's connection failed: %s", error)
         except Exception as error:
             _log.exception("a client could not be served")
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
@@ -123,13 +123,13 @@ class Gateway:
     async def _start_up(
         self, client: Endpoint, listener: Listener, newcomer: Newcomer
     ) -> Startup | None:
-        """Who wants what; None where that was all."""
+        """Return the client's StartupMessage; None if nothing is left to do for the client."""
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
                 opening = await _negotiate(client, listener, newcomer)
                 if isinstance(opening, Cancel):
                     if not await self._cancels.route(opening.key):
-                        _log.info("a cancel request with a key that nobody has")
+                        _log.info("a cancel request with an unknown key")
                     return None
                 if opening is None:
                     return None
@@ -144,7 +144,7 @@ class Gateway:
             _log.info("a client did not finish its start-up within %g s", STARTUP_SECONDS)
             return None
         finally:
-            self._crowd.starting -= 1
+            self._limits.starting -= 1
 
     async def _lease(self, client: Endpoint, startup: Startup, listener: Listener) -> None:
         try:
@@ -155,7 +155,7 @@ class Gateway:
         try:
             await self._serve_in_lease(client, request, startup, listener, inspection)
         except UnreachableError as why:
-            _log.info("tried once more: %s", why)
+            _log.info("trying another server: %s", why)
             await self._serve_in_lease(client, request, startup, listener, inspection)
 
     async def _serve_in_lease(
@@ -178,21 +178,22 @@ class Gateway:
                 used = first_words.used or _sets_more(startup)
                 lease.used |= used and not (listener.by_password and backend.refused)
                 backend.server.close()
-            client.finish()  # now: giving back what it had may take seconds
+            client.finish()  # before the release of the lease, which may take seconds
         finally:
             await self._leases.leave(lease, client)
 
     async def _backend(
         self, lease: Lease, request: DatabaseRequest, startup: Startup, listener: Listener
     ) -> Backend:
-        """The connection that was opened ahead, else a new one.
+        """Return the lease's warm connection, else connect.
 
         Raises:
-            RefusedError: an UnreachableError if no other client gets a place in that server.
+            RefusedError: the client gets no connection; an UnreachableError if the server cannot be
+                reached, in which case no other client gets an allocation in it.
         """
-        ahead, lease.backend = lease.backend, None
-        if ahead is not None:
-            return ahead
+        warm, lease.backend = lease.backend, None
+        if warm is not None:
+            return warm
         try:
             dbname = await prepare(self._isolation, lease.allocation, request)
             return await connect(
@@ -204,19 +205,25 @@ class Gateway:
                 raise UnreachableError("57P03", error.cause, error.remedy) from error
             raise refusal(error) from error
         except OSError as error:
-            words = f"the server cannot be reached: {error.strerror}"
-            if error.errno in _NOBODY_THERE:
+            message = f"the server cannot be reached: {error.strerror}"
+            if error.errno in _NOT_LISTENING:
                 lease.allocation.give_up()
-                raise UnreachableError("57P03", words, "connect again") from error
+                raise UnreachableError("57P03", message, "connect again") from error
             hint = MORE_FILES if error.errno in _OUT_OF_FILES else "connect again"
-            raise RefusedError("57P03", words, hint) from error
+            raise RefusedError("57P03", message, hint) from error
 
     def _inspection(self, startup: Startup) -> Inspection | None:
-        """What inspects a client's messages: those of a walsender in a shared server."""
-        made = replication.inspection(startup.parameters) if self._shares_servers else None
-        if made is not None and made.refused:
-            raise _not_shared(made.refused)
-        return made
+        """Return the inspection of a client's messages, if it uses a walsender in a shared server.
+
+        Raises:
+            RefusedError: the client requests physical replication.
+        """
+        if not self._shares_servers:
+            return None
+        inspection = replication.inspection(startup.parameters)
+        if inspection is not None and inspection.refused:
+            raise _not_shared(inspection.refused)
+        return inspection
 
     async def _relay(
         self,
@@ -228,7 +235,11 @@ class Gateway:
         first_words: replies.ClientStart,
         inspection: Inspection | None,
     ) -> None:
-        """Let the client hear what the server said so far, and relay until one of them ends."""
+        """Send the greeting to the client, and relay until the client, server or lease ends.
+
+        Raises:
+            RefusedError: the client was not the one that ended the connection.
+        """
         server, login, statement = backend.server, backend.login, FirstStatement()
         socket, uid = lease.allocation.socket, lease.allocation.postmaster.spec.owner.uid
         refused: asyncio.Future[RefusedError] = asyncio.get_running_loop().create_future()
@@ -239,17 +250,17 @@ class Gateway:
                 if login.key is not None:
                     until_the_end.enter_context(self._cancels.registered(login.key, socket, uid))
 
-            def hear(data: bytes) -> None:
+            def observe_client(data: bytes) -> None:
                 first_words.feed(data)
                 statement.feed(data)
                 if first_words.used and statement.done:
-                    client.listen = None
-                    self._leases.learn(lease, request, startup, statement.plan)
+                    client.observe = None
+                    self._leases.record(lease, request, startup, statement.plan)
 
-            def learn(data: bytes) -> None:
+            def observe_login(data: bytes) -> None:
                 login.feed(data)
                 if login.done:
-                    server.listen = None
+                    server.observe = None
                     register()
                     if client.transport.is_closing():
                         server.transport.close()
@@ -261,33 +272,33 @@ class Gateway:
                     refused.set_result(_not_shared(inspection.refused))
                 return data
 
-            client.listen, rest = hear, startup.rest
+            client.observe, rest = observe_client, startup.rest
             if inspection is not None:
                 client.inspect, rest = inspect, inspect(rest)
             server.write(rest)
-            hear(rest)
+            observe_client(rest)
             if login.done:
                 register()
             else:
-                server.listen = learn
-            hangups.end_with(client, server, self.peers)
+                server.observe = observe_login
+            hangups.watch(client, server, self.peers)
             relaying = asyncio.ensure_future(relay(client, server))
             try:
-                ends: set[asyncio.Future[Any]] = {relaying, lease.over, refused}
+                ends: set[asyncio.Future[Any]] = {relaying, lease.expired, refused}
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 relaying.cancel()
             if refused.done():
                 raise refused.result()
-            if not relaying.done() and lease.over.done():
-                raise lease.over.result()
+            if not relaying.done() and lease.expired.done():
+                raise lease.expired.result()
             if not login.done and not client.transport.is_closing():
                 raise RefusedError(
-                    "57P03", "the server ended before it had let this client in", "connect again"
+                    "57P03", "the server closed the connection during the login", "connect again"
                 )
             if client.has_finished:
                 return
-            if replies.broke_off(server.last):
+            if replies.ended_by_crash(server.last):
                 raise await in_turn(lease.allocation, lambda: crashed(lease.allocation.postmaster))
 
 
@@ -296,10 +307,10 @@ def _sets_more(startup: Startup) -> bool:
     return not {name.lower() for name in startup.parameters} <= _USUAL
 
 
-def _not_shared(what: str) -> RefusedError:
+def _not_shared(command: str) -> RefusedError:
     return RefusedError(
         "0A000",
-        f"{what} is not allowed in a shared server: it may read other clients' databases",
+        f"{command} is not allowed in a shared server: it may read other clients' databases",
         "start pgtemp with --isolation cluster, which gives each client a server of its own",
     )
 
@@ -328,7 +339,7 @@ async def _negotiate(
             return event
         if isinstance(event, Reply):
             client.write(event.data)
-            _ = newcomer.refusal  # asked for now, while the client is at work
+            _ = newcomer.refusal  # check now, while the client processes the reply
         if isinstance(event, Secure):
             assert listener.tls is not None
             client.write(event.reply)

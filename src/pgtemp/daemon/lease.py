@@ -1,4 +1,4 @@
-"""A lease: a database, and who is connected to it."""
+"""A lease: a database, and the clients that are connected to it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,45 @@ from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.relay import Endpoint
 
-LINGER = "linger"  # the timer of a session that nobody is connected to
+LINGER = "linger"  # the timer of a session without clients
 
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A database and who is connected to it.
+    """A database and the clients that are connected to it.
 
     Attributes:
-        key: what its connections have in common; None where there is only one.
-        lingers: whether it outlives its last connection for a while.
-        backend: a connection that was opened ahead, for the first client.
-        over: done when its time is; with what clients are told.
+        key: identifies the connections that share the lease; None if it has only one.
+        lingers: whether it continues for a while after its last connection.
+        expired: done when a time limit was reached; its result is the error for the clients.
+        ended: done when the lease has ended and its leak check is complete.
+        opening: done when the lease has its allocation.
+        backend: the warm connection for the first client.
+        used: whether a client sent a message.
+        requested_at: when the lease was requested.
+        waited: seconds from the request to the allocation.
+        last_traffic: when bytes were last transferred, by the loop's clock.
+        ending: whether the lease ends or has ended.
         late: whether a new connection waited in vain for it to end.
-        ended: done when what it left was looked at.
     """
 
     number: int
     request: DatabaseRequest
     key: Hashable
     lingers: bool
-    over: asyncio.Future[RefusedError]
+    expired: asyncio.Future[RefusedError]
     ended: asyncio.Future[None]
     opening: asyncio.Future[Allocation] = field(init=False)
     clients: set[Endpoint] = field(default_factory=set)
     backend: Backend | None = None
     used: bool = False
-    asked: float = field(default_factory=time.perf_counter)
+    requested_at: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     connections: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    spoke: float = 0.0  # when something was last said in it, by the loop's clock
+    last_traffic: float = 0.0
     ending: bool = False
     late: bool = False
 
@@ -56,27 +62,27 @@ class Lease:
 
     @property
     def leaving(self) -> bool:
-        """Whether it ends, or is about to."""
-        return not self.lingers and all(client.left for client in self.clients)
+        """Whether the lease ends, or will end because all its clients have sent Terminate."""
+        return not self.lingers and all(client.has_terminated for client in self.clients)
 
     @property
     def dead(self) -> bool:
-        """Whether its server is no more."""
+        """Whether its server has exited or cannot be reached."""
         opened = self.opening.done() and not self.opening.cancelled()
         return opened and self.opening.exception() is None and not self.allocation.alive
 
-    def distrust(self) -> None:
-        """Give no other lease a place in its server; one that it shares with others."""
+    def mark_stale(self) -> None:
+        """Mark a shared server stale, so that no other lease gets an allocation in it."""
         opened = self.opening.done() and not self.opening.cancelled()
         if opened and self.opening.exception() is None and self.allocation.shared is not None:
             self.allocation.shared.mark_stale()
 
     def traffic(self) -> int:
-        """Bytes so far, either way."""
+        """Return the bytes transferred so far, in both directions."""
         return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
 
     def facts(self) -> dict[str, Any]:
-        """What there is to tell of it, by the names of the log's."""
+        """Return the facts of the lease, by the names that the log uses."""
         return {
             "lease": self.number,
             "user": self.request.user,
@@ -84,7 +90,7 @@ class Lease:
             "session": self.request.session,
             "connections": self.connections,
             "waited_ms": round(self.waited * 1000, 1),
-            "lived_s": round(time.perf_counter() - self.asked, 3),
+            "lived_s": round(time.perf_counter() - self.requested_at, 3),
             "bytes_in": self.bytes_in + sum(client.received for client in self.clients),
             "bytes_out": self.bytes_out + sum(client.sent for client in self.clients),
         }

@@ -1,7 +1,7 @@
-"""Who holds what: sharing, waiting one's turn, lingering, deadlines, limits.
+"""Leases: which clients share one, how long they wait for it, when it ends, how many there may be.
 
-All on the event loop, so that nothing here needs a lock. A lease begins with its first connection
-and ends with its last, a session's `linger` seconds later; or when its time is over.
+All code here runs on the event loop, so it needs no lock. A lease starts with its first connection.
+It ends with its last connection, a session's `linger` seconds later, or at a time limit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
-# How long somebody new waits for what others who have gone may have left to be found.
-_LOOK_SECONDS = 2.0
-_ENOUGH = 50  # connections of a server, for some to be opened ahead
+# How long a new client waits for the leak checks of leases that end.
+_LEAK_CHECK_SECONDS = 2.0
+_MIN_CONNECTIONS = 50  # of a server (max_connections), for warm connections
 
 
 class Leases:
@@ -40,27 +40,27 @@ class Leases:
     def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
         self._isolation = isolation
         self._options = options
-        # Connections that nobody has yet must not take the places of those that somebody wants.
-        said = str(options.config.get("max_connections", _ENOUGH))
-        few = said.isdecimal() and int(said) < _ENOUGH
-        # And a connection that is logged in is not for somebody who has yet to say a password.
-        ahead = not few and options.password_file is None
-        self._rehearsals = WarmConnections(isolation, ready=options.pool if ahead else 0)
+        # Warm connections must not use up a small max_connections that clients need.
+        limit = str(options.config.get("max_connections", _MIN_CONNECTIONS))
+        few = limit.isdecimal() and int(limit) < _MIN_CONNECTIONS
+        # And a client that must give a password cannot get a connection that is logged in.
+        warm = not few and options.password_file is None
+        self._warm_connections = WarmConnections(isolation, ready=options.pool if warm else 0)
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
-        limit = options.max_databases
-        self._turns = asyncio.Semaphore(limit) if limit is not None else None
+        most = options.max_databases
+        self._turns = asyncio.Semaphore(most) if most is not None else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def enter(self, request: DatabaseRequest, startup: Startup, client: Endpoint) -> Lease:
-        """A lease for one more connection: a new one, or the one that it shares.
+        """Return the lease for one more connection: a new one, or the one that it shares.
 
         Raises:
-            RefusedError: there is none to be had.
+            RefusedError: no lease is available.
         """
-        await self._what_is_left()
-        await self._while_edited(request)
+        await self._await_leak_checks()
+        await self._await_edits(request)
         key = self._isolation.share(request)
         while (lease := self._shared.get(key)) is not None and (lease.ending or lease.dead):
             await self._end(lease)
@@ -84,47 +84,52 @@ class Leases:
             lease.opening.result()
         except BaseException as error:
             await self.leave(lease, client)
-            if isinstance(error, OSError):  # of making a place; not the client's connection
-                error = ClusterError(f"no database could be made: {error}")
+            if isinstance(error, OSError):  # of the allocation; not of the client's connection
+                error = ClusterError(f"no database could be created: {error}")
             if isinstance(error, PgTempError):
                 raise refusal(error) from error
             raise
         return lease
 
     async def leave(self, lease: Lease, client: Endpoint) -> None:
-        """A connection has ended; with the last one ends the lease, or begins to linger."""
+        """Remove a closed connection from its lease. After the last, the lease ends or lingers."""
         lease.clients.discard(client)
         lease.bytes_in += client.received
         lease.bytes_out += client.sent
         if lease.clients or lease.ending:
             return
         opened = lease.opening.done() and not lease.opening.cancelled()
-        if lease.lingers and opened and lease.opening.exception() is None and not lease.over.done():
+        if (
+            lease.lingers
+            and opened
+            and lease.opening.exception() is None
+            and not lease.expired.done()
+        ):
             loop = asyncio.get_running_loop()
             seconds = self._options.linger
             lease.timers[LINGER] = loop.call_later(seconds, self._end, lease)
         else:
             await self._end(lease)
 
-    def learn(self, lease: Lease, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
-        """Hear with what a client has begun; only the first of a session finds a new database."""
+    def record(self, lease: Lease, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
+        """Record a client's first statement, if its database is new: only for a first client."""
         if lease.connections == 1:
-            self._rehearsals.learn(request, startup, plan)
+            self._warm_connections.record(request, startup, plan)
 
     def facts(self) -> list[dict[str, Any]]:
-        """What there is to tell of each lease that there is, in the order in which they began."""
-        return [lease.facts() for lease in sorted(self._live, key=lambda one: one.number)]
+        """Return the facts of each lease, in the order in which the leases started."""
+        return [lease.facts() for lease in sorted(self._live, key=lambda lease: lease.number)]
 
     async def close(self) -> None:
-        """End all leases; nobody is connected any more."""
-        await self._rehearsals.close()
+        """End all leases. No client is connected any more."""
+        await self._warm_connections.close()
         await asyncio.gather(*(self._end(lease) for lease in self._live))
 
     def _begin(self, request: DatabaseRequest, startup: Startup, key: Hashable) -> Lease:
         loop = asyncio.get_running_loop()
         lingers = key is not None and not request.edits and self._options.linger > 0
-        over, ended = loop.create_future(), loop.create_future()
-        lease = Lease(next(self._numbers), request, key, lingers, over, ended)
+        expired, ended = loop.create_future(), loop.create_future()
+        lease = Lease(next(self._numbers), request, key, lingers, expired, ended)
         lease.opening = self._opening(lease, startup)
         self._live.add(lease)
         if key is not None:
@@ -132,12 +137,12 @@ class Leases:
         return lease
 
     def _opening(self, lease: Lease, startup: Startup) -> asyncio.Future[Allocation]:
-        """A place, or one to come. Where nothing has to be waited for, there is no task.
+        """Return a future allocation; if one is ready, without creating a task.
 
-        A task would take a tenth of the time.
+        Creating a task would account for a tenth of the total time.
         """
         if self._turns is None and self._isolation.knows(lease.request):
-            found = self._at_once(lease, startup)
+            found = self._claim(lease, startup)
             if isinstance(found, Allocation):
                 opened: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
                 opened.set_result(found)
@@ -145,24 +150,24 @@ class Leases:
             return asyncio.ensure_future(self._await(lease, found))
         return asyncio.ensure_future(self._open(lease, startup))
 
-    def _at_once(self, lease: Lease, startup: Startup) -> Allocation | Future[Allocation]:
-        """What was opened ahead, else what is ready, else what will be."""
-        rehearsed = self._rehearsals.take(lease.request, startup)
-        if rehearsed is not None:
-            lease.backend = rehearsed.backend
-            return self._give(lease, rehearsed.allocation)
+    def _claim(self, lease: Lease, startup: Startup) -> Allocation | Future[Allocation]:
+        """Take a warm connection, else an allocation that is ready, else claim the next one."""
+        warm = self._warm_connections.take(lease.request, startup)
+        if warm is not None:
+            lease.backend = warm.backend
+            return self._start(lease, warm.allocation)
         claimed = self._isolation.claim(lease.request)
         if claimed.done() and claimed.exception() is None:
-            return self._give(lease, claimed.result())
+            return self._start(lease, claimed.result())
         return claimed
 
     async def _open(self, lease: Lease, startup: Startup) -> Allocation:
         if self._turns is not None:
-            await self._turn(self._turns)
+            await self._await_turn(self._turns)
         try:
             if not self._isolation.knows(lease.request):
                 await whole(lambda: self._isolation.check(lease.request))
-            found = self._at_once(lease, startup)
+            found = self._claim(lease, startup)
             return found if isinstance(found, Allocation) else await self._await(lease, found)
         except BaseException:
             if self._turns is not None:
@@ -175,50 +180,51 @@ class Leases:
             async with asyncio.timeout(seconds):
                 while True:
                     try:
-                        return self._give(lease, await asyncio.wrap_future(claimed))
+                        return self._start(lease, await asyncio.wrap_future(claimed))
                     except PoolClosedError:  # the template was edited: it has a new pool
                         claimed = self._isolation.claim(lease.request)
-                        if claimed.done():  # the daemon ends
-                            return self._give(lease, claimed.result())
+                        if claimed.done():  # the daemon shuts down
+                            return self._start(lease, claimed.result())
                     except PgTempError:
-                        if (spare := self._rehearsals.spare(lease.request)) is None:
+                        if (spare := self._warm_connections.spare(lease.request)) is None:
                             raise
-                        return self._give(lease, spare)
+                        return self._start(lease, spare)
         except TimeoutError:
             self._unclaim(claimed, lease.request)
             raise LimitError(
-                f"no database became free within {seconds:g} s",
+                f"no database became available within {seconds:g} s",
                 remedy="try again later, or raise --wait",
             ) from None
         except BaseException:
             self._unclaim(claimed, lease.request)
             raise
 
-    def _give(self, lease: Lease, allocation: Allocation) -> Allocation:
+    def _start(self, lease: Lease, allocation: Allocation) -> Allocation:
+        """Assign the allocation to the lease, and start the lease's time limits."""
         allocation.lease(lease.number)
-        lease.waited = time.perf_counter() - lease.asked
+        lease.waited = time.perf_counter() - lease.requested_at
         loop = asyncio.get_running_loop()
         if (ttl := self._options.ttl) is not None:
             lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
         if (idle := self._options.idle_ttl) is not None:
-            lease.spoke = loop.time()
+            lease.last_traffic = loop.time()
             lease.timers["idle"] = loop.call_later(idle / 4, self._watch, lease, idle, 0)
         return allocation
 
     def _unclaim(self, claimed: Future[Allocation], request: DatabaseRequest) -> None:
-        """What comes too late goes back."""
+        """Cancel a claim; an allocation that arrives later is released."""
 
         def give_back(done: Future[Allocation]) -> None:
             if not done.cancelled() and done.exception() is None:
                 self._isolation.release(done.result(), request, used=False)
 
         if not claimed.cancel():
-            # In a thread of its own: it blocks, and the loop may be closed by then.
+            # In a thread of its own: the release blocks, and the loop may be closed by then.
             claimed.add_done_callback(
                 lambda done: threading.Thread(target=give_back, args=(done,)).start()
             )
 
-    async def _turn(self, turns: asyncio.Semaphore) -> None:
+    async def _await_turn(self, turns: asyncio.Semaphore) -> None:
         try:
             async with asyncio.timeout(self._options.wait):
                 await turns.acquire()
@@ -226,11 +232,12 @@ class Leases:
             raise LimitError(
                 f"there were {self._options.max_databases} leases, which is the limit, for "
                 f"{self._options.wait:g} s",
-                remedy="close connections (sessions linger), or raise --max-databases or --wait",
+                remedy="close connections (a session's lease lingers), or raise --max-databases or "
+                "--wait",
             ) from None
 
     def _end(self, lease: Lease) -> asyncio.Future[None]:
-        """Begin to end a lease; done, whoever waits for it, when what it left was looked at."""
+        """Start to end a lease; the returned future is done when its leak check is complete."""
         if not lease.ending:
             lease.ending = True
             task = asyncio.ensure_future(self._release(lease))
@@ -241,7 +248,7 @@ class Leases:
     async def _release(self, lease: Lease) -> None:
         for timer in lease.timers.values():
             timer.cancel()
-        if not lease.request.edits:  # who wants what is being edited waits until it is sealed
+        if not lease.request.edits:  # clients of an edited template wait until it is sealed
             self._forget(lease)
         lease.opening.cancel()
         try:
@@ -259,53 +266,70 @@ class Leases:
                 lease.allocation,
                 lambda: self._isolation.release(lease.allocation, lease.request, used=lease.used),
             )
-        except Exception as error:  # no other task is told of it
+        except Exception as error:  # no other task observes it
             _log.error("lease %d: %s", lease.number, error)
         finally:
             if self._turns is not None:
                 self._turns.release()
-            self._rehearsals.sweep()
-            self._tell(lease)
+            self._warm_connections.sweep()
+            self._log_lease(lease)
 
     def _forget(self, lease: Lease) -> None:
         if lease.key is not None and self._shared.get(lease.key) is lease:
             del self._shared[lease.key]
 
-    def _expire(self, lease: Lease, why: str) -> None:
-        if not lease.over.done():
-            lease.over.set_result(RefusedError("57P05", f"the database's time is over ({why})"))
+    def _expire(self, lease: Lease, limit: str) -> None:
+        if not lease.expired.done():
+            lease.expired.set_result(
+                RefusedError("57P05", f"the database's time limit was reached ({limit})")
+            )
         if not lease.clients:
             self._end(lease)
 
     def _watch(self, lease: Lease, seconds: float, before: int) -> None:
-        """End a lease in which nothing was said for so long; looked at in quarters of that."""
+        """End a lease without traffic for `seconds`; check this four times in that period.
+
+        Args:
+            before: the traffic at the previous check.
+        """
         loop = asyncio.get_running_loop()
         now = lease.traffic()
         if now != before:
-            lease.spoke = loop.time()
-        if loop.time() - lease.spoke >= seconds:
+            lease.last_traffic = loop.time()
+        if loop.time() - lease.last_traffic >= seconds:
             self._expire(lease, f"idle_ttl={seconds:g} s")
         else:
-            due = min(seconds / 4, lease.spoke + seconds - loop.time())
+            due = min(seconds / 4, lease.last_traffic + seconds - loop.time())
             lease.timers["idle"] = loop.call_later(due, self._watch, lease, seconds, now)
 
-    async def _what_is_left(self) -> None:
-        """Wait until what those who have gone left in the server was found."""
+    async def _await_leak_checks(self) -> None:
+        """Wait for the leak checks of leases that end, so that no client sees their leaks."""
         leaving = {lease.ended: lease for lease in self._live if lease.leaving and not lease.late}
         if leaving and self._options.shares_servers:
-            _, late = await asyncio.wait(leaving, timeout=_LOOK_SECONDS)
+            _, late = await asyncio.wait(leaving, timeout=_LEAK_CHECK_SECONDS)
             for ended in late:
                 leaving[ended].late = True  # the next client does not wait for it again
                 if (lease := leaving[ended]).ending:
-                    _log.warning("lease %d: what it left is not known in time", lease.number)
-                    lease.distrust()
+                    _log.warning(
+                        "lease %d: its leak check was not complete within %g s; new leases go to "
+                        "a new server",
+                        lease.number,
+                        _LEAK_CHECK_SECONDS,
+                    )
+                    lease.mark_stale()
 
-    async def _while_edited(self, request: DatabaseRequest) -> None:
-        """Wait while somebody edits the template that is wanted."""
+    async def _await_edits(self, request: DatabaseRequest) -> None:
+        """Wait while another client edits the requested template."""
         if request.edits or (request.dbname, TEMPLATE) not in self._shared:
             return
         seconds = self._options.wait
-        _log.warning("a client waits for %s~%s, which is open", request.dbname, TEMPLATE)
+        _log.warning(
+            "a client waits until the template %s is no longer edited: close all connections to "
+            "%s~%s",
+            request.dbname,
+            request.dbname,
+            TEMPLATE,
+        )
         try:
             async with asyncio.timeout(seconds):
                 while lease := self._shared.get((request.dbname, TEMPLATE)):
@@ -313,13 +337,13 @@ class Leases:
         except TimeoutError:
             raise refusal(
                 NoDatabaseError(
-                    f"the template {request.dbname} is being edited still after {seconds:g} s",
+                    f"the template {request.dbname} is still being edited after {seconds:g} s",
                     remedy=f"close all connections to {request.dbname}~{TEMPLATE} first",
                 )
             ) from None
 
-    def _tell(self, lease: Lease) -> None:
-        """One line a lease."""
+    def _log_lease(self, lease: Lease) -> None:
+        """Log one line per lease."""
         facts = {**lease.facts(), "used": lease.used}
         _log.info(
             "lease %d: %s", lease.number,

@@ -1,8 +1,9 @@
-"""The ways in: what is listened on, who is admitted there, and whether TLS is spoken.
+"""Listeners: the daemon's addresses, the clients that each admits, and TLS.
 
-The unix socket is for who may enter its directory, of mode 0700. On TCP it is the user who runs the
-daemon, and root, told by the kernel; or, with a password file, whoever has the password, which
-PostgreSQL itself asks for. Beyond this machine nobody listens without a password.
+The unix socket admits every client that can enter its directory, which has mode 0700. TCP admits
+the user who runs the daemon, and root; the daemon gets the client's user from the kernel. With a
+password file, TCP admits every client that has the password, which PostgreSQL itself checks.
+Without a password the daemon does not listen on addresses that other machines can reach.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A way in.
+    """How clients at an address are admitted.
 
     Attributes:
-        refusal: what is said to who may not come in; None to who may.
-        by_password: whether PostgreSQL is to ask for a password.
-        tls: what TLS is spoken with; None where it is not.
+        refusal: returns the error for a client that is not admitted; None for one that is.
+        by_password: whether PostgreSQL must request a password.
+        tls: the context for TLS; None if the daemon has no certificate.
     """
 
     refusal: Callable[[Endpoint], RefusedError | None]
@@ -40,30 +41,30 @@ class Listener:
 
 
 def of_tcp(options: DaemonOptions, peers: Peers, tls: ssl.SSLContext | None) -> Listener:
-    """The door at the TCP addresses."""
+    """Return the listener for the TCP addresses."""
     if options.password_file is not None:
-        return Listener(_anybody, by_password=True, tls=tls)
-    return Listener(lambda client: _other_user(client, peers), tls=tls)
+        return Listener(_admit, by_password=True, tls=tls)
+    return Listener(lambda client: _refuse_other_user(client, peers), tls=tls)
 
 
 def of_socket() -> Listener:
-    """The door of the unix socket: its directory's mode says who, and nobody listens in."""
-    return Listener(_anybody)
+    """Return the listener for the unix socket, which its directory's mode protects; without TLS."""
+    return Listener(_admit)
 
 
-def _anybody(client: Endpoint) -> None:
+def _admit(client: Endpoint) -> None:
     return None
 
 
-def _other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
-    """Only the user who runs the daemon is admitted, and root.
+def _refuse_other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
+    """Return an error unless the client's user is the user who runs the daemon, or root.
 
-    Over trusted loopback any local user could run shell commands as the server's user, with
-    COPY FROM PROGRAM.
+    Any other local user that is admitted over loopback could run shell commands as the server's
+    user, with COPY FROM PROGRAM.
     """
     if not TELLS_PEERS:
         return None
-    uid = None  # the descriptor of a transport that is closing may be another socket's by now
+    uid = None  # if a transport is closing, another socket may have its descriptor by now
     if not client.transport.is_closing():
         uid = peers.uid(client.transport.get_extra_info("socket"))
     if uid in (0, os.geteuid()):
@@ -77,12 +78,12 @@ def _other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
 
 
 def listen(options: DaemonOptions) -> list[socket.socket]:
-    """Sockets that listen on all addresses asked for. Raises OptionError."""
+    """Return listening sockets for all requested addresses. Raises OptionError."""
     if options.password_file is None and TELLS_PEERS and os.geteuid() == OVERFLOW_UID:
         raise OptionError(
-            f"pgtemp runs as uid {OVERFLOW_UID}, and the kernel reports users that it does not "
-            "know by that number, too, so pgtemp cannot identify its clients over TCP",
-            remedy="run it as another user, or with --password-file or --no-tcp",
+            f"pgtemp runs as uid {OVERFLOW_UID}, which the kernel also reports for users that are "
+            "not mapped, so pgtemp cannot identify its clients over TCP",
+            remedy="run pgtemp as another user, or with --password-file or --no-tcp",
         )
     bound: list[socket.socket] = []
     try:
@@ -94,7 +95,7 @@ def listen(options: DaemonOptions) -> list[socket.socket]:
                         (address, options.listen_port), family=family, backlog=BACKLOG
                     )
                 )
-                # Accepted connections inherit it; asyncio's own loop would not set it.
+                # Accepted connections inherit this; asyncio's own event loop would not set it.
                 bound[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 if bound and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
@@ -103,8 +104,8 @@ def listen(options: DaemonOptions) -> list[socket.socket]:
                     address, options.listen_port, os.strerror(error.errno or 0)
                 ) from error
     except BaseException:
-        for one in bound:
-            one.close()
+        for listening in bound:
+            listening.close()
         raise
     return bound
 
@@ -121,12 +122,13 @@ def _addresses(options: DaemonOptions) -> list[str]:
     addresses = ports.addresses(options.listen)
     if not addresses:
         raise OptionError(
-            f"{options.listen} is no address to listen on",
+            f"{options.listen} is not an address that pgtemp can listen on",
             remedy="give a name or an address of this machine, or 0.0.0.0 for all",
         )
     if options.password_file is None and not all(map(ports.is_loopback, addresses)):
         raise OptionError(
-            f"without a password pgtemp does not listen beyond this machine, on {options.listen}",
+            f"without a password pgtemp does not listen on {options.listen}, which other machines "
+            "can reach",
             remedy="give --password-file, or listen on localhost",
         )
     return addresses

@@ -1,8 +1,9 @@
-"""Logins that a server does not answer.
+"""Detect logins that a server does not answer.
 
-If a server is stopped, or reads a pipe that a tenant put in place of one of its files, its socket
-still takes connections, and nothing answers them. A server is unreachable if it has let no client
-in for LOGIN_SECONDS while one waited: in a crowd, each waits for longer, but some are let in.
+If a server is stopped, or blocks on a pipe that a client put in place of one of its files, its
+socket still accepts connections, but the server does not answer them. A server is unreachable if
+it completed no login for LOGIN_SECONDS while one was waiting: if many clients log in at once, each
+may wait for longer, but some logins complete.
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ from contextlib import asynccontextmanager
 from pgtemp.allocation.allocation import Allocation
 
 LOGIN_SECONDS = 5.0
-_LATE_SECONDS = 1.0  # of a timer. Then it was this process that stood still
+_LATE_SECONDS = 1.0  # if a timer is later than this, this process was stopped, not the server
 
 
 class _Watch:
-    """A look, once a login is due, whether its server lets other clients in."""
+    """Checks, once a login has timed out, whether its server completes other logins."""
 
     def __init__(self, allocation: Allocation, limit: asyncio.Timeout) -> None:
-        self._place, self._limit = allocation, limit
+        self._allocation, self._limit = allocation, limit
         self._began = time.monotonic()
-        self._look_in(LOGIN_SECONDS)
+        self._check_in(LOGIN_SECONDS)
 
-    def _look_in(self, seconds: float) -> None:
+    def _check_in(self, seconds: float) -> None:
         due = time.monotonic() + seconds
-        self.timer = asyncio.get_running_loop().call_later(seconds, self._look, due)
+        self.timer = asyncio.get_running_loop().call_later(seconds, self._check, due)
 
-    def _look(self, due: float) -> None:
+    def _check(self, due: float) -> None:
         now = time.monotonic()
-        left = max(self._began, self._place.postmaster.let_in) + LOGIN_SECONDS - now
+        left = max(self._began, self._allocation.postmaster.let_in) + LOGIN_SECONDS - now
         if now > due + _LATE_SECONDS:
             left = LOGIN_SECONDS
         if left > 0:
-            self._look_in(left)
+            self._check_in(left)
         else:
-            self._place.give_up()
+            self._allocation.give_up()
             self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 @asynccontextmanager
 async def login(allocation: Allocation) -> AsyncIterator[None]:
-    """A block in which a server answers a login.
+    """Run a block in which a server must complete a login.
 
     Raises:
-        TimeoutError: it does not; it counts as unreachable from now on.
+        TimeoutError: the server does not; it is marked unreachable.
     """
     try:
         async with asyncio.timeout(None) as limit:
@@ -59,5 +60,5 @@ async def login(allocation: Allocation) -> AsyncIterator[None]:
             finally:
                 watch.timer.cancel()
     except TimeoutError as error:
-        words = f"it let no client in for {LOGIN_SECONDS:g} s"
-        raise TimeoutError(errno.ETIMEDOUT, words) from error
+        message = f"it completed no login for {LOGIN_SECONDS:g} s"
+        raise TimeoutError(errno.ETIMEDOUT, message) from error

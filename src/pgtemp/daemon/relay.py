@@ -1,7 +1,7 @@
-"""Bytes between two sockets: both directions, half-close, back pressure, bounded memory.
+"""Relay bytes between two sockets: both directions, half-close, back pressure, bounded memory.
 
-The loop's transports hold what a slow reader has not taken yet. While it keeps up, its bytes go to
-its socket directly, which spares the relay a tenth of its time.
+The event loop's transports buffer the bytes that a slow reader has not read yet. While the buffer
+is empty, the relay writes to the socket directly, which saves a tenth of its time.
 """
 
 from __future__ import annotations
@@ -18,46 +18,56 @@ from pgtemp.wire.tls import Tls
 
 _log = logging.getLogger("pgtemp.daemon")
 
-# Bytes asyncio may hold for a slow reader before the other side is told to wait.
+# Bytes that asyncio may buffer for a slow reader before the relay pauses reading from the peer.
 HIGH_WATER = 256 * 1024
 _DRAIN_SECONDS = 5.0
-_FLUSH_SECONDS = 30.0  # for who does not read what was said last
-_LAST = 1024  # bytes that are remembered of what came last
-_PIECES = 64  # of which that is kept, before they are put together
+_FLUSH_SECONDS = 30.0  # for a peer that does not read the last bytes
+_LAST = 1024  # bytes received last that are stored
+_PIECES = 64  # of those bytes, before they are joined
 
 
 class Endpoint(asyncio.Protocol):
-    """One socket. At first its bytes are read by awaiting; from `join` on they are passed on."""
+    """One socket.
+
+    At first, `read` returns the bytes received; from `join` on, they are relayed to the peer.
+
+    Attributes:
+        observe: called with the bytes relayed from here to the peer; None for none.
+        inspect: called with received bytes; returns the bytes that may be relayed.
+        after_eof: called after the end of file was relayed to the peer.
+        received: the number of bytes received here and relayed.
+        sent: the number of bytes written here.
+    """
 
     def __init__(self, opened: Callable[[Endpoint], None] | None = None) -> None:
         self._opened = opened
         self._arrived = bytearray()
-        self._news = asyncio.Event()
-        self._ended = False
+        self._changed = asyncio.Event()
+        self._at_eof = False
         self._peer: Endpoint | None = None
-        self._passes_end = False
+        self._relays_eof = False
         self._finished = False
         self._tls: Tls | None = None
-        self._socket = -1  # the transport's descriptor, where bytes may be written to it directly
-        self.listen: Callable[[bytes], None] | None = None
-        self.inspect: Callable[[bytes], bytes] | None = None  # returns what may be passed on
-        self.at_end: Callable[[], object] | None = None  # when its end was passed on
-        self._pieces: list[bytes] = []  # what came last, put together when somebody asks
-        self.received = 0  # bytes that were passed on
+        self._socket = -1  # the transport's descriptor, if bytes may be written to it directly
+        self.observe: Callable[[bytes], None] | None = None
+        self.inspect: Callable[[bytes], bytes] | None = None
+        self.after_eof: Callable[[], object] | None = None
+        self._pieces: list[bytes] = []  # the bytes received last, joined in `last`
+        self.received = 0
         self.sent = 0
         self.transport: asyncio.Transport
 
     async def read(self) -> bytes:
-        """What has arrived; b"" at the end."""
-        while not self._arrived and not self._ended:
-            self._news.clear()
-            await self._news.wait()
+        """Return the bytes that have arrived, and wait for some; b"" at end of file."""
+        while not self._arrived and not self._at_eof:
+            self._changed.clear()
+            await self._changed.wait()
         data = bytes(self._arrived)
         self._arrived.clear()
-        self._go_on()
+        self._resume_reading()
         return data
 
-    def _go_on(self) -> None:
+    def _resume_reading(self) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -71,7 +81,7 @@ class Endpoint(asyncio.Protocol):
         if self._socket >= 0 and not transport.get_write_buffer_size():
             try:
                 written = os.write(self._socket, data)
-            except OSError:  # it is full, or gone: the transport knows what to do then
+            except OSError:  # the socket is full or closed, which the transport handles
                 written = 0
             if written == len(data):
                 return
@@ -79,75 +89,74 @@ class Endpoint(asyncio.Protocol):
         transport.write(data)
 
     def encrypt(self, tls: Tls, arrived: bytes) -> None:
-        """Speak TLS from now on, of which some has arrived already."""
+        """Use TLS from now on; `arrived` contains the bytes of TLS that have arrived already."""
         self._tls = tls
         if arrived:
             self.data_received(arrived)
 
-    def join(self, peer: Endpoint, *, end: bool) -> None:
-        """Pass on everything from now on, beginning with what has arrived already.
+    def join(self, peer: Endpoint, *, eof: bool) -> None:
+        """Relay all bytes to the peer from now on, including those that have arrived already.
 
         Args:
-            end: also that nothing more comes from here. Where not, something is still to be said
-                to the peer then.
+            eof: relay the end of file too. If not, the caller may still write to the peer after it.
         """
         self._peer = peer
-        self._passes_end = end
+        self._relays_eof = eof
         if not peer.transport.is_closing():
             peer._socket = peer.transport.get_extra_info("socket").fileno()
         if self._arrived:
             data = bytes(self._arrived)
             self._arrived.clear()
-            self._go_on()
-            self._pass_on(data)
-        if self._ended:
-            self._pass_on_end()
+            self._resume_reading()
+            self._relay(data)
+        if self._at_eof:
+            self._relay_eof()
 
-    def part(self) -> None:
-        """Pass on nothing more; what happens here no longer concerns the peer."""
+    def detach(self) -> None:
+        """Relay no more bytes, and nothing else that happens here, to the peer."""
         self._peer = None
-        self.at_end = None
-        self.listen = None
+        self.after_eof = None
+        self.observe = None
         self.inspect = None
-        self._go_on()
+        self._resume_reading()
 
     @property
     def last(self) -> bytes:
-        """What came last."""
+        """The bytes received last."""
         return b"".join(self._pieces)[-_LAST:]
 
     @property
-    def left(self) -> bool:
-        """Whether a client has said goodbye, so that its backend is about to end."""
-        return self._ended and self.last.endswith(TERMINATE)
+    def has_terminated(self) -> bool:
+        """Whether a client has sent Terminate and end of file, so that its backend will exit."""
+        return self._at_eof and self.last.endswith(TERMINATE)
 
     @property
     def has_finished(self) -> bool:
-        """Whether a client has said goodbye, or will say nothing more."""
-        return self._ended or self.last.endswith(TERMINATE)
+        """Whether a client has sent Terminate or end of file."""
+        return self._at_eof or self.last.endswith(TERMINATE)
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more can come from here."""
-        return self._ended
+    def at_eof(self) -> bool:
+        """Whether no more bytes can arrive here."""
+        return self._at_eof
 
     async def ended(self) -> None:
-        """Wait until nothing more can come from here."""
-        while not self._ended:
-            self._news.clear()
-            await self._news.wait()
+        """Wait until no more bytes can arrive here."""
+        while not self._at_eof:
+            self._changed.clear()
+            await self._changed.wait()
 
     def finish(self) -> None:
-        """Flush, and say that nothing more comes."""
+        """Flush, and shut down the sending side."""
         if not self._finished and not self.transport.is_closing():
             self._finished = True
             if self._tls is not None:
                 self.transport.write(self._tls.finish())
-            with suppress(OSError):  # of asyncio's own loop, which has not seen a reset yet
+            with suppress(OSError):  # asyncio's own loop may not have noticed a reset yet
                 self.transport.write_eof()
 
     def close(self) -> None:
-        """Flush, and close; who does not take what is left gets no more of it after a while."""
+        """Flush, and close; abort if the peer has not read the rest after _FLUSH_SECONDS."""
         if self._tls is not None:
             self.finish()
         if self.transport.get_write_buffer_size() and not self.transport.is_closing():
@@ -156,13 +165,13 @@ class Endpoint(asyncio.Protocol):
         self.transport.close()
 
     def abort(self) -> None:
-        """Close, whatever is still to be written."""
+        """Close at once, and discard the bytes that are not written yet."""
         self.transport.abort()
 
     async def close_politely(self) -> None:
-        """Flush, say that nothing more comes, let the peer read it, then close.
+        """Flush, shut down the sending side, wait until the peer closes, then close.
 
-        A plain close while bytes are unread resets the connection, and the peer may lose the last
+        Closing a socket with unread bytes resets the connection, and the peer may lose the last
         message.
         """
         if not self.transport.is_closing():
@@ -175,10 +184,11 @@ class Endpoint(asyncio.Protocol):
                 pass
         self.close()
 
-    # asyncio's side
+    # called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none of asyncio's classes
+        # uvloop's transports are not instances of asyncio's classes.
+        self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=HIGH_WATER)
         if self._opened is not None:
             self._opened(self)
@@ -196,27 +206,27 @@ class Endpoint(asyncio.Protocol):
                 self._pieces = [self.last]
         if self._peer is None:
             self._arrived += data
-            self._news.set()
-            if len(self._arrived) > HIGH_WATER:  # until somebody is there to take it
+            self._changed.set()
+            if len(self._arrived) > HIGH_WATER:  # until `read` or `join` takes the bytes
                 self.transport.pause_reading()
             return
-        self._pass_on(data)
+        self._relay(data)
 
     def eof_received(self) -> bool:
-        self._ended = True
-        self._news.set()
+        self._at_eof = True
+        self._changed.set()
         if self._peer is not None:
-            self._pass_on_end()
-        return True  # the other direction goes on
+            self._relay_eof()
+        return True  # the other direction stays open
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
-        self._news.set()
-        if self._peer is not None and self._passes_end:
-            if self._peer.listen is None:
+        self._at_eof = True
+        self._changed.set()
+        if self._peer is not None and self._relays_eof:
+            if self._peer.observe is None:
                 self._peer.close()
             else:
-                self._peer.finish()  # it is still to say whether it lets the client in
+                self._peer.finish()  # the server has yet to accept or refuse the login
 
     def pause_writing(self) -> None:
         if self._peer is not None:
@@ -231,40 +241,40 @@ class Endpoint(asyncio.Protocol):
         try:
             data = tls.receive(data)
         except ProtocolError as error:
-            _log.info("lost a client: %s", error)
+            _log.info("a client's connection failed: %s", error)
             data, broken = b"", True
         if not self._finished and not self.transport.is_closing() and (answer := tls.take()):
             self.transport.write(answer)
         if broken:
-            self.finish()  # it can be told nothing more
-        if tls.ended and not self._ended:
-            # What is in `data` came before it.
+            self.finish()  # the client cannot read any more data
+        if tls.ended and not self._at_eof:
+            # Later, because the bytes in `data` arrived before it.
             asyncio.get_running_loop().call_soon(self.eof_received)
         return data
 
-    def _pass_on(self, data: bytes) -> None:
+    def _relay(self, data: bytes) -> None:
         assert self._peer is not None
         self.received += len(data)
         if self.inspect is not None:
             data = self.inspect(data)
         self._peer.write(data)
-        if self.listen is not None:  # while the peer is at work
-            self.listen(data)
+        if self.observe is not None:  # after the write, while the peer processes the bytes
+            self.observe(data)
 
-    def _pass_on_end(self) -> None:
+    def _relay_eof(self) -> None:
         assert self._peer is not None
-        if self._passes_end:
+        if self._relays_eof:
             self._peer.finish()
-            if self.at_end is not None:
-                self.at_end()
+            if self.after_eof is not None:
+                self.after_eof()
 
 
 async def relay(client: Endpoint, server: Endpoint) -> None:
-    """Pass bytes both ways until the server has said its last, or the client is gone."""
-    client.join(server, end=True)
-    server.join(client, end=False)
+    """Relay bytes in both directions until no more bytes can arrive from the server."""
+    client.join(server, eof=True)
+    server.join(client, eof=False)
     try:
         await server.ended()
     finally:
-        client.part()
-        server.part()
+        client.detach()
+        server.detach()

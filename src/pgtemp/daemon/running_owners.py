@@ -1,4 +1,4 @@
-"""Who has servers on this machine: daemons, test runs, whatever uses the library."""
+"""The owners of servers on this machine: daemons, test runs, and other users of the library."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Owner:
     """A process and its servers.
 
     Attributes:
-        pid: None where the owner is gone, and its warden is taking its servers away.
-        user: as whom PostgreSQL runs.
-        command: its command line, passwords left out.
-        age: seconds since it was started.
-        databases: made in its servers, those that are kept ready too.
-        size: bytes that its servers take.
-        uri: where a daemon serves, without its password.
-        leases: of a daemon, as its log tells them; None for others.
+        pid: None if the owner has exited, and its supervisor is removing its servers.
+        user: the user that PostgreSQL runs as.
+        command: its command line, without passwords.
+        age: seconds since its start.
+        servers: the number of its servers.
+        databases: the number of databases made in its servers, including those that are ready.
+        size: bytes on disk of its servers.
+        uri: a daemon's URI, without the password; None for other owners.
+        leases: the facts of a daemon's leases, as in its log; None for other owners.
     """
 
     pid: int | None
@@ -41,29 +42,29 @@ class Owner:
 
 
 def of(homes: Iterable[Found]) -> list[Owner]:
-    """The owners of homes that live, oldest first."""
+    """Return the owners of the run directories in use, oldest first."""
     alive = [one for one in homes if one.lives and one.open]
     answers = control_socket.ask(one.path for one in alive)
-    # Without an owner, the homes of two users have nothing in common.
+    # Run directories without an owner process are grouped by user.
     grouped: dict[tuple[int | None, int], list[Found]] = {}
     for one in alive:
-        whose = one.uid if one.owner is None else -1
-        grouped.setdefault((one.owner, whose), []).append(one)
-    found = [_owner(pid, theirs, answers) for (pid, _), theirs in grouped.items()]
+        user = one.uid if one.owner is None else -1
+        grouped.setdefault((one.owner, user), []).append(one)
+    found = [_owner(pid, run_dirs, answers) for (pid, _), run_dirs in grouped.items()]
     return sorted(found, key=lambda owner: -(owner.age or 0))
 
 
-def _owner(pid: int | None, theirs: Sequence[Found], answers: Mapping[Path, Answer]) -> Owner:
-    answer = next((answers[one.path] for one in theirs if one.path in answers), None)
+def _owner(pid: int | None, run_dirs: Sequence[Found], answers: Mapping[Path, Answer]) -> Owner:
+    answer = next((answers[one.path] for one in run_dirs if one.path in answers), None)
     words = procfs.command(pid).split(" ") if pid is not None else []
     return Owner(
         pid=pid,
-        user=identity.name_of(max(one.uid for one in theirs)),
+        user=identity.name_of(max(one.uid for one in run_dirs)),
         command=" ".join(redact(word) if "://" in word else word for word in words),
         age=procfs.age(pid) if pid is not None else None,
-        servers=sum(bool(one.processes) for one in theirs),
-        databases=sum(one.databases for one in theirs),
-        size=sum(one.size for one in theirs),
+        servers=sum(bool(one.processes) for one in run_dirs),
+        databases=sum(one.databases for one in run_dirs),
+        size=sum(one.size for one in run_dirs),
         uri=answer.uri if answer is not None else None,
         leases=answer.leases if answer is not None else None,
     )

@@ -1,8 +1,8 @@
-"""Worker threads, of which each server may use a few only.
+"""Worker threads. Calls to one server may use only a few of them.
 
-A call into a server blocks its thread until the server answers or the call's deadline has passed.
-If one server could use all threads, its tenant would keep all other clients out. So a call waits
-for its turn on the event loop, where a wait takes no thread and ends when the client hangs up.
+A call to a server blocks its thread until the server answers or the call's deadline has passed. If
+one server could use all threads, its client would block all other clients. So a call waits for its
+turn on the event loop, where a wait uses no thread and ends when the client disconnects.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from pgtemp.errors import ClusterError
 
 T = TypeVar("T")
 THREADS = 128  # of the daemon; the executor starts as many as are in use at once
-_SHARE = 4  # of one server; on two cores, more are no faster
+_SHARE = 4  # threads per server; on two cores, more are no faster
 _TURN_SECONDS = 10.0
 
 
 @dataclass(slots=True)
 class _Turns:
-    """The turns of one server, and the number of calls that have or want one."""
+    """The turns of one server, and the number of calls that have a turn or wait for one."""
 
     free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SHARE))
     calls: int = 0
 
 
-_turns: dict[Path, _Turns] = {}  # by the server's home
+_turns: dict[Path, _Turns] = {}  # by the server's run directory
 
 
 async def in_turn(allocation: Allocation, do: Callable[[], T]) -> T:
-    """Run `do`, which concerns the server of a place, in a thread; see `aio.whole`.
+    """Run `do`, a call to the server of an allocation, in a thread; see `aio.whole`.
 
     Raises:
-        ClusterError: other calls kept the server's threads for too long.
+        ClusterError: other calls occupied the server's threads for too long.
     """
     async with _turn(allocation, _TURN_SECONDS):
         return await whole(do)
 
 
 async def in_turn_at_last(allocation: Allocation, do: Callable[[], T]) -> T:
-    """The same for what must be done: it has no deadline, and is done even if cancelled."""
+    """Like `in_turn`, but the call has no deadline, and runs even if the task is cancelled."""
     waiting = asyncio.ensure_future(_without_deadline(allocation, do))
     try:
         return await asyncio.shield(waiting)
@@ -62,8 +62,8 @@ async def _without_deadline(allocation: Allocation, do: Callable[[], T]) -> T:
 
 @asynccontextmanager
 async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[None]:
-    home = allocation.postmaster.home.path
-    turns = _turns.setdefault(home, _Turns())
+    run_dir = allocation.postmaster.home.path
+    turns = _turns.setdefault(run_dir, _Turns())
     turns.calls += 1
     try:
         await _acquire(turns.free, seconds)
@@ -74,7 +74,7 @@ async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[
     finally:
         turns.calls -= 1
         if not turns.calls:
-            del _turns[home]
+            del _turns[run_dir]
 
 
 async def _acquire(free: asyncio.Semaphore, seconds: float | None) -> None:

@@ -1,12 +1,14 @@
-"""Connections opened ahead: a new database costs its first client no login.
+"""Warm connections: opened in advance, so that a client need not wait for a login.
 
-A clone still costs whoever comes first a fork, a login and a cold start, which together take longer
-than a connection to an old database. So for each kind of client that was seen (its supply and its
-exact parameters), the next databases are connected to beforehand with the very packet such a client
-would send, and what the server answered is kept; both are handed over when one comes. No setting is
-emulated, as the packet is the same but for the database's name. What the last two of a kind began
-with is planned as well, but not executed: suites begin each test alike, and so do drivers that ask
-for the types there are.
+The first client of a clone would wait for a fork, a login and cold caches, which together take
+longer than a connection to a database in use. So for each kind of client seen before (the same
+allocator and exactly the same parameters), the daemon connects to the next databases in advance. It
+sends the same start-up packet as such a client, except for the database's name, so no setting is
+emulated. It stores the server's answer, and hands both over to the next client of the kind.
+
+If the last two clients of a kind started with the same statement, the daemon also plans that
+statement, without executing it: the tests of a suite often start alike, and so do drivers that
+query the types of a database.
 """
 
 from __future__ import annotations
@@ -23,39 +25,44 @@ from typing import Any
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request
-from pgtemp.daemon.backend import Backend, connect, log_in, plan_ahead, prepare
+from pgtemp.daemon.backend import Backend, connect, log_in, plan_statement, prepare
 from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.errors import PgTempError
 from pgtemp.sql.statement_logging import WATCHING
-from pgtemp.wire.messages import ANY_PLAN, ProtocolError, undone
+from pgtemp.wire.messages import ANY_PLAN, ProtocolError, in_read_only_transaction
 from pgtemp.wire.startup import Startup
 
 _log = logging.getLogger("pgtemp.daemon")
-MOST_KINDS = 8  # of clients; those that were seen last
+MOST_KINDS = 8  # of clients; the kinds seen last
 _IDLE_SECONDS = 60.0
-_AFTER_SECONDS = 0.02
+_REFILL_DELAY = 0.02  # seconds
 _PLAN_SECONDS = 1.0
-_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")  # of `postgres`, any but -c: -d and -s tell a lot
+# A short switch of `postgres` other than -c: for example, -d and -s turn on logging.
+_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
 
 Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
 
 
 @dataclass(slots=True)
 class WarmConnection:
-    """A database and a connection to it, as far as the end of the login."""
+    """A database and a connection to it whose login is complete."""
 
     allocation: Allocation
     backend: Backend
 
 
 @dataclass(slots=True)
-class _Stage:
-    """What is ready for one kind of client.
+class _KindPool:
+    """The warm connections for one kind of client.
 
     Attributes:
-        begun: what plans the statement that the last one began with.
-        plan: the same, if the one before began with it, too.
-        unplanned: what could not be planned.
+        making: the number of connections that are being opened.
+        seen: whether a client of this kind has connected before.
+        refused: whether the server refused the login, or sent more than can be stored.
+        begun: messages that plan the first statement of the last client.
+        plan: the same messages, if the client before started with that statement too.
+        unplanned: messages that could not be planned.
+        taken: when a client of this kind last connected, by the loop's clock.
     """
 
     request: DatabaseRequest
@@ -72,166 +79,182 @@ class _Stage:
 
 
 class WarmConnections:
-    """Connections for clients like those that were here."""
+    """Warm connections for clients like those seen before."""
 
     def __init__(self, isolation: Isolation, *, ready: int) -> None:
         self._isolation = isolation
         self._wanted = ready
-        self._stages: OrderedDict[Kind, _Stage] = OrderedDict()
+        self._kinds: OrderedDict[Kind, _KindPool] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def take(self, request: DatabaseRequest, startup: Startup) -> WarmConnection | None:
-        """One for this client, where there is one; the next is begun in either case."""
-        same_place = self._isolation.kind(request)
-        if same_place is None or not self._wanted or database_request.names_session(startup):
-            return None  # in the last case no other client sends the same packet
-        kind = _kind(same_place, startup)
-        stage = self._stages.setdefault(kind, _Stage(request, startup))
-        self._stages.move_to_end(kind)
-        stage.taken = asyncio.get_running_loop().time()
-        if stage.expiry is None:
-            self._expire_later(kind, stage, _IDLE_SECONDS)
-        while len(self._stages) > MOST_KINDS:
-            self._drop(next(iter(self._stages)))
+        """Return a warm connection for this client if there is one; start to open the next."""
+        allocation_kind = self._isolation.kind(request)
+        if allocation_kind is None or not self._wanted or database_request.names_session(startup):
+            return None  # if the packet names a session, no other client sends the same packet
+        kind = _kind(allocation_kind, startup)
+        pool = self._kinds.setdefault(kind, _KindPool(request, startup))
+        self._kinds.move_to_end(kind)
+        pool.taken = asyncio.get_running_loop().time()
+        if pool.expiry is None:
+            self._expire_later(kind, pool, _IDLE_SECONDS)
+        while len(self._kinds) > MOST_KINDS:
+            self._drop(next(iter(self._kinds)))
         found = None
-        while stage.ready and found is None:
-            found = stage.ready.popleft()
-            # That it is open says that its server runs; to ask would take as long as all the rest.
-            # But others who join a session connect to the server anew.
+        while pool.ready and found is None:
+            found = pool.ready.popleft()
+            # An open connection shows that its server runs; a query would double the time of this
+            # function. But for a session, later clients open new connections to the server, so it
+            # must be usable.
             fit = _usable(found) if request.session is not None else _is_open(found)
             if not fit:
-                self._do(self._give_back(stage, found))
+                self._do(self._give_back(pool, found))
                 found = None
-        if stage.seen:
-            # The client that is here goes first: there are not that many cores.
-            asyncio.get_running_loop().call_later(_AFTER_SECONDS, self._fill, kind, stage)
-        stage.seen = True  # one that comes only once is not worth it
+        if pool.seen:
+            # Delay the refill so that it does not compete with this client for a core.
+            asyncio.get_running_loop().call_later(_REFILL_DELAY, self._fill, kind, pool)
+        pool.seen = True  # warm connections start with the second client of a kind
         return found
 
-    def learn(self, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
-        """Hear with what a client has begun; see wire/firststatement.py."""
-        same_place = self._isolation.kind(request)
-        stage = self._stages.get(_kind(same_place, startup)) if same_place is not None else None
-        if stage is not None:
-            stage.plan = plan if plan == stage.begun != stage.unplanned else b""
-            stage.begun = plan
+    def record(self, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
+        """Record the first statement of a client; see wire/firststatement.py."""
+        allocation_kind = self._isolation.kind(request)
+        pool = (
+            self._kinds.get(_kind(allocation_kind, startup))
+            if allocation_kind is not None
+            else None
+        )
+        if pool is not None:
+            pool.plan = plan if plan == pool.begun != pool.unplanned else b""
+            pool.begun = plan
 
     def spare(self, request: DatabaseRequest) -> Allocation | None:
-        """A place that was opened ahead for another kind of client, where none can be made.
+        """Return an allocation from a warm connection for another kind of client.
 
-        Where none would do, all that was opened ahead is given up, which makes room.
+        For use when no new allocation can be made. If no such connection fits, all warm connections
+        are closed, which frees disk space.
         """
-        same_place = self._isolation.kind(request)
-        for (place_kind, *_), stage in self._stages.items():
-            if place_kind == same_place and stage.request.user == request.user:
-                while stage.ready:
-                    found = stage.ready.pop()
+        allocation_kind = self._isolation.kind(request)
+        for (other_kind, *_), pool in self._kinds.items():
+            if other_kind == allocation_kind and pool.request.user == request.user:
+                while pool.ready:
+                    found = pool.ready.pop()
                     if _usable(found):
                         found.backend.close()
                         return found.allocation
-                    self._do(self._give_back(stage, found))
-        for kind in list(self._stages):
+                    self._do(self._give_back(pool, found))
+        for kind in list(self._kinds):
             self._drop(kind)
         return None
 
     def sweep(self) -> None:
-        """Give back what can no longer be used, so that a server that nobody gets can end."""
-        for stage in self._stages.values():
-            for one in [one for one in stage.ready if not _usable(one)]:
-                stage.ready.remove(one)
-                self._do(self._give_back(stage, one))
+        """Release unusable warm connections, so that a stale server can stop."""
+        for pool in self._kinds.values():
+            for warm in [warm for warm in pool.ready if not _usable(warm)]:
+                pool.ready.remove(warm)
+                self._do(self._give_back(pool, warm))
 
-    def _fill(self, kind: Kind, stage: _Stage) -> None:
-        while len(stage.ready) + stage.making < self._wanted and not stage.refused:
-            if self._stages.get(kind) is not stage:
+    def _fill(self, kind: Kind, pool: _KindPool) -> None:
+        while len(pool.ready) + pool.making < self._wanted and not pool.refused:
+            if self._kinds.get(kind) is not pool:
                 return
-            stage.making += 1
-            self._do(self._prepare(kind, stage))
+            pool.making += 1
+            self._do(self._add_one(kind, pool))
 
     async def close(self) -> None:
-        """Close all that was opened, and wait for what is under way."""
+        """Close all warm connections, and wait for the running tasks."""
         for task in self._tasks:
             task.cancel()
-        for kind in list(self._stages):
+        for kind in list(self._kinds):
             self._drop(kind)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _drop(self, kind: Kind) -> None:
-        stage = self._stages.pop(kind)
-        if stage.expiry is not None:
-            stage.expiry.cancel()
-        while stage.ready:
-            self._do(self._give_back(stage, stage.ready.popleft()))
+        pool = self._kinds.pop(kind)
+        if pool.expiry is not None:
+            pool.expiry.cancel()
+        while pool.ready:
+            self._do(self._give_back(pool, pool.ready.popleft()))
 
-    def _expire_later(self, kind: Kind, stage: _Stage, seconds: float) -> None:
+    def _expire_later(self, kind: Kind, pool: _KindPool, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        stage.expiry = loop.call_later(seconds, self._expire, kind, stage)
+        pool.expiry = loop.call_later(seconds, self._expire, kind, pool)
 
-    def _expire(self, kind: Kind, stage: _Stage) -> None:
-        """Drop what nobody has taken for a while."""
-        left = stage.taken + _IDLE_SECONDS - asyncio.get_running_loop().time()
+    def _expire(self, kind: Kind, pool: _KindPool) -> None:
+        """Drop the warm connections of a kind that no client has used for _IDLE_SECONDS."""
+        left = pool.taken + _IDLE_SECONDS - asyncio.get_running_loop().time()
         if left > 0:
-            self._expire_later(kind, stage, left)
+            self._expire_later(kind, pool, left)
         else:
             self._drop(kind)
 
-    async def _prepare(self, kind: Kind, stage: _Stage) -> None:
+    async def _add_one(self, kind: Kind, pool: _KindPool) -> None:
         try:
-            rehearsed = await self._rehearse(stage)
+            warm = await self._open(pool)
         except (PgTempError, ProtocolError, OSError) as error:
-            _log.debug("could not be rehearsed: %s", error)
+            _log.debug("a warm connection could not be opened: %s", error)
             return
         finally:
-            stage.making -= 1
-        if rehearsed is None:
-            # The client that sends this is to hear it itself; the next minute may be another.
-            stage.refused = True
-        elif self._stages.get(kind) is stage:
-            stage.ready.append(rehearsed)
+            pool.making -= 1
+        if warm is None:
+            # The client that sends this packet must get the error itself. The kind expires, and is
+            # tried again later.
+            pool.refused = True
+        elif self._kinds.get(kind) is pool:
+            pool.ready.append(warm)
         else:
-            await self._give_back(stage, rehearsed)
+            await self._give_back(pool, warm)
 
-    async def _rehearse(self, stage: _Stage) -> WarmConnection | None:
-        allocation = await asyncio.wrap_future(self._isolation.claim(stage.request))
+    async def _open(self, pool: _KindPool) -> WarmConnection | None:
+        allocation = await asyncio.wrap_future(self._isolation.claim(pool.request))
         backend: Backend | None = None
         busy = False
         try:
-            dbname = await prepare(self._isolation, allocation, stage.request)
-            backend = await connect(allocation, stage.startup, dbname, by_password=False)
+            dbname = await prepare(self._isolation, allocation, pool.request)
+            backend = await connect(allocation, pool.startup, dbname, by_password=False)
             if await log_in(backend, allocation):
-                watched = allocation.watched or _is_watched(stage.startup)
-                busy = bool(stage.plan)  # it may be at it for ever
-                if watched or await self._plan_ahead(stage, backend):
+                watched = allocation.watched or _is_watched(pool.startup)
+                busy = bool(pool.plan)  # the planner may call a function that never returns
+                if watched or await self._plan(pool, backend):
                     return WarmConnection(allocation, backend)
         except BaseException:
-            await self._close(stage, allocation, backend, used=busy)
+            await self._close(pool, allocation, backend, used=busy)
             raise
-        await self._close(stage, allocation, backend)
+        await self._close(pool, allocation, backend)
         return None
 
-    async def _plan_ahead(self, stage: _Stage, backend: Backend) -> bool:
-        """Whether any statement could be planned; ProtocolError if what was learned could not."""
-        plan = stage.plan
+    async def _plan(self, pool: _KindPool, backend: Backend) -> bool:
+        """Plan the recorded statement, or else a catalog query; return whether it was planned.
+
+        Raises:
+            ProtocolError: the recorded statement could not be planned.
+        """
+        plan = pool.plan
         if not plan:
             async with asyncio.timeout(_PLAN_SECONDS):
-                return await plan_ahead(backend, ANY_PLAN)
+                return await plan_statement(backend, ANY_PLAN)
         with suppress(TimeoutError):
             async with asyncio.timeout(_PLAN_SECONDS):
-                if await plan_ahead(backend, undone(plan)):
+                if await plan_statement(backend, in_read_only_transaction(plan)):
                     return True
-        stage.plan, stage.unplanned = b"", plan
-        raise ProtocolError("what clients begin with could not be planned ahead")
+        pool.plan, pool.unplanned = b"", plan
+        raise ProtocolError("the clients' first statement could not be planned in advance")
 
-    async def _give_back(self, stage: _Stage, rehearsed: WarmConnection) -> None:
-        await self._close(stage, rehearsed.allocation, rehearsed.backend)
+    async def _give_back(self, pool: _KindPool, warm: WarmConnection) -> None:
+        await self._close(pool, warm.allocation, warm.backend)
 
     async def _close(
-        self, stage: _Stage, allocation: Allocation, backend: Backend | None, *, used: bool = False
+        self,
+        pool: _KindPool,
+        allocation: Allocation,
+        backend: Backend | None,
+        *,
+        used: bool = False,
     ) -> None:
         if backend is not None:
             backend.close()
         await in_turn_at_last(
-            allocation, lambda: self._isolation.release(allocation, stage.request, used=used)
+            allocation, lambda: self._isolation.release(allocation, pool.request, used=used)
         )
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
@@ -240,24 +263,24 @@ class WarmConnections:
         task.add_done_callback(self._tasks.discard)
 
 
-def _is_open(rehearsed: WarmConnection) -> bool:
-    return not rehearsed.backend.server.over and not rehearsed.allocation.outdated
+def _is_open(warm: WarmConnection) -> bool:
+    return not warm.backend.server.at_eof and not warm.allocation.outdated
 
 
-def _usable(rehearsed: WarmConnection) -> bool:
-    return _is_open(rehearsed) and rehearsed.allocation.usable
+def _usable(warm: WarmConnection) -> bool:
+    return _is_open(warm) and warm.allocation.usable
 
 
 def _is_watched(startup: Startup) -> bool:
-    """Whether a client wants something that may tell of statements that are not its own."""
-    said = [word for pair in startup.parameters.items() for word in pair]
-    names = " ".join(said).lower().replace("-", "_")
+    """Whether the client's parameters may log statements, including those planned in advance."""
+    words = [word for pair in startup.parameters.items() for word in pair]
+    names = " ".join(words).lower().replace("-", "_")
     switches = startup.parameters.get("options", "")
     return any(name in names for name in WATCHING) or _SHORT_SWITCH.search(switches) is not None
 
 
-def _kind(same_place: Hashable, startup: Startup) -> Kind:
+def _kind(allocation_kind: Hashable, startup: Startup) -> Kind:
     parameters = frozenset(
         (name, value) for name, value in startup.parameters.items() if name != "database"
     )
-    return same_place, startup.version, parameters
+    return allocation_kind, startup.version, parameters

@@ -3,8 +3,8 @@
     DATABASES = pgtemp.django.databases(DATABASES)
 
 in the settings. `manage.py test` and pytest-django then start a server of their own, migrate once,
-and clone from then on, until a migration or a model changes. Everything else that Django does
-goes to the database of the settings, as before.
+and clone the migrated database from then on, until a migration or a model changes. All other
+commands of Django use the database of the settings, as before.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Any
 
 from pgtemp.errors import OptionError
 
-# Django's engines, and ours that stand in for them.
+# Django's engines, and pgtemp's engines that replace them.
 _ENGINES = {
     "django.db.backends.postgresql": "pgtemp.django.postgresql",
     "django.contrib.gis.db.backends.postgis": "pgtemp.django.postgis",
 }
-OPTIONS = "PGTEMP"  # the key, in TEST, of what `databases` was given
+OPTIONS = "PGTEMP"  # the key in TEST for the arguments of `databases`
 
 
 def databases(
     settings: Mapping[str, Mapping[str, Any]], *, watch: Sequence[str] = (), **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """Settings whose PostgreSQL databases are pgtemp's in tests.
+    """Return settings with which pgtemp provides the PostgreSQL databases of tests.
 
     Args:
-        settings: as of Django's DATABASES; databases of other engines stay as they are.
-        watch: glob patterns of files, beside migrations and models, that decide how a migrated
-            database comes out.
-        options: of the server, as of `pgtemp.ServerOptions`.
+        settings: Django's DATABASES; databases with other engines are returned unchanged.
+        watch: glob patterns of files, in addition to migrations and models, that affect the
+            migrated database.
+        options: of the server; those of `pgtemp.ServerOptions`.
 
     Raises:
-        OptionError: no database is PostgreSQL's.
+        OptionError: no database has a PostgreSQL engine.
     """
     if not any(one.get("ENGINE") in _ENGINES for one in settings.values()):
         raise OptionError(
-            "none of the DATABASES has an engine of PostgreSQL's",
-            remedy="pgtemp takes the place of " + " and ".join(_ENGINES),
+            "none of the DATABASES has a PostgreSQL engine",
+            remedy="use one of the engines that pgtemp replaces: " + " or ".join(_ENGINES),
         )
     return {
         alias: {

@@ -1,7 +1,7 @@
-"""How Django's test databases are made: migrated once, into a template, and cloned from then on.
+"""Create Django's test databases: migrate once, into a template, and clone it from then on.
 
-Django's own code migrates, and it makes and drops the further clones of `--parallel`; here it is
-only shown another server for as long as the tests last.
+Django's own code runs the migrations, and creates and drops the additional clones of `--parallel`.
+This module only changes the connection settings to pgtemp's server while the tests run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pgtemp.options.server import ServerOptions
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import parse
 
-# What decides, in an app, how a migrated database comes out. Permissions and content types are
-# made from the models of all apps, migrated or not.
-_DECIDES = ("migrations/**/*", "models.py", "models/**/*.py", "apps.py", "signals.py")
+# The files of an app that affect the migrated database. Permissions and content types are created
+# from the models of all apps, even of those without migrations.
+_WATCHED = ("migrations/**/*", "models.py", "models/**/*.py", "apps.py", "signals.py")
 _SETTINGS = (
     "INSTALLED_APPS", "MIGRATION_MODULES", "AUTH_USER_MODEL", "DEFAULT_AUTO_FIELD",
     "DATABASE_ROUTERS", "CACHES", "LANGUAGE_CODE", "SITE_ID",
@@ -37,10 +37,10 @@ _templates: dict[Hashable, Template] = {}
 
 
 class Creation(DatabaseCreation):
-    """Django's, with a template."""
+    """Django's creation of test databases, with a template."""
 
     _database: Database | None = None
-    _real: tuple[Any, ...] | None = None  # where the settings point; None while they do
+    _real: tuple[Any, ...] | None = None  # the original settings, while they are replaced
 
     def create_test_db(
         self,
@@ -49,15 +49,15 @@ class Creation(DatabaseCreation):
         serialize: bool = True,
         keepdb: bool = False,
     ) -> str:
-        """A clone of the migrated template; migrates where there is none. Its name."""
+        """Clone the migrated template, and migrate first if there is none; return the name."""
         connection = self.connection
         given = connection.settings_dict["TEST"][OPTIONS]
         if self._real is None:
             self._real = tuple(connection.settings_dict[key] for key in _WHERE)
 
         def migrate(uri: str) -> None:
-            said = parse(uri)
-            self._point_at(said.host, said.port, said.user, said.password, said.dbname)
+            info = parse(uri)
+            self._point_at(info.host, info.port, info.user, info.password, info.dbname)
             super(Creation, self).create_test_db(verbosity, True, False, False)
             self._close()
 
@@ -79,7 +79,7 @@ class Creation(DatabaseCreation):
         return str(self.connection.settings_dict["NAME"])
 
     def _create_test_db(self, verbosity: int, autoclobber: bool, keepdb: bool = False) -> str:
-        return self._get_test_db_name()  # it is there already
+        return self._get_test_db_name()  # it exists already
 
     def _destroy_test_db(self, test_database_name: str, verbosity: int) -> None:
         database = self._database
@@ -90,13 +90,13 @@ class Creation(DatabaseCreation):
         database.close()
 
     def destroy_test_db(self, *args: Any, **kwargs: Any) -> None:
-        """As Django's; afterwards the settings are what they were."""
+        """Destroy the test database as Django does, then restore the settings."""
         super().destroy_test_db(*args, **kwargs)
         if self._database is None:
             self._point_back()
 
     def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
-        """Go where the primary goes, for as long as the process lives."""
+        """Use the primary's settings until the process exits."""
         self._point_at(*(primary_settings_dict[key] for key in _WHERE))
 
     def _point_back(self) -> None:
@@ -117,19 +117,19 @@ class Creation(DatabaseCreation):
             self.connection.close_pool()
 
     def _key(self) -> str:
-        """What decides how migrations come out and is in no file of the apps."""
-        said = {name: getattr(settings, name, None) for name in _SETTINGS}
+        """Return a hash of all inputs of the migrations that are in no file of the apps."""
+        values = {name: getattr(settings, name, None) for name in _SETTINGS}
         migrate = self.connection.settings_dict["TEST"].get("MIGRATE")
-        text = repr((django.VERSION, self.connection.alias, migrate, said))
+        text = repr((django.VERSION, self.connection.alias, migrate, values))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files() -> list[str]:
-    """The files of all apps that decide how migrations come out."""
+    """Return the files of all apps that affect the migrated database."""
     found = {
         glob.escape(str(file))
         for app in apps.get_app_configs()
-        for pattern in _DECIDES
+        for pattern in _WATCHED
         for file in Path(app.path).glob(pattern)
         if file.is_file() and "__pycache__" not in file.parts
     }
@@ -137,13 +137,13 @@ def _files() -> list[str]:
 
 
 def _template(alias: str, options: dict[str, Any], recipe: Recipe) -> Template:
-    """The template of an alias, in the server of this process; it ends with the process."""
-    where = repr(sorted(options.items()))
-    if where not in _clusters:
-        _clusters[where] = Cluster.with_options(ServerOptions(**options)).start()
-    # The function that migrates is another one each time; what it comes to is not.
-    key = where, alias, recipe.fingerprint()
+    """Return the template of an alias, in a server that runs until this process exits."""
+    server = repr(sorted(options.items()))
+    if server not in _clusters:
+        _clusters[server] = Cluster.with_options(ServerOptions(**options)).start()
+    # Not the recipe itself: each call has its own function that migrates, with the same result.
+    key = server, alias, recipe.fingerprint()
     if key not in _templates:
         name = f"django_{alias}" if not _templates else f"django_{alias}_{len(_templates)}"
-        _templates[key] = _clusters[where].template(name, recipe)
+        _templates[key] = _clusters[server].template(name, recipe)
     return _templates[key]

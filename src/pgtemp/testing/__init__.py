@@ -1,1 +1,1 @@
-"""A suite of tests: its servers and templates, what each test holds, what is said when it fails."""
+"""A test suite: its servers and templates, each test's databases, the reports of failed tests."""

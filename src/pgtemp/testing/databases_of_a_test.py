@@ -1,4 +1,4 @@
-"""What one test, or one module of tests, holds; and what is said of it when it fails."""
+"""The databases of one test, or of one module of tests, and the report if a test fails."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pgtemp.testing.suite import Suite
 
 
 @dataclass(slots=True)
-class _Held:
+class _Claimed:
     database: Database
     needs: Needs
     log: Path
-    logged: int = 0  # bytes of the server's log before the test began
+    logged: int = 0  # bytes of the server log before the test started
 
     def __post_init__(self) -> None:
         self.mark()
 
     def mark(self) -> None:
-        """A test begins."""
+        """Store the size of the server log: a test starts."""
         try:
             self.logged = self.log.stat().st_size
         except OSError:
@@ -36,42 +36,42 @@ class _Held:
 
 @dataclass(slots=True)
 class Case:
-    """The databases of a test.
+    """The databases of a test, or of several tests that share them.
 
     Attributes:
         name: the test's node id.
-        failed: whether it, or one of the tests that share these databases, has failed.
-        kept: the commands that open what is kept.
+        failed: whether one of the tests has failed.
+        commands: the commands that open the persisted databases.
     """
 
     suite: Suite
     name: str
     failed: bool = False
-    kept: list[str] = field(default_factory=list)
-    _held: list[_Held] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    _claimed: list[_Claimed] = field(default_factory=list)
 
     def claim(self, needs: Needs, cluster: Cluster, usual: Build | Recipe | None) -> Database:
-        """One more database; as `Suite.claim`."""
+        """Claim one more database; see `Suite.claim`."""
         database = self.suite.claim(needs, cluster, usual)
-        self._held.append(_Held(database, needs, database.works.server.log_path))
+        self._claimed.append(_Claimed(database, needs, database.works.server.log_path))
         return database
 
     def begin(self) -> None:
-        """Another test begins, with the same databases."""
-        for held in self._held:
-            held.mark()
+        """Start another test with the same databases."""
+        for claimed in self._claimed:
+            claimed.mark()
 
     def explain(self) -> list[tuple[str, str]]:
-        """What the report of a failed test should have: titles and texts."""
+        """Return the titles and texts of the sections for the report of a failed test."""
         self.failed = True
         sections: list[tuple[str, str]] = []
-        for held in self._held:
-            said = self._opened_with(held)
-            if said:
-                sections.append(("pgtemp: database", said))
+        for claimed in self._claimed:
+            note = self._note(claimed)
+            if note:
+                sections.append(("pgtemp: database", note))
             if self.suite.options.log == "none":
                 continue
-            logged = serverlog.read(held.log, held.logged, held.database.dbname)
+            logged = serverlog.read(claimed.log, claimed.logged, claimed.database.dbname)
             if logged.lines:
                 sections.append(("pgtemp: server log", logged.text()))
             if logged.statements:
@@ -79,36 +79,39 @@ class Case:
         return sections
 
     def end(self) -> None:
-        """Give the databases back, or have them kept."""
-        for held in self._held:
+        """Release the databases, and persist those that the options select."""
+        for claimed in self._claimed:
             keep = False
-            with suppress(PgTempError):  # which the report has said
-                keep = self._is_kept(held) and self._keep(held) is not None
-            self.suite.release(held.database, keep=keep)
-        self._held.clear()
+            with suppress(PgTempError):  # the report contains the error
+                keep = self._is_selected(claimed) and self._persist(claimed) is not None
+            self.suite.release(claimed.database, keep=keep)
+        self._claimed.clear()
 
-    def _opened_with(self, held: _Held) -> str:
-        if isinstance(held.database, RolledBack):
-            return "what the test did was rolled back; without rollback=True it is kept"
-        if not self._is_kept(held):
+    def _note(self, claimed: _Claimed) -> str:
+        if isinstance(claimed.database, RolledBack):
+            return (
+                "the test's changes were rolled back; to persist its database, leave out "
+                "rollback=True"
+            )
+        if not self._is_selected(claimed):
             return ""
         try:
-            command = self._keep(held)
+            command = self._persist(claimed)
         except PgTempError as error:
-            return f"not kept: {error}"
+            return f"not persisted: {error}"
         if command is None:
             most = self.suite.options.keep_most
-            return f"not kept: {most} are kept already (--pgtemp-keep-most)"
-        return f"when pytest has ended, open it with\n    {command}"
+            return f"not persisted: {most} databases are persisted already (--pgtemp-keep-most)"
+        return f"after pytest exits, open it with\n    {command}"
 
-    def _is_kept(self, held: _Held) -> bool:
+    def _is_selected(self, claimed: _Claimed) -> bool:
         keep = self.suite.options.keep
-        if isinstance(held.database, RolledBack):
+        if isinstance(claimed.database, RolledBack):
             return False
-        return held.needs.keep or keep == "all" or (keep == "failed" and self.failed)
+        return claimed.needs.keep or keep == "all" or (keep == "failed" and self.failed)
 
-    def _keep(self, held: _Held) -> str | None:
-        command = self.suite.keep(held.database, self.name)
-        if command is not None and command not in self.kept:
-            self.kept.append(command)
+    def _persist(self, claimed: _Claimed) -> str | None:
+        command = self.suite.keep(claimed.database, self.name)
+        if command is not None and command not in self.commands:
+            self.commands.append(command)
         return command

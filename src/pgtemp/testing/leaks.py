@@ -1,4 +1,4 @@
-"""Who is still connected to a database when its test has ended."""
+"""Find connections that are still open to a database after its test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgtemp.database import Database
 from pgtemp.errors import PgTempError
 from pgtemp.host.peer_credentials import TELLS_PEERS, Peers
 
-# A backend whose client has closed its connection is gone within some milliseconds.
+# A backend exits within some milliseconds after its client has closed the connection.
 _GRACE_SECONDS = 0.25
 _POLL_SECONDS = 0.002
 _QUERY = """
@@ -21,10 +21,10 @@ WHERE datname = %s AND backend_type = 'client backend' AND pid <> ALL(%s) ORDER 
 
 
 def left_open(database: Database) -> list[str]:
-    """The connections that a test has left open to its database: application, state, query.
+    """Describe the connections that a test left open to its database: application, state, query.
 
-    Those that the database has opened itself do not count, nor those whose client has closed them
-    and whose backend is about to end.
+    The connections that the `Database` object itself opened do not count, and neither do those that
+    the client has closed and whose backend is about to exit.
     """
     if database.closed or not database.was_shown:
         return []
@@ -37,22 +37,23 @@ def left_open(database: Database) -> list[str]:
             try:
                 with database.works.admins.connection() as connection:
                     rows = connection.execute(_QUERY, [database.dbname, ours]).fetchall()
-            except PgTempError:  # the test has ended its server
+            except PgTempError:  # the test has stopped its server
                 return []
-            open_ones, unsure = [], False
-            for address, client_port, *told in rows:
-                if address is None or not TELLS_PEERS:  # by the unix socket
+            still_open, unsure = [], False
+            for address, client_port, *facts in rows:
+                # Whether a client on the unix socket has closed its connection cannot be seen.
+                if address is None or not TELLS_PEERS:
                     unsure = True
                 elif peers.holder((address, client_port), (address, port)) is None:
                     continue
-                open_ones.append(_described(*told))
+                still_open.append(_described(*facts))
             if not unsure or time.monotonic() > deadline:
-                return open_ones
+                return still_open
             threading.Event().wait(_POLL_SECONDS)
     finally:
         peers.close()
 
 
-def _described(who: str, state: str | None, seconds: float | None, query: str) -> str:
+def _described(client: str, state: str | None, seconds: float | None, query: str) -> str:
     last = f", last query: {' '.join(query.split())}" if query else ""
-    return f"{who}: {state or 'starting'} for {seconds or 0:.1f} s{last}"
+    return f"{client}: {state or 'starting'} for {seconds or 0:.1f} s{last}"

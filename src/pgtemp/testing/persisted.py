@@ -1,4 +1,4 @@
-"""Where the databases of failed tests go, and how many runs of them stay."""
+"""The directory of the persisted databases of failed tests, and the removal of old runs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pgtemp.options.pytest import SuiteOptions
 from pgtemp.server import rundir
 from pgtemp.supervisor.leftovers import LEASE
 
-RUNS = 3  # whose databases stay, as pytest does with its temporary directories
+RUNS = 3  # the number of runs whose databases remain, as pytest does for temporary directories
 _FOLDER = "pgtemp-failed"
 _RUN = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 def directory_for(options: SuiteOptions, run: str) -> Path:
-    """A directory for what one run keeps; those of the oldest runs go.
+    """Make the directory for the persisted databases of a run; remove those of the oldest runs.
 
     Raises:
-        PgTempError: it cannot be made, or is somebody else's.
+        PgTempError: it cannot be made, or belongs to another user.
     """
     owner = identity.choose(options.run_as)
     try:
         base = rundir.find_base(options.data_dir_prefix, owner, keep=True)
-    except OptionError:  # on tmpfs, say, where servers may live but nothing is kept
+    except OptionError:  # for example, a tmpfs: servers may run there, but data is not persisted
         base = rundir.find_base(None, owner, keep=True)
     folder = base / _FOLDER
     try:
@@ -36,18 +36,18 @@ def directory_for(options: SuiteOptions, run: str) -> Path:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise OptionError(
-                f"{folder} is not a directory of yours", remedy="name another data_dir_prefix"
+                f"{folder} is not a directory of yours", remedy="choose another data_dir_prefix"
             )
-        _forget(folder, besides=run)
+        _remove_old_runs(folder, current=run)
         (folder / run).mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise ClusterError(f"{folder} cannot be used: {error.strerror}") from error
     return folder / run
 
 
-def _forget(folder: Path, besides: str) -> None:
-    """Remove all but the last runs; what somebody looks at, or still writes, stays."""
-    names = (run.name for run in folder.iterdir() if run.name != besides)
+def _remove_old_runs(folder: Path, current: str) -> None:
+    """Remove all but the last runs. A run that still runs, or whose data is open, remains."""
+    names = (run.name for run in folder.iterdir() if run.name != current)
     for name in sorted(filter(_RUN.fullmatch, names), reverse=True)[RUNS - 1 :]:
         run = folder / name
         if not procfs.lives(int(name.rpartition("-")[2])) and not any(

@@ -1,7 +1,7 @@
-"""The options of a suite as pytest's.
+"""The options of a suite as pytest's options.
 
-`--pgtemp-keep` on the command line is `pgtemp_keep` in the ini file. The command line beats the
-ini file, which beats the environment.
+`--pgtemp-keep` on the command line is `pgtemp_keep` in the ini file. The command line has
+precedence over the ini file, and the ini file over the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: pytest.Parser) -> None:
-    """Give pytest the options."""
+    """Add the options to pytest."""
     group = parser.getgroup("pgtemp", "temporary PostgreSQL databases (pgtemp)")
     for name, spec in suite_fields():
         default, text = default_of(spec), spec.metadata["help"].replace("%", "%%")
@@ -42,7 +42,7 @@ def add(parser: pytest.Parser) -> None:
 
 
 def chosen(config: pytest.Config) -> SuiteOptions:
-    """The options that were given. Raises OptionError."""
+    """Return the suite's options from pytest's configuration. Raises OptionError."""
     given: dict[str, Any] = {}
     for name, spec in suite_fields():
         value = config.getoption(name)

@@ -1,4 +1,4 @@
-"""What a test asks for, in the keyword arguments of its mark."""
+"""The requirements of a test, from the keyword arguments of its mark."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Usual(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a test asks for.
+    """The requirements of a test.
 
     Attributes:
-        template: as of `pgtemp.Recipe`, or one; None is an empty database.
-        isolation: "database" or "cluster"; None is the suite's.
-        extensions: to create, beside those of the suite.
-        config: settings of a server of its own.
-        keep: keep the database however the test comes out.
-        rollback: a connection whose work is rolled back, in a database that others have too.
+        template: a `pgtemp.Recipe`, or a value for its `build`; None for an empty database.
+        isolation: "database" or "cluster"; None for the suite's.
+        extensions: to create, in addition to those of the suite.
+        config: settings for a server of its own.
+        keep: persist the database whether the test passes or fails.
+        rollback: one connection, whose changes are rolled back, in a database that tests share.
     """
 
     template: Build | Recipe | Usual | None = Usual.TEMPLATE
@@ -61,7 +61,7 @@ class Needs:
 
 
 def needs_of(kwargs: Mapping[str, Any], usual: Needs | None = None) -> Needs:
-    """The needs that a mark or a call names. Raises OptionError where it names none."""
+    """Return the requirements in a mark or a call. Raises OptionError for an unknown one."""
     known = [spec.name for spec in fields(Needs)]
     for name in kwargs:
         if name not in known:
@@ -72,10 +72,10 @@ def needs_of(kwargs: Mapping[str, Any], usual: Needs | None = None) -> Needs:
 
 
 def recipe_of(build: Build | Recipe | None, root: Path, watch: Sequence[str] = ()) -> Recipe:
-    """A recipe whose paths start at the suite's root directory, wherever pytest was started.
+    """Return a recipe whose paths are relative to the suite's root directory, not to pytest's cwd.
 
     Args:
-        watch: of what has no key and watches nothing itself.
+        watch: the patterns for a recipe that has no `key` and no `watch` of its own.
     """
     if build is None:
         return Recipe()

@@ -1,7 +1,7 @@
-"""A database whose changes are rolled back: for tests that are content with one connection.
+"""A database whose changes are rolled back, for tests that need only one connection.
 
-What a test commits is the release of a savepoint in a transaction that never ends well. Sequences
-go on, as always, and other connections see nothing of it.
+A commit in the test releases a savepoint in a transaction that is rolled back later. Sequences are
+not reset, as after any rollback, and other connections do not see the test's changes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _SETTABLE = ("row_factory", "cursor_factory", "prepare_threshold")
 
 
 class RolledBack(Database):
-    """A database of several tests, one after the other, of which none leaves anything.
+    """A database that several tests use one after another, and whose changes are rolled back.
 
-    What is changed by its URL is not rolled back; the database is then dropped.
+    Changes through its URL are not rolled back; if a test reads the URL, the database is dropped.
 
-    `connect()` gives the one connection of the test, however often it is called; in it `commit()`,
-    `rollback()`, `transaction()` and autocommit do what they should as far as the test can see.
+    `connect()` returns the test's only connection, however often it is called. For the test,
+    `commit()`, `rollback()`, `transaction()` and autocommit behave as usual.
     """
 
     def __init__(self, base: Database, bases: list[Database]) -> None:
-        """One test's.
+        """Use `base` for one test.
 
         Args:
-            base: the database itself.
-            bases: where it goes for the next test, unless this one has changed it.
+            base: the real database.
+            bases: the list to return it to for the next test, unless this test has changed it.
         """
         base._close_warm()
         super().__init__(base.works, base.dbname, base._pool)
@@ -44,10 +44,10 @@ class RolledBack(Database):
         self._one: _Connection | _AsyncConnection | None = None
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        """The test's connection, in a transaction that is rolled back at its end.
+        """Return the test's connection, in a transaction that is rolled back after the test.
 
         Raises:
-            OptionError: the test has an asynchronous one, or one with other arguments.
+            OptionError: the test has an asynchronous connection, or one with other arguments.
         """
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
@@ -61,7 +61,7 @@ class RolledBack(Database):
         return self._one
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
-        """As `connect`, for asyncio."""
+        """Like `connect`, for asyncio."""
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
             self._one = await _AsyncConnection.connect(self._info.uri, **kwargs)
@@ -74,7 +74,7 @@ class RolledBack(Database):
         return self._one
 
     def close(self) -> None:
-        """Roll back; where something may be left, the database is dropped."""
+        """Roll back. If changes may remain, the database is dropped."""
         if self.closed:
             return
         clean = not self.was_shown and (self._one is None or self._one._is_whole())
@@ -89,7 +89,7 @@ class RolledBack(Database):
 
 def _of_two_kinds() -> OptionError:
     return OptionError(
-        "a test with rollback=True has one connection, which is of the other kind already",
+        "a test with rollback=True has one connection, and this test has one of the other kind",
         remedy="use connect() or aconnect(), or leave rollback out for this test",
     )
 
@@ -141,7 +141,7 @@ class _AsyncCursor(psycopg.AsyncCursor[Any]):
 
 
 class _State:
-    """What a connection would be like if its transactions were real."""
+    """The state that a connection would have if its transactions were real."""
 
     pgconn: pq.abc.PGconn
     _auto = False
@@ -164,23 +164,23 @@ class _State:
 
     def _set_isolation_level(self, value: object) -> NoReturn:
         raise OptionError(
-            "a test with rollback=True is in one transaction, whose isolation level stays",
+            "a test with rollback=True has one transaction, whose isolation level cannot change",
             remedy="leave rollback out for this test",
         )
 
     def _is_whole(self) -> bool:
-        """Whether it is all in the one transaction still, which a COMMIT as a statement ends."""
+        """Whether the outer transaction is still open; an explicit COMMIT statement ends it."""
         ended = self.pgconn.exec_(_ROLLBACK.encode())
         return ended.status == pq.ExecStatus.COMMAND_OK
 
     def _end(self) -> LiteralString:
-        """What COMMIT does: where a statement has failed, that is a rollback."""
+        """Return the statement for a commit: a rollback if a statement has failed."""
         failed = self.pgconn.transaction_status == pq.TransactionStatus.INERROR
         return _ROLLBACK if failed else _COMMIT
 
 
 class _Connection(_State, psycopg.Connection[Any]):
-    """A connection in which a commit is a savepoint's, and which is closed by pgtemp alone."""
+    """A connection that commits by a savepoint, and that only pgtemp closes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -223,7 +223,7 @@ class _Connection(_State, psycopg.Connection[Any]):
         self._set_auto(value)
 
     def close(self) -> None:
-        """What was not committed is gone; the next `connect` goes on with it."""
+        """Roll back uncommitted changes; the next `connect` returns the same connection."""
         if not self.closed:
             self.rollback()
 
@@ -235,7 +235,7 @@ class _Connection(_State, psycopg.Connection[Any]):
 
 
 class _AsyncConnection(_State, psycopg.AsyncConnection[Any]):
-    """As above, for asyncio."""
+    """Like `_Connection`, for asyncio."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -280,7 +280,7 @@ class _AsyncConnection(_State, psycopg.AsyncConnection[Any]):
         self._set_auto(value)
 
     async def close(self) -> None:
-        """As above."""
+        """Like `_Connection.close`."""
         if not self.closed:
             await self.rollback()
 

@@ -1,4 +1,4 @@
-"""One run of tests, and which of its processes this is."""
+"""One run of tests, and the identity of this process in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Run:
     """One run of tests.
 
     Attributes:
-        name: nobody else's.
-        worker: which of several processes this is; None where it is the only one.
+        name: unique to this run.
+        worker: identifies this process; None if the run has only one process.
     """
 
     name: str
@@ -21,5 +21,5 @@ class Run:
 
 
 def new_name() -> str:
-    """A name for a run; later ones sort behind."""
+    """Return a name for a run; the names of later runs sort after it."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

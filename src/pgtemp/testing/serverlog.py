@@ -1,4 +1,4 @@
-"""The part of a server's log that is a test's own: its lines, and its statements with times."""
+"""The part of a server log that concerns one test: its lines, and its statements with times."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from pathlib import Path
 
 from pgtemp.server import status
 
-# What makes a server log every statement with its time, in one line.
+# Settings with which a server logs every statement and its duration in one line.
 STATEMENTS = {"log_min_duration_statement": "0", "log_parameter_max_length": "1000"}
-_MOST_BYTES = 4 << 20
-_MOST_LINES = 60
-# As config.py has it: time, [pid], user@database where there is one, the level.
+_MAX_BYTES = 4 << 20
+_MAX_LINES = 60
+# The format set in config.py: time, [pid], user@database if there is one, level.
 _LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:.]+ \S+ \[\d+\] (?:\S*@(\S+) )?([A-Z]+\d?): +(.*)", re.S)
 _DURATION = re.compile(r"duration: ([\d.]+) ms  (statement|parse|bind|execute)[^:]*: (.*)", re.S)
-_CRASH = ("WARNING", "ERROR", "FATAL", "PANIC")
-_CALM = ("DETAIL", "HINT", "CONTEXT", "STATEMENT", "LOCATION", "QUERY")
+_TROUBLE = ("WARNING", "ERROR", "FATAL", "PANIC")
+_CONTINUATIONS = ("DETAIL", "HINT", "CONTEXT", "STATEMENT", "LOCATION", "QUERY")
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What was logged of one database.
+    """The part of a log that concerns one database.
 
     Attributes:
-        lines: as they stand in the log.
-        statements: each with its milliseconds.
+        lines: unchanged from the log.
+        statements: each with its duration in milliseconds.
     """
 
     lines: list[str]
     statements: list[tuple[float, str]]
 
     def text(self) -> str:
-        """The last of the lines."""
+        """Return the last lines."""
         return "\n".join(_last(self.lines))
 
     def table(self) -> str:
-        """The last of the statements, a line each, with their times in milliseconds."""
+        """Return the last statements, one per line, with their durations in milliseconds."""
         return "\n".join(_last([f"{ms:10.3f} ms  {_indented(sql)}" for ms, sql in self.statements]))
 
 
 def read(log: Path, offset: int, dbname: str) -> Slice:
-    """What a log says of a database from some place on; where it has another form, all of it.
+    """Return the part of a log that concerns a database, or all of it if its format is unknown.
 
     Args:
-        offset: bytes to leave out.
+        offset: the number of bytes at the start of the log to skip.
     """
-    text = status.read_log(log, offset, _MOST_BYTES).decode("utf-8", "replace")
+    text = status.read_log(log, offset, _MAX_BYTES).decode("utf-8", "replace")
     entries = _entries(text.splitlines())
     if not any(_LINE.match(entry) for entry in entries):
         return Slice(entries, [])
@@ -57,17 +57,17 @@ def read(log: Path, offset: int, dbname: str) -> Slice:
         match = _LINE.match(entry)
         if match is None:
             continue
-        where, level, said = match.groups()
-        if level in _CALM and where == dbname:
-            if counted and level == "DETAIL" and "arameters:" in said:
+        logged_in, level, message = match.groups()
+        if level in _CONTINUATIONS and logged_in == dbname:
+            if counted and level == "DETAIL" and "arameters:" in message:
                 ms, sql = statements[-1]
-                statements[-1] = ms, f"{sql}  -- {said.partition(':')[2].strip()}"
+                statements[-1] = ms, f"{sql}  -- {message.partition(':')[2].strip()}"
             elif ours:
                 lines.append(entry)
             continue
-        ours = where == dbname or (where is None and _matters(level, said))
+        ours = logged_in == dbname or (logged_in is None and _matters(level, message))
         counted = False
-        if ours and (timed := _DURATION.match(said)):
+        if ours and (timed := _DURATION.match(message)):
             ours = False
             if timed[2] in ("statement", "execute"):
                 counted = True
@@ -77,13 +77,13 @@ def read(log: Path, offset: int, dbname: str) -> Slice:
     return Slice(lines, statements)
 
 
-def _matters(level: str, said: str) -> bool:
-    """Whether a line of no database says that the server is in trouble."""
-    return level in _CRASH or "was terminated by signal" in said
+def _matters(level: str, message: str) -> bool:
+    """Whether a line that names no database reports a failure of the server."""
+    return level in _TROUBLE or "was terminated by signal" in message
 
 
 def _entries(lines: list[str]) -> list[str]:
-    """Lines with those that continue them, which begin with a tab."""
+    """Join each line with its continuation lines, which start with a tab."""
     entries: list[str] = []
     for line in lines:
         if line.startswith("\t") and entries:
@@ -98,5 +98,5 @@ def _indented(statement: str) -> str:
 
 
 def _last(lines: list[str]) -> list[str]:
-    left_out = len(lines) - _MOST_LINES
-    return lines if left_out <= 0 else [f"… {left_out} before", *lines[left_out:]]
+    left_out = len(lines) - _MAX_LINES
+    return lines if left_out <= 0 else [f"… {left_out} earlier", *lines[left_out:]]

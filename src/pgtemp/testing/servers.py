@@ -1,4 +1,4 @@
-"""Servers of which a test has one for itself, with one database."""
+"""Servers for tests that need a server of their own, each with one database."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """What a pool needs to know of them.
+    """Creates and stops servers for a pool.
 
     Attributes:
-        cluster: makes a cluster, not started.
-        template: the template in it.
+        cluster: makes a cluster, without starting it.
+        template: returns the template in a cluster.
     """
 
     recycles = False

@@ -1,8 +1,9 @@
 """The servers and templates of one run of tests, in one process.
 
-Templates are built when a test first needs them, each once; one that cannot be built is not tried
-again for every test. What can be kept on disk is, and where several processes share a run
-(pytest-xdist), the rest is kept for the time of the run, so that one of them builds it for all.
+Each template is built once, when a test first needs it; if the build fails, it is not repeated for
+other tests. Templates that can be cached on disk are cached. If several processes share a run
+(pytest-xdist), the other templates are cached for the duration of the run, so that one process
+builds each for all.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from pgtemp.testing.run import Run
 from pgtemp.testing.servers import Server, Servers
 from pgtemp.works import Works
 
-_NAME = "test"  # of templates, and so the beginning of databases' names
+_NAME = "test"  # the prefix of the names of templates, and thus of databases
 
 
 class Suite:
-    """What the tests of one process share."""
+    """The servers and templates that the tests of one process share."""
 
     def __init__(self, options: SuiteOptions, root: Path, run: Run) -> None:
-        """Nothing is started yet.
+        """Create a suite; no server is started yet.
 
         Args:
-            root: where relative paths start.
+            root: the directory that relative paths refer to.
         """
         self.options = options
         self._root = root
@@ -45,37 +46,41 @@ class Suite:
         self._recipes: dict[Recipe, Recipe] = {}
         self._servers: dict[Hashable, Pool[Server]] = {}
         self._held: dict[Database, tuple[Pool[Server], Server]] = {}
-        self._rolled: dict[Template, list[Database]] = {}  # bases that nobody has just now
-        self._kept = 0
-        self._for_run_alone = False
+        self._bases: dict[Template, list[Database]] = {}  # for RolledBack; not in use by a test
+        self._persisted = 0
+        self._caches_for_run = False
 
     @property
     def cluster(self) -> Cluster:
-        """The cluster of tests that need no settings of their own. Raises PgTempError."""
+        """The cluster for tests that need no settings of their own. Raises PgTempError."""
         return self._cluster({})
 
     def claim(self, needs: Needs, cluster: Cluster, usual: Build | Recipe | None) -> Database:
-        """A database for a test.
+        """Return a database for a test.
 
         Args:
-            cluster: where it is, unless the test needs settings of its own.
-            usual: what it starts with, unless the test needs something else.
+            cluster: the cluster for it, unless the test needs settings of its own.
+            usual: its template, unless the test needs another one.
 
         Raises:
-            PgTempError: it cannot be had. What a build raises comes as it is.
+            PgTempError: no database is available. An exception of a build is raised unchanged.
         """
         recipe = self._recipe(usual if isinstance(needs.template, Usual) else needs.template)
         if (needs.isolation or self.options.isolation) == "cluster" and not needs.rollback:
-            return self._own(needs, recipe)
-        place = self._cluster(needs.settings) if needs.settings else cluster
-        template = self._template(place, recipe, needs)
+            return self._database_in_own_server(needs, recipe)
+        chosen = self._cluster(needs.settings) if needs.settings else cluster
+        template = self._template(chosen, recipe, needs)
         if not needs.rollback:
             return template.database()
-        bases = self._rolled.setdefault(template, [])
+        bases = self._bases.setdefault(template, [])
         return RolledBack(bases.pop() if bases else template.database(), bases)
 
     def release(self, database: Database, *, keep: bool) -> None:
-        """Take a database back; with its server, where it has one for itself."""
+        """Release a database, and its server if the test had a server of its own.
+
+        Args:
+            keep: do not drop the database; `keep` has persisted it.
+        """
         if keep:
             database.leave()
         else:
@@ -85,43 +90,46 @@ class Suite:
             pool.retire(server)
 
     def keep(self, database: Database, of: str) -> str | None:
-        """Have a database outlive the suite; the command that opens it, or None: there are enough.
+        """Persist a database when the suite ends.
 
         Args:
-            of: the test, for whoever looks at what was kept.
+            of: the test's name, which is stored with the database.
+
+        Returns:
+            The command that opens the database; None if `keep_most` databases are persisted.
 
         Raises:
-            PgTempError: there is no place for it.
+            PgTempError: there is no directory for it.
         """
         works = database.works
-        if database.dbname not in works.kept and self._kept >= self.options.keep_most:
+        if database.dbname not in works.kept and self._persisted >= self.options.keep_most:
             return None
-        place = self._place_of(works)
+        directory = self._directory_of(works)
         if database.dbname not in works.kept:
-            self._kept += 1
+            self._persisted += 1
             works.kept[database.dbname] = of
-        return f"pgtemp open {place} --dbname {database.dbname}"
+        return f"pgtemp open {directory} --dbname {database.dbname}"
 
     def close(self) -> None:
-        """End all servers; what is to be kept is."""
-        with ExitStack() as all_of_them:
-            if self._run.worker is None and self._for_run_alone:
-                all_of_them.callback(cache.forget, self._run.name)
+        """Stop all servers; the databases selected by `keep` are persisted."""
+        with ExitStack() as cleanup:
+            if self._run.worker is None and self._caches_for_run:
+                cleanup.callback(cache.forget, self._run.name)
             for cluster in self._clusters.values():
-                all_of_them.callback(cluster.stop)
+                cleanup.callback(cluster.stop)
             for pool in self._servers.values():
-                all_of_them.callback(pool.close)
+                cleanup.callback(pool.close)
             for _, server in self._held.values():
-                all_of_them.callback(server.cluster.stop)
+                cleanup.callback(server.cluster.stop)
 
-    def _place_of(self, works: Works) -> Path:
+    def _directory_of(self, works: Works) -> Path:
         if works.keep_in is None:
             folder = persisted.directory_for(self.options, self._run.name)
-            works.keep_in = folder / f"{self._run.worker or 'server'}-{self._kept}"
+            works.keep_in = folder / f"{self._run.worker or 'server'}-{self._persisted}"
         return works.keep_in
 
-    def _own(self, needs: Needs, recipe: Recipe) -> Database:
-        recipe = self._for_the_run(recipe)
+    def _database_in_own_server(self, needs: Needs, recipe: Recipe) -> Database:
+        recipe = self._cached_for_run(recipe)
         key = recipe, tuple(needs.extensions), frozenset(needs.settings.items())
         if key not in self._servers:
             self._servers[key] = Pool(
@@ -148,14 +156,14 @@ class Suite:
 
     def _recipe(self, build: Build | Recipe | None) -> Recipe:
         recipe = recipe_of(build, self._root, self.options.watch)
-        return self._for_the_run(recipe) if self._run.worker is not None else recipe
+        return self._cached_for_run(recipe) if self._run.worker is not None else recipe
 
-    def _for_the_run(self, recipe: Recipe) -> Recipe:
-        """A recipe that is kept for the run at least, where that can be."""
+    def _cached_for_run(self, recipe: Recipe) -> Recipe:
+        """Return a recipe whose template is cached, if only for the duration of the run."""
         if recipe not in self._recipes:
-            kept = recipe.fingerprint() is not None
-            self._for_run_alone = self._for_run_alone or not kept
-            self._recipes[recipe] = recipe if kept else replace(recipe, run=self._run.name)
+            cacheable = recipe.fingerprint() is not None
+            self._caches_for_run = self._caches_for_run or not cacheable
+            self._recipes[recipe] = recipe if cacheable else replace(recipe, run=self._run.name)
         return self._recipes[recipe]
 
     def _template(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
@@ -172,7 +180,8 @@ class Suite:
         return template
 
     def _with_extensions(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
-        # The same name in all processes, whatever they need first: an image is kept under it.
+        # The name must be the same in all processes, in whatever order they need the templates: an
+        # image is cached under it.
         fingerprint = recipe.fingerprint()
         name = f"{_NAME}_{fingerprint[:8] if fingerprint else len(self._templates)}"
         template = cluster.template(name, recipe)

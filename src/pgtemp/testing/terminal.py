@@ -1,4 +1,4 @@
-"""What a person at pytest's terminal sees."""
+"""Output at pytest's terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def show_steps(terminal: Any) -> None:
-    """Show what takes long, such as the first initdb, as it begins.
+    """Print a line at the start of each long operation, such as the first initdb.
 
     Args:
-        terminal: pytest's terminal reporter, which writes past the capturing of output.
+        terminal: pytest's terminal reporter, whose output is not captured.
     """
 
     @contextmanager
@@ -31,7 +31,7 @@ def show_steps(terminal: Any) -> None:
 
 
 def close(suite: Suite, config: Any) -> None:
-    """End a suite's servers; what could not be kept is said, and changes nothing else."""
+    """Stop a suite's servers. If data could not be persisted, print the error and go on."""
     try:
         suite.close()
     except PgTempError as error:
@@ -44,7 +44,7 @@ def close(suite: Suite, config: Any) -> None:
 
 
 def commands_in(terminal: Any, name: str) -> list[tuple[str, str]]:
-    """Each test with a command that opens its database, from the reports' properties."""
+    """Return each test and the command that opens its database, from the reports' properties."""
     found: dict[tuple[str, str], None] = {}
     for reports in terminal.stats.values():
         for report in reports:

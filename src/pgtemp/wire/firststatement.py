@@ -1,7 +1,7 @@
-"""What a client begins with, so that it can be planned ahead for the next of its kind. Sans-IO.
+"""Find a client's first statement, so that it can be planned for the next such client. Sans-IO.
 
 PostgreSQL docs, 54.2.3 "Extended Query": Parse analyses a statement, Bind plans it, and neither
-executes it; but see `messages.undone`.
+executes it. But the planner calls functions, see `messages.in_read_only_transaction`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 
 from pgtemp.wire.messages import Frames, ProtocolError, bind, frame, parse
 
-_MOST = 8192  # bytes of a message that is kept
+_MAX_PAYLOAD = 8192  # bytes of a message that is stored
 _TRANSACTION = re.compile(rb"\s*(begin|start\s+transaction)\b", re.IGNORECASE)
 _PLANNED = re.compile(rb"\s*(select|insert|update|delete|merge|with|values|table)\b", re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class FirstStatement:
-    """Listens to a client for its first statement; the beginning of a transaction is none.
+    """Observes a client's messages up to its first statement; BEGIN is skipped.
 
     Attributes:
-        done: whether there is nothing more to hear.
-        plan: messages that have the same statement planned, with the same values, as the unnamed
-            one; b"" where it is none that can be planned before others are executed.
+        done: whether no more messages need to be observed.
+        plan: protocol messages that plan the same statement, with the same values, as the unnamed
+            statement; b"" if it cannot be planned before other statements have been executed.
     """
 
     done: bool = False
     plan: bytes = b""
     _name: bytes = b""
     _parsed: bytes = b""
-    _frames: Frames = field(default_factory=lambda: Frames(wanted=b"QPB", most=_MOST))
+    _frames: Frames = field(default_factory=lambda: Frames(wanted=b"QPB", most=_MAX_PAYLOAD))
 
     def feed(self, data: bytes) -> None:
         if self.done:
@@ -51,7 +51,7 @@ class FirstStatement:
             self._frames, self._name, self._parsed = Frames(), b"", b""
 
     def _simple(self, text: bytes) -> None:
-        several = b";" in text.rstrip(b"; \t\r\n")  # which cannot be prepared
+        several = b";" in text.rstrip(b"; \t\r\n")  # several statements cannot be prepared as one
         if several or not _TRANSACTION.match(text):
             self.done = True
             if _PLANNED.match(text) and not several:

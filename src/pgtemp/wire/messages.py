@@ -1,6 +1,6 @@
-"""Messages of the frontend/backend protocol: frames built and read. Sans-IO.
+"""Build and read messages of the frontend/backend protocol. Sans-IO.
 
-PostgreSQL docs, 54.7 "Message Formats". All numbers are big-endian; a length counts itself.
+PostgreSQL docs, 54.7 "Message Formats". All numbers are big-endian; a length includes itself.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ CANCEL_CODE = 80877102
 SSL_CODE = 80877103
 GSSENC_CODE = 80877104
 
-# Bytes of what cancels: a backend's pid and its secret, which is longer from 3.2 on.
+# Bytes of a cancel key: the backend's pid and its secret, which is longer since protocol 3.2.
 MIN_KEY, MAX_KEY = 4 + 4, 4 + 256
 
 TERMINATE = b"X\x00\x00\x00\x04"
 
 
 class ProtocolError(Exception):
-    """The peer said something that the protocol does not allow.
+    """The peer sent bytes that the protocol does not allow.
 
     Attributes:
-        sqlstate: what an ErrorResponse about it carries; None where the peer does not speak the
-            protocol at all, so that there is nobody to answer.
+        sqlstate: the SQLSTATE of the ErrorResponse to send; None if the peer does not speak the
+            protocol at all, so that it could not read a response.
     """
 
     def __init__(self, message: str, sqlstate: str | None = None) -> None:
@@ -33,17 +33,20 @@ class ProtocolError(Exception):
 
 
 def frame(kind: bytes, payload: bytes = b"") -> bytes:
-    """A typed message."""
+    """Build a typed message."""
     return kind + (len(payload) + 4).to_bytes(4, "big") + payload
 
 
 def parse(statement: bytes) -> bytes:
-    """Prepare the unnamed statement; types of parameters are as they are used."""
+    """Build a Parse message for the unnamed statement; the server infers the parameter types."""
     return frame(b"P", b"\x00" + statement + b"\x00\x00\x00")
 
 
 def bind(*values: bytes) -> bytes:
-    """Make the unnamed portal of the unnamed statement; it is planned, but not executed."""
+    """Build a Bind message from the unnamed statement to the unnamed portal.
+
+    The server plans the statement, but does not execute it.
+    """
     texts = b"".join(len(value).to_bytes(4, "big") + value for value in values)
     return frame(b"B", b"\x00\x00\x00\x00" + len(values).to_bytes(2, "big") + texts + b"\x00\x00")
 
@@ -52,19 +55,19 @@ def _execute(statement: bytes) -> bytes:
     return parse(statement) + bind() + frame(b"E", b"\x00" + bytes(4))
 
 
-def undone(plan: bytes) -> bytes:
-    """Messages that plan a statement, so that nothing stays of it.
+def in_read_only_transaction(plan: bytes) -> bytes:
+    """Wrap messages that plan a statement in a read-only transaction that is rolled back.
 
-    The planner calls functions that say of themselves that they are stable or immutable; such a one
-    may write all the same, or change a setting.
+    The planner calls functions that are declared stable or immutable. Such a function may still
+    write, or change a setting.
     """
     return _execute(b"BEGIN READ ONLY") + plan + _execute(b"ROLLBACK")
 
 
-# After something was prepared and planned: it is replaced by an empty statement.
+# Closes the unnamed portal and replaces the unnamed statement by an empty one.
 FORGET = frame(b"C", b"P\x00") + parse(b"") + frame(b"S")
-# Plans a query of a catalog that anybody may read and that has columns, operators and an index of
-# the usual types.
+# Plans a query of a catalog that every user may read, and whose columns, operators and index have
+# common types.
 ANY_PLAN = parse(
     b"SELECT pg_catalog.count(*) FROM pg_catalog.pg_seclabel"
     b" WHERE objsubid OPERATOR(pg_catalog.=) $1::pg_catalog.int4"
@@ -73,33 +76,35 @@ ANY_PLAN = parse(
 
 
 def untyped(code: int, payload: bytes = b"") -> bytes:
-    """A message of the start-up, which has no type: StartupMessage, CancelRequest, SSLRequest."""
+    """Build a start-up message, which has no type: StartupMessage, CancelRequest, SSLRequest."""
     return (len(payload) + 8).to_bytes(4, "big") + code.to_bytes(4, "big") + payload
 
 
 def startup_message(parameters: Mapping[str, str], version: int = PROTOCOL_3) -> bytes:
-    """A StartupMessage, from parameters."""
-    pairs = b"".join(_zero(name) + _zero(value) for name, value in parameters.items())
+    """Build a StartupMessage from parameters."""
+    pairs = b"".join(
+        _zero_terminated(name) + _zero_terminated(value) for name, value in parameters.items()
+    )
     return untyped(version, pairs + b"\x00")
 
 
 def cancel_request(key: bytes) -> bytes:
-    """A CancelRequest; `key` is the backend's pid and its secret, as in BackendKeyData."""
+    """Build a CancelRequest; `key` is the backend's pid and its secret, as in BackendKeyData."""
     return untyped(CANCEL_CODE, key)
 
 
-def _zero(text: str) -> bytes:
+def _zero_terminated(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape") + b"\x00"
 
 
 @dataclass(slots=True)
 class Frames:
-    """Cuts a stream of typed messages into (type, payload); keeps what is not whole yet.
+    """Splits a stream of typed messages into (type, payload), and buffers incomplete messages.
 
     Attributes:
-        wanted: types of which the payload is wanted; others are passed over, and come without.
-            None is all.
-        most: bytes that the payload of a wanted one may have.
+        wanted: the types whose payload is stored; messages of other types are yielded without
+            their payload. None means all types.
+        most: the maximum number of bytes in the payload of a wanted message.
     """
 
     wanted: bytes | None = None
@@ -107,13 +112,13 @@ class Frames:
     _head: bytearray = field(default_factory=bytearray)
     _payload: bytearray = field(default_factory=bytearray)
     _missing: int = 0
-    _keeps: bool = False
+    _stores_payload: bool = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """The messages that `data` completes.
+        """Yield the messages that `data` completes.
 
         Raises:
-            ProtocolError: a length that cannot be.
+            ProtocolError: the length of a message is invalid or above `most`.
         """
         at = 0
         while at < len(data):
@@ -125,7 +130,7 @@ class Frames:
                     return
                 self._begin()
             piece = min(self._missing, len(data) - at)
-            if self._keeps:
+            if self._stores_payload:
                 self._payload += data[at : at + piece]
             at += piece
             self._missing -= piece
@@ -138,7 +143,7 @@ class Frames:
     def _begin(self) -> None:
         length = int.from_bytes(self._head[1:], "big")
         self._missing = length - 4
-        self._keeps = self.wanted is None or self._head[:1] in self.wanted
-        too_long = self._keeps and self.most is not None and self._missing > self.most
+        self._stores_payload = self.wanted is None or self._head[:1] in self.wanted
+        too_long = self._stores_payload and self.most is not None and self._missing > self.most
         if length < 4 or too_long:
             raise ProtocolError(f"a message of length {length}")

@@ -1,12 +1,12 @@
-"""Which commands a client may send to the walsender of a shared server. Sans-IO.
+"""Decide which commands a client may send to the walsender of a shared server. Sans-IO.
 
 PostgreSQL docs, 54.4 "Streaming Replication Protocol". A walsender that is connected to a database
 executes SQL and replication commands. BASE_BACKUP and physical replication read the whole server,
 that is, the databases of all its clients; logical replication reads the connected database only.
 
-A walsender executes the simple query protocol alone (`forbidden_in_wal_sender` in postgres.c), so
+A walsender accepts only the simple query protocol (`forbidden_in_wal_sender` in postgres.c), so
 only Query messages are inspected. Like `replication_scanner_is_replication_command`
-(repl_scanner.l), the inspection decides by the first token; that scanner knows no comments.
+(repl_scanner.l), the inspection decides by the first token; that scanner does not skip comments.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Values of the parameter `replication`. PostgreSQL takes any other for physical replication, or
-# refuses it (ProcessStartupPacket in postmaster.c).
+# Values of the parameter `replication`. PostgreSQL treats any other value as physical replication,
+# or refuses it (ProcessStartupPacket in postmaster.c).
 _NO_WALSENDER, _OF_A_DATABASE = ("", "false", "off", "no", "0"), "database"
 _QUERY = b"Q"
 _HEAD = 5  # bytes of a message's type and length
-_MOST = 8192  # bytes of a Query that are held until the command in it is known
-# White space: what the scanner skips, and more. A false match can only refuse a command.
+_MAX_HELD = 8192  # bytes of a Query that are held until its command is known
+# White space: the characters that the scanner skips, and more. A false match can only refuse a
+# command.
 _SPACE = rb"[\x01-\x20]"
 _WORD = rb"[A-Za-z_\x80-\xff][A-Za-z0-9_$\x80-\xff]*"
 _SLOT = rb'(?:"(?:[^"]|"")+"%b*|%b%b+)' % (_SPACE, _WORD, _SPACE)
@@ -38,18 +39,18 @@ _ALLOWED = re.compile(
 
 @dataclass(slots=True)
 class Inspection:
-    """Inspects what a client sends to a walsender. After a refusal nothing passes.
+    """Inspects the bytes that a client sends to a walsender. After a refusal no byte passes.
 
     Attributes:
         refused: the command that was refused; "" if there was none.
     """
 
     refused: str = ""
-    _held: bytearray = field(default_factory=bytearray)  # the begin of a message
-    _passing: int = 0  # bytes of a message that are still to come and need no inspection
+    _held: bytearray = field(default_factory=bytearray)  # the beginning of a message
+    _passing: int = 0  # remaining bytes of a message that pass without inspection
 
     def feed(self, data: bytes) -> bytes:
-        """Return the bytes that may be sent to the server: each Query only once it is inspected."""
+        """Return the bytes that may be sent to the server; a Query is held until its inspection."""
         passed, at = bytearray(), 0
         while at < len(data) and not self.refused:
             if self._passing:
@@ -65,21 +66,22 @@ class Inspection:
         return bytes(passed)
 
     def _wanted(self) -> int:
-        """How many bytes of the message have to be known."""
+        """Return how many bytes of the message the inspection needs."""
         if len(self._held) < _HEAD or self._held[:1] != _QUERY:
             return _HEAD
-        return _HEAD + max(0, min(self._length(), _MOST))
+        return _HEAD + max(0, min(self._length(), _MAX_HELD))
 
     def _length(self) -> int:
-        # Without the length itself. The server ends a connection that sends less than that.
+        # Without the four bytes of the length. The server closes a connection that sends a length
+        # below four.
         return int.from_bytes(self._held[1:_HEAD], "big") - 4
 
     def _inspect(self) -> bytes:
-        """What is held, if it may pass."""
+        """Return the held bytes if they may pass, else b""."""
         held, length = bytes(self._held), self._length()
         if held[:1] == _QUERY:
             text, end, _ = held[_HEAD:].partition(b"\0")
-            self.refused = refused(text, whole=bool(end) or length <= _MOST)
+            self.refused = refused(text, whole=bool(end) or length <= _MAX_HELD)
         self._held.clear()
         if self.refused:
             return b""
@@ -88,9 +90,9 @@ class Inspection:
 
 
 def inspection(parameters: Mapping[str, str]) -> Inspection | None:
-    """The inspection of a connection with these parameters; None if it has no walsender.
+    """Return the inspection for a connection with these parameters; None if it has no walsender.
 
-    Physical replication is refused from the start.
+    For physical replication, the inspection is refused from the start.
     """
     asked = parameters.get("replication", "").lower()
     if asked in _NO_WALSENDER:
@@ -99,19 +101,19 @@ def inspection(parameters: Mapping[str, str]) -> Inspection | None:
 
 
 def refused(text: bytes, *, whole: bool = True) -> str:
-    """The replication command in the text of a query if a shared server must not execute it.
+    """Return the replication command in a query if a shared server must not execute it.
 
-    All replication commands but SHOW have an underscore in their first word, and no SQL statement
-    has one, so a command of a later PostgreSQL is refused as well.
+    All replication commands except SHOW have an underscore in their first word, and no SQL
+    statement has one, so the commands of later PostgreSQL versions are refused as well.
 
     Args:
-        whole: whether the query ends with this text.
+        whole: whether the text contains the whole query.
 
     Returns:
-        "" for SQL and for commands that are allowed.
+        "" for SQL and for allowed commands.
     """
     first = _FIRST.match(text)
-    assert first is not None  # it matches the empty text
+    assert first is not None  # the pattern matches the empty text
     word = first[1] or b""
     if not whole and first.end() == len(text):
         return "a query that begins with so much white space"

@@ -1,4 +1,4 @@
-"""What the daemon says in a server's place, and what it learns from a server's first words.
+"""Messages that the daemon sends in a server's place, and observers of the start of a connection.
 
 Sans-IO. PostgreSQL docs, 54.7 "Message Formats", 54.8 "Error and Notice Message Fields".
 """
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import MAX_KEY, PROTOCOL_3, TERMINATE, Frames, frame
 
 _LATEST = PROTOCOL_3 + 2
-_READY = b"Z\x00\x00\x00\x05"  # the status follows
-_TAKEN_ALONG = b"\x00C57P01\x00", b"\x00C57P02\x00"  # admin_shutdown, crash_shutdown
+_READY = b"Z\x00\x00\x00\x05"  # ReadyForQuery; the transaction status follows
+_TERMINATED_BY_CRASH = b"\x00C57P01\x00", b"\x00C57P02\x00"  # admin_shutdown, crash_shutdown
 _PASSWORD = b"p"  # PasswordMessage, SASLInitialResponse, SASLResponse, GSSResponse
 
 
 def fatal(sqlstate: str, message: str, *, detail: str = "", hint: str = "") -> bytes:
-    """An ErrorResponse that ends a connection."""
+    """Build an ErrorResponse of severity FATAL."""
     fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": message, "D": detail, "H": hint}
     body = b"".join(
         name.encode() + text.replace("\0", "").encode("utf-8", "replace") + b"\x00"
@@ -27,7 +27,7 @@ def fatal(sqlstate: str, message: str, *, detail: str = "", hint: str = "") -> b
 
 
 def greeting(version: int, parameters: dict[str, str], server_version: str) -> bytes:
-    """A whole login as a server without a password would answer it, for who only looks in."""
+    """Build the answer to a whole login, as from a server without a password, for a probe."""
     unknown = [name for name in parameters if name.startswith("_pq_.")]
     answer = b""
     if version > _LATEST or unknown:
@@ -40,36 +40,38 @@ def greeting(version: int, parameters: dict[str, str], server_version: str) -> b
     return answer + frame(b"K", bytes(8)) + frame(b"Z", b"I")
 
 
-def broke_off(last: bytes) -> bool:
-    """Whether a server that ended after these bytes has crashed, with no message half said.
+def ended_by_crash(last: bytes) -> bool:
+    """Whether a connection that closed after these bytes was closed by a crash of the server.
 
-    Backends that a crash has taken along say so in a notice, if anything, which no program shows.
+    A backend that is terminated because of a crash sends a notice at most, which no client
+    program shows. False if the last message is incomplete: an error could not be appended to it.
     """
     if last[-6:-1] == _READY:
         return True
     _, begin, rest = last.rpartition(b"N\x00\x00")
     notice = begin + rest
     whole = bool(begin) and len(notice) == 1 + int.from_bytes(notice[1:5], "big")
-    return whole and any(code in notice for code in _TAKEN_ALONG)
+    return whole and any(code in notice for code in _TERMINATED_BY_CRASH)
 
 
 @dataclass(slots=True)
 class ServerStart:
-    """Listens to a server until it is ready for a query, for the key that cancels.
+    """Observes a server's messages until it is ready for a query, and stores its cancel key.
 
     Attributes:
-        done: whether it is ready, or has refused.
-        failed: whether it has refused.
+        key: the cancel key, if the server has sent it.
+        done: whether the server is ready or has refused the client.
+        failed: whether the server has refused the client.
     """
 
     key: bytes | None = None
     done: bool = False
     failed: bool = False
-    # Anything else, and however much of it, is not kept: a login trigger may say what it likes.
+    # No other message is stored, whatever its length: a login trigger may send any notice.
     _frames: Frames = field(default_factory=lambda: Frames(wanted=b"K", most=MAX_KEY))
 
     def feed(self, data: bytes) -> None:
-        """Raises ProtocolError for what no server says."""
+        """Observe more bytes. Raises ProtocolError for bytes that no server sends."""
         if self.done:
             return
         for kind, payload in self._frames.feed(data):
@@ -82,7 +84,10 @@ class ServerStart:
 
 @dataclass(slots=True)
 class ClientStart:
-    """Listens to a client for its first word: a database that was not used can serve again."""
+    """Observes whether a client sends a message besides passwords and Terminate.
+
+    If it does not, its database is unused and can serve another client.
+    """
 
     used: bool = False
     _begin: bytes = b""
@@ -91,7 +96,7 @@ class ClientStart:
     def feed(self, data: bytes) -> None:
         at = 0
         while at < len(data) and not self.used:
-            if self._skip:  # the rest of an answer to the server's question for a password
+            if self._skip:  # the rest of an answer to the server's password request
                 skipped = min(self._skip, len(data) - at)
                 self._skip -= skipped
                 at += skipped

@@ -1,7 +1,8 @@
-"""What a client says before anything else: one state machine over bytes. Sans-IO.
+"""The start-up phase of a client's connection: one state machine over bytes. Sans-IO.
 
-SSLRequest and GSSENCRequest are answered, TLS is begun where it is spoken, a CancelRequest or a
-StartupMessage ends it. Nothing is decided here about databases. PostgreSQL docs, 54.2.1 "Start-up".
+It answers SSLRequest and GSSENCRequest, starts TLS if the daemon supports it, and is complete with
+a CancelRequest or a StartupMessage. It makes no decision about databases. PostgreSQL docs, 54.2.1
+"Start-up".
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TLS_HANDSHAKE = 0x16
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """A StartupMessage. `rest` is what the client sent right behind it."""
+    """A StartupMessage. `rest` contains the bytes that the client sent directly after it."""
 
     version: int
     parameters: dict[str, str]
@@ -36,29 +37,32 @@ class Startup:
 
     @property
     def dbname(self) -> str:
-        """The database; PostgreSQL takes the user's name where none is given."""
+        """The database's name; if the client gives none, PostgreSQL uses the user's name."""
         return self.parameters.get("database") or self.user
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """A CancelRequest. `key` is the backend's pid and secret in one."""
+    """A CancelRequest. `key` is the backend's pid followed by its secret."""
 
     key: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Bytes that the client is waiting for."""
+    """Bytes to send to the client, which waits for them."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Secure:
-    """From here on the client speaks TLS. `reply` is what it waits for, `arrived` its first words.
+    """From here on the client speaks TLS.
 
-    Begun directly, without a request, there is no reply.
+    Attributes:
+        reply: the bytes that the client waits for; b"" if it started TLS directly, without a
+            request.
+        arrived: the bytes of TLS that have arrived already.
     """
 
     reply: bytes
@@ -67,22 +71,22 @@ class Secure:
 
 @dataclass(frozen=True, slots=True)
 class NeedMore:
-    """Nothing whole has arrived yet."""
+    """No complete message has arrived yet."""
 
 
 Event = Startup | Cancel | Reply | Secure | NeedMore
 
 
 class NoTlsError(ProtocolError):
-    """Somebody begins with TLS, and it is not spoken here."""
+    """The client starts TLS directly, and the daemon has no certificate."""
 
 
 @dataclass(slots=True)
 class Negotiation:
-    """Feed it what arrives; ask it what to do. It ends with a Startup or a Cancel.
+    """Takes the bytes that arrive, and returns events. The last one is a Startup or a Cancel.
 
     Args:
-        tls: whether TLS can be spoken.
+        tls: whether the daemon supports TLS.
     """
 
     tls: bool = False
@@ -93,20 +97,21 @@ class Negotiation:
         self._buffer += data
 
     def next_event(self) -> Event:
-        """What the bytes so far amount to.
+        """Return the event for the bytes received so far.
 
         Raises:
-            ProtocolError: they are no start of a PostgreSQL connection.
+            ProtocolError: the bytes do not start a PostgreSQL connection.
         """
         if self._buffer and self._buffer[0] == _TLS_HANDSHAKE:
             if not self.tls:
-                raise NoTlsError("direct TLS, and no certificate is configured")
+                raise NoTlsError("direct TLS, but no certificate is configured")
             return self._secure(b"")
         if len(self._buffer) < 4:
             return NeedMore()
         length = int.from_bytes(self._buffer[:4], "big")
         if not 8 <= length < 1 << 20:
-            # An HTTP request or another protocol has a huge "length": nobody to answer.
+            # An HTTP request or another protocol has a huge "length": the peer could not read an
+            # ErrorResponse.
             raise ProtocolError(f"not PostgreSQL's protocol: {bytes(self._buffer[:16])!r}")
         check_length(length)
         if len(self._buffer) < length:
@@ -130,7 +135,7 @@ class Negotiation:
         return Startup(code, _parameters(body), rest)
 
     def _secure(self, reply: bytes) -> Secure:
-        """Whatever follows is plaintext again to us, and neither form of TLS comes twice."""
+        """Start TLS. The caller decrypts the following bytes; TLS cannot be started again."""
         self.tls = False
         self._asked |= {SSL_CODE, GSSENC_CODE}
         arrived = bytes(self._buffer)
@@ -148,13 +153,13 @@ class Negotiation:
 
 
 def check_length(length: int) -> None:
-    """Raise ProtocolError for a StartupMessage that no server reads."""
+    """Raise ProtocolError if a StartupMessage is longer than servers accept."""
     if length > MAX_STARTUP:
         raise ProtocolError("invalid length of startup packet", "08P01")
 
 
 def _parameters(body: bytes) -> dict[str, str]:
-    """Names and values of a StartupMessage; of a name given twice, the last."""
+    """Parse the names and values of a StartupMessage; if a name occurs twice, the last counts."""
     if not body.endswith(b"\x00"):
         raise ProtocolError("invalid startup packet layout: expected terminator", "08P01")
     if body == b"\x00":
@@ -179,9 +184,10 @@ def _parameters(body: bytes) -> dict[str, str]:
 
 
 def clip(name: str) -> str:
-    """A name as PostgreSQL truncates it: to 63 bytes of whole characters (pg_mbcliplen).
+    """Truncate a name as PostgreSQL does: to 63 bytes of whole characters (pg_mbcliplen).
 
-    CREATE ROLE and CREATE DATABASE do so, and a login does so with the names in a StartupMessage.
+    CREATE ROLE and CREATE DATABASE truncate names, and a login truncates the names in its
+    StartupMessage.
     """
     return name.encode("utf-8", "surrogateescape")[:MAX_NAME].decode("utf-8", "ignore")
 

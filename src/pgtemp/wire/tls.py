@@ -1,8 +1,8 @@
 """TLS on the client's side of a connection, sans-IO: ciphertext in, plaintext out, and back.
 
-Both forms begin it: SSLRequest, and directly with ALPN (PostgreSQL docs, 54.2.11 "SSL Session
-Encryption"). Without sockets of its own it can begin with bytes that have been read already, and
-each direction ends by itself, as it does without TLS.
+A client starts TLS with an SSLRequest, or directly with ALPN (PostgreSQL docs, 54.2.11 "SSL Session
+Encryption"). The module has no sockets of its own, so TLS can start with bytes that have been read
+already, and each direction is closed independently, as without TLS.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import ssl
 from pgtemp.wire.messages import ProtocolError
 
 ALPN = "postgresql"
-# handshake_failure, fatal: what a server without a certificate says to who begins with TLS.
+# A fatal handshake_failure alert: the answer of a server without a certificate to direct TLS.
 NO_TLS = b"\x15\x03\x01\x00\x02\x02\x28"
-_MOST = 1 << 16
+_READ_SIZE = 1 << 16
 
 
 class Tls:
-    """One connection, from its handshake on.
+    """The TLS of one connection, from its handshake on.
 
     Attributes:
-        ended: whether the client has said that nothing more comes, or can say nothing more.
+        ended: whether the client has sent close_notify, or cannot send any more data.
     """
 
     def __init__(self, context: ssl.SSLContext, *, direct: bool) -> None:
         """
         Args:
-            direct: begun without SSLRequest, where the protocol has to be named by ALPN.
+            direct: TLS was started without an SSLRequest, so ALPN must name the protocol.
         """
         self._arrived, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._arrived, self._to_send, server_side=True)
@@ -37,12 +37,12 @@ class Tls:
         self.ended = False
 
     def receive(self, data: bytes) -> bytes:
-        """The plaintext in what has arrived; afterwards there may be something to `take`.
+        """Decrypt bytes that have arrived; afterwards there may be bytes to `take`.
 
         Raises:
-            ProtocolError: it is no TLS, or not what is spoken here.
+            ProtocolError: the bytes are not TLS, or the handshake fails.
         """
-        if self.ended:  # nobody would ever take it out again
+        if self.ended:  # the buffer would grow, as it is not read any more
             return b""
         self._arrived.write(data)
         parts = []
@@ -53,33 +53,33 @@ class Tls:
                 if self._direct and self._tls.selected_alpn_protocol() != ALPN:
                     self.ended = True
                     raise ProtocolError(f"direct TLS without the application protocol {ALPN}")
-            while part := self._tls.read(_MOST):
+            while part := self._tls.read(_READ_SIZE):
                 parts.append(part)
             self.ended = True
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
             self.ended = True
-            if not self._finished:  # who has been said goodbye to may say what it likes
+            if not self._finished:  # after our close_notify, errors of the client do not matter
                 raise ProtocolError(f"TLS: {error.reason or error}") from error
         return b"".join(parts)
 
     def encrypt(self, data: bytes) -> bytes:
-        """What is to be sent for `data`: nothing where the client cannot read it yet."""
+        """Return the bytes to send for `data`; before the handshake is complete, drop `data`."""
         if data and self._agreed:
             self._tls.write(data)
         return self.take()
 
     def take(self) -> bytes:
-        """What is to be sent: parts of the handshake, answers, alerts."""
+        """Return the bytes to send: parts of the handshake, responses, alerts."""
         return self._to_send.read()
 
     def finish(self) -> bytes:
-        """What is to be sent last: that nothing more comes (close_notify)."""
+        """Return the last bytes to send: close_notify, which announces the end of data."""
         self._finished = True
         try:
             if self._agreed:
                 self._tls.unwrap()
-        except ssl.SSLError:  # it has been said; the client has not said so yet
+        except ssl.SSLError:  # ours is sent; the client has not sent its close_notify yet
             pass
         return self.take()

@@ -1,1 +1,1 @@
-"""The engine that stands in for django.contrib.gis.db.backends.postgis."""
+"""The engine that replaces django.contrib.gis.db.backends.postgis."""

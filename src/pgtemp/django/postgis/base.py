@@ -1,4 +1,4 @@
-"""Where Django looks for the engine: its own, but for how test databases are made."""
+"""The module that Django imports: its own engine, except that pgtemp creates test databases."""
 
 from __future__ import annotations
 

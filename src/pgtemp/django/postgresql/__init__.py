@@ -1,1 +1,1 @@
-"""The engine that stands in for django.db.backends.postgresql."""
+"""The engine that replaces django.db.backends.postgresql."""
