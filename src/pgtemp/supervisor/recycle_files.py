@@ -20,8 +20,9 @@ import _socket
 import os
 import select
 import stat
+from itertools import islice
 
-from pgtemp.host.removal import remove
+from pgtemp.host.removal import ASIDE, removal, remove
 from pgtemp.supervisor.leftovers import DATA, SHELF
 from pgtemp.supervisor.protocol import decode, encode
 
@@ -34,6 +35,8 @@ _STUB = "PG_VERSION"  # without it PostgreSQL takes a directory for no database
 _IDLE = 10_000  # milliseconds without a word, after which the shelf is cleared
 _ORIGINAL = "original"
 _CHUNK = 1 << 20
+_EXTRA = 1000  # entries that are removed from a directory, beyond as many as its template has
+_PORTION = 100  # entries of a directory to remove, between two requests
 
 
 class Shelf:
@@ -46,6 +49,11 @@ class Shelf:
         self._taken: set[str] = set()
         self.waiting: list[str] = []  # to be made what they were
         self._ready: list[str] = []
+        self._removals: list[Iterator[None]] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self._removals)
 
     def begin(self, oid: str) -> None:
         """Take a clone's files for the original; what is left is no more than a name."""
@@ -76,7 +84,7 @@ class Shelf:
     def put(self, oid: str) -> None:
         """Give a database that was cloned from the stub a directory as its template has it."""
         if not self._ready and self.waiting:
-            self.work()
+            self._restore_next()
         restored = self._ready.pop() if self._ready else None
         if restored is None:
             raise FileNotFoundError("nothing is on the shelf")
@@ -86,12 +94,18 @@ class Shelf:
         remove(empty)
 
     def work(self) -> None:
-        """Make one directory what it was."""
+        """Make one directory what it was, or remove a portion of one that was given up."""
+        if self.waiting:
+            self._restore_next()
+        elif len(list(islice(self._removals[0], _PORTION))) < _PORTION:
+            del self._removals[0]
+
+    def _restore_next(self) -> None:
         oid = self.waiting.pop(0)
         try:
             self._make_good(self._on(oid))
         except OSError:  # such as a full disk
-            remove(self._on(oid))
+            self._removals.append(removal(self._on(oid)))
         else:
             self._ready.append(oid)
 
@@ -110,9 +124,16 @@ class Shelf:
     def _make_good(self, directory: str) -> None:
         sizes, original = self._sizes, self._on(_ORIGINAL)
         missing = set(sizes)
-        for name, status in _files(directory):
+        for count, (name, status) in enumerate(_files(directory)):
+            if count > 2 * len(sizes) + _EXTRA:
+                raise OSError(f"{directory} has many more files than its template")
             size = sizes.get(name)
-            if size is None or not stat.S_ISREG(status.st_mode):
+            if stat.S_ISDIR(status.st_mode):
+                # However much is in it: no client waits while it is removed.
+                aside = self._on(f"{os.urandom(8).hex()}{ASIDE}")
+                os.rename(f"{directory}/{name}", aside)
+                self._removals.append(removal(aside))
+            elif size is None or not stat.S_ISREG(status.st_mode):
                 remove(f"{directory}/{name}")
             elif status.st_mtime_ns == _MARK and status.st_size == size:
                 missing.discard(name)
@@ -163,8 +184,8 @@ def serve(channel: _socket.socket, home: str) -> None:
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     while True:
-        if not poll.poll(0 if shelf.waiting else _IDLE):
-            if shelf.waiting:
+        if not poll.poll(0 if shelf.has_work else _IDLE):
+            if shelf.has_work:
                 shelf.work()
             else:
                 shelf.clear()

@@ -20,6 +20,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -38,8 +39,8 @@ _log = logging.getLogger("pgtemp")
 _AFTER = 4  # databases that are dropped in the usual way; who has no more needs no shelf
 _MOST, _MOST_BYTES = 4, 64 << 20  # directories on the shelf; of large ones, one
 _STUB_BYTES = 1 << 16
-# It renames directories, and copies 64 MB at most.
-_ANSWER_SECONDS, _MOST_ANSWER = 10.0, 64 << 10
+# It renames directories, and copies 64 MB at most. Clients wait for it.
+_ANSWER_SECONDS, _MOST_ANSWER = 2.0, 64 << 10
 _LOOK_SECONDS = 0.5
 # Whoever replays the server's log would copy the stub, and have no files.
 _REPLAYED = """
@@ -230,14 +231,13 @@ class Reuse:
     def _answer(self, channel: socket.socket) -> dict[str, Any]:
         """What the process says. Raises OSError if it says nothing, or too much, in time."""
         assert self._process is not None
-        seconds = _ANSWER_SECONDS
+        deadline = time.monotonic() + _ANSWER_SECONDS
         while (said := decode(self._buffer)) is None:
             channel.settimeout(_LOOK_SECONDS)
             try:
                 data = channel.recv(65536)
             except TimeoutError:
-                seconds -= _LOOK_SECONDS
-                if seconds <= 0 or procfs.is_stopped(self._process.pid):
+                if time.monotonic() >= deadline or procfs.is_stopped(self._process.pid):
                     raise
                 continue
             self._buffer += data
