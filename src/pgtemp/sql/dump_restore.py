@@ -27,6 +27,7 @@ from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS = 40  # as many as the system follows
+_LOCK_WAIT = "3s"  # for each table
 _ARCHIVE = b"PGDMP"  # how the custom format begins
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
 # What users run into most, by the words of psql and pg_restore.
@@ -39,6 +40,7 @@ _HINTS = (
         r"unrecognized configuration parameter|unsupported version",
         "it was made by a newer PostgreSQL; ask for that version",
     ),
+    (r"canceling statement due to statement timeout", "another session locks a table; close it"),
     (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
@@ -95,7 +97,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
             try:
                 program = installation.program("pg_dump")
                 result = processes.run(
-                    [program, "-d", conninfo(source)],
+                    [program, f"--lock-wait-timeout={_LOCK_WAIT}", "-d", conninfo(source)],
                     env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
                     output=output,
                 )
