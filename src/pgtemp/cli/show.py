@@ -45,6 +45,11 @@ def plain(text: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def plain_lines(text: str) -> str:
+    """The same for a text of several lines, which stay lines."""
+    return "\n".join(plain(line.expandtabs()) for line in text.split("\n"))
+
+
 def json_object(said: dict[str, Any]) -> None:
     """Print an object, in ASCII: any terminal and any encoding can take it."""
     click.echo(json.dumps(said, indent=2, allow_nan=False))
