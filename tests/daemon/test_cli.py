@@ -8,6 +8,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from pgtemp import ClusterError
+from pgtemp.cli import main
+from pgtemp.cli.group import cli
 from pgtemp.host import ports
 from support import Daemon, run_pgtemp
 
@@ -155,3 +158,25 @@ def test_help_teaches() -> None:
     said = run_pgtemp("serve", "--help").stdout
     assert "--data-dir-prefix" in said and "PGTEMP_VERSION" in said
     assert run_pgtemp("--version").stdout.startswith("pgtemp, version ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ClusterError("c\x1b]0;x\x07", remedy="r", details=["a\x1b[2J", "b\tc"]), OSError("\x1b[")],
+)
+def test_what_controls_a_terminal_is_escaped_in_errors(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenant may write anything to a server's log, which an error quotes, a line each."""
+
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", fail)
+    assert main._run() == 2
+    said = capsys.readouterr().err
+    assert said.replace("\n", "").isprintable()
+    assert "\\x1b[" in said
+    if isinstance(error, ClusterError):
+        assert said.splitlines()[1].strip() == "a\\x1b[2J"
+        assert len(said.splitlines()) == 3

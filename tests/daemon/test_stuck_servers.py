@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,43 @@ def test_a_client_that_holds_a_statement(daemon: DaemonType) -> None:
             assert all(is_served(served) for _ in range(8))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "setsid sleep 100",
+        "exec setsid sleep 100",
+        '(setsid sh -c "sleep 100; true"; true) | cat',
+        "setsid sleep 100 & exit",
+        'cp "$(command -v sleep)" postgres-x; exec setsid ./postgres-x 100',
+    ],
+)
+def test_a_program_that_leaves_the_process_group_of_its_backend(
+    daemon: DaemonType, command: str, open_dir: Path, programs: Installation
+) -> None:
+    """The end of kept data waits for no program of a tenant, and is a clean shutdown."""
+    served = daemon("--isolation", "cluster", "--persist", "--data-dir-prefix", str(open_dir))
+    with tenant_of(served) as tenant, ended_in_time(served):
+        data = data_of(tenant)
+        tenant.execute("CREATE TABLE t (t text)")
+        backend = int(ask(tenant, "SELECT pg_backend_pid()"))
+        tenant.pgconn.send_query(f"COPY t FROM PROGRAM '{command}'".encode())
+        tenant.pgconn.flush()
+        wchan = Path(f"/proc/{backend}/wchan")
+        assert eventually(lambda: "pipe" in wchan.read_text() and runs("100", data))
+    assert not runs("100", data)
+    assert cluster_state(programs, data) == "shut down"
+
+
+def runs(argument: str, cwd: Path) -> bool:
+    """Whether a process with that last argument works in a directory."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            argv = (place / "cmdline").read_bytes().split(b"\0")
+            if argv[-2:-1] == [argument.encode()] and (place / "cwd").readlink() == cwd:
+                return True
+    return False
+
+
 def shelf_of(served: Daemon) -> int:
     """The process that puts directories of dropped databases in order."""
 
@@ -257,8 +294,13 @@ def test_data_that_is_kept_is_shut_down_cleanly(
         data = data_of(tenant)
         tenant.execute("CREATE TABLE t AS SELECT 1")
         stop(*STOPPED[what](tenant))
+    assert cluster_state(programs, data) == "shut down"
+
+
+def cluster_state(programs: Installation, data: Path) -> str:
+    """The state of a data directory that no server uses."""
     said = subprocess.run(
         [programs.program("pg_controldata"), data], capture_output=True, text=True, check=True,
         env={"LC_ALL": "C"},
     ).stdout  # fmt: skip
-    assert re.search(r"cluster state: +shut down\n", said), said
+    return "".join(re.findall(r"cluster state: +(.*)\n", said))

@@ -13,7 +13,8 @@ import pytest
 
 from pgtemp import ClusterError, OptionError, PgTempDB
 from pgtemp.host import identity
-from pgtemp.images import cache
+from pgtemp.host.tree import Tree
+from pgtemp.images import cache, initdb
 from pgtemp.images.image import Image
 from pgtemp.programs.installation import Installation
 from support import children, eventually
@@ -150,3 +151,18 @@ def test_images_that_nobody_used_for_a_month_are_pruned(
     build(programs, locale="POSIX")
     assert not old.path.exists()
     assert used.path.exists()
+
+
+def test_files_that_a_tenant_adds_to_global(open_dir: Path) -> None:
+    """The search for the password reads small relation files alone, and 200 at most."""
+    verifier = b"SCRAM-SHA-256$4096:" + b"A" * 24 + b"$" + b"B" * 44 + b":" + b"C" * 44
+    directory = open_dir / "global"
+    directory.mkdir()
+    (directory / "1260").write_bytes(b"x" * 100 + verifier)
+    for name, size in (("1259", 1 << 20), ("9999", 15 << 20), ("1260_fsm", 0), ("0x", 0)):
+        (directory / name).write_bytes(verifier)
+        os.truncate(directory / name, max(size, len(verifier)))
+    for number in range(2000, 2500):
+        (directory / f"{number}").write_bytes(verifier if number > 2250 else b"")
+    with Tree.open(open_dir) as data:
+        assert initdb._find_verifier(data) == ("global/1260", 100)

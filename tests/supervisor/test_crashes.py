@@ -18,7 +18,7 @@ from conftest import leftovers
 from owner import is_running
 from pgtemp import Cluster, ClusterError, PgTempDB
 from pgtemp.host import ports
-from pgtemp.supervisor import supervision
+from pgtemp.supervisor import crash, supervision
 from pgtemp.supervisor.crash import all_postgres, clear_crashed, postgres_in
 from support import Daemon, children, eventually, homes
 
@@ -282,3 +282,22 @@ def _state(pid: int) -> str:
 
 def _zombies(pid: int) -> list[int]:
     return [one for one in _tree(pid) if not is_running(one)]
+
+
+def test_a_tenant_that_starts_processes_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The supervisor gives up after a second, however long each look at the processes takes."""
+    now, looks = [0.0], []
+
+    def look(_: int) -> list[int]:
+        now[0] += 0.3
+        looks.append(now[0])
+        return [os.getpid()]  # which does not work there, so it is not killed
+
+    monkeypatch.setattr(crash, "_working_in", look)
+    monkeypatch.setattr(crash, "_segments_removed", lambda *_: bool(look(0)) and False)
+    monkeypatch.setattr(crash.time, "monotonic", lambda: now[0])
+    (tmp_path / "data").mkdir()
+    clear_crashed(str(tmp_path / "data"))
+    assert looks[-1] < 3.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from conftest import need_version
 from pgtemp import Cluster, Template
 from pgtemp.host import identity
+from pgtemp.supervisor import recycle_files
 from pgtemp.templates import recycle
 from support import children, eventually
 
@@ -270,3 +273,84 @@ def test_kept_data_has_nothing_of_it(app: Template) -> None:
     assert rows == []
     app._clones.make("later")
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
+
+
+def shelf_with(directory: Path, *extra: str) -> recycle_files.Shelf:
+    """A shelf of a template of three files, and on it a dropped database with more files."""
+    base = directory / "data" / "base"
+    for oid in ("1", "2"):
+        (base / oid).mkdir(parents=True)
+        for name in ("PG_VERSION", "1247", "1249"):
+            (base / oid / name).write_text(name)
+    (directory / "shelf").mkdir()
+    shelf = recycle_files.Shelf(str(directory))
+    shelf.begin("1")
+    for name in extra:
+        (base / "2" / name).parent.mkdir(exist_ok=True)
+        (base / "2" / name).touch()
+    shelf.take("2")
+    shelf.restore("2")
+    return shelf
+
+
+MANY = [f"{number}" for number in range(5000, 7000)]
+
+
+def test_a_directory_with_far_too_many_files(tmp_path: Path) -> None:
+    """It is not used again, and removed in portions while no client waits."""
+    shelf = shelf_with(tmp_path, *MANY)
+    with pytest.raises(FileNotFoundError):
+        shelf.put("1")
+    assert len(os.listdir(tmp_path / "shelf" / "1" / "2")) > 500
+    assert portions(shelf) > 5
+    assert os.listdir(tmp_path / "shelf" / "1") == ["original"]
+
+
+def test_a_directory_in_a_directory_with_many_files(tmp_path: Path) -> None:
+    """It is moved away at once, and removed in portions while no client waits."""
+    shelf = shelf_with(tmp_path, *(f"deep/{name}" for name in MANY))
+    shelf.put("1")
+    assert sorted(os.listdir(tmp_path / "data" / "base" / "1")) == ["1247", "1249", "PG_VERSION"]
+    (moved,) = (tmp_path / "shelf" / "1").glob("*.gone")
+    assert len(os.listdir(moved)) == len(MANY)
+    assert portions(shelf) > 5
+    assert os.listdir(tmp_path / "shelf" / "1") == ["original"]
+
+
+def portions(shelf: recycle_files.Shelf) -> int:
+    """In how many portions it does all that is to be done."""
+    count = 0
+    while shelf.has_work:
+        shelf.work()
+        count += 1
+    return count
+
+
+def test_a_process_that_does_not_answer_is_given_up(
+    app: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wait, of two seconds at most; databases are made in the usual way from then on."""
+    begin(app)
+    app._clones.make("another")
+    app._clones.make("used")
+    app._clones.dispose("another")  # so that one is on the shelf
+    reuse, ours = app._clones._reuse, socket.socketpair()
+    assert reuse._channel is not None
+    reuse._channel.close()
+    reuse._channel = ours[0]  # nobody reads the other end
+    now, waits = [0.0], []
+
+    def monotonic() -> float:
+        waits.append(now[0])
+        now[0] += recycle._LOOK_SECONDS
+        return now[0]
+
+    monkeypatch.setattr(recycle, "time", SimpleNamespace(monotonic=monotonic))
+    app._clones.dispose("used")
+    assert now[0] <= 3.5
+    assert not reuse.works
+    told = len(waits)
+    app._clones.make("later")
+    app._clones.dispose("later")
+    assert len(waits) == told
+    ours[1].close()

@@ -42,7 +42,7 @@ def doctor(json_wanted: bool, **given: Any) -> int:
 
 
 def _print(console: Console, check: Check) -> None:
-    first, *more = check.found.split("\n")
+    first, *more = show.plain_lines(check.found).split("\n")
     colour = _COLOURS[check.verdict]
     console.print(f"[{colour}]{check.verdict:9}[/] [bold]{check.name:11}[/] ", end="")
     console.print(first, markup=False)
@@ -50,4 +50,4 @@ def _print(console: Console, check: Check) -> None:
         console.print(_INDENT + line, markup=False)
     if check.cure:
         console.print(f"{_INDENT}[bold]cure:[/] ", end="")
-        console.print(check.cure, markup=False)
+        console.print(show.plain_lines(check.cure), markup=False)

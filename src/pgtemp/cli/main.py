@@ -40,6 +40,7 @@ def _run() -> int:
     # Imported here, because Ctrl-C may be pressed during the imports.
     import click
 
+    from pgtemp.cli import show
     from pgtemp.cli.group import cli
     from pgtemp.errors import PgTempError
     from pgtemp.host.processes import LEADS_ELSEWHERE
@@ -52,14 +53,14 @@ def _run() -> int:
     try:
         return cli.main(prog_name="pgtemp", standalone_mode=False) or 0
     except PgTempError as error:
-        click.echo(f"pgtemp: {error}", err=True)
+        click.echo(f"pgtemp: {show.plain_lines(str(error))}", err=True)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "pgtemp"
         message = error.format_message().rstrip(".")
-        click.echo(f"pgtemp: {message}; see {command} --help", err=True)
+        click.echo(f"pgtemp: {show.plain_lines(message)}; see {command} --help", err=True)
     except OSError as error:
-        click.echo(f"pgtemp: {error}", err=True)
+        click.echo(f"pgtemp: {show.plain_lines(str(error))}", err=True)
     except click.Abort:
         return INTERRUPTED
     return USAGE_ERROR

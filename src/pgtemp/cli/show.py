@@ -47,6 +47,11 @@ def plain(text: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def plain_lines(text: str) -> str:
+    """As `plain`, for a text of several lines, which remain lines."""
+    return "\n".join(plain(line.expandtabs()) for line in text.split("\n"))
+
+
 def json_object(result: dict[str, Any]) -> None:
     """Print an object as ASCII, which every terminal and encoding supports."""
     click.echo(json.dumps(result, indent=2, allow_nan=False))

@@ -6,6 +6,7 @@ a killed build of the same image has left. The caller holds the image's lock.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -38,8 +39,11 @@ _MAPS = ("_fsm", "_vm")
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
 _REDO_SEGMENT, _CHECKSUMS = "Latest checkpoint's REDO WAL file", "Data page checksum version"
 _CONTROLDATA_SECONDS, _INITDB_SECONDS = 30.0, 300.0
-_CONF_BYTES, _GLOBAL_BYTES = 1 << 20, 16 << 20
+_CONF_BYTES = 1 << 20
+# Limits of the search for the verifier; `global` has about 60 files of 8 to 100 kB.
+_GLOBAL_BYTES, _GLOBAL_FILES = 1 << 20, 200
 _INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
+_RELATION = re.compile("[0-9]+")
 _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{44}")
 _NAME_REMEDY = (
     "give the user a line in /etc/passwd, or a name by nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
@@ -281,10 +285,16 @@ def _shortened(conf: str) -> str:
 
 def _find_verifier(data: Tree) -> tuple[str, int] | None:
     """The file and offset of the superuser's verifier; None unless there is exactly one match."""
-    found = [
-        (f"global/{last}", match.start())
+    relations = (
+        f"global/{last}"
         for last, status in data.entries("global")
-        if stat.S_ISREG(status.st_mode) and status.st_size < _GLOBAL_BYTES
-        for match in _VERIFIER.finditer(data.read(f"global/{last}", _GLOBAL_BYTES))
+        if _RELATION.fullmatch(last)
+        and stat.S_ISREG(status.st_mode)
+        and status.st_size < _GLOBAL_BYTES
+    )
+    found = [
+        (name, match.start())
+        for name in itertools.islice(relations, _GLOBAL_FILES)
+        for match in _VERIFIER.finditer(data.read(name, _GLOBAL_BYTES))
     ]
     return found[0] if len(found) == 1 else None

@@ -23,7 +23,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from pgtemp.errors import InstallationError, OptionError
-from pgtemp.host import disk_space, locks, paths, processes
+from pgtemp.host import disk_space, locks, paths, processes, trusted
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 from pgtemp.programs import nameless_user
@@ -162,9 +162,10 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
     wanted = _specifier(version)
     seen: dict[Path, str] = {}
     for source, folder in _candidates(bin_dir):
-        installation = _look(folder)
+        flaw = _flaw(source, folder)
+        installation = _look(folder) if flaw is None else None
         if installation is None:
-            seen[folder] = f"{source}: {folder}: {_lacks(folder)}"
+            seen[folder] = f"{source}: {folder}: {flaw or _lacks(folder)}"
         elif installation.major < MINIMUM:
             seen[installation.bin_dir] = f"{folder}: {installation.version}, older than {MINIMUM}"
         elif not wanted.contains(installation.release, prereleases=True):
@@ -214,7 +215,7 @@ def _cures(wanted: SpecifierSet) -> list[str]:
 
 def available() -> list[Installation]:
     """Every installation that the search finds without a named folder, in order of preference."""
-    found = (_look(folder) for _, folder in _candidates(None))
+    found = (_look(at) for source, at in _candidates(None) if _flaw(source, at) is None)
     return list(dict.fromkeys(one for one in found if one is not None and one.major >= MINIMUM))
 
 
@@ -249,6 +250,17 @@ def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, P
     for wheel in _WHEELS:
         for inside in _in_wheel(wheel):
             yield f"wheel {wheel}", inside
+
+
+def _flaw(source: str, folder: Path) -> str | None:
+    """Why root runs no program of a folder: another user can change it.
+
+    The caller named the folders of PATH; Python runs the modules beside a wheel as root as well.
+    """
+    if source not in ("folder", "pg_config") or os.geteuid() != 0:
+        return None
+    flaw = trusted.find_flaw(folder / "postgres", sticky=False)
+    return flaw and f"root does not run it: {flaw}; name it (bin_dir, PGTEMP_BIN) to use it"
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from pgtemp.sql.answer_limits import ANSWER_SECONDS
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK_WAIT = "3s"  # for each table
 _ARCHIVE = b"PGDMP"  # the first bytes of the custom format
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
 # The most common errors of psql and pg_restore, and a remedy for each.
@@ -38,6 +39,7 @@ _HINTS = (
         r"unrecognized configuration parameter|unsupported version",
         "it was made by a newer PostgreSQL; request that version",
     ),
+    (r"canceling statement due to statement timeout", "another session locks a table; close it"),
     (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
@@ -97,7 +99,12 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
         output = os.open(fresh, _NEW, 0o600, dir_fd=place.fd)
         try:
             result = processes.run(
-                [installation.program("pg_dump"), "-d", conninfo(source)],
+                [
+                    installation.program("pg_dump"),
+                    f"--lock-wait-timeout={_LOCK_WAIT}",
+                    "-d",
+                    conninfo(source),
+                ],
                 env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
                 output=output,
             )

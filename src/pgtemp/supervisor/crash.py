@@ -25,7 +25,8 @@ else:
 SIGKILL, SIGTERM = 9, 15
 _SIGCONT = 19 if sys.platform == "darwin" else 18
 # Killing takes effect with a delay: a process disappears from /proc before its memory is released.
-_TRIES, _MOMENT = 200, 0.005
+# A tenant can start processes as fast as they are killed, so each part of the cleanup has a limit.
+_SECONDS, _MOMENT = 1.0, 0.005
 _CLEANUP_MOMENTS = 1000  # how long a program may take to clean up
 IPC_RMID = 0
 # The C extension module, because `ctypes` itself takes 3 ms to import.
@@ -129,21 +130,78 @@ def unblock(data_dir: str) -> None:
     except OSError:
         return
     try:
-        uid, backends = os.fstat(data).st_uid, set(_working_in(data))
-        for pid in backends:
+        uid, before = os.fstat(data).st_uid, _processes()
+        found = set(_working_in(data))  # after `before`: a backend that is in both is known as one
+        for pid in found:
             _signal_one(pid, _SIGCONT, lambda pid: _works_in(data, pid))
-        for name in os.listdir("/proc") if backends else ():
-            # A backend leads a process group, which contains its programs.
-            if name.isdigit() and int(name) not in backends and _is_of(int(name), backends, uid):
-                _signal_one(int(name), SIGKILL, lambda pid: _is_of(pid, backends, uid))
+        # Backends are children of the postmaster. A program may be called postgres, too.
+        parents = {pid: parent for pid, (parent, _) in before.items()}
+        first = {pid for pid in found if parents.get(pid) not in found}
+        servers = {pid for pid in found if pid in first or parents.get(pid) in first}
+        pipes = _pipes_of(servers - first) - _pipes_of(first)
+        programs = _descendants(servers, parents)
+        # Children first: the parent of a process is what tells it.
+        for pid in reversed(programs):
+            _signal_one(pid, SIGKILL, lambda pid: _process(pid) == (parents[pid], uid))
+        for pid in before.keys() - servers if servers else ():
+            if _is_of(pid, servers, pipes, uid):
+                _signal_one(pid, SIGKILL, lambda pid: _is_of(pid, servers, pipes, uid))
     finally:
         os.close(data)
 
 
-def _is_of(pid: int, groups: set[int], uid: int) -> bool:
-    """Whether a process is in one of the process groups and belongs to the user."""
+def _process(pid: int) -> tuple[int, int] | None:
+    """The parent and the user of a process, of which /proc may say that it is root's (proc(5))."""
     try:
-        return os.getpgid(pid) in groups and os.stat(f"/proc/{pid}").st_uid == uid
+        with open(f"/proc/{pid}/status", "rb") as status:
+            said = dict(line.split(b":", 1) for line in status if b":" in line)
+        return int(said[b"PPid"]), int(said[b"Uid"].split()[1])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """The parent and the user of each process."""
+    names = os.listdir("/proc") if os.path.isdir("/proc/self") else ()
+    said = ((int(name), _process(int(name))) for name in names if name.isdigit())
+    return {pid: process for pid, process in said if process is not None}
+
+
+def _descendants(servers: set[int], parents: dict[int, int]) -> list[int]:
+    """The processes that server processes have started, and those that these have started, ..."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        if pid not in servers:
+            children.setdefault(parent, []).append(pid)
+    found = list(servers)
+    for pid in found:
+        found += children.pop(pid, ())
+    return found[len(servers) :]
+
+
+def _pipes_of(pids: set[int]) -> set[str]:
+    """The pipes that are open in some processes."""
+    found = set()
+    for pid in pids:
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except OSError:
+            continue
+    return {one for one in found if one.startswith("pipe:")}
+
+
+def _is_of(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
+    """Whether a process is a user's, and in one of some process groups or has one of some pipes.
+
+    A backend leads a process group, in which its programs are; and it waits for whatever has the
+    other end of its pipe, even if the program that has started that is gone.
+    """
+    process = _process(pid)
+    if process is None or process[1] != uid:
+        return False
+    try:
+        return os.getpgid(pid) in groups or not pipes.isdisjoint(_pipes_of({pid}))
     except OSError:
         return False
 
@@ -167,19 +225,20 @@ def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
 def clear(data: int, postmaster: int = 0) -> None:
     """As `clear_crashed`, for the descriptor of a data directory."""
     killed: set[int] = {postmaster} if postmaster else set()
-    for _ in range(_TRIES):
-        orphans = _working_in(data)
+    deadline = time.monotonic() + _SECONDS
+    while orphans := _working_in(data):
         for pid in orphans:
             _kill(data, pid)
-        if not orphans:
-            break
         killed.update(orphans)
+        if time.monotonic() >= deadline:
+            break
         time.sleep(_MOMENT)
     # Read only now: a server that was killed during its start may have recorded the segment just
     # before, and a server that exits by itself removes its segment before postmaster.pid.
     recorded, uid = _segment_of(data), os.fstat(data).st_uid
-    for _ in range(_TRIES if recorded or killed else 0):
-        if _segments_removed(recorded, killed, uid):
+    deadline = time.monotonic() + _SECONDS
+    while (recorded or killed) and not _segments_removed(recorded, killed, uid):
+        if time.monotonic() >= deadline:
             break
         time.sleep(_MOMENT)
 

@@ -21,8 +21,9 @@ import _socket
 import os
 import select
 import stat
+from itertools import islice
 
-from pgtemp.host.removal import remove
+from pgtemp.host.removal import ASIDE, removal, remove
 from pgtemp.supervisor.leftovers import DATA, SHELF
 from pgtemp.supervisor.protocol import decode, encode
 
@@ -35,6 +36,8 @@ _STUB = "PG_VERSION"  # PostgreSQL does not accept a database directory without 
 _IDLE = 10_000  # milliseconds without a request, after which all but the original is removed
 _ORIGINAL = "original"
 _CHUNK = 1 << 20
+_EXTRA = 1000  # entries that are removed from a directory, beyond as many as its template has
+_PORTION = 100  # entries of a directory to remove, between two requests
 
 
 class Recycler:
@@ -47,6 +50,11 @@ class Recycler:
         self._taken: set[str] = set()
         self.waiting: list[str] = []  # to be restored
         self._ready: list[str] = []
+        self._removals: list[Iterator[None]] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self._removals)
 
     def begin(self, oid: str) -> None:
         """Move a clone's files to `original`; the clone remains as a stub with one file."""
@@ -77,7 +85,7 @@ class Recycler:
     def put(self, oid: str) -> None:
         """Replace the directory of a database cloned from the stub by a restored directory."""
         if not self._ready and self.waiting:
-            self.work()
+            self._restore_next()
         restored = self._ready.pop() if self._ready else None
         if restored is None:
             raise FileNotFoundError("there is no directory to recycle")
@@ -87,12 +95,18 @@ class Recycler:
         remove(empty)
 
     def work(self) -> None:
-        """Restore one directory."""
+        """Restore one directory, or remove a portion of one that was given up."""
+        if self.waiting:
+            self._restore_next()
+        elif len(list(islice(self._removals[0], _PORTION))) < _PORTION:
+            del self._removals[0]
+
+    def _restore_next(self) -> None:
         oid = self.waiting.pop(0)
         try:
             self._restore_files(self._on(oid))
         except OSError:  # such as a full disk
-            remove(self._on(oid))
+            self._removals.append(removal(self._on(oid)))
         else:
             self._ready.append(oid)
 
@@ -111,9 +125,16 @@ class Recycler:
     def _restore_files(self, directory: str) -> None:
         sizes, original = self._sizes, self._on(_ORIGINAL)
         missing = set(sizes)
-        for name, status in _files(directory):
+        for count, (name, status) in enumerate(_files(directory)):
+            if count > 2 * len(sizes) + _EXTRA:
+                raise OSError(f"{directory} has many more files than its template")
             size = sizes.get(name)
-            if size is None or not stat.S_ISREG(status.st_mode):
+            if stat.S_ISDIR(status.st_mode):
+                # However much is in it: no client waits while it is removed.
+                aside = self._on(f"{os.urandom(8).hex()}{ASIDE}")
+                os.rename(f"{directory}/{name}", aside)
+                self._removals.append(removal(aside))
+            elif size is None or not stat.S_ISREG(status.st_mode):
                 remove(f"{directory}/{name}")
             elif status.st_mtime_ns == _MARK and status.st_size == size:
                 missing.discard(name)
@@ -164,8 +185,8 @@ def serve(channel: _socket.socket, run_dir: str) -> None:
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     while True:
-        if not poll.poll(0 if recycler.waiting else _IDLE):
-            if recycler.waiting:
+        if not poll.poll(0 if recycler.has_work else _IDLE):
+            if recycler.has_work:
                 recycler.work()
             else:
                 recycler.clear()

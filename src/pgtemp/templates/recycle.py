@@ -20,6 +20,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +40,7 @@ _AFTER = 4  # recycling begins after so many databases; it does not pay off for 
 _MOST, _MOST_BYTES = 4, 64 << 20  # limits of the directories kept for recycling; at least one
 _STUB_BYTES = 1 << 16
 # The time limit of the recycling process, which renames directories and copies at most 64 MB.
-_ANSWER_SECONDS, _MOST_ANSWER = 10.0, 64 << 10
+_ANSWER_SECONDS, _MOST_ANSWER = 2.0, 64 << 10
 _LOOK_SECONDS = 0.5
 # A standby that replays the WAL would copy the empty stub database.
 _REPLAYED = """
@@ -249,14 +250,13 @@ class Reuse:
     def _receive(self, channel: socket.socket) -> dict[str, Any]:
         """Receive the reply. Raises OSError if it does not arrive in time, or is too long."""
         assert self._process is not None
-        seconds = _ANSWER_SECONDS
+        deadline = time.monotonic() + _ANSWER_SECONDS
         while (reply := decode(self._buffer)) is None:
             channel.settimeout(_LOOK_SECONDS)
             try:
                 data = channel.recv(65536)
             except TimeoutError:
-                seconds -= _LOOK_SECONDS
-                if seconds <= 0 or procfs.is_stopped(self._process.pid):
+                if time.monotonic() >= deadline or procfs.is_stopped(self._process.pid):
                     raise
                 continue
             self._buffer += data
