@@ -171,7 +171,7 @@ _PATHS = {
     "supervisor/leftovers.py:sweep": "names of run directories",
     "supervisor/leftovers.py:sweep_home": "a run directory, by a descriptor",
     "supervisor/supervision.py:guarded": "/dev/null",
-    "testing/persisted.py:_remove_old_runs": "names in the folder of kept data, which is the caller's",
+    "testing/persisted.py:_remove_old_runs": "names in the caller's folder of persisted data",
     "testing/persisted.py:directory_for": "the folder of kept data, which is the caller's",
     "works.py:Works.now": "a run directory itself, which is the owner's",
 }

@@ -1,0 +1,39 @@
+"""Programs that run as the server's user, whom that user can control."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from pgtemp.host import processes
+from pgtemp.host.identity import Identity
+
+OTHER = Identity(64001, 64001, "other", switch=True)
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as another user")
+
+
+def test_a_program_that_prints_without_end_is_killed() -> None:
+    """Its output does not fill the memory of the owner."""
+    done = processes.run(["/usr/bin/yes"], identity=OTHER, seconds=60)
+    assert done.returncode < 0
+    assert len(done.stdout) < processes._MOST_OUTPUT + (1 << 17)
+
+
+def test_a_program_has_a_session_of_its_own() -> None:
+    """Its user cannot reach the owner's terminal through it."""
+    script = 'read -r _ _ _ _ _ session _ < /proc/self/stat; echo "$session"'
+    done = processes.run(["/bin/bash", "-c", f"{script}; echo $$"], identity=OTHER)
+    session, pid = done.stdout.split()
+    assert session == pid != str(os.getsid(0))
+
+
+def test_a_program_that_does_not_end_is_killed() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.run(["/bin/sleep", "600"], identity=OTHER, seconds=0.2)
+
+
+def test_both_outputs_and_the_status_are_returned() -> None:
+    done = processes.run(["/bin/sh", "-c", "cat; echo err >&2; exit 3"], identity=OTHER, stdin="in")
+    assert (done.stdout, done.stderr, done.returncode) == ("in", "err\n", 3)
