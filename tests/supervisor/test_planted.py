@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pgtemp.cli.group import cli
-from pgtemp.host import procfs
+from pgtemp.host import procfs, removal
 from pgtemp.supervisor import crash, inventory, leftovers
 from pgtemp.supervisor.leftovers import DATA, HALF_MADE, LEASE, sweep_home
 from support import run_pgtemp
@@ -412,3 +412,46 @@ def test_only_postgres_is_killed(open_dir: Path) -> None:
         assert lives(process)
         assert found.sweep().removed
         assert lives(process)
+
+
+def tree_of(path: Path, uid: int) -> Path:
+    """A directory with a file in it, of a user."""
+    path.mkdir(parents=True)
+    (path / "file").write_text("x")
+    for one in (path, path / "file"):
+        os.chown(one, uid, uid)
+    return path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root removes files of other users")
+def test_root_removes_no_file_of_another_user(open_dir: Path) -> None:
+    """Another user can move directories of others into its own, and root removes that one."""
+    theirs = tree_of(open_dir / "theirs", 64001)
+    backup = tree_of(theirs / "deep" / "backup", 0)
+    third = tree_of(theirs / "third", 64002)
+    os.chown(theirs / "deep", 64001, 64001)
+    (theirs / "base" / "5").mkdir(parents=True)  # as a start leaves them that was killed
+    os.chown(theirs / "base", 64001, 64001)
+    (theirs / "base" / "5" / "1259").write_text("x")
+    os.chown(theirs / "base" / "5" / "1259", 64001, 64001)
+    (theirs / "base" / "5" / "1260").touch()
+    for _ in removal.removal(theirs):
+        pass
+    assert (backup / "file").read_text() == (third / "file").read_text() == "x"
+    assert not (theirs / "file").exists()
+    assert not (theirs / "base").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root sweeps what other users left")
+@pytest.mark.parametrize("scene", ["shared", "foreign lease"])
+def test_a_lease_that_another_user_planted(open_dir: Path, scene: str) -> None:
+    """Root's sweep leaves a directory that others can write to, and one with another's lease."""
+    left = tree_of(open_dir / "pgtemp-scratch", 0)
+    (left / LEASE).write_bytes(b"discard\n")
+    if scene == "shared":
+        left.chmod(0o1777)
+    else:
+        os.chown(left / LEASE, 64001, 64001)
+    said = run_pgtemp("sweep", str(open_dir))
+    assert said.returncode == 0 and "left alone" in said.stdout, said
+    assert (left / "file").exists()

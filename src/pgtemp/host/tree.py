@@ -273,7 +273,7 @@ class Tree:
     def remove(self, name: str) -> None:
         """Remove a file or a directory; leave entries that cannot be removed, without an error."""
         with _Parent(self, name) as (there, last):
-            for _ in removal_at(there, last):
+            for _ in removal_at(there, last, self.uid if self.is_foreign else None):
                 pass
 
     def rename(self, name: str, new: str) -> None:

@@ -35,6 +35,7 @@ DISCARD = b"discard\n"
 HALF_MADE = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
+_SHARED = PermissionError(errno.EPERM, "other users may write to it")
 
 
 def sweep(base: str) -> Iterator[None]:
@@ -98,11 +99,12 @@ def _drop_dead_link(parent: int, name: str) -> None:
 
 
 def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone: bool) -> Steps:
-    status, ours = os.fstat(lease), os.getuid()
+    refusal = _refusal(run_dir, everyone)
+    if refusal is not None:
+        return refusal
+    status, uid = os.fstat(lease), os.fstat(run_dir).st_uid
     # A user may be able to create a hard link to another user's file and name it as a lease file.
-    if not everyone and (
-        os.fstat(run_dir).st_uid != ours or status.st_uid != ours or status.st_nlink != 1
-    ):
+    if status.st_uid != uid or status.st_nlink != 1:
         return _ANOTHERS
     if is_held(lease) or not is_entry(lease, run_dir, LEASE):
         return BlockingIOError(errno.EAGAIN, "its owner is alive")
@@ -112,13 +114,24 @@ def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone:
         pass
     else:
         try:
-            clear(data)
+            # Another user may have moved a server there that is not theirs.
+            if uid in (os.getuid(), os.fstat(data).st_uid):
+                clear(data)
         finally:
             os.close(data)
     if says_keep(lease):
         os.unlink(LEASE, dir_fd=run_dir)
         return None
     return (yield from remove_open(parent, _set_aside(parent, name, run_dir), run_dir))
+
+
+def _refusal(run_dir: int, everyone: bool) -> OSError | None:
+    """Why the caller must not sweep a run directory; None if it may."""
+    status = os.fstat(run_dir)
+    if status.st_uid != os.getuid() and not everyone:
+        return _ANOTHERS
+    # If other users can write to it, any of them can have put a lease into it.
+    return _SHARED if status.st_mode & 0o022 else None
 
 
 def _set_aside(parent: int, name: str, run_dir: int) -> str:
@@ -162,8 +175,9 @@ def is_half_made(run_dir: int, name: str) -> bool:
 
 
 def _sweep_half_made(parent: int, name: str, run_dir: int, everyone: bool) -> Steps:
-    if os.fstat(run_dir).st_uid != os.getuid() and not everyone:
-        return _ANOTHERS
+    refusal = _refusal(run_dir, everyone)
+    if refusal is not None:
+        return refusal
     if not is_half_made(run_dir, name):
         return BlockingIOError(errno.EAGAIN, "it is being created")
     return (yield from remove_open(parent, name, run_dir))
