@@ -28,6 +28,7 @@ from pgtemp.daemon import database_request
 from pgtemp.daemon.backend import Backend, connect, log_in, plan_statement, prepare
 from pgtemp.daemon.shares import in_turn_at_last
 from pgtemp.errors import PgTempError
+from pgtemp.host import procfs
 from pgtemp.sql.statement_logging import WATCHING
 from pgtemp.wire.messages import ANY_PLAN, ProtocolError, in_read_only_transaction
 from pgtemp.wire.startup import Startup
@@ -264,7 +265,11 @@ class WarmConnections:
 
 
 def _is_open(warm: WarmConnection) -> bool:
-    return not warm.backend.server.at_eof and not warm.allocation.outdated
+    if warm.backend.server.at_eof or warm.allocation.outdated:
+        return False
+    # A client can stop the backend of another connection, which then never answers.
+    key = warm.backend.login.key
+    return key is None or not procfs.is_stopped(int.from_bytes(key[:4], "big"))
 
 
 def _usable(warm: WarmConnection) -> bool:
