@@ -291,7 +291,7 @@ class Tree:
     def remove(self, name: str) -> None:
         """Remove a file or a whole directory; a missing one, or one that resists, is left."""
         with _Place(self, name) as (there, last):
-            for _ in removal_at(there, last):
+            for _ in removal_at(there, last, self.uid if self.is_foreign else None):
                 pass
 
     def rename(self, name: str, new: str) -> None:

@@ -35,6 +35,7 @@ DISCARD = b"discard\n"
 HALF_MADE = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
+_SHARED = PermissionError(errno.EPERM, "other users may write to it")
 
 
 def sweep(base: str) -> Iterator[None]:
@@ -98,11 +99,12 @@ def _drop_dead_link(parent: int, name: str) -> None:
 
 
 def _sweep_abandoned(parent: int, name: str, home: int, lease: int, everyone: bool) -> Steps:
-    status, ours = os.fstat(lease), os.getuid()
+    refusal = _refusal(home, everyone)
+    if refusal is not None:
+        return refusal
+    status, uid = os.fstat(lease), os.fstat(home).st_uid
     # A user may be able to link to another user's file, and call it a lease.
-    if not everyone and (
-        os.fstat(home).st_uid != ours or status.st_uid != ours or status.st_nlink != 1
-    ):
+    if status.st_uid != uid or status.st_nlink != 1:
         return _ANOTHERS
     if is_held(lease) or not is_entry(lease, home, LEASE):
         return BlockingIOError(errno.EAGAIN, "its owner is alive")
@@ -112,13 +114,24 @@ def _sweep_abandoned(parent: int, name: str, home: int, lease: int, everyone: bo
         pass
     else:
         try:
-            clear(data)
+            # Another user may have moved a server there that is not theirs.
+            if uid in (os.getuid(), os.fstat(data).st_uid):
+                clear(data)
         finally:
             os.close(data)
     if says_keep(lease):
         os.unlink(LEASE, dir_fd=home)
         return None
     return (yield from remove_open(parent, _set_aside(parent, name, home), home))
+
+
+def _refusal(home: int, everyone: bool) -> OSError | None:
+    """Why a home is not ours to sweep, if so."""
+    status = os.fstat(home)
+    if status.st_uid != os.getuid() and not everyone:
+        return _ANOTHERS
+    # A directory that others may write to is no run directory: anyone could put a lease into it.
+    return _SHARED if status.st_mode & 0o022 else None
 
 
 def _set_aside(parent: int, name: str, home: int) -> str:
@@ -160,8 +173,9 @@ def is_half_made(home: int, name: str) -> bool:
 
 
 def _sweep_half_made(parent: int, name: str, home: int, everyone: bool) -> Steps:
-    if os.fstat(home).st_uid != os.getuid() and not everyone:
-        return _ANOTHERS
+    refusal = _refusal(home, everyone)
+    if refusal is not None:
+        return refusal
     if not is_half_made(home, name):
         return BlockingIOError(errno.EAGAIN, "it is being made")
     return (yield from remove_open(parent, name, home))
