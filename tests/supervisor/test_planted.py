@@ -321,6 +321,7 @@ def test_a_directory_that_others_may_write_to(
         assert said.returncode == 0
         assert f"left alone {scratch}" in said.stdout
         assert contents(scratch) == before
+    shutil.rmtree(scratch)
 
 
 @needs_root
@@ -386,6 +387,7 @@ def test_files_of_others_in_a_users_directory(open_dir: Path, other_user: str) -
         # What stays keeps its place in root's directories.
         assert [*left.glob("**/rootbackup/etc/default/file-0")]
         assert [*left.glob("**/link-of-root")]
+    shutil.rmtree(left)
 
 
 @needs_root
@@ -409,17 +411,21 @@ def test_files_of_others_in_a_data_directory(open_dir: Path, other_user: str) ->
 
 
 @needs_root
-def test_a_directory_of_root_that_is_removed_from_a_users_tree(
-    open_dir: Path, other_user: str
+@pytest.mark.parametrize("owner", ["root", "nobody"])
+def test_a_directory_of_another_user_that_is_removed_from_a_users_tree(
+    open_dir: Path, other_user: str, owner: str
 ) -> None:
-    """The tree's user tells what may be removed, even if the directory itself is root's."""
-    uid = pwd.getpwnam(other_user).pw_uid
-    (open_dir / "data" / "16400" / "sub").mkdir(parents=True)
-    (open_dir / "data" / "16400" / "sub" / "file").write_bytes(b"precious")
+    """The tree's user tells what may be removed, not the user of the directory itself."""
+    uid, precious = pwd.getpwnam(other_user).pw_uid, open_dir / "data" / "16400" / "file"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    if owner != "root":  # who alone may say what is removed there
+        os.chown(precious, uid, -1)
+    os.chown(precious.parent, pwd.getpwnam(owner).pw_uid, -1)
     os.chown(open_dir / "data", uid, -1)
     with Tree.open(open_dir / "data") as data:
         data.remove("16400")
-    assert (open_dir / "data" / "16400" / "sub" / "file").read_bytes() == b"precious"
+    assert precious.read_bytes() == b"precious"
 
 
 @needs_root
@@ -436,6 +442,8 @@ def test_a_server_of_a_third_user_in_a_planted_home(
         assert lives(process)
         assert run_pgtemp("sweep", str(open_dir)).returncode == 0
         assert lives(process)
+    for left in open_dir.glob("pgtemp-m*"):
+        shutil.rmtree(left)
 
 
 @needs_root
