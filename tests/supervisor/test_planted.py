@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from pgtemp.cli.group import cli
 from pgtemp.host import procfs, removal
+from pgtemp.host.tree import Tree
 from pgtemp.supervisor import crash, inventory, leftovers
 from pgtemp.supervisor.leftovers import DATA, HALF_MADE, LEASE, sweep_home
 from support import run_pgtemp
@@ -297,6 +298,154 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
     assert [one.name for one in open_dir.iterdir()] == ["pgtemp-link"]
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """Name and content of each file below."""
+    return {one.name: one.read_bytes() for one in directory.rglob("*") if one.is_file()}
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o1777, 0o757, 0o775])
+@pytest.mark.parametrize("name", ["pgtemp-scratch", "pgtemp-scratch.gone"])
+def test_a_directory_that_others_may_write_to(
+    open_dir: Path, other_user: str, name: str, mode: int
+) -> None:
+    """It is no run directory, even if its lease is of the same user: all in it stays."""
+    scratch = plant(open_dir / name)
+    (scratch / "precious").write_bytes(b"root's")
+    scratch.chmod(mode)
+    if name.endswith(".gone"):
+        (scratch / LEASE).unlink()
+    before = contents(scratch)
+    for _ in range(2):
+        said = run_pgtemp("sweep", str(open_dir))
+        assert said.returncode == 0
+        assert f"left alone {scratch}" in said.stdout
+        assert contents(scratch) == before
+    shutil.rmtree(scratch)
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["own", "linked"])
+def test_a_lease_of_another_user_in_a_directory_of_root(
+    open_dir: Path, other_user: str, how: str
+) -> None:
+    """Root sweeps a directory only if its lease is of the same user, and has one name."""
+    home = plant(open_dir / "pgtemp-scratch")
+    home.chmod(0o755)
+    if how == "own":
+        os.chown(home / LEASE, pwd.getpwnam(other_user).pw_uid, -1)
+    else:
+        (open_dir / "second").hardlink_to(home / LEASE)
+    before = contents(home)
+    said = run_pgtemp("sweep", str(open_dir))
+    assert (said.returncode, contents(home)) == (0, before)
+    assert "belongs to another user" in said.stdout
+
+
+def mixed(directory: Path, user: str) -> dict[str, bytes]:
+    """A directory of a user in which root and a third user have files; those that must stay."""
+    uid, third = pwd.getpwnam(user).pw_uid, pwd.getpwnam("nobody").pw_uid
+    deep = directory / "proj" / "inner"
+    for kept, owner in (("rootbackup/etc/default", 0), ("of-third", third)):
+        (deep / kept).mkdir(parents=True)
+        (deep / kept / f"file-{owner}").write_bytes(b"precious")
+    (deep / "of-third" / "of-user").write_bytes(b"in a directory of a third user")
+    for one in (deep / "of-third", deep / "of-third" / f"file-{third}"):
+        os.chown(one, third, -1)
+    (deep / "roots").write_bytes(b"not empty")
+    (deep / "link-of-root").symlink_to("/etc")
+    # Of the user, or as a killed start leaves them: these go.
+    (directory / "base" / "5" / "more").mkdir(parents=True)
+    (directory / "base" / "5" / "more" / "empty").touch()
+    (directory / "base" / "5" / "given").write_bytes(b"given away")
+    (deep / "own").write_bytes(b"own")
+    (directory / "own-link").symlink_to("/etc")
+    for own in (
+        directory, directory / "proj", deep, deep / "own", directory / "base",
+        directory / "base" / "5" / "given", deep / "of-third" / "of-user", directory / "own-link",
+    ):  # fmt: skip
+        os.lchown(own, uid, -1)
+    return {"file-0": b"precious", f"file-{third}": b"precious", "roots": b"not empty",
+            "of-user": b"in a directory of a third user"}  # fmt: skip
+
+
+@needs_root
+def test_files_of_others_in_a_users_directory(open_dir: Path, other_user: str) -> None:
+    """Root's sweep takes what is that user's, and what a killed start of root leaves there."""
+    home, uid = open_dir / "pgtemp-m", pwd.getpwnam(other_user).pw_uid
+    kept = mixed(plant(home), other_user)
+    os.chown(home / LEASE, uid, -1)
+    for _ in range(2):
+        said = run_pgtemp("sweep", str(open_dir))
+        assert (said.returncode, said.stderr) == (0, "")
+        assert "left alone" in said.stdout
+        assert "belongs to another user" in said.stdout
+        (left,) = open_dir.iterdir()
+        assert contents(left) == kept
+        assert not (left / "base").exists()
+        assert not (left / "own-link").is_symlink()
+        # What stays keeps its place in root's directories.
+        assert [*left.glob("**/rootbackup/etc/default/file-0")]
+        assert [*left.glob("**/link-of-root")]
+    shutil.rmtree(left)
+
+
+@needs_root
+def test_files_of_others_in_a_data_directory(open_dir: Path, other_user: str) -> None:
+    """Neither a removal by root takes them nor one that continues it after an interruption."""
+    home = plant(open_dir / "pgtemp-r")
+    kept = mixed(home / DATA, other_user)
+    steps = 0
+    while True:  # interrupted ever later
+        work = removal.removal(home)
+        done = sum(1 for _ in zip(work, range(steps), strict=False))
+        work.close()  # type: ignore[attr-defined]
+        assert contents(home).items() >= kept.items()
+        if done < steps:
+            break
+        steps += 1
+    assert contents(home) == kept
+    assert [one.name for one in home.iterdir()] == [DATA]
+    assert [*home.glob("**/rootbackup/etc/default/file-0")]
+    assert not (home / DATA / "base").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("owner", ["root", "nobody"])
+def test_a_directory_of_another_user_that_is_removed_from_a_users_tree(
+    open_dir: Path, other_user: str, owner: str
+) -> None:
+    """The tree's user tells what may be removed, not the user of the directory itself."""
+    uid, precious = pwd.getpwnam(other_user).pw_uid, open_dir / "data" / "16400" / "file"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    if owner != "root":  # who alone may say what is removed there
+        os.chown(precious, uid, -1)
+    os.chown(precious.parent, pwd.getpwnam(owner).pw_uid, -1)
+    os.chown(open_dir / "data", uid, -1)
+    with Tree.open(open_dir / "data") as data:
+        data.remove("16400")
+    assert precious.read_bytes() == b"precious"
+
+
+@needs_root
+def test_a_server_of_a_third_user_in_a_planted_home(
+    open_dir: Path, impostor: Path, other_user: str
+) -> None:
+    """Whoever can rename another user's data directory leads root's sweep to no kill."""
+    home, uid = plant(open_dir / "pgtemp-m"), pwd.getpwnam(other_user).pw_uid
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.chown(home / DATA, nobody, -1)
+    for one in (home, home / LEASE):
+        os.chown(one, uid, -1)
+    with subprocess.Popen([impostor], cwd=home / DATA, user=nobody, **PIPES) as process:
+        assert lives(process)
+        assert run_pgtemp("sweep", str(open_dir)).returncode == 0
+        assert lives(process)
+    for left in open_dir.glob("pgtemp-m*"):
+        shutil.rmtree(left)
+
+
 @needs_root
 def test_an_immutable_directory(open_dir: Path) -> None:
     """Each sweep leaves it alone, with a reason and status 0, until it can be removed."""
@@ -412,46 +561,3 @@ def test_only_postgres_is_killed(open_dir: Path) -> None:
         assert lives(process)
         assert found.sweep().removed
         assert lives(process)
-
-
-def tree_of(path: Path, uid: int) -> Path:
-    """A directory with a file in it, of a user."""
-    path.mkdir(parents=True)
-    (path / "file").write_text("x")
-    for one in (path, path / "file"):
-        os.chown(one, uid, uid)
-    return path
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root removes files of other users")
-def test_root_removes_no_file_of_another_user(open_dir: Path) -> None:
-    """Another user can move directories of others into its own, and root removes that one."""
-    theirs = tree_of(open_dir / "theirs", 64001)
-    backup = tree_of(theirs / "deep" / "backup", 0)
-    third = tree_of(theirs / "third", 64002)
-    os.chown(theirs / "deep", 64001, 64001)
-    (theirs / "base" / "5").mkdir(parents=True)  # as a start leaves them that was killed
-    os.chown(theirs / "base", 64001, 64001)
-    (theirs / "base" / "5" / "1259").write_text("x")
-    os.chown(theirs / "base" / "5" / "1259", 64001, 64001)
-    (theirs / "base" / "5" / "1260").touch()
-    for _ in removal.removal(theirs):
-        pass
-    assert (backup / "file").read_text() == (third / "file").read_text() == "x"
-    assert not (theirs / "file").exists()
-    assert not (theirs / "base").exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="root sweeps what other users left")
-@pytest.mark.parametrize("scene", ["shared", "foreign lease"])
-def test_a_lease_that_another_user_planted(open_dir: Path, scene: str) -> None:
-    """Root's sweep leaves a directory that others can write to, and one with another's lease."""
-    left = tree_of(open_dir / "pgtemp-scratch", 0)
-    (left / LEASE).write_bytes(b"discard\n")
-    if scene == "shared":
-        left.chmod(0o1777)
-    else:
-        os.chown(left / LEASE, 64001, 64001)
-    said = run_pgtemp("sweep", str(open_dir))
-    assert said.returncode == 0 and "left alone" in said.stdout, said
-    assert (left / "file").exists()
