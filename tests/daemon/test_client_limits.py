@@ -132,7 +132,7 @@ def test_clients_that_are_gone_at_any_moment(daemon: DaemonType) -> None:
 
 @pytest.mark.slow
 def test_who_never_reads_is_given_up(daemon: DaemonType) -> None:
-    """When its time is over its lease ends at once, and some time later its socket, too."""
+    """At its time limit the lease ends at once, and some time later its socket is closed, too."""
     served = daemon("--ttl", "2", "--log-level", "info")
     assert serves(served)
     usual = files(served)

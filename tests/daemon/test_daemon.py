@@ -215,7 +215,7 @@ def test_persist_keeps_nothing_that_nobody_used(
 def test_ttl_ends_a_lease_with_a_clear_error(daemon: DaemonType) -> None:
     served = daemon("--ttl", "0.5")
     connection = psycopg.connect(served.uri)
-    with pytest.raises(psycopg.OperationalError, match="time is over"):
+    with pytest.raises(psycopg.OperationalError, match="time limit was reached"):
         connection.execute("SELECT pg_sleep(30)")
     connection.close()
 

@@ -332,7 +332,7 @@ def test_another_loopback_address_needs_none(daemon: type[Daemon]) -> None:
         (["--listen", "*"], "without a password"),
         (["--listen", "0.0.0.0"], "without a password"),
         (["--listen", "192.0.2.1"], "without a password"),
-        (["--listen", "no.such.name.invalid"], "no address"),
+        (["--listen", "no.such.name.invalid"], "not an address"),
         (["--listen", "192.0.2.1", "--password-file", "{good}"], "192.0.2.1"),
         (["--password-file", "/nowhere"], "/nowhere"),
         (["--password-file", "{empty}"], "is no password"),
@@ -377,7 +377,7 @@ def test_a_password_in_the_uri_that_is_another(password_file: Path) -> None:
     result = run_pgtemp(
         "--password-file", str(password_file), "postgresql://me:other@localhost:6599/x"
     )
-    assert result.returncode == 2 and "another password" in result.stderr
+    assert result.returncode == 2 and "a different password" in result.stderr
     assert "other@" not in result.stderr and "sesame" not in result.stderr
 
 

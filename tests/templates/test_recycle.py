@@ -275,7 +275,7 @@ def test_kept_data_has_nothing_of_it(app: Template) -> None:
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
 
 
-def shelf_with(directory: Path, *extra: str) -> recycle_files.Shelf:
+def shelf_with(directory: Path, *extra: str) -> recycle_files.Recycler:
     """A shelf of a template of three files, and on it a dropped database with more files."""
     base = directory / "data" / "base"
     for oid in ("1", "2"):
@@ -283,7 +283,7 @@ def shelf_with(directory: Path, *extra: str) -> recycle_files.Shelf:
         for name in ("PG_VERSION", "1247", "1249"):
             (base / oid / name).write_text(name)
     (directory / "shelf").mkdir()
-    shelf = recycle_files.Shelf(str(directory))
+    shelf = recycle_files.Recycler(str(directory))
     shelf.begin("1")
     for name in extra:
         (base / "2" / name).parent.mkdir(exist_ok=True)
@@ -317,7 +317,7 @@ def test_a_directory_in_a_directory_with_many_files(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "shelf" / "1") == ["original"]
 
 
-def portions(shelf: recycle_files.Shelf) -> int:
+def portions(shelf: recycle_files.Recycler) -> int:
     """In how many portions it does all that is to be done."""
     count = 0
     while shelf.has_work:

@@ -65,7 +65,8 @@ def place_of(path: StrPath) -> Place:
     if os.geteuid() != 0:
         above, name = os.path.split(os.path.realpath(path))
         return Place(os.open(above, PASSAGE), above, name)
-    return _walk(os.path.join(os.getcwd(), os.fspath(path)))
+    named = os.fspath(path)  # the working directory may have been removed
+    return _walk(named if named.startswith("/") else os.path.join(os.getcwd(), named))
 
 
 def _walk(path: str) -> Place:
