@@ -567,7 +567,7 @@ def test_a_daemon_keeps_data_on_a_full_disk(
         small.fill()
     status, errors = served.end()
     assert status == 0
-    assert f"kept {small.path}" in errors
+    assert f"persisted {small.path}" in errors
     assert "Traceback" not in errors
     for home in small.homes:
         subprocess.run(["rm", "-r", str(home)], check=True)

@@ -102,6 +102,8 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 [
                     installation.program("pg_dump"),
                     f"--lock-wait-timeout={_LOCK_WAIT}",
+                    # pg_dump ignores errors when it writes to standard output itself.
+                    "--file=/dev/stdout",
                     "-d",
                     conninfo(source),
                 ],
