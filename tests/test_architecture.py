@@ -26,7 +26,7 @@ LOWER = [
     "templates",
     "allocation",
 ]
-HANDLES = ["pgtempdb", "works", "database", "cluster", "aio", "doctor"]
+HANDLES = ["pgtempdb", "database", "template", "cluster", "aio", "doctor"]
 DOORS = ["testing", "django", "pytest_plugin", "daemon", "cli", "__main__"]
 FLOORS = [*LOWER, *HANDLES, *DOORS]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -100,6 +100,7 @@ _MECHANISM = {
 }
 # The functions that use paths, and of what: never below a data directory, nor in an image.
 _PATHS = {
+    "allocation/shared_server.py:SharedServer.now": "a run directory itself, which is the owner's",
     "cli/main.py:_open_standard_streams": "/dev/null",
     "daemon/control_socket.py:_connect": "the run directory of a daemon, by a descriptor",
     "daemon/credentials.py:password": "a file that an option names",
@@ -173,7 +174,6 @@ _PATHS = {
     "supervisor/supervision.py:guarded": "/dev/null",
     "testing/persisted.py:_remove_old_runs": "names in the caller's folder of persisted data",
     "testing/persisted.py:directory_for": "the folder of kept data, which is the caller's",
-    "works.py:Works.now": "a run directory itself, which is the owner's",
 }
 
 

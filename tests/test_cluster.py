@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from conftest import leftovers
-from pgtemp import Cluster, ClusterError, OptionError, Snapshot, TransferError
+from pgtemp import Cluster, ClusterError, OptionError, Snapshot, Template, TransferError
 from pgtemp.sql import admin_sql
 from support import eventually
 
@@ -26,8 +26,9 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def databases(cluster: Cluster) -> set[str]:
-    with psycopg.connect(cluster.info.uri) as connection:
+def databases(of: Cluster | Template) -> set[str]:
+    server = of.server if isinstance(of, Cluster) else of._server
+    with psycopg.connect(server.info.uri) as connection:
         return {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
 
 
@@ -106,7 +107,7 @@ def test_a_template_is_sealed(cluster: Cluster) -> None:
     """Nobody can connect to it any more, so it stays as it was built."""
     template = cluster.template("sealed", build=make_table)
     with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
-        psycopg.connect(cluster.info.uri.removesuffix("postgres") + template.dbname)
+        psycopg.connect(template._server.info.uri.removesuffix("postgres") + template.dbname)
 
 
 def test_a_build_that_leaves_a_connection_open_is_sealed_all_the_same(cluster: Cluster) -> None:
@@ -244,7 +245,7 @@ def test_many_in_a_row_leave_none(cluster: Cluster) -> None:
             connection.execute("UPDATE account SET balance = 0")
             names.add(db.dbname)
     assert len(names) == 200
-    assert eventually(lambda: not names & databases(cluster), 30)
+    assert eventually(lambda: not names & databases(template), 30)
 
 
 def test_after_stop_claims_are_refused_and_close_does_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pgtemp.cluster import Cluster, Template
+    from pgtemp.cluster import Cluster
     from pgtemp.database import Database, Snapshot
     from pgtemp.errors import (
         ClusterError,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from pgtemp.options.server import ServerOptions
     from pgtemp.pgtempdb import PgTempDB
+    from pgtemp.template import Template
     from pgtemp.templates.recipe import Build, Recipe
     from pgtemp.uri import ConnectionInfo
 
@@ -45,9 +46,9 @@ _HOMES = {
     "Database": "pgtemp.database",
     "PgTempDB": "pgtemp.pgtempdb",
     "Recipe": "pgtemp.templates.recipe",
-    "ServerOptions": "pgtemp.options",
+    "ServerOptions": "pgtemp.options.server",
     "Snapshot": "pgtemp.database",
-    "Template": "pgtemp.cluster",
+    "Template": "pgtemp.template",
 }
 
 

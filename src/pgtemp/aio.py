@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp import cluster, database, pgtempdb
+from pgtemp import cluster, database, pgtempdb, template
 from pgtemp.database import Snapshot
 from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.templates.recipe import Build, Recipe
@@ -221,9 +221,9 @@ class Cluster:
 class Template:
     """A sealed database that others are cloned from: `pgtemp.Template` with coroutines."""
 
-    def __init__(self, template: cluster.Template) -> None:
-        self._template = template
-        self.name = template.name
+    def __init__(self, wrapped: template.Template) -> None:
+        self._template = wrapped
+        self.name = wrapped.name
 
     async def database(self) -> Database:
         """See `pgtemp.Template.database`; if the task is cancelled, the database is given back."""

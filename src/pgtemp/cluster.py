@@ -7,9 +7,9 @@
 
 Starting a server takes thirty milliseconds, making a clone ten; a clone that is ready takes none.
 
-If the result of a template follows from its inputs, the template is cached on disk as an image of a
-whole server. Such a template has its own server, which becomes the cluster's main server if the
-cluster has none yet. All other templates are built in the main server.
+Each template is built in a server of its own, and its clones are in another server, which starts
+on the image of the first. If the result of a template follows from its inputs, the image is cached
+on disk. The cluster's main server is the first one that was started.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ from pgtemp.errors import ClusterError, OptionError
 from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.pgtempdb import PgTempDB
 from pgtemp.sql import server_setup
-from pgtemp.sql.admin_sql import BASE
 from pgtemp.sql.server_setup import Plan
+from pgtemp.template import Template, recipe_of
 from pgtemp.templates import builder, clones
-from pgtemp.templates.clones import Clones
+from pgtemp.templates.builder import TemplateBuilder
 from pgtemp.templates.recipe import Build, Recipe
 from pgtemp.uri import ConnectionInfo
-from pgtemp.works import Works
 
-READY = 2  # the number of ready clones of each template that is in use
 _NOT_FOR_MANY = ("dump", "load")
 _RESTARTED = "the cluster was stopped and started again while the template was built"
 
@@ -87,8 +85,7 @@ class Cluster:
         self._serving = replace(self._options, config={**options.config, **settings})
         self._owner = os.getpid()
         self._plan: Plan | None = None
-        self._main: Works | None = None
-        self._others: list[Works] = []
+        self._servers: list[Template] = []  # each has a server; the first is the main one
         self._made: dict[str, tuple[object, Future[Template]]] = {}
         self._empty: Template | None = None
         self._changing = threading.RLock()
@@ -113,13 +110,12 @@ class Cluster:
         if self._owner != os.getpid():
             return
         with self._changing:
-            works = [*self._others, *([self._main] if self._main is not None else [])]
-            self._plan, self._main, self._others, self._made = None, None, [], {}
-            self._empty = None
+            templates = self._servers
+            self._plan, self._servers, self._made, self._empty = None, [], {}, None
             _running.discard(self)
         with ExitStack() as all_of_them:
-            for one in works:
-                all_of_them.callback(one.stop)
+            for template in templates:
+                all_of_them.callback(template._stop)
 
     def template(
         self,
@@ -144,7 +140,7 @@ class Cluster:
             PgTempError: the build failed; nothing is left behind. An error of a callable is raised
                 unchanged.
         """
-        return self._template(name, _recipe(build, key, watch), None)
+        return self._template(name, recipe_of(build, key, watch), None)
 
     def database(self) -> Database:
         """Claim an empty database from the pool."""
@@ -153,19 +149,21 @@ class Cluster:
     @property
     def info(self) -> ConnectionInfo:
         """Host, port, user and password of the main server."""
-        return self._main_works().server.info
+        return self.server.info
 
     @property
     def server(self) -> PgTempDB:
         """The main server, with its directory, log and pid."""
-        return self._main_works().server
+        self._check_owner()
+        with self._changing:
+            main = self._servers[0] if self._servers else self._default()
+            return main._server
 
     def _default(self) -> Template:
         self._check_owner()
         with self._changing:
             if self._empty is None:
-                source = self._running().template or BASE
-                self._empty = Template(self, self._main_works(), "empty", source, None)
+                self._empty = self._start(self._running(), "empty", self._running(), None)
             return self._empty
 
     def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
@@ -200,49 +198,32 @@ class Cluster:
 
     def _build(self, plan: Plan, name: str, recipe: Recipe, parent: Template | None) -> Template:
         start = plan if parent is None else parent._plan
-        cached = builder.lasting(start, name, recipe) if start is not None else None
-        if cached is not None:
-            works, dbname = self._works_on(plan, cached), builder.TEMPLATE
-        else:
-            works = parent._works if parent is not None else self._main_works()
-            dbname = clones.build(
-                works.admins,
-                works.server.installation,
-                recipe,
-                name=name,
-                source=parent.dbname if parent is not None else plan.template or BASE,
-                info=works.server.info,
-            )
-        with self._changing:
-            if self._plan is not plan:
-                self._running()
-                raise ClusterError(_RESTARTED, remedy="call template() again")
-            return Template(self, works, name, dbname, cached)
+        planned, built = builder.build(start, name, recipe)
+        try:
+            return self._start(plan, name, planned, built)
+        except BaseException:
+            if built is not None:
+                built.close()
+            raise
 
-    def _main_works(self) -> Works:
-        self._check_owner()
-        with self._changing:
-            plan = self._running()
-            if self._main is None:
-                self._main = self._start(plan, first=True)
-            return self._main
+    def _start(
+        self, plan: Plan, name: str, planned: Plan, built: TemplateBuilder | None
+    ) -> Template:
+        """Start a server with a template.
 
-    def _works_on(self, plan: Plan, cached: Plan) -> Works:
-        """Start a server on the image of a cached template."""
-        cached.spec.source.resolve()  # builds the image; outside the lock, because it takes long
+        Args:
+            plan: the cluster's plan when the template was requested.
+            planned: the plan of servers with the template.
+            built: the builder that holds its image, if the image is not cached.
+        """
         with self._changing:
             if self._running() is not plan:
                 raise ClusterError(_RESTARTED, remedy="call template() again")
-            if self._main is None and plan.template is None:
-                self._main = self._start(cached, first=True)
-                return self._main
-            self._others.append(self._start(cached, first=False))
-            return self._others[-1]
-
-    def _start(self, plan: Plan, *, first: bool) -> Works:
-        # The options `port` and `log_path` apply to the first server only.
-        options = self._serving if first else replace(self._serving, port=None, log_path=None)
-        return Works(PgTempDB.with_options(options, plan.spec.source).start())
+            # The options `port` and `log_path` apply to the first server only.
+            others = replace(self._serving, port=None, log_path=None)
+            options = others if self._servers else self._serving
+            self._servers.append(Template(name, planned, built, options, self._template))
+            return self._servers[-1]
 
     def _check_owner(self) -> None:
         # Check before taking a lock: another thread may have held it at the time of the fork.
@@ -269,48 +250,11 @@ class Cluster:
         self.stop()
 
     def __repr__(self) -> str:
-        return f"<Cluster {self._main.server!r}>" if self._main else "<Cluster, no server yet>"
-
-
-class Template:
-    """A sealed database that others are cloned from; made by `Cluster.template`."""
-
-    def __init__(
-        self, cluster: Cluster, works: Works, name: str, dbname: str, plan: Plan | None
-    ) -> None:
-        self.name = name
-        self.dbname = dbname
-        self._cluster = cluster
-        self._works = works
-        self._plan = plan  # the plan of servers with this template; None if it is not cached
-        self._clones = Clones(works.admins, dbname, works.server.user, name)
-        self._pool = works.pool_of(self._clones, READY)
-
-    def database(self) -> Database:
-        """Claim a clone from the pool.
-
-        Raises:
-            PgTempError: the clone could not be made.
-        """
-        return Database(self._works, self._pool.take(), self._pool, self._clones)
-
-    def template(
-        self,
-        name: str,
-        build: Build | Recipe,
-        *,
-        key: str | None = None,
-        watch: Sequence[StrPath] = (),
-    ) -> Template:
-        """Return a template that starts from this one; see `Cluster.template`."""
-        return self._cluster._template(name, _recipe(build, key, watch), self)
-
-    def __repr__(self) -> str:
-        return f"<Template {self.name!r}>"
-
-
-def _recipe(build: Build | Recipe, key: str | None, watch: Sequence[StrPath]) -> Recipe:
-    return build if isinstance(build, Recipe) else Recipe(build, key, watch)
+        return (
+            f"<Cluster {self._servers[0]._server!r}>"
+            if self._servers
+            else "<Cluster, no server yet>"
+        )
 
 
 _running: weakref.WeakSet[Cluster] = weakref.WeakSet()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
-from psycopg import errors
 
 from pgtemp.allocation.pool import Pool
+from pgtemp.allocation.shared_server import SharedServer
 from pgtemp.errors import ClusterError
 from pgtemp.options.server import StrPath
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.sql import admin_sql, dump_restore
-from pgtemp.templates.clones import Clones, in_use, unique_name
+from pgtemp.sql import dump_restore, server_setup
 from pgtemp.uri import ConnectionInfo, redact
-from pgtemp.works import Works
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +29,34 @@ class Database:
     """One clone, with a URL. It is given back by `close()` or at the end of `with`."""
 
     def __init__(
-        self, works: Works, dbname: str, pool: Pool[str], clones: Clones | None = None
+        self,
+        server: PgTempDB,
+        shared: SharedServer,
+        pool: Pool[str],
+        dbname: str,
+        *,
+        is_clone: bool = True,
     ) -> None:
         """Databases are made by `Template.database` and `Cluster.database`.
 
         Args:
-            works: the server that contains the database.
+            server: the handle of the server that contains the database.
+            shared: the same server.
             pool: the pool that the database is given back to.
-            clones: the clones of its template, if it is a clone from the pool; None for a fork.
+            is_clone: whether it is a clone of the server's template; False for a copy of a clone.
         """
-        self.works = works
+        self.shared = shared
+        self._server = server
         self._pool = pool
-        self._clones = clones
-        self._since = works.now()
+        self._is_clone = is_clone
+        self._since = shared.now()
         self._open = True
         self._snapshots: list[Snapshot] = []
         self.connections: list[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = []
-        self._warm = clones.take_warm(dbname) if clones is not None else None
+        self._warm = shared.take_warm(dbname)
         if self._warm is not None:
             self.connections.append(self._warm.connection)
-        self._info = works.info_of(dbname)
+        self._info = replace(server.info, dbname=dbname)
         self.was_shown = False  # whether clients may have connected in other ways than by `connect`
 
     @property
@@ -73,7 +79,7 @@ class Database:
     def server(self) -> PgTempDB:
         """The server that contains the database, with its directory, log and pid."""
         self.was_shown = True
-        return self.works.server
+        return self._server
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """Return a psycopg connection to the database; keyword arguments are psycopg's.
@@ -84,8 +90,8 @@ class Database:
         if not kwargs:
             if warm is not None and warm.is_usable():
                 return warm.connection
-            if self._clones is not None:  # open warm connections to the next clones
-                self._clones.warm = self.works.open_warm
+            if self._is_clone:  # open warm connections to the next clones
+                self.shared.open_warm(self._info)
         if warm is not None:
             warm.connection.close()
         connection = psycopg.connect(self._info.uri, **kwargs)
@@ -107,7 +113,7 @@ class Database:
         Raises:
             TransferError: the command failed, or there is no terminal.
         """
-        programs = self.works.server.installation
+        programs = self._server.installation
         if command is not None:
             return dump_restore.psql(programs, self._private(), command)
         dump_restore.psql_on_terminal(programs, self._private())
@@ -115,11 +121,11 @@ class Database:
 
     def dump(self, path: StrPath) -> None:
         """Dump the database as SQL. Raises TransferError."""
-        dump_restore.dump(self.works.server.installation, self._private(), path)
+        dump_restore.dump(self._server.installation, self._private(), path)
 
     def load(self, path: StrPath) -> None:
         """Load a dump, completely or not at all. Raises TransferError."""
-        dump_restore.load(self.works.server.installation, self._private(), path)
+        dump_restore.load(self._server.installation, self._private(), path)
 
     def snapshot(self, name: str) -> Snapshot:
         """Copy the current state of the database; it must have no other sessions.
@@ -137,16 +143,7 @@ class Database:
         """Reset the database to a snapshot; its sessions are terminated."""
         self._check_open()
         self._close_warm()
-        works, fresh = self.works, unique_name("restored")
-        with works.admins.connection() as connection:
-            # Drop the old database only after the new one was made.
-            admin_sql.clone(connection, fresh, snapshot.dbname, works.server.user)
-            try:
-                admin_sql.drop(connection, self.dbname, works.admins.info_of(self.dbname))
-                admin_sql.rename(connection, fresh, self.dbname)
-            except BaseException:
-                self._pool.retire(fresh)
-                raise
+        self.shared.replace(self.dbname, snapshot.dbname)
 
     def fork(self) -> Database:
         """Return a new database that is a copy of this one; this one must have no other sessions.
@@ -154,7 +151,8 @@ class Database:
         Raises:
             ClusterError: other sessions are connected; the error lists them.
         """
-        return Database(self.works, self._copy("fork"), self._pool)
+        copy = self._copy("fork")
+        return Database(self._server, self.shared, self._pool, copy, is_clone=False)
 
     def close(self) -> None:
         """Give the database and its snapshots back, to be dropped in the background.
@@ -164,7 +162,7 @@ class Database:
         if not self._open:
             return
         self.leave()
-        self._pool.retire(self.dbname, self._again if self._clones is not None else None)
+        self._pool.retire(self.dbname, self._reuse if self._is_clone else None)
         for snapshot in self._snapshots:
             self._pool.retire(snapshot.dbname)
 
@@ -179,17 +177,16 @@ class Database:
         """Whether the database was given back."""
         return not self._open
 
-    def _again(self, dbname: str) -> str | None:
-        assert self._clones is not None
-        return self._clones.again(dbname, self.works.server.data_dir, self._since)
+    def _reuse(self, dbname: str) -> str | None:
+        return self.shared.reuse(dbname, self._since)
 
     def _close_warm(self) -> None:
         """Close the warm connection if it was not used, and stop opening further ones."""
         warm, self._warm = self._warm, None
         if warm is not None:
             warm.connection.close()
-            if self._clones is not None:
-                self._clones.warm = None
+            if self._is_clone:
+                self.shared.open_warm(None)
 
     def _disconnect(self) -> None:
         """Close the connections that `connect` and `aconnect` have opened."""
@@ -205,18 +202,13 @@ class Database:
     def _copy(self, prefix: str) -> str:
         self._check_open()
         self._close_warm()
-        name = unique_name(prefix)
-        with self.works.admins.connection() as connection:
-            try:
-                admin_sql.clone(connection, name, self.dbname, self.works.server.user)
-            except errors.ObjectInUse as error:
-                raise in_use(connection, self.dbname) from error
-        return name
+        return self.shared.copy(self.dbname, prefix)
 
     def _private(self) -> ConnectionInfo:
         self._close_warm()
         self.was_shown = True
-        return self.works.admins.info_of(self.dbname)
+        postmaster = self.shared.postmaster
+        return server_setup.private_info(postmaster, self._info.user, self.dbname)
 
     def __enter__(self) -> Self:
         return self

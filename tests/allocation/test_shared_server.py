@@ -21,7 +21,7 @@ from pgtemp.uri import ConnectionInfo
 def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is found to be stale while another thread looks whether it runs, which it does."""
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
-    made = SharedServer(plan, keep=False)
+    made = SharedServer.start(plan, "lease")
     try:
         runs = shared_server.alive
 

@@ -62,7 +62,7 @@ def test_a_kept_template_is_not_built_again(own_cache: Path, any_version: str) -
                     " FROM account"
                 ).fetchone()
                 assert row == (100, 101, True)
-            assert cluster.server.pid == app._works.server.pid  # one server is enough
+            assert cluster.server.pid == app._server.pid  # one server is enough
     assert kept(own_cache) == 1
 
 
@@ -212,7 +212,7 @@ def test_stopping_leaves_nothing_of_several_servers(tmp_path: Path) -> None:
     with Cluster() as cluster:
         directories = [cluster.server.data_dir]
         app = cluster.template("app", tmp_path / "a.sql")
-        directories.append(app._works.server.data_dir)
+        directories.append(app._server.data_dir)
         app.database()
     assert directories[0] != directories[1]
     assert [leftovers(one) for one in directories] == [[], []]

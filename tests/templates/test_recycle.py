@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def app(cluster: Cluster, tmp_path: Path) -> Template:
 
 def run(app: Template, dbname: str, *statements: str) -> list[tuple[object, ...]]:
     """What the last of some statements gives."""
-    uri = app._works.info_of(dbname).uri
+    uri = replace(app._server.info, dbname=dbname).uri
     with psycopg.connect(uri, autocommit=True) as connection:
         for statement in statements:
             done = connection.execute(statement.format(dbname).encode())
@@ -76,7 +77,7 @@ def run(app: Template, dbname: str, *statements: str) -> list[tuple[object, ...]
 def directory(app: Template, dbname: str) -> Path:
     """Without a connection to it, which may write there."""
     query = f"SELECT oid FROM pg_database WHERE datname = '{dbname}'"
-    return app._works.server.data_dir / "base" / str(run(app, "postgres", query)[0][0])
+    return app._server.data_dir / "base" / str(run(app, "postgres", query)[0][0])
 
 
 def content(place: Path) -> dict[str, str]:
@@ -88,17 +89,17 @@ def content(place: Path) -> dict[str, str]:
 def begin(app: Template) -> None:
     """Dispose of so many that directories are kept from now on."""
     for number in range(recycle._AFTER + 1):
-        app._clones.make(f"first_{number}")
-        app._clones.dispose(f"first_{number}")
+        app._shared._clones.make(f"first_{number}")
+        app._shared._clones.dispose(f"first_{number}")
 
 
 def shelves(app: Template) -> list[Path]:
-    return list((app._works.server.data_dir.parent / "shelf").glob("*"))
+    return list((app._server.data_dir.parent / "shelf").glob("*"))
 
 
 def helper(app: Template) -> int:
     """The pid of the process that looks after the shelf."""
-    process = app._clones._reuse._process
+    process = app._shared._clones._reuse._process
     assert process is not None
     return process.pid
 
@@ -106,16 +107,16 @@ def helper(app: Template) -> int:
 @pytest.mark.parametrize("changes", _CHANGES.values(), ids=_CHANGES)
 def test_nothing_of_what_was_done_in_it_is_left(app: Template, changes: list[str]) -> None:
     """The directory is the one of before; its bytes, and what it says, are the template's."""
-    app._clones.make("untouched")
+    app._shared._clones.make("untouched")
     sealed = content(directory(app, "untouched"))
     whole = run(app, "untouched", _WHOLE)
     begin(app)
-    app._clones.make("used")
+    app._shared._clones.make("used")
     was = directory(app, "used").stat().st_ino
     run(app, "used", *changes)
-    app._clones.dispose("used")
+    app._shared._clones.dispose("used")
     for number in range(3):  # whatever is on the shelf
-        app._clones.make(f"fresh_{number}")
+        app._shared._clones.make(f"fresh_{number}")
     found = [directory(app, f"fresh_{number}") for number in range(3)]
     assert was in [place.stat().st_ino for place in found]
     for number, place in enumerate(found):
@@ -128,7 +129,7 @@ def test_nothing_of_what_was_done_in_it_is_left(app: Template, changes: list[str
 def test_files_that_somebody_puts_there_are_taken_away(app: Template) -> None:
     """Links, pipes, directories and files of others; what they led to stays as it is."""
     begin(app)
-    app._clones.make("used")
+    app._shared._clones.make("used")
     place, owner = directory(app, "used"), identity.choose(None)
     run(app, "used", "CHECKPOINT")
     sealed = content(place)
@@ -149,9 +150,9 @@ def test_files_that_somebody_puts_there_are_taken_away(app: Template) -> None:
         for path in (place / name, *(place / name).glob("*")):
             if not path.is_symlink():
                 os.chown(path, owner.uid, owner.gid)
-    app._clones.dispose("used")
-    app._clones.make("a")
-    app._clones.make("b")
+    app._shared._clones.dispose("used")
+    app._shared._clones.make("a")
+    app._shared._clones.make("b")
     assert content(directory(app, "a")) == content(directory(app, "b")) == sealed
     assert victim.read_text() == "mine"
 
@@ -163,14 +164,14 @@ def test_it_works_as_the_servers_user(app: Template) -> None:
         line.split(":\t") for line in Path(f"/proc/{helper(app)}/status").read_text().splitlines()
         if ":\t" in line
     )  # fmt: skip
-    owner = str(app._works.server.data_dir.stat().st_uid)
+    owner = str(app._server.data_dir.stat().st_uid)
     assert status["Uid"].split() == [owner] * 4
     assert status["Groups"].split() in ([], [str(one) for one in os.getgroups()])
 
 
 def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
     begin(app)
-    pid, home = helper(app), app._works.server.data_dir.parent
+    pid, home = helper(app), app._server.data_dir.parent
     cluster.stop()
     assert eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert eventually(lambda: not home.exists())
@@ -178,14 +179,14 @@ def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
 
 def test_where_it_cannot_begin_nothing_of_it_is_left(app: Template) -> None:
     """A file is in the place of the shelf's directory."""
-    home = app._works.server.data_dir.parent
+    home = app._server.data_dir.parent
     (home / "shelf").rmdir()
     (home / "shelf").write_text("")
     begin(app)
-    assert not app._clones._reuse.works
+    assert not app._shared._clones._reuse.works
     assert run(app, "postgres", "SELECT datname FROM pg_database WHERE datname ~ '^stub'") == []
     assert eventually(lambda: not Path(f"/proc/{helper(app)}").exists())
-    app._clones.make("after")
+    app._shared._clones.make("after")
     assert run(app, "after", "SELECT count(*) FROM account") == [(500,)]
 
 
@@ -195,19 +196,19 @@ def test_databases_are_had_when_it_was_killed(app: Template) -> None:
     os.kill(pid, signal.SIGKILL)
     assert eventually(lambda: pid not in children(os.getpid()))
     for number in range(3):
-        app._clones.make(f"later_{number}")
+        app._shared._clones.make(f"later_{number}")
         assert run(app, f"later_{number}", "SELECT count(*) FROM account") == [(500,)]
-        app._clones.dispose(f"later_{number}")
+        app._shared._clones.dispose(f"later_{number}")
 
 
 def test_what_was_made_of_one_outlives_a_crash(app: Template) -> None:
     """Recovery brings back what was committed in it, and does not copy the stub over it."""
     begin(app)
-    app._clones.make("used")
+    app._shared._clones.make("used")
     place = directory(app, "used")
     synchronous = "SET synchronous_commit = on"
     run(app, "used", synchronous, "UPDATE account SET balance = 7", "CREATE TABLE more (a int)")
-    with psycopg.connect(app._works.info_of("used").uri) as connection:
+    with psycopg.connect(replace(app._server.info, dbname="used").uri) as connection:
         os.kill(connection.info.backend_pid, signal.SIGKILL)
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT pg_sleep(60)")
@@ -221,19 +222,19 @@ def test_what_was_made_of_one_outlives_a_crash(app: Template) -> None:
     assert eventually(recovered)
     assert directory(app, "used") == place
     assert run(app, "used", "SELECT DISTINCT balance FROM account") == [(7,)]
-    app._clones.dispose("used")
+    app._shared._clones.dispose("used")
     for number in range(2):
-        app._clones.make(f"later_{number}")
+        app._shared._clones.make(f"later_{number}")
         assert run(app, f"later_{number}", "SELECT sum(balance) FROM account") == [(125250,)]
 
 
 def test_who_is_in_it_is_ended(app: Template) -> None:
     begin(app)
-    app._clones.make("used")
-    uri = app._works.info_of("used").uri
+    app._shared._clones.make("used")
+    uri = replace(app._server.info, dbname="used").uri
     with psycopg.connect(uri) as stays:
         stays.execute("SELECT 1")
-        app._clones.dispose("used")
+        app._shared._clones.dispose("used")
         with pytest.raises(psycopg.OperationalError):
             stays.execute("SELECT 1")
     names = {row[0] for row in run(app, "postgres", "SELECT datname FROM pg_database")}
@@ -243,14 +244,14 @@ def test_who_is_in_it_is_ended(app: Template) -> None:
 
 def test_a_tablespace_is_left_alone(app: Template) -> None:
     """The files of a template may be in several places then."""
-    place = app._works.server.data_dir.parent / "elsewhere"
+    place = app._server.data_dir.parent / "elsewhere"
     place.mkdir()
     owner = identity.choose(None)
     os.chown(place, owner.uid, owner.gid)
     run(app, "postgres", f"CREATE TABLESPACE elsewhere LOCATION '{place}'")
     begin(app)
     assert shelves(app) == []
-    app._clones.make("later")
+    app._shared._clones.make("later")
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
 
 
@@ -258,7 +259,7 @@ def test_a_standby_gets_all_the_files(app: Template) -> None:
     """It replays the server's log, in which what is put there by hand does not stand."""
     begin(app)
     run(app, "postgres", "SELECT pg_create_physical_replication_slot('standby', true)")
-    app._clones.make("later")
+    app._shared._clones.make("later")
     assert shelves(app) == []
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
     run(app, "postgres", "SELECT pg_drop_replication_slot('standby')")
@@ -267,11 +268,11 @@ def test_a_standby_gets_all_the_files(app: Template) -> None:
 def test_kept_data_has_nothing_of_it(app: Template) -> None:
     begin(app)
     assert len(shelves(app)) == 1
-    app._clones.settle()
+    app._shared._clones.settle()
     assert shelves(app) == []
     rows = run(app, "postgres", "SELECT datname FROM pg_database WHERE datname LIKE 'stub%'")
     assert rows == []
-    app._clones.make("later")
+    app._shared._clones.make("later")
     assert run(app, "later", "SELECT count(*) FROM account") == [(500,)]
 
 
@@ -331,10 +332,10 @@ def test_a_process_that_does_not_answer_is_given_up(
 ) -> None:
     """One wait, of two seconds at most; databases are made in the usual way from then on."""
     begin(app)
-    app._clones.make("another")
-    app._clones.make("used")
-    app._clones.dispose("another")  # so that one is on the shelf
-    reuse, ours = app._clones._reuse, socket.socketpair()
+    app._shared._clones.make("another")
+    app._shared._clones.make("used")
+    app._shared._clones.dispose("another")  # so that one is on the shelf
+    reuse, ours = app._shared._clones._reuse, socket.socketpair()
     assert reuse._channel is not None
     reuse._channel.close()
     reuse._channel = ours[0]  # nobody reads the other end
@@ -346,11 +347,11 @@ def test_a_process_that_does_not_answer_is_given_up(
         return now[0]
 
     monkeypatch.setattr(recycle, "time", SimpleNamespace(monotonic=monotonic))
-    app._clones.dispose("used")
+    app._shared._clones.dispose("used")
     assert now[0] <= 3.5
     assert not reuse.works
     told = len(waits)
-    app._clones.make("later")
-    app._clones.dispose("later")
+    app._shared._clones.make("later")
+    app._shared._clones.dispose("later")
     assert len(waits) == told
     ours[1].close()

@@ -44,7 +44,7 @@ def goes_back(app: Template, use: Callable[[Database], object]) -> bool:
     db._since = time.time_ns()
     use(db)
     db.close()
-    with psycopg.connect(app._works.server.info.uri, autocommit=True) as connection:
+    with psycopg.connect(app._server.info.uri, autocommit=True) as connection:
         query = "SELECT datname FROM pg_database WHERE oid = %s"
 
         def name() -> str | None:
@@ -85,7 +85,7 @@ def does(*statements: str) -> Callable[[Database], object]:
 )
 def test_who_only_reads_leaves_it_untouched(app: Template, statements: list[str]) -> None:
     """Where the server has pg_buffercache, by which it is proved."""
-    with psycopg.connect(app._works.server.info.uri) as connection:
+    with psycopg.connect(app._server.info.uri) as connection:
         query = "SELECT count(*) FROM pg_available_extensions WHERE name = 'pg_buffercache'"
         provable = connection.execute(query).fetchone() == (1,)
     assert goes_back(app, does(*statements)) == provable
@@ -149,9 +149,9 @@ def test_a_fork_is_no_clone_of_the_template(app: Template) -> None:
 
 
 def directory(app: Template, db: Database) -> Path:
-    with psycopg.connect(app._works.server.info.uri) as connection:
+    with psycopg.connect(app._server.info.uri) as connection:
         row = connection.execute(
             "SELECT oid FROM pg_database WHERE datname = %s", [db.dbname]
         ).fetchone()
         assert row is not None
-    return app._works.server.data_dir / "base" / str(row[0])
+    return app._server.data_dir / "base" / str(row[0])

@@ -25,6 +25,7 @@ class Allocation:
         epoch: the epoch of `shared` when the allocation was made.
         watched: whether settings of the server log or report every statement.
         unreachable: whether the server did not answer.
+        since: the time of the file system when a lease got it, in nanoseconds since the epoch.
         preparing: a lock that is held while the allocation is prepared for a user.
     """
 
@@ -37,6 +38,7 @@ class Allocation:
     epoch: int = 0
     watched: bool = False
     unreachable: bool = False
+    since: int = 0
     preparing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -80,6 +82,7 @@ class Allocation:
         self.number = number
         if self.shared is not None:
             self.shared.occupied.add(self.dbname)
+            self.since = self.shared.now()
 
 
 class Allocator(Protocol):

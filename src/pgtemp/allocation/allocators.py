@@ -20,7 +20,6 @@ from pgtemp.server.rundir import find_base
 from pgtemp.sql import admin_sql, server_setup, statement_logging
 from pgtemp.sql.persisted_note import Note, try_note
 from pgtemp.sql.server_setup import Plan
-from pgtemp.templates.clones import unique_name
 
 _log = logging.getLogger("pgtemp")
 # By how much the number of ready allocations may grow while many clients connect.
@@ -155,20 +154,15 @@ class DatabaseAllocator:
     def provision(self) -> Allocation:
         for attempt in range(_TRIES):
             shared = self._server()
-            dbname = unique_name("lease")
             try:
-                shared.clone(dbname)
+                dbname = shared.provision()
             except PgTempError:
                 shared.check()
                 self._stop_if_empty(shared)
                 if not shared.stale or attempt == _TRIES - 1:
                     raise
                 continue
-            epoch = shared.epoch
-            allocation = Allocation(
-                shared.postmaster, dbname, allocator=self, shared=shared, epoch=epoch,
-                watched=shared.watched,
-            )  # fmt: skip
+            allocation = self._allocation(shared, dbname)
             if not shared.stale:
                 return allocation
             self.dispose(allocation)  # the server became stale in the meantime
@@ -184,8 +178,13 @@ class DatabaseAllocator:
                 persisted = f"{self._plan.options.dbname}_{allocation.number}"
                 shared.persist(allocation.dbname, persisted)
                 self._announce(f"persisted database {persisted} in {shared.postmaster.home.path}")
+            elif shared.stale and not self._keep:
+                shared.names.discard(allocation.dbname)  # it is removed with its server
             else:
-                shared.drop(allocation.dbname)
+                shared.dispose(allocation.dbname)
+        except Exception:
+            shared.mark_stale()
+            raise
         finally:
             if shared.stale:
                 self._pool.renew()
@@ -231,9 +230,23 @@ class DatabaseAllocator:
                 self._pool.renew()
             # A database that is already owned by one user cannot be given to another.
             if used or (allocation.roles and not self._superusers):
-                self._pool.retire(allocation)
+                self._pool.retire(allocation, None if self._keep else self._reuse)
             else:
                 self._pool.give_back(allocation)
+
+    def _allocation(self, shared: SharedServer, dbname: str) -> Allocation:
+        return Allocation(
+            shared.postmaster, dbname, allocator=self, shared=shared, epoch=shared.epoch,
+            watched=shared.watched,
+        )  # fmt: skip
+
+    def _reuse(self, allocation: Allocation) -> Allocation | None:
+        """Return an allocation of the same database if the lease did not modify it."""
+        shared = _shared_server_of(allocation)
+        if shared.stale or not allocation.number:
+            return None
+        dbname = shared.reuse(allocation.dbname, allocation.since)
+        return self._allocation(shared, dbname) if dbname is not None else None
 
     def made_by_hand(self, dbname: str) -> bool:
         """Return whether a client that has a lease created a database of this name."""
@@ -287,7 +300,7 @@ class DatabaseAllocator:
                 before.check()
                 if not before.stale:
                     return before
-            self._current = current = SharedServer(self._plan, keep=self._keep)
+            self._current = current = SharedServer.start(self._plan, "lease")
             self._servers.add(current)
         if before is not None:
             self._stop_if_empty(before)

@@ -17,10 +17,11 @@ from django.apps import apps
 from django.conf import settings
 from django.db.backends.postgresql.creation import DatabaseCreation
 
-from pgtemp.cluster import Cluster, Template
+from pgtemp.cluster import Cluster
 from pgtemp.database import Database
 from pgtemp.django import OPTIONS
 from pgtemp.options.server import ServerOptions
+from pgtemp.template import Template
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import parse
 

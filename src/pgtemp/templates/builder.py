@@ -46,7 +46,8 @@ class TemplateBuilder:
         """
         self._plan = plan
         self._conf = ""
-        self.dbname = _BUILDING if name in _TAKEN else name
+        # PostgreSQL's limit of a name is 63 bytes.
+        self.dbname = _BUILDING if name in _TAKEN else name.encode()[:63].decode(errors="ignore")
         self.postmaster: Postmaster
         self.info: ConnectionInfo
 

@@ -1,14 +1,11 @@
-"""Templates are sealed databases, built once, from which databases are cloned.
+"""The clones of a template: databases that are copied from a sealed one.
 
-A template is built in a database with a temporary name and is renamed last, so a template that can
-be found is always complete. A build that fails leaves nothing behind, and every caller that waited
-for it receives its error. pgtemp connects to the template once before it is sealed, so that clones
-include a relation cache; the first connection to a clone then takes 3 ms instead of 5.
+The template contains a relation cache, because pgtemp connected to it before it was sealed; the
+first connection to a clone then takes 3 ms instead of 5.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,47 +17,34 @@ from psycopg import errors
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError, PgTempError
 from pgtemp.host import disk_space
-from pgtemp.host.progress import step
-from pgtemp.programs.installation import Installation
 from pgtemp.sql import admin_connections, admin_sql
 from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection, was_lost
-from pgtemp.templates.recipe import Recipe
 from pgtemp.templates.recycle import Reuse
 from pgtemp.templates.unmodified import is_unmodified
 from pgtemp.uri import ConnectionInfo
 
-_log = logging.getLogger("pgtemp")
-
 
 class Clones:
-    """Makes and drops the clones of one template for a pool.
+    """Makes and drops the clones of one template.
 
     Attributes:
-        warm: opens a warm connection to a new clone, given its name; None opens none.
+        clients: how clients connect, except for the database; `make` then opens a warm connection.
+            None opens none.
     """
 
-    def __init__(self, admins: AdminConnections, source: str, owner: str, prefix: str) -> None:
-        self._admins, self._source, self._owner, self._prefix = admins, source, owner, prefix
+    def __init__(self, admins: AdminConnections, source: str, owner: str) -> None:
+        self._admins, self._source, self._owner = admins, source, owner
         # Facts about the source; they do not change, because it is sealed. None: not yet known.
         self._attributes: bool | None = None
         self._size = 0
         self._reuse = Reuse(admins, source, owner)
-        self.warm: Callable[[str], WarmConnection] | None = None
+        self.clients: ConnectionInfo | None = None
         self._warm_connections: dict[str, WarmConnection] = {}
 
     @property
     def recycles(self) -> bool:
         """Whether dropped databases are recycled, which makes the next clone cheaper."""
         return self._reuse.works
-
-    def provision(self) -> str:
-        """Make a new clone, with a warm connection if wanted, and return its name."""
-        name = unique_name(self._prefix)
-        self.make(name)
-        if (open_warm := self.warm) is not None:
-            with suppress(psycopg.Error):  # the client gets the error when it connects itself
-                self._warm_connections[name] = open_warm(name)
-        return name
 
     def take_warm(self, name: str) -> WarmConnection | None:
         """Return the warm connection to a clone, if there is one; the caller then owns it."""
@@ -88,6 +72,10 @@ class Clones:
                 self._clone(connection, name, self._attributes)
 
         self._do(clone)
+        if (clients := self.clients) is not None:
+            with suppress(psycopg.Error):  # the client gets the error when it connects itself
+                uri = replace(clients, dbname=name).uri
+                self._warm_connections[name] = admin_connections.open_warm(uri)
 
     def _clone(self, connection: Connection, name: str, attributes: bool) -> None:
         try:
@@ -122,22 +110,19 @@ class Clones:
             unused.connection.close()
         self._do(lambda connection: self._reuse.dispose(connection, name, size=self._size))
 
-    def again(self, name: str, data_dir: Path, since: int) -> str | None:
-        """If a clone is provably unmodified (see unmodified.py), rename it and return the new name.
-
-        It is renamed because a late client might still connect to the old name.
+    def reuse(self, name: str, fresh: str, data_dir: Path, since: int) -> bool:
+        """Rename a clone to `fresh` if it is provably unmodified; return whether it is.
 
         Args:
             since: when the clone was handed out, in nanoseconds since the epoch.
         """
         with self._admins.connection() as connection:
-            if not is_unmodified(
+            unmodified = is_unmodified(
                 connection, data_dir, name, source=self._source, owner=self._owner, since=since
-            ):
-                return None
-            fresh = unique_name(self._prefix)
-            admin_sql.rename(connection, name, fresh)
-            return fresh
+            )
+            if unmodified:
+                admin_sql.rename(connection, name, fresh)
+            return unmodified
 
     def _do(self, work: Callable[[Connection], None]) -> None:
         """Execute `work` with a connection; repeat it once if the connection is terminated.
@@ -154,59 +139,10 @@ class Clones:
             with self._admins.connection() as connection:
                 work(connection)
 
-    def usable(self, name: str) -> bool:
-        return True
-
 
 def _was_terminated(error: BaseException | None) -> bool:
     # `was_lost`: the connection broke before the server could send an error.
     return isinstance(error, errors.AdminShutdown | errors.CrashShutdown) or was_lost(error)
-
-
-def build(
-    admins: AdminConnections,
-    programs: Installation,
-    recipe: Recipe,
-    *,
-    name: str,
-    source: str,
-    info: ConnectionInfo,
-) -> str:
-    """Build a template in a running server and return the name of its sealed database.
-
-    Args:
-        source: the database that the build starts from.
-        info: the connection parameters that the build uses; its user owns the database.
-
-    Raises:
-        PgTempError: the build failed; nothing is left behind. An error of a callable is raised
-            unchanged.
-    """
-    fresh, final = unique_name(f"building_{name}"), unique_name(f"template_{name}")
-    there = admins.info_of(fresh)
-    with step(f"building template {name}"):
-        with admins.connection() as connection:
-            admin_sql.clone(connection, fresh, source, info.user, admins.closing)
-        try:
-            recipe.apply(programs, there, replace(info, dbname=fresh))
-            with admin_connections.connected(there) as inside:
-                inside.execute("SELECT 1")
-            with admins.connection() as connection:
-                admin_sql.seal(connection, fresh, final, there)
-        except BaseException:
-            _discard(admins, fresh)
-            raise
-    return final
-
-
-def _discard(admins: AdminConnections, dbname: str) -> None:
-    """Drop the database of a failed build; log errors, because the build's error is raised."""
-    try:
-        with admins.connection() as connection:
-            admin_sql.unseal(connection, dbname)
-            admin_sql.drop(connection, dbname, admins.info_of(dbname))
-    except PgTempError as error:
-        _log.warning("the database of a failed build could not be dropped: %s", error)
 
 
 def check_name(name: str) -> None:

@@ -92,7 +92,10 @@ def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
 
 
 def _is_older(data_dir: Path, name: str, when: int) -> bool:
-    """Return whether a directory and all files in it were last written before that time."""
+    """Return whether a directory and all files in it were last changed before that time.
+
+    Unlike the time of the last write (mtime), programs cannot set the time of the last change.
+    """
     try:
         with Tree.open(data_dir) as data:
             directory = data.status(name)
@@ -100,5 +103,5 @@ def _is_older(data_dir: Path, name: str, when: int) -> bool:
     except OSError:
         return False
     return directory is not None and all(
-        status.st_mtime_ns < when for status in (directory, *files)
+        status.st_ctime_ns < when for status in (directory, *files)
     )

@@ -53,7 +53,7 @@ class Case:
     def claim(self, needs: Needs, cluster: Cluster, usual: Build | Recipe | None) -> Database:
         """Claim one more database; see `Suite.claim`."""
         database = self.suite.claim(needs, cluster, usual)
-        self._claimed.append(_Claimed(database, needs, database.works.server.log_path))
+        self._claimed.append(_Claimed(database, needs, database.shared.postmaster.log_path))
         return database
 
     def begin(self) -> None:

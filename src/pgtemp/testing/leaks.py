@@ -35,7 +35,7 @@ def left_open(database: Database) -> list[str]:
     try:
         while True:
             try:
-                with database.works.admins.connection() as connection:
+                with database.shared.connection() as connection:
                     rows = connection.execute(_QUERY, [database.dbname, ours]).fetchall()
             except PgTempError:  # the test has stopped its server
                 return []

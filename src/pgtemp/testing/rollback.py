@@ -39,7 +39,7 @@ class RolledBack(Database):
             bases: the list to return it to for the next test, unless this test has changed it.
         """
         base._close_warm()
-        super().__init__(base.works, base.dbname, base._pool)
+        super().__init__(base._server, base.shared, base._pool, base.dbname, is_clone=False)
         self._base, self._bases = base, bases
         self._one: _Connection | _AsyncConnection | None = None
 

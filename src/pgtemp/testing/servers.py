@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pgtemp.cluster import Cluster, Template
+from pgtemp.cluster import Cluster
 from pgtemp.database import Database
 from pgtemp.errors import PgTempError
+from pgtemp.template import Template
 
 
 @dataclass(eq=False, slots=True)
 class Server:
-    """A cluster with a database, for one test."""
+    """A cluster with a template and a database, for one test."""
 
     cluster: Cluster
+    template: Template
     database: Database
 
 
@@ -35,7 +37,8 @@ class Servers:
     def provision(self) -> Server:
         cluster = self.cluster().start()
         try:
-            return Server(cluster, self.template(cluster).database())
+            template = self.template(cluster)
+            return Server(cluster, template, template.database())
         except BaseException:
             cluster.stop()
             raise
@@ -45,7 +48,7 @@ class Servers:
 
     def usable(self, server: Server) -> bool:
         try:
-            server.database.works.server.check()
+            server.database.shared.postmaster.check()
         except PgTempError:
             return False
         return True

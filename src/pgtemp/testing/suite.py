@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgtemp.allocation.pool import Pool
-from pgtemp.cluster import Cluster, Template
+from pgtemp.cluster import Cluster
 from pgtemp.database import Database
 from pgtemp.images import cache
 from pgtemp.options.pytest import SuiteOptions
+from pgtemp.template import Template
 from pgtemp.templates.recipe import Build, Recipe
 from pgtemp.testing import persisted, serverlog
 from pgtemp.testing.requirements import Needs, Usual, recipe_of
 from pgtemp.testing.rollback import RolledBack
 from pgtemp.testing.run import Run
 from pgtemp.testing.servers import Server, Servers
-from pgtemp.works import Works
 
 _NAME = "test"  # the prefix of the names of templates, and thus of databases
 
@@ -47,7 +47,8 @@ class Suite:
         self._servers: dict[Hashable, Pool[Server]] = {}
         self._held: dict[Database, tuple[Pool[Server], Server]] = {}
         self._bases: dict[Template, list[Database]] = {}  # for RolledBack; not in use by a test
-        self._persisted = 0
+        self._origins: dict[Database, Template] = {}
+        self._persisted: dict[Database, Path] = {}  # the databases to persist, and where
         self._caches_for_run = False
 
     @property
@@ -71,7 +72,7 @@ class Suite:
         chosen = self._cluster(needs.settings) if needs.settings else cluster
         template = self._template(chosen, recipe, needs)
         if not needs.rollback:
-            return template.database()
+            return self._claimed(template, template.database())
         bases = self._bases.setdefault(template, [])
         return RolledBack(bases.pop() if bases else template.database(), bases)
 
@@ -85,6 +86,7 @@ class Suite:
             database.leave()
         else:
             database.close()
+        self._origins.pop(database, None)
         if database in self._held:
             pool, server = self._held.pop(database)
             pool.retire(server)
@@ -101,14 +103,15 @@ class Suite:
         Raises:
             PgTempError: there is no directory for it.
         """
-        works = database.works
-        if database.dbname not in works.kept and self._persisted >= self.options.keep_most:
-            return None
-        directory = self._directory_of(works)
-        if database.dbname not in works.kept:
-            self._persisted += 1
-            works.kept[database.dbname] = of
-        return f"pgtemp open {directory} --dbname {database.dbname}"
+        template = self._origins[database]
+        if database not in self._persisted:
+            number = len(self._persisted)
+            if number >= self.options.keep_most:
+                return None
+            folder = persisted.directory_for(self.options, self._run.name)
+            directory = folder / f"{self._run.worker or 'server'}-{number}"
+            self._persisted[database] = template._persist(database.dbname, of, directory)
+        return f"pgtemp open {self._persisted[database]} --dbname {database.dbname}"
 
     def close(self) -> None:
         """Stop all servers; the databases selected by `keep` are persisted."""
@@ -122,11 +125,9 @@ class Suite:
             for _, server in self._held.values():
                 cleanup.callback(server.cluster.stop)
 
-    def _directory_of(self, works: Works) -> Path:
-        if works.keep_in is None:
-            folder = persisted.directory_for(self.options, self._run.name)
-            works.keep_in = folder / f"{self._run.worker or 'server'}-{self._persisted}"
-        return works.keep_in
+    def _claimed(self, template: Template, database: Database) -> Database:
+        self._origins[database] = template
+        return database
 
     def _database_in_own_server(self, needs: Needs, recipe: Recipe) -> Database:
         recipe = self._cached_for_run(recipe)
@@ -142,7 +143,7 @@ class Suite:
         pool = self._servers[key]
         server = pool.take()
         self._held[server.database] = pool, server
-        return server.database
+        return self._claimed(server.template, server.database)
 
     def _cluster(self, settings: dict[str, str]) -> Cluster:
         key = frozenset(settings.items())
