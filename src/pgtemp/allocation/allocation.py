@@ -1,4 +1,4 @@
-"""The allocation of a lease, and the protocol of allocators (implemented in allocators.py)."""
+"""The allocation of a lease, and the protocol of allocators (two modules, *_allocator.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pgtemp.allocation.shared_server import SharedServer, alive
+from pgtemp.allocation.leased_server import LeasedServer, alive
 from pgtemp.server.postmaster import Postmaster
 
 
@@ -34,7 +34,7 @@ class Allocation:
     roles: set[str] = field(default_factory=set)
     number: int = 0
     allocator: Allocator | None = None
-    shared: SharedServer | None = None
+    shared: LeasedServer | None = None
     epoch: int = 0
     watched: bool = False
     unreachable: bool = False

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgtemp.allocation.allocation import Allocation, Allocator
-from pgtemp.allocation.allocators import DatabaseAllocator, ServerAllocator
+from pgtemp.allocation.database_allocator import DatabaseAllocator
 from pgtemp.allocation.isolation import DatabaseRequest
+from pgtemp.allocation.server_allocator import ServerAllocator
 from pgtemp.errors import ClusterError, NoDatabaseError, PgTempError
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.server.postmaster import Postmaster

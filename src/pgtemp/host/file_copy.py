@@ -158,7 +158,7 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
         try:
             copied = 0
             # One byte more than listed, to detect a file that has grown.
-            while (count := _send(writing, reading, copied, size + 1 - copied)) > 0:
+            while (count := _send(writing, reading, copied, size + 1 - copied, name)) > 0:
                 copied += count
                 if copied >= size:
                     break
@@ -170,8 +170,13 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
         os.close(writing)
 
 
-def _send(writing: int, reading: int, offset: int, count: int) -> int:
+def _send(writing: int, reading: int, offset: int, count: int, name: str) -> int:
     try:
         return os.sendfile(writing, reading, offset, count)
     except OSError:  # macOS cannot send from file to file
-        return os.write(writing, os.pread(reading, min(count, 1 << 20), offset))
+        pass
+    try:
+        data = os.pread(reading, min(count, 1 << 20), offset)
+    except OSError as error:  # a pipe or a directory is there now
+        raise ChangedError(f"{name}: {error.strerror}") from error
+    return os.write(writing, data)

@@ -51,7 +51,19 @@ _NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
     "gssencmode": "disable",
     "client_encoding": "UTF8",
 }
-_OPTIONS = f"-c plan_cache_mode=force_generic_plan -c lock_timeout={LOCK_SECONDS:g}s"
+# Settings that pgtemp's statements depend on. They take precedence over the configuration and over
+# ALTER ROLE and ALTER DATABASE ... SET.
+_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "lock_timeout": f"{LOCK_SECONDS:g}s",
+    "statement_timeout": "0",
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "default_transaction_read_only": "off",
+    "default_transaction_isolation": r"read\ committed",
+    "standard_conforming_strings": "on",
+}
+_OPTIONS = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
 # Takes precedence over ALTER ROLE and ALTER DATABASE ... SET: objects that a client created in the
 # maintenance database must not replace the system catalogs and their functions.
 _CATALOGS_ONLY = "-c search_path=pg_catalog"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 from psycopg import errors
@@ -110,16 +111,20 @@ class Clones:
             unused.connection.close()
         self._do(lambda connection: self._reuse.dispose(connection, name, size=self._size))
 
-    def reuse(self, name: str, fresh: str, data_dir: Path, since: int) -> bool:
+    def reuse(
+        self, name: str, fresh: str, data_dir: Path, since: int, schema: LiteralString
+    ) -> bool:
         """Rename a clone to `fresh` if it is provably unmodified; return whether it is.
 
         Args:
             since: when the clone was handed out, in nanoseconds since the epoch.
+            schema: see `is_unmodified`.
         """
         with self._admins.connection() as connection:
             unmodified = is_unmodified(
-                connection, data_dir, name, source=self._source, owner=self._owner, since=since
-            )
+                connection, data_dir, name, source=self._source, owner=self._owner, since=since,
+                schema=schema,
+            )  # fmt: skip
             if unmodified:
                 admin_sql.rename(connection, name, fresh)
             return unmodified

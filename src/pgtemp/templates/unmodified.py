@@ -8,7 +8,9 @@ since it was handed out, and the shared catalogs contain the same about it as ab
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import LiteralString
 
 from psycopg import errors
 
@@ -40,18 +42,26 @@ WHERE d.datname = $2
       (SELECT array_agg((setrole, setconfig) ORDER BY setrole) FROM pg_db_role_setting
        WHERE setdatabase = source.oid)
 """
-# The C function of the extension pg_buffercache, declared in this session only. All sessions in the
-# database could see the extension itself.
-_DECLARE = """
-CREATE FUNCTION pg_temp.pgtemp_buffers() RETURNS SETOF record
+# The C function of the extension pg_buffercache. All sessions in the database could see the
+# extension itself.
+_DECLARE: LiteralString = """
+CREATE FUNCTION {}.pgtemp_buffers() RETURNS SETOF record
 AS '$libdir/pg_buffercache', 'pg_buffercache_pages' LANGUAGE C
 """
-_CLEAN = """
-SELECT NOT EXISTS (SELECT FROM pg_temp.pgtemp_buffers() AS (
+_CLEAN: LiteralString = """
+SELECT NOT EXISTS (SELECT FROM {}.pgtemp_buffers() AS (
   bufferid int, relfilenode oid, reltablespace oid, reldatabase oid, relforknumber int2,
   relblocknumber int8, isdirty bool, usagecount int2, pinning_backends int4)
 WHERE isdirty AND reldatabase = $1)
 """
+_SESSION: LiteralString = "pg_temp"  # the schema of objects that only the own session can use
+
+
+def declare(connection: Connection, schema: LiteralString) -> None:
+    """Create a schema with the function that `is_unmodified` needs; it may be unavailable."""
+    connection.execute("CREATE SCHEMA " + schema)
+    with suppress(errors.UndefinedFile, errors.UndefinedFunction):
+        connection.execute(_DECLARE.format(schema))
 
 
 def is_unmodified(
@@ -62,6 +72,7 @@ def is_unmodified(
     source: str,
     owner: str,
     since: int,
+    schema: LiteralString = _SESSION,
 ) -> bool:
     """Return whether a clone is provably unmodified; False if the server has no pg_buffercache.
 
@@ -69,23 +80,27 @@ def is_unmodified(
         source: the database that it was cloned from.
         owner: the role that owned it at first.
         since: when it was handed out, in nanoseconds since the epoch.
+        schema: where `declare` has created the function; by default it is created when needed.
     """
     row = connection.ask(_QUIET, source, dbname, owner).fetchone()
     if row is None:
         return False
     # Check the files last: a buffer that was written out in the meantime has changed its file.
-    return _has_no_dirty_buffer(connection, row[0]) and _is_older(
+    return _has_no_dirty_buffer(connection, row[0], schema) and _is_older(
         data_dir, f"base/{row[0]}", since - _TICK_NANOSECONDS
     )
 
 
-def _has_no_dirty_buffer(connection: Connection, oid: int) -> bool:
+def _has_no_dirty_buffer(connection: Connection, oid: int, schema: LiteralString) -> bool:
+    clean = _CLEAN.format(schema)
     try:
         try:
-            row = connection.ask(_CLEAN, str(oid)).fetchone()
+            row = connection.ask(clean, str(oid)).fetchone()
         except (errors.UndefinedFunction, errors.InvalidSchemaName):
-            connection.execute(_DECLARE)
-            row = connection.ask(_CLEAN, str(oid)).fetchone()
+            if schema != _SESSION:
+                return False
+            connection.execute(_DECLARE.format(schema))
+            row = connection.ask(clean, str(oid)).fetchone()
     except (errors.UndefinedFile, errors.UndefinedFunction):
         return False
     return row is not None and bool(row[0])

@@ -6,10 +6,10 @@ import psycopg
 import pytest
 
 from pgtemp import ClusterError, PgTempDB
-from pgtemp.allocation import shared_server
-from pgtemp.allocation.allocators import DatabaseAllocator
+from pgtemp.allocation import leased_server
+from pgtemp.allocation.database_allocator import DatabaseAllocator
 from pgtemp.allocation.leaks import LeakCheck
-from pgtemp.allocation.shared_server import SharedServer
+from pgtemp.allocation.leased_server import LeasedServer
 from pgtemp.options.server import ServerOptions
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_connections, admin_sql, server_setup
@@ -21,16 +21,16 @@ from pgtemp.uri import ConnectionInfo
 def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is found to be stale while another thread looks whether it runs, which it does."""
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
-    made = SharedServer.start(plan, "lease")
+    made = LeasedServer(plan)
     try:
-        runs = shared_server.alive
+        runs = leased_server.alive
 
         def alive_but_stale(cluster: Postmaster) -> bool:
             made.mark_stale()
             return runs(cluster)
 
         assert not made.stale
-        monkeypatch.setattr(shared_server, "alive", alive_but_stale)
+        monkeypatch.setattr(leased_server, "alive", alive_but_stale)
         made.check()
         assert made.stale
     finally:

@@ -1,7 +1,4 @@
-"""The two allocators of one template: databases in a shared server, or one server per lease.
-
-Both implement the protocol in allocation.py.
-"""
+"""Allocates databases in a shared server, of one template; see the protocol in allocation.py."""
 
 from __future__ import annotations
 
@@ -11,118 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.leased_server import LeasedServer, alive, printable
 from pgtemp.allocation.pool import Pool
-from pgtemp.allocation.shared_server import SharedServer, alive, printable
 from pgtemp.errors import ClusterError, PgTempError
-from pgtemp.host import disk_space
-from pgtemp.server.postmaster import Postmaster
-from pgtemp.server.rundir import find_base
-from pgtemp.sql import admin_sql, server_setup, statement_logging
+from pgtemp.sql import admin_sql
 from pgtemp.sql.persisted_note import Note, try_note
 from pgtemp.sql.server_setup import Plan
 
 _log = logging.getLogger("pgtemp")
-# By how much the number of ready allocations may grow while many clients connect.
-_MORE_CLUSTERS, _MORE_DATABASES = 4, 8
+_MORE = 8  # by how much the number of ready databases may grow while many clients connect
 _TRIES = 3
-
-
-class ServerAllocator:
-    """Allocates one server per lease: names, roles and settings are private."""
-
-    recycles = False
-
-    def __init__(
-        self, plan: Plan, *, ready: int, attributes: str, announce: Callable[[str], None]
-    ) -> None:
-        self._plan = plan
-        self._attributes = attributes
-        self._superusers = "NOSUPERUSER" not in attributes.upper().split()
-        self._announce = announce
-        self._watched: bool | None = None  # the same for all servers; None: not known yet
-        self._live: set[Allocation] = set()
-        self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE_CLUSTERS)
-
-    def provision(self) -> Allocation:
-        spec = self._plan.spec
-        size, files = spec.source.resolve().extent
-        base = find_base(spec.prefix, spec.owner, keep=spec.keep)
-        disk_space.check_with_spare(base, "another server", size=size, files=files)
-        postmaster = Postmaster(spec)
-        postmaster.start(meanwhile=self._begin)
-        watched = bool(self._watched)
-        allocation = Allocation(postmaster, "", self._plan.users, allocator=self, watched=watched)
-        self._live.add(allocation)
-        return allocation
-
-    def _begin(self, postmaster: Postmaster) -> None:
-        server_setup.give_password(postmaster, self._plan)
-        if self._watched is None:
-            with server_setup.administered(postmaster, self._plan) as connection:
-                self._watched = statement_logging.is_watched(connection)
-
-    def dispose(self, allocation: Allocation) -> None:
-        self._live.discard(allocation)
-        if allocation.number and self._plan.options.persist:
-            try_note(
-                allocation.postmaster.home.path, Note(self._plan.options.user, allocation.dbname)
-            )
-            allocation.postmaster.stop()
-            home = allocation.postmaster.home.path
-            self._announce(f"persisted {home}; pgtemp open {home} starts a server on it")
-        else:
-            server_setup.discard(allocation.postmaster)
-
-    def usable(self, allocation: Allocation) -> bool:
-        return alive(allocation.postmaster)
-
-    def claim(self) -> Future[Allocation]:
-        return self._pool.claim()
-
-    def is_prepared(self, allocation: Allocation, user: str) -> bool:
-        return bool(allocation.dbname) and user in allocation.roles
-
-    def prepare(self, allocation: Allocation, user: str, dbname: str) -> None:
-        """Create the user; the first time also the database, from the template."""
-        plan = self._plan
-        with allocation.preparing:
-            if not allocation.dbname:
-                server_setup.prepare_database(
-                    allocation.postmaster, plan, dbname, plan.options.user
-                )
-                allocation.dbname = dbname
-            if user in allocation.roles:
-                return
-            # If users are not superusers, the first one becomes the owner of the database.
-            owned = self._superusers or not allocation.roles <= plan.users
-            owns = None if owned else allocation.dbname
-            server_setup.ensure_role(allocation.postmaster, plan, user, self._attributes, owns)
-            allocation.roles.add(user)
-
-    def release(self, allocation: Allocation, *, used: bool) -> None:
-        """Stop the server in the background; an unused one is given to the next lease."""
-        if not used:
-            allocation.number = 0
-        if allocation.dbname:
-            self._pool.retire(allocation)
-        else:
-            self._pool.give_back(allocation)
-
-    def interrupt(self, *, discard: bool) -> None:
-        """Hand out nothing more; stop the servers without waiting.
-
-        Servers whose data is still needed are not stopped, but their processes are continued if
-        they were stopped (SIGSTOP).
-        """
-        self._pool.refuse()
-        for allocation in list(self._live):
-            if discard and not self._plan.options.persist:
-                allocation.postmaster.abandon()
-            else:
-                allocation.postmaster.unblock()
-
-    def close(self) -> None:
-        self._pool.close()
 
 
 class DatabaseAllocator:
@@ -140,11 +35,11 @@ class DatabaseAllocator:
         self._announce = announce
         self._keep = plan.options.persist
         self._superuser = plan.options.user
-        self._current: SharedServer | None = None
-        self._servers: set[SharedServer] = set()  # all that are running
+        self._current: LeasedServer | None = None
+        self._servers: set[LeasedServer] = set()  # all that are running
         self._closed = False
         self._changing = threading.Lock()
-        self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE_DATABASES)
+        self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE)
 
     @property
     def recycles(self) -> bool:
@@ -172,7 +67,7 @@ class DatabaseAllocator:
         )
 
     def dispose(self, allocation: Allocation) -> None:
-        shared = _shared_server_of(allocation)
+        shared = _server_of(allocation)
         try:
             if self._keep and allocation.number:
                 persisted = f"{self._plan.options.dbname}_{allocation.number}"
@@ -191,18 +86,18 @@ class DatabaseAllocator:
             self._stop_if_empty(shared)
 
     def usable(self, allocation: Allocation) -> bool:
-        _shared_server_of(allocation).check()
+        _server_of(allocation).check()
         return not allocation.outdated
 
     def claim(self) -> Future[Allocation]:
         return self._pool.claim()
 
     def is_prepared(self, allocation: Allocation, user: str) -> bool:
-        return self._superusers and _shared_server_of(allocation).knows(user)
+        return self._superusers and _server_of(allocation).knows(user)
 
     def prepare(self, allocation: Allocation, user: str, dbname: str) -> None:
         """Create the user; the database already exists."""
-        shared = _shared_server_of(allocation)
+        shared = _server_of(allocation)
         with allocation.preparing:
             owned = self._superusers or allocation.roles or user == self._superuser
             shared.ensure_role(user, self._attributes, None if owned else allocation.dbname)
@@ -211,7 +106,7 @@ class DatabaseAllocator:
 
     def release(self, allocation: Allocation, *, used: bool) -> None:
         """Check what the lease left outside its database, and drop that in the background."""
-        shared = _shared_server_of(allocation)
+        shared = _server_of(allocation)
         try:
             if used and not shared.stale and not self._keep:
                 shared.check_leaks(allocation.dbname)
@@ -234,7 +129,7 @@ class DatabaseAllocator:
             else:
                 self._pool.give_back(allocation)
 
-    def _allocation(self, shared: SharedServer, dbname: str) -> Allocation:
+    def _allocation(self, shared: LeasedServer, dbname: str) -> Allocation:
         return Allocation(
             shared.postmaster, dbname, allocator=self, shared=shared, epoch=shared.epoch,
             watched=shared.watched,
@@ -242,7 +137,7 @@ class DatabaseAllocator:
 
     def _reuse(self, allocation: Allocation) -> Allocation | None:
         """Return an allocation of the same database if the lease did not modify it."""
-        shared = _shared_server_of(allocation)
+        shared = _server_of(allocation)
         if shared.stale or not allocation.number:
             return None
         dbname = shared.reuse(allocation.dbname, allocation.since)
@@ -277,7 +172,7 @@ class DatabaseAllocator:
         for shared in list(self._servers):
             self._stop_if_empty(shared)
 
-    def _stop_if_empty(self, shared: SharedServer) -> None:
+    def _stop_if_empty(self, shared: LeasedServer) -> None:
         """Stop a server that has no databases and will get no more."""
         if shared.names or not (shared.stale or self._closed):
             return
@@ -291,7 +186,7 @@ class DatabaseAllocator:
             self._announce(f"persisted {home}; pgtemp open {home} starts a server on it")
         shared.stop()
 
-    def _server(self) -> SharedServer:
+    def _server(self) -> LeasedServer:
         with self._changing:
             if self._closed:
                 raise ClusterError("pgtemp is shutting down")
@@ -300,19 +195,19 @@ class DatabaseAllocator:
                 before.check()
                 if not before.stale:
                     return before
-            self._current = current = SharedServer.start(self._plan, "lease")
+            self._current = current = LeasedServer(self._plan)
             self._servers.add(current)
         if before is not None:
             self._stop_if_empty(before)
         return current
 
 
-def _shared_server_of(allocation: Allocation) -> SharedServer:
+def _server_of(allocation: Allocation) -> LeasedServer:
     assert allocation.shared is not None
     return allocation.shared
 
 
-def _has(shared: SharedServer, dbname: str) -> bool:
+def _has(shared: LeasedServer, dbname: str) -> bool:
     try:
         return shared.answers and shared.has(dbname)
     except PgTempError:  # the server is being stopped
