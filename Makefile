@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 URI    ?= postgresql://localhost:6543/mytestdb
 
-.PHONY: help serve test test-all lint types docs bench clean
+.PHONY: help serve test test-all lint types docs site bench clean
 
 help:
 	@echo "make serve   the daemon, on PostgreSQL from the package index"
 	@echo "make test    the test suite;  make test-all  with what takes minutes"
 	@echo "make lint    style;  make types  types;  make docs  the option tables"
+	@echo "make site    the documentation as a site, in .site"
 	@echo "make bench   the measurements;  make clean  remove what make made"
 
 $(READY): pyproject.toml
@@ -40,6 +41,10 @@ types: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/options_table.py
 
+site: $(READY)
+	@$(BIN)/python -m pip install --quiet --group docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --group bench
 	@$(BIN)/python -m bench.first_row
@@ -52,4 +57,4 @@ bench: $(READY)
 	@$(BIN)/python docs/peers.py .bench
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis
