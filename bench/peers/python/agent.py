@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from typing import Any, TextIO
 
 import psycopg
+from databases import DATABASES
 from peer import Cannot, Peer
 from pglite import Pglite
 from pgtemps import Clusters, Daemon
 from servers import SERVERS
-
-from databases import DATABASES
 
 PEERS = {
     "pgtemp": Clusters,
