@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pgtemp import aio as aio
     from pgtemp.cluster import Cluster, Template
     from pgtemp.database import Database, Snapshot
     from pgtemp.errors import (
@@ -45,19 +46,20 @@ _HOMES = {
     "Database": "pgtemp.database",
     "PgTempDB": "pgtemp.pgtempdb",
     "Recipe": "pgtemp.templates.recipe",
-    "ServerOptions": "pgtemp.options",
+    "ServerOptions": "pgtemp.options.server",
     "Snapshot": "pgtemp.database",
     "Template": "pgtemp.cluster",
 }
 
+if not TYPE_CHECKING:  # a type checker would accept any name
 
-def __getattr__(name: str) -> object:
-    # On first use, because the warden's process is a module of this package too, and must not
-    # wait for psycopg.
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        # On first use, because the supervisor process is a module of this package too, and must not
+        # wait for psycopg.
+        from importlib import import_module
 
-    if name not in __all__ and name != "aio":
-        raise AttributeError(f"module 'pgtemp' has no attribute {name!r}")
-    if name == "aio":
-        return import_module("pgtemp.aio")
-    return getattr(import_module(_HOMES.get(name, "pgtemp.errors")), name)
+        if name not in __all__ and name != "aio":
+            raise AttributeError(f"module 'pgtemp' has no attribute {name!r}")
+        if name == "aio":
+            return import_module("pgtemp.aio")
+        return getattr(import_module(_HOMES.get(name, "pgtemp.errors")), name)
