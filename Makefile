@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 URI    ?= postgresql://localhost:6543/mytestdb
 
-.PHONY: help serve test test-all lint types docs site bench clean
+.PHONY: help serve test test-all coverage lint types docs site bench clean
 
 help:
 	@echo "make serve   the daemon, on PostgreSQL from the package index"
 	@echo "make test    the test suite;  make test-all  with what takes minutes"
+	@echo "make coverage  the lines of src/ that the suite runs"
 	@echo "make lint    style;  make types  types;  make docs  the option tables"
 	@echo "make site    the documentation as a site, in .site"
 	@echo "make bench   the measurements;  make clean  remove what make made"
@@ -30,6 +31,15 @@ test: $(READY)
 
 test-all: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# A failed test does not prevent the report. Tests that send a signal while Python starts can fail,
+# because coverage.py is loaded then and ignores the KeyboardInterrupt.
+coverage: $(READY)
+	@$(BIN)/python -m pip install --quiet --group coverage
+	@$(BIN)/coverage erase
+	-@$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -57,4 +67,4 @@ bench: $(READY)
 	@$(BIN)/python docs/peers.py .bench
 
 clean:
-	rm -rf $(VENV) dist .site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist .site .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
