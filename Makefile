@@ -5,12 +5,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 URI    ?= postgresql://localhost:6543/mytestdb
 
-.PHONY: help serve test test-all lint types docs bench clean
+.PHONY: help serve test test-all coverage lint types docs site bench clean
 
 help:
 	@echo "make serve   the daemon, on PostgreSQL from the package index"
 	@echo "make test    the test suite;  make test-all  with what takes minutes"
+	@echo "make coverage  the lines of src/ that the suite runs"
 	@echo "make lint    style;  make types  types;  make docs  the option tables"
+	@echo "make site    the documentation as a site, in .site"
 	@echo "make bench   the measurements;  make clean  remove what make made"
 
 $(READY): pyproject.toml
@@ -30,6 +32,15 @@ test: $(READY)
 test-all: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
 
+# A failed test does not prevent the report. Tests that send a signal while Python starts can fail,
+# because coverage.py is loaded then and ignores the KeyboardInterrupt.
+coverage: $(READY)
+	@$(BIN)/python -m pip install --quiet --group coverage
+	@$(BIN)/coverage erase
+	-@$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +50,10 @@ types: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/options_table.py
+
+site: $(READY)
+	@$(BIN)/python -m pip install --quiet --group docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --group bench
@@ -52,4 +67,4 @@ bench: $(READY)
 	@$(BIN)/python docs/peers.py .bench
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist .site .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

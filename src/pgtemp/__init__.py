@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pgtemp import aio as aio
     from pgtemp.cluster import Cluster
     from pgtemp.database import Database, Snapshot
     from pgtemp.errors import (
@@ -51,14 +52,15 @@ _HOMES = {
     "Template": "pgtemp.template",
 }
 
+if not TYPE_CHECKING:  # a type checker would accept any name
 
-def __getattr__(name: str) -> object:
-    # On first use, because the warden's process is a module of this package too, and must not
-    # wait for psycopg.
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        # On first use, because the supervisor process is a module of this package too, and must not
+        # wait for psycopg.
+        from importlib import import_module
 
-    if name not in __all__ and name != "aio":
-        raise AttributeError(f"module 'pgtemp' has no attribute {name!r}")
-    if name == "aio":
-        return import_module("pgtemp.aio")
-    return getattr(import_module(_HOMES.get(name, "pgtemp.errors")), name)
+        if name not in __all__ and name != "aio":
+            raise AttributeError(f"module 'pgtemp' has no attribute {name!r}")
+        if name == "aio":
+            return import_module("pgtemp.aio")
+        return getattr(import_module(_HOMES.get(name, "pgtemp.errors")), name)

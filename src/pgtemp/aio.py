@@ -53,8 +53,10 @@ async def to_its_end(working: asyncio.Future[T]) -> bool:
 class PgTempDB:
     """A PostgreSQL server with one database, for asyncio: `pgtemp.PgTempDB` with coroutines.
 
-    async with pgtemp.aio.PgTempDB() as db:
-        await asyncpg.connect(db.uri)
+    Keyword arguments are `pgtemp.ServerOptions`.
+
+        async with pgtemp.aio.PgTempDB() as db:
+            await asyncpg.connect(db.uri)
     """
 
     @takes_options(ServerOptions)
@@ -165,9 +167,11 @@ class PgTempDB:
 class Cluster:
     """Many databases, for asyncio: `pgtemp.Cluster` with coroutines.
 
-    async with pgtemp.aio.Cluster() as cluster:
-        app = await cluster.template("app", build=migrate)  # may be a coroutine function
-        async with await app.database() as db: ...
+    Keyword arguments are `pgtemp.ServerOptions`.
+
+        async with pgtemp.aio.Cluster() as cluster:
+            app = await cluster.template("app", build=migrate)  # may be a coroutine function
+            async with await app.database() as db: ...
     """
 
     @takes_options(ServerOptions)

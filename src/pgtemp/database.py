@@ -106,7 +106,7 @@ class Database:
         return connection
 
     def psql(self, command: str | None = None) -> str:
-        r"""Return the output of psql for a command: SQL, or a command of psql such as `\\d`.
+        r"""Return the output of psql for a command: SQL, or a command of psql such as `\d`.
 
         Without a command, psql runs on the terminal until it exits; the result is then "".
 
