@@ -122,7 +122,6 @@ _PATHS = {
     "host/paths.py:check_umask": "/proc",
     "host/paths.py:filesystem_type": "/proc",
     "host/paths.py:make_dirs": "the cache and the folder of kept data",
-    "host/paths.py:_open_to_all": "the cache and the folder of kept data, by a descriptor",
     "host/peer_credentials.py:_overflow_uid": "/proc",
     "host/ports.py:holder": "/proc",
     "host/ports.py:tcp_rows": "/proc",

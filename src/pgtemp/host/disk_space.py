@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
+from pgtemp.host.openat import DIRECTORY, Closing
 
 REMEDY = "free some space, or choose another directory (data_dir_prefix)"
 CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
@@ -161,11 +162,7 @@ def size_of(directory: int, levels: int = _DEEPEST) -> int:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
     device = os.fstat(directory).st_dev
     for name in below if levels else ():
-        with suppress(OSError):
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-            try:
-                if os.fstat(inner).st_dev == device:
-                    size += size_of(inner, levels - 1)
-            finally:
-                os.close(inner)
+        with suppress(OSError), Closing(os.open(name, DIRECTORY, dir_fd=directory)) as inner:
+            if os.fstat(inner).st_dev == device:
+                size += size_of(inner, levels - 1)
     return size

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from pgtemp.errors import ClusterError
+from pgtemp.host.openat import Closing
 from pgtemp.host.tree import ForeignFileError, Tree, kind_of
 
 _THREADS = 2
@@ -59,13 +60,12 @@ def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
             name = prefix + last
             if name in skip or stat.S_ISSOCK(status.st_mode):
                 continue
-            foreign = root.uid is not None and status.st_uid != root.uid
             if root.is_directory(name, status):
                 dirs.append(name)
                 waiting.append(name)
             elif not stat.S_ISREG(status.st_mode):
                 raise _not_copied(root, name, f"is {kind_of(status.st_mode)}")
-            elif foreign:
+            elif root.uid is not None and status.st_uid != root.uid:
                 raise _not_copied(root, name, f"belongs to uid {status.st_uid}")
             else:
                 files.append((name, status.st_size))
@@ -88,23 +88,16 @@ def copy_files(
 ) -> None:
     """Copy files whose directories exist already; existing files are an error.
 
-    Raises:
-        ChangedError: a file of `source` differs from the listing.
-        OSError: the target cannot be written, for example because its disk is full.
+    Raises ChangedError if a file of `source` differs from the listing, OSError if the target cannot
+    be written.
     """
     for above, inside in groupby(files, lambda file: file[0].rpartition("/")[0]):
         try:
             reading = source.enter(above)
         except (FileNotFoundError, NotADirectoryError, ForeignFileError) as error:
             raise ChangedError(f"{source.path}/{above}: {error.strerror}") from error
-        try:
-            writing = target.enter(above)
-            try:
-                _copy_directory(source, target, reading, writing, list(inside), threads)
-            finally:
-                os.close(writing)
-        finally:
-            os.close(reading)
+        with Closing(reading), Closing(target.enter(above)) as writing:
+            _copy_directory(source, target, reading, writing, list(inside), threads)
 
 
 def _copy_directory(
@@ -141,8 +134,7 @@ def _copy_directory(
 
 def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, size: int) -> None:
     last = name.rpartition("/")[2]
-    writing = target.create(last, into)
-    try:
+    with Closing(target.create(last, into)) as writing:
         if size == 0:
             return
         try:
@@ -155,7 +147,7 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
             if error.errno in _OUT_OF_FILES:
                 raise
             raise ChangedError(f"{source.path}/{name}: {error.strerror}") from error
-        try:
+        with Closing(reading):
             copied = 0
             # One byte more than listed, to detect a file that has grown.
             while (count := _send(writing, reading, copied, size + 1 - copied)) > 0:
@@ -164,10 +156,6 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
                     break
             if copied != size:
                 raise ChangedError(f"{source.path}/{name} has {copied} bytes instead of {size}")
-        finally:
-            os.close(reading)
-    finally:
-        os.close(writing)
 
 
 def _send(writing: int, reading: int, offset: int, count: int) -> int:

@@ -10,12 +10,27 @@ import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Enough to open the entries of a directory without permission to list it (macOS has no O_PATH).
 PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Closing:
+    """A descriptor that is closed at the end of a `with` block."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
 
 
 def open_file(name: str, directory: int) -> int:
@@ -36,13 +51,14 @@ def open_passage(path: str) -> int:
 
     `path` is absolute. Raises OSError.
     """
-    here = os.open("/", PASSAGE)
-    for name in filter(None, path.split("/")):
-        try:
-            below = os.open(name, PASSAGE, dir_fd=here)
-        finally:
-            os.close(here)
-        here = below
+    return descend(os.open("/", PASSAGE), filter(None, path.split("/")), PASSAGE)
+
+
+def descend(here: int, names: Iterable[str], flags: int = DIRECTORY) -> int:
+    """Open a directory below an open one, which is closed, one name at a time. Raises OSError."""
+    for name in names:
+        with Closing(here):
+            here = os.open(name, flags, dir_fd=here)
     return here
 
 

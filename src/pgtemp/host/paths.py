@@ -17,6 +17,7 @@ import platformdirs
 from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, trusted
 from pgtemp.host.identity import Identity
+from pgtemp.host.openat import DIRECTORY, Closing
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
 # The 64 MB /dev/shm of a container is never enough.
@@ -106,15 +107,8 @@ def make_dirs(path: Path) -> None:
                 raise
         else:
             if os.geteuid() == 0:
-                _open_to_all(directory)
-
-
-def _open_to_all(directory: Path) -> None:
-    made = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        os.fchmod(made, 0o755)
-    finally:
-        os.close(made)
+                with Closing(os.open(directory, DIRECTORY)) as made:
+                    os.fchmod(made, 0o755)
 
 
 def check_umask() -> None:

@@ -50,9 +50,8 @@ def age(pid: int) -> float | None:
             uptime = float(file.read().split()[0])
     except (OSError, ValueError):
         return None
-    return max(
-        0.0, uptime - ticks / os.sysconf("SC_CLK_TCK")
-    )  # a container may have an uptime of its own
+    # Not below zero: a container may have an uptime of its own.
+    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def command(pid: int) -> str:

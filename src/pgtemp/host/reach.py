@@ -14,7 +14,6 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from pgtemp.host.openat import DIRECTORY, PASSAGE
@@ -46,12 +45,7 @@ class Place:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
 

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 
-from pgtemp.host.openat import DIRECTORY, quietly
+from pgtemp.host.openat import DIRECTORY, Closing, descend, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,10 +43,8 @@ def removal(path: StrPath) -> Iterator[None]:
         parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
-    try:
+    with Closing(parent):
         yield from removal_at(parent, name)
-    finally:
-        os.close(parent)
 
 
 def removal_at(parent: int, name: str, user: int | None = None) -> Iterator[None]:
@@ -60,10 +58,8 @@ def removal_at(parent: int, name: str, user: int | None = None) -> Iterator[None
     except OSError:
         quietly(os.unlink, name, dir_fd=parent)
         return
-    try:
+    with Closing(top):
         yield from remove_open(parent, name, top, user)
-    finally:
-        os.close(top)
 
 
 def remove_open(parent: int, name: str, top: int, user: int | None = None) -> Steps:
@@ -149,24 +145,14 @@ def _empty(top: int, user: int | None) -> Steps:
 
 def _enter(top: int, path: str) -> int:
     """A descriptor of a directory below, or of the top itself for ""; follows no link."""
-    here = os.dup(top)
-    for name in path.split("/") if path else ():
-        try:
-            below = os.open(name, DIRECTORY, dir_fd=here)
-        finally:
-            os.close(here)
-        here = below
-    return here
+    return descend(os.dup(top), path.split("/") if path else ())
 
 
 def _drop(top: int, path: str) -> None:
     """Remove an empty directory below."""
     above, _, name = path.rpartition("/")
-    parent = _enter(top, above)
-    try:
+    with Closing(_enter(top, above)) as parent:
         os.rmdir(name, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def _is_roots(directory: int, name: str, user: int) -> bool:

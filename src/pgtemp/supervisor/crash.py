@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-from pgtemp.host.openat import DIRECTORY, open_file, quietly
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,11 +42,8 @@ def libc(function: str, *arguments: int | None) -> int:
 def open_data(data_dir: str) -> int:
     """Open the data directory in a run directory; neither may be a link. Raises OSError."""
     run_dir, name = os.path.split(data_dir)
-    above = os.open(run_dir, DIRECTORY)
-    try:
+    with Closing(os.open(run_dir, DIRECTORY)) as above:
         return os.open(name, DIRECTORY, dir_fd=above)
-    finally:
-        os.close(above)
 
 
 def all_postgres() -> Iterator[tuple[int, str]]:
@@ -75,10 +72,8 @@ def postgres_in(data_dir: str) -> list[int]:
         data = open_data(data_dir)
     except OSError:
         return []
-    try:
+    with Closing(data):
         return _working_in(data)
-    finally:
-        os.close(data)
 
 
 def _working_in(data: int) -> list[int]:
@@ -107,11 +102,9 @@ def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
     except (AttributeError, OSError):  # a system without pidfd
         quietly(os.kill, pid, number)
         return
-    try:
+    with Closing(process):
         if is_meant(pid):
             quietly(_signal.pidfd_send_signal, process, number)
-    finally:
-        os.close(process)
 
 
 def _kill(data: int, pid: int) -> None:
@@ -129,7 +122,7 @@ def unblock(data_dir: str) -> None:
         data = open_data(data_dir)
     except OSError:
         return
-    try:
+    with Closing(data):
         uid, before = os.fstat(data).st_uid, _processes()
         found = set(_working_in(data))  # after `before`: a backend that is in both is known as one
         for pid in found:
@@ -146,16 +139,14 @@ def unblock(data_dir: str) -> None:
         for pid in before.keys() - servers if servers else ():
             if _is_of(pid, servers, pipes, uid):
                 _signal_one(pid, SIGKILL, lambda pid: _is_of(pid, servers, pipes, uid))
-    finally:
-        os.close(data)
 
 
 def _process(pid: int) -> tuple[int, int] | None:
     """The parent and the user of a process, of which /proc may say that it is root's (proc(5))."""
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
-            said = dict(line.split(b":", 1) for line in status if b":" in line)
-        return int(said[b"PPid"]), int(said[b"Uid"].split()[1])
+            fields = dict(line.split(b":", 1) for line in status if b":" in line)
+        return int(fields[b"PPid"]), int(fields[b"Uid"].split()[1])
     except (OSError, KeyError, ValueError):
         return None
 
@@ -163,8 +154,8 @@ def _process(pid: int) -> tuple[int, int] | None:
 def _processes() -> dict[int, tuple[int, int]]:
     """The parent and the user of each process."""
     names = os.listdir("/proc") if os.path.isdir("/proc/self") else ()
-    said = ((int(name), _process(int(name))) for name in names if name.isdigit())
-    return {pid: process for pid, process in said if process is not None}
+    found = ((int(name), _process(int(name))) for name in names if name.isdigit())
+    return {pid: process for pid, process in found if process is not None}
 
 
 def _descendants(servers: set[int], parents: dict[int, int]) -> list[int]:
@@ -216,10 +207,8 @@ def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
         data = open_data(data_dir)
     except OSError:
         return
-    try:
+    with Closing(data):
         clear(data, postmaster)
-    finally:
-        os.close(data)
 
 
 def clear(data: int, postmaster: int = 0) -> None:
@@ -246,12 +235,9 @@ def clear(data: int, postmaster: int = 0) -> None:
 def _segment_of(data: int) -> tuple[int, int] | None:
     """The key and the id of the shared memory segment that postmaster.pid records."""
     try:
-        file = open_file("postmaster.pid", data)
-        try:
+        with Closing(open_file("postmaster.pid", data)) as file:
             key, shmid = os.read(file, 4096).split(b"\n")[6].split()
             return int(key), int(shmid)
-        finally:
-            os.close(file)
     except (OSError, IndexError, ValueError):
         return None
 

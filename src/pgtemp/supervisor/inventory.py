@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.host import disk_space, paths, procfs
-from pgtemp.host.openat import DIRECTORY, open_file, open_passage
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, open_passage
 from pgtemp.supervisor.crash import all_postgres
 from pgtemp.supervisor.leftovers import (
     DATA,
@@ -111,14 +110,13 @@ class Found:
             parent = open_passage(os.fspath(self.path.parent))
         except OSError as error:
             return self._after(error)
-        try:
+        with Closing(parent):
             work = sweep_home(parent, self.path.name, everyone=os.geteuid() == 0)
-            while True:
-                next(work)  # the steps are for the supervisor, which serves requests in between
-        except StopIteration as done:
-            return self._after(done.value)
-        finally:
-            os.close(parent)
+            while True:  # the steps are for the supervisor, which serves requests in between
+                try:
+                    next(work)
+                except StopIteration as done:
+                    return self._after(done.value)
 
     def _after(self, error: OSError | None) -> Swept:
         if error is None:
@@ -127,27 +125,14 @@ class Found:
         return Swept(error.strerror or str(error), mine and error.errno not in _REFUSED)
 
 
-@contextmanager
-def opened(run_dir: Path) -> Iterator[int]:
+def opened(run_dir: Path) -> Closing:
     """Open a run directory for a block; no part of its path may be a link. Raises OSError."""
-    parent = open_passage(os.fspath(run_dir.parent))
-    try:
-        directory = os.open(run_dir.name, DIRECTORY, dir_fd=parent)
-    finally:
-        os.close(parent)
-    try:
-        yield directory
-    finally:
-        os.close(directory)
+    with Closing(open_passage(os.fspath(run_dir.parent))) as parent:
+        return _below(run_dir.name, parent)
 
 
-@contextmanager
-def _below(name: str, directory: int) -> Iterator[int]:
-    below = os.open(name, DIRECTORY, dir_fd=directory)
-    try:
-        yield below
-    finally:
-        os.close(below)
+def _below(name: str, directory: int) -> Closing:
+    return Closing(os.open(name, DIRECTORY, dir_fd=directory))
 
 
 def _is_whole(base: int, name: str) -> bool:
@@ -201,12 +186,10 @@ def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | No
         # A directory that is being created or removed, or is persisted, has no lease file.
         left = is_half_made(here, run_dir.name)
         return Found(run_dir, uid, True, False, False, None, running) if left else None
-    try:
+    with Closing(lease):
         lives = is_held(lease)
         owner = _owner(lease) if lives else None
         return Found(run_dir, uid, True, lives, says_keep(lease), owner, running)
-    finally:
-        os.close(lease)
 
 
 def _owner(lease: int) -> int | None:

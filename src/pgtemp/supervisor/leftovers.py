@@ -12,7 +12,7 @@ import os
 import stat
 import time
 
-from pgtemp.host.openat import DIRECTORY, open_file, quietly
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, quietly
 from pgtemp.host.removal import ASIDE, is_entry, remove_open
 from pgtemp.supervisor.crash import clear
 
@@ -44,13 +44,11 @@ def sweep(base: str) -> Iterator[None]:
         parent = os.open(base, _BASE)
     except OSError:
         return
-    try:
+    with Closing(parent):
         for name in os.listdir(parent):
             if name.startswith(PREFIX):
                 yield
                 yield from sweep_home(parent, name)
-    finally:
-        os.close(parent)
 
 
 def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
@@ -71,21 +69,18 @@ def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
     except OSError as error:
         quietly(_drop_dead_link, parent, name)
         return error
-    try:
-        if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
-            return OSError(errno.EBUSY, "a file system is mounted there")
+    with Closing(run_dir):
         try:
-            lease = open_file(LEASE, run_dir)
-        except FileNotFoundError:
-            return (yield from _sweep_half_made(parent, name, run_dir, everyone))
-        try:
-            return (yield from _sweep_abandoned(parent, name, run_dir, lease, everyone))
-        finally:
-            os.close(lease)
-    except OSError as error:
-        return error
-    finally:
-        os.close(run_dir)
+            if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
+                return OSError(errno.EBUSY, "a file system is mounted there")
+            try:
+                lease = open_file(LEASE, run_dir)
+            except FileNotFoundError:
+                return (yield from _sweep_half_made(parent, name, run_dir, everyone))
+            with Closing(lease):
+                return (yield from _sweep_abandoned(parent, name, run_dir, lease, everyone))
+        except OSError as error:
+            return error
 
 
 def _drop_dead_link(parent: int, name: str) -> None:
@@ -113,12 +108,10 @@ def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone:
     except OSError:
         pass
     else:
-        try:
+        with Closing(data):
             # Another user may have moved a server there that is not theirs.
             if uid in (os.getuid(), os.fstat(data).st_uid):
                 clear(data)
-        finally:
-            os.close(data)
     if says_keep(lease):
         os.unlink(LEASE, dir_fd=run_dir)
         return None

@@ -23,6 +23,7 @@ import select
 import stat
 from itertools import islice
 
+from pgtemp.host.openat import Closing
 from pgtemp.host.removal import ASIDE, removal, remove
 from pgtemp.supervisor.leftovers import DATA, SHELF
 from pgtemp.supervisor.protocol import decode, encode
@@ -158,24 +159,20 @@ def _copy(source: str, target: str, size: int) -> None:
     """Copy a file into an existing one, if there is one: its blocks are allocated already."""
     # O_NONBLOCK: a named pipe in place of the file causes an error instead of a wait.
     careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    reading = os.open(source, os.O_RDONLY | careful)
-    try:
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)
-        try:
-            left = size
-            while left > 0:
-                data = os.read(reading, min(left, _CHUNK))
-                if not data:
-                    raise OSError(f"{source} is shorter than it was")
-                left -= len(data)
-                while data:
-                    data = data[os.write(writing, data) :]
-            os.ftruncate(writing, size)
-            os.utime(writing, ns=(_MARK, _MARK))
-        finally:
-            os.close(writing)
-    finally:
-        os.close(reading)
+    with (
+        Closing(os.open(source, os.O_RDONLY | careful)) as reading,
+        Closing(os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)) as writing,
+    ):
+        remaining = size
+        while remaining > 0:
+            data = os.read(reading, min(remaining, _CHUNK))
+            if not data:
+                raise OSError(f"{source} is shorter than it was")
+            remaining -= len(data)
+            while data:
+                data = data[os.write(writing, data) :]
+        os.ftruncate(writing, size)
+        os.utime(writing, ns=(_MARK, _MARK))
 
 
 def serve(channel: _socket.socket, run_dir: str) -> None:
