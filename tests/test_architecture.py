@@ -88,7 +88,7 @@ _FILE_CALLS = {
     "fwalk", "copyfile", "copytree", "copy2", "move",
 }  # fmt: skip
 # Receivers whose methods of these names do nothing with a path of the file system.
-_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "place"}
+_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "image"}
 # The modules of which every function works on descriptors, or as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
@@ -150,7 +150,7 @@ _PATHS = {
     "server/rundir.py:_socket_dir": "a link to a run directory",
     "server/rundir.py:reopen": "the lease in a run directory, which is the owner's",
     "images/image.py:Image.begin": "the directory of an image itself",
-    "images/initdb.py:_published": "the directory of an image itself, by a descriptor",
+    "images/publication.py:building_at": "the directory of an image itself, by a descriptor",
     "images/cache.py:_load": "the manifest of an image, which is the owner's",
     "images/cache.py:_remove": "a lock in the cache",
     "images/cache.py:_sizes": "manifests of images, which are the owner's",
@@ -162,7 +162,6 @@ _PATHS = {
     "programs/installation.py:_search": "folders of programs",
     "supervisor/inventory.py:Found.databases": "names alone",
     "supervisor/inventory.py:_below": "directories in a run directory, by descriptors",
-    "supervisor/inventory.py:opened": "a run directory itself, by a descriptor",
     "supervisor/inventory.py:homes": "names of run directories",
     "supervisor/leftovers.py:_drop_dead_link": "links to run directories",
     "supervisor/leftovers.py:_sweep_abandoned": "a run directory, by a descriptor",

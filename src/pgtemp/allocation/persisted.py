@@ -11,11 +11,12 @@ from typing import Self
 from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, file_copy, identity, ports, reach
 from pgtemp.host.tree import Tree
-from pgtemp.images import image
+from pgtemp.images.source import NEVER_COPIED, Directory
 from pgtemp.options.server import StrPath
 from pgtemp.programs import installation
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Postmaster, ServerSpec
+from pgtemp.server.postmaster import Postmaster
+from pgtemp.server.spec import ServerSpec
 from pgtemp.sql import admin_connections, admin_sql, server_setup
 from pgtemp.sql.passwords import random_secret
 from pgtemp.sql.persisted_note import Note, put_note, read_note
@@ -33,7 +34,7 @@ def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
     with disk_space.writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with Tree.open(postmaster.data_dir) as data:
-            listing = file_copy.list_tree(data, image.NEVER_COPIED)
+            listing = file_copy.list_tree(data, NEVER_COPIED)
             with rundir.stored(directory, postmaster.spec.owner) as (tree, fresh):
                 for name in listing.dirs:
                     fresh.make_directory(name)
@@ -90,7 +91,7 @@ class PersistedDB:
         self.directory = path
         self.note = read_note(path)
         self._dbname = dbname if dbname is not None else self.note.dbname
-        source = image.Directory(path / DATA)
+        source = Directory(path / DATA)
         owner, version = identity.choose_uid(source.uid), source.version
         programs = installation.find(bin_dir, version).within_reach(owner)
         self.version = programs.version

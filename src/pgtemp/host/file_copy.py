@@ -34,10 +34,6 @@ class Listing:
     dirs: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
 
-    @property
-    def size(self) -> int:
-        return sum(size for _, size in self.files)
-
 
 def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
     """List the directories and regular files of a tree, with names relative to it.
@@ -77,6 +73,13 @@ def _not_copied(root: Tree, name: str, reason: str) -> ClusterError:
         f"{root.path}/{name} {reason}; only regular files and directories of one user are copied",
         remedy="put a regular file of the directory's own user there, or remove it",
     )
+
+
+def copy_listing(source: Tree, target: Tree, listing: Listing) -> None:
+    """Make the directories of a listing and copy its files. Raises as `copy_files`."""
+    for name in listing.dirs:
+        target.make_directory(name)
+    copy_files(source, target, listing.files)
 
 
 def copy_files(

@@ -43,7 +43,7 @@ class Tree:
     """An open directory and everything below it.
 
     Args:
-        fd: the directory's descriptor; the end of a `with` block closes it.
+        fd: the directory's descriptor; `close` closes it.
         path: used only in messages and for programs that run as the directory's user.
         uid: the user to whom every entry must belong; None if that does not matter because the
             caller has no more rights than that user.
@@ -73,9 +73,15 @@ class Tree:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the tree; does nothing if it is closed already."""
         while self._held:
             os.close(self._held.popitem()[1])
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1  # the number may soon be that of another file
+        if fd >= 0:
+            os.close(fd)
 
     def hold(self, *names: str) -> None:
         """Keep directories open, so that later steps use them even if they are renamed.

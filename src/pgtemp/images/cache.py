@@ -20,13 +20,13 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError
 from pgtemp.host import disk_space, locks, paths, trusted
-from pgtemp.host.file_copy import ChangedError, Listing
+from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 from pgtemp.host.removal import remove
 from pgtemp.images import initdb
-from pgtemp.images.image import Image, divided
-from pgtemp.images.initdb import MANIFEST
+from pgtemp.images.image import Image
+from pgtemp.images.publication import MANIFEST
 from pgtemp.programs.installation import Installation
 
 _log = logging.getLogger("pgtemp")
@@ -139,12 +139,14 @@ def _load(path: Path) -> Image | None:
         written = (path / MANIFEST).stat().st_mtime_ns
         if (path, written) not in _loaded:
             manifest = json.loads((path / MANIFEST).read_bytes())
-            files = tuple((name, size) for name, size in manifest["files"])
-            listing = Listing(tuple(manifest["dirs"]), files)
-            lock = path.with_suffix(".lock")
-            password = manifest["password"] and (*manifest["password"],)
-            control = manifest["control"]
-            _loaded[path, written] = divided(path, listing, control, password=password, lock=lock)
+            _loaded[path, written] = Image(
+                path,
+                tuple(manifest["dirs"]),
+                tuple((name, size) for name, size in manifest["files"]),
+                manifest["control"],
+                password=manifest["password"] and (*manifest["password"],),
+                lock=path.with_suffix(".lock"),
+            )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return _loaded[path, written]

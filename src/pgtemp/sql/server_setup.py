@@ -16,11 +16,13 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, identity, paths, ports, reach
 from pgtemp.host.tree import Tree
-from pgtemp.images import cache, image, initdb
+from pgtemp.images import cache, initdb
+from pgtemp.images.source import Directory, Source
 from pgtemp.options.server import ServerOptions
 from pgtemp.programs import installation
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Postmaster, ServerSpec
+from pgtemp.server.postmaster import Postmaster
+from pgtemp.server.spec import ServerSpec
 from pgtemp.sql import admin_connections, admin_sql, dump_restore, extensions
 from pgtemp.sql.admin_connections import Connection
 from pgtemp.sql.answer_limits import LONG_SECONDS
@@ -77,13 +79,13 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         addresses = [ports.LOOPBACK]
     version = options.version
     if copied is not None and version is None:
-        version = image.Directory(copied).version
+        version = Directory(copied).version
     rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # raise errors early
     programs = installation.find(options.bin_dir, version).within_reach(owner)
-    source: image.Source
+    source: Source
     if copied is not None:
         check_copied(copied, programs)
-        source = image.Directory(copied)
+        source = Directory(copied)
     else:
         source = cache.Cached(programs, options.initdb_args, owner)
     # The superuser of a copied data directory is not always initdb's default.
@@ -264,13 +266,13 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
 
 def check_copied(path: Path, programs: installation.Installation) -> None:
     """Raise OptionError if a data directory is of another version, or in use."""
-    made_by = image.Directory(path).version
+    made_by = Directory(path).version
     if made_by != str(programs.major):
         raise OptionError(
             f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
             remedy=f"request version {made_by}",
         )
-    if image.Directory(path).is_in_use():
+    if Directory(path).is_in_use():
         raise OptionError(
             f"a server is running on {path}", remedy="stop it before copying its data directory"
         )
