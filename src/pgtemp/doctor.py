@@ -19,7 +19,7 @@ from pgtemp.errors import PgTempError
 from pgtemp.host import disk_space, identity, paths, ports, processes
 from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.supervisor import inventory
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -62,8 +62,8 @@ _Finding = tuple[Verdict, str, str]
 
 
 def _programs(options: ServerOptions) -> _Finding:
-    chosen = installation.find(options.bin_dir, options.version)
-    every = list(dict.fromkeys([chosen, *installation.available()]))
+    chosen = search.find(options.bin_dir, options.version)
+    every = list(dict.fromkeys([chosen, *search.available()]))
     lines = [f"{one.version} in {one.bin_dir}" for one in every]
     lines[0] += " (used by default)" if len(lines) > 1 else ""
     return "ok", "\n".join(lines), ""

@@ -13,7 +13,7 @@ from pgtemp.host import disk_space, file_copy, identity, ports, reach
 from pgtemp.host.tree import Tree
 from pgtemp.images.source import NEVER_COPIED, Directory
 from pgtemp.options.server import StrPath
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.server import config, rundir
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.server.spec import ServerSpec
@@ -93,7 +93,7 @@ class PersistedDB:
         self._dbname = dbname if dbname is not None else self.note.dbname
         source = Directory(path / DATA)
         owner, version = identity.choose_uid(source.uid), source.version
-        programs = installation.find(bin_dir, version).within_reach(owner)
+        programs = search.find(bin_dir, version).within_reach(owner)
         self.version = programs.version
         self._postmaster = Postmaster(
             ServerSpec(

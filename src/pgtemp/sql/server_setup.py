@@ -19,7 +19,8 @@ from pgtemp.host.tree import Tree
 from pgtemp.images import cache, initdb
 from pgtemp.images.source import Directory, Source
 from pgtemp.options.server import ServerOptions
-from pgtemp.programs import installation
+from pgtemp.programs import search
+from pgtemp.programs.installation import Installation
 from pgtemp.server import config, rundir
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.server.spec import ServerSpec
@@ -55,7 +56,7 @@ class Plan:
         return {self.options.user, self.superuser}
 
     @property
-    def installation(self) -> installation.Installation:
+    def installation(self) -> Installation:
         return self.spec.installation
 
 
@@ -81,7 +82,7 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
     if copied is not None and version is None:
         version = Directory(copied).version
     rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # raise errors early
-    programs = installation.find(options.bin_dir, version).within_reach(owner)
+    programs = search.find(options.bin_dir, version).within_reach(owner)
     source: Source
     if copied is not None:
         check_copied(copied, programs)
@@ -264,7 +265,7 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
     )
 
 
-def check_copied(path: Path, programs: installation.Installation) -> None:
+def check_copied(path: Path, programs: Installation) -> None:
     """Raise OptionError if a data directory is of another version, or in use."""
     made_by = Directory(path).version
     if made_by != str(programs.major):
