@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pgtemp.allocation.pool import Pool
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, WarmConnection
+from pgtemp.sql import admin_sql
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.warm_connection import WarmConnection, open_warm
 from pgtemp.templates.clones import Clones
 from pgtemp.uri import ConnectionInfo
 
@@ -58,7 +59,7 @@ class Works:
 
     def open_warm(self, dbname: str) -> WarmConnection:
         """Open a warm connection to a database in the server. Raises psycopg's errors."""
-        return admin_connections.open_warm(self.info_of(dbname).uri)
+        return open_warm(self.info_of(dbname).uri)
 
     def now(self) -> int:
         """Return the time of the server's filesystem, in nanoseconds since the epoch.

@@ -17,7 +17,8 @@ from pgtemp.programs import search
 from pgtemp.server import config, rundir
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.server.spec import ServerSpec
-from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.sql import admin_sql, server_setup
+from pgtemp.sql.connection import connected
 from pgtemp.sql.passwords import random_secret
 from pgtemp.sql.persisted_note import Note, put_note, read_note
 from pgtemp.supervisor.leftovers import DATA
@@ -116,7 +117,7 @@ class PersistedDB:
         try:
             secret = random_secret()
             private = server_setup.private_info(self._postmaster, user, admin_sql.MAINTENANCE)
-            with admin_connections.connected(private) as connection:
+            with connected(private) as connection:
                 if not admin_sql.exists(connection, dbname):
                     raise OptionError(
                         f"there is no database {dbname!r} in {self.directory}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Installation:
             self.bin_dir.parent / "share" / "postgresql" / "extension",
             Path(f"/usr/share/postgresql/{self.major}/extension"),
         )
-        return " ".join(str(share.stat().st_mtime_ns) for share in shares if share.exists())
+        return " ".join(str(share.stat().st_mtime_ns) for share in shares if os.path.exists(share))
 
     def program(self, name: str) -> Path:
         """The path of one program. Raises InstallationError if this installation lacks it."""
@@ -83,8 +84,7 @@ class Installation:
             paths.make_dirs(target.parent)
             with locks.locked(target.with_suffix(".lock")):
                 if not copy.bin_dir.exists():
-                    with step(
-                        f"copying PostgreSQL {self.version}, so that {owner.name} can run it"
-                    ):
+                    what = f"copying PostgreSQL {self.version}, so that {owner.name} can run it"
+                    with step(what):
                         nameless_user.copy_for_all_users(root, target)
         return copy

@@ -21,8 +21,8 @@ from pgtemp.host import disk_space, processes, reach
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
-from pgtemp.sql.admin_connections import conninfo
 from pgtemp.sql.answer_limits import ANSWER_SECONDS
+from pgtemp.sql.connection import conninfo
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -24,9 +24,9 @@ from pgtemp.programs.installation import Installation
 from pgtemp.server import config, rundir
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.server.spec import ServerSpec
-from pgtemp.sql import admin_connections, admin_sql, dump_restore, extensions
-from pgtemp.sql.admin_connections import Connection
+from pgtemp.sql import admin_sql, dump_restore, extensions
 from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.connection import Connection, connected
 from pgtemp.sql.passwords import Secret
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
@@ -123,7 +123,7 @@ def provision(plan: Plan, secret: Secret | None) -> Postmaster:
         prepare_database(postmaster, plan, options.dbname, options.user)
         to = private_info(postmaster, plan.superuser, options.dbname)
         if options.extensions:
-            with admin_connections.connected(to) as connection, connection.given(LONG_SECONDS):
+            with connected(to) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
             to = private_info(postmaster, options.user, options.dbname)
@@ -170,9 +170,7 @@ def _cache_relcache(plan: Plan) -> None:
     postmaster.start()
     try:
         for dbname in ("template1", admin_sql.MAINTENANCE):
-            with admin_connections.connected(
-                private_info(postmaster, initdb.SUPERUSER, dbname)
-            ) as connection:
+            with connected(private_info(postmaster, initdb.SUPERUSER, dbname)) as connection:
                 connection.execute("SELECT 1")
         with Tree.open(postmaster.data_dir) as data:
             source.resolve().learn(data)
@@ -219,9 +217,7 @@ def administered(
     postmaster: Postmaster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
 ) -> Iterator[Connection]:
     """Open a connection as superuser for a `with` block. Raises ClusterError."""
-    with admin_connections.connected(
-        private_info(postmaster, plan.superuser, dbname)
-    ) as connection:
+    with connected(private_info(postmaster, plan.superuser, dbname)) as connection:
         yield connection
 
 

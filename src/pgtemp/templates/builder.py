@@ -21,8 +21,9 @@ from pgtemp.images import cache, publication
 from pgtemp.images.image import Image
 from pgtemp.images.source import Directory, Source
 from pgtemp.server.postmaster import Postmaster
-from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.sql import admin_sql, server_setup
 from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.connection import connected
 from pgtemp.sql.passwords import STRONG_ROUNDS, random_secret
 from pgtemp.sql.persisted_note import read_note
 from pgtemp.sql.server_setup import Plan
@@ -87,7 +88,7 @@ class TemplateBuilder:
         # This connection also creates the relation cache that clones contain. VACUUM FREEZE sets
         # all hint bits, so that a session that only reads a clone writes no page (unmodified.py).
         with (
-            admin_connections.connected(self._inside()) as connection,
+            connected(self._inside()) as connection,
             connection.given(LONG_SECONDS),
         ):
             connection.execute("VACUUM (FREEZE)")

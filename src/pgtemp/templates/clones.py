@@ -22,8 +22,10 @@ from pgtemp.errors import ClusterError, DiskFullError, OptionError, PgTempError
 from pgtemp.host import disk_space
 from pgtemp.host.progress import step
 from pgtemp.programs.installation import Installation
-from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection, was_lost
+from pgtemp.sql import admin_sql
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection, connected, was_lost
+from pgtemp.sql.warm_connection import WarmConnection
 from pgtemp.templates.recipe import Recipe
 from pgtemp.templates.recycle import Reuse
 from pgtemp.templates.unmodified import is_unmodified
@@ -189,7 +191,7 @@ def build(
             admin_sql.clone(connection, fresh, source, info.user, admins.closing)
         try:
             recipe.apply(programs, there, replace(info, dbname=fresh))
-            with admin_connections.connected(there) as inside:
+            with connected(there) as inside:
                 inside.execute("SELECT 1")
             with admins.connection() as connection:
                 admin_sql.seal(connection, fresh, final, there)

@@ -30,7 +30,8 @@ from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import disk_space, procfs
 from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Connection
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection
 from pgtemp.supervisor import supervision
 from pgtemp.supervisor.channel import Channel
 from pgtemp.supervisor.leftovers import DATA
