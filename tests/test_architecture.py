@@ -129,7 +129,7 @@ _PATHS = {
     "host/procfs.py:command": "/proc",
     "host/procfs.py:is_stopped": "/proc",
     "host/procfs.py:started": "/proc",
-    "host/processes.py:_is_on_terminal": "the terminal",
+    "host/foreground.py:_is_on_terminal": "the terminal",
     "host/disk_space.py:put_aside": "a file in a run directory itself, which is the owner's",
     "host/disk_space.py:size_of": "sizes alone",
     "host/disk_space.py:spared": "a file in a run directory itself, which is the owner's",

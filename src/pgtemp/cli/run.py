@@ -13,7 +13,7 @@ import click
 
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.cli.progress import show_progress
-from pgtemp.host import processes
+from pgtemp.host import foreground
 from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
 
@@ -68,7 +68,7 @@ def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) ->
     with PgTempDB.with_options(options) as db:
         argv = command(db)
         try:
-            status = processes.run_in_foreground(argv, {**os.environ, **db.info.environment()})
+            status = foreground.run(argv, {**os.environ, **db.info.environment()})
         except FileNotFoundError:
             click.echo(f"pgtemp: there is no command {argv[0]!r}", err=True)
             status = _NOT_FOUND
