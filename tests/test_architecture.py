@@ -83,8 +83,8 @@ def _calls(path: Path) -> set[str]:
 _FILE_CALLS = {
     "open", "fdopen", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "rename",
     "rmdir", "removedirs", "rmtree", "chmod", "lchmod", "chown", "lchown", "fchown", "fchmod",
-    "mkdir", "makedirs", "mkfifo", "symlink", "symlink_to", "hardlink_to", "link", "utime",
-    "touch", "truncate", "scandir", "listdir", "iterdir", "glob", "iglob", "rglob", "walk",
+    "mkdir", "mkdtemp", "makedirs", "mkfifo", "symlink", "symlink_to", "hardlink_to", "link",
+    "utime", "touch", "truncate", "scandir", "listdir", "iterdir", "glob", "iglob", "rglob", "walk",
     "fwalk", "copyfile", "copytree", "copy2", "move",
 }  # fmt: skip
 # Receivers whose methods of these names do nothing with a path of the file system.
@@ -146,7 +146,7 @@ _PATHS = {
     "server/rundir.py:RunDirectory._sockets": "names in a run directory, which is the owner's",
     "server/rundir.py:RunDirectory.link_socket": "a link in a run directory, by a descriptor",
     "server/rundir.py:_let_pass": "a run directory itself, by a descriptor",
-    "server/rundir.py:_private_dir": "a run directory itself",
+    "server/rundir.py:make": "a run directory itself",
     "server/rundir.py:_socket_dir": "a link to a run directory",
     "server/rundir.py:reopen": "the lease in a run directory, which is the owner's",
     "images/image.py:Image.begin": "the directory of an image itself",

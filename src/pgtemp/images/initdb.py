@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError
@@ -71,13 +72,8 @@ def build(
             remedy="name another directory in PGTEMP_CACHE_DIR",
         )
     # Checked before initdb runs: a server that it starts leaves kernel objects if the disk is full.
-    disk_space.check(
-        path.parent,
-        "initdb",
-        size=_INITDB_BYTES,
-        files=_INITDB_FILES,
-        remedy=disk_space.CACHE_REMEDY,
-    )
+    cure = disk_space.CACHE_REMEDY
+    disk_space.check(path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=cure)
     with publication.building_at(path, lock, [_INITDB]) as (building, guard):
         # The files are copied, because the server user may still have one of them open for writing.
         building.make_directory(_INITDB, publication.ENTERED if owner.switch else 0o700)
@@ -106,11 +102,8 @@ def _initdb(
                 f"{data.parents[3]}, which is mounted noexec",
                 remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_NAME_REMEDY}",
             )
-        copies = data.with_name("programs")
-        initdb = (
-            nameless_user.copy_without_lookup(initdb.parent, ("initdb", "postgres"), copies)
-            / "initdb"
-        )
+        copies, names = data.with_name("programs"), ("initdb", "postgres")
+        initdb = nameless_user.copy_without_lookup(initdb.parent, names, copies) / "initdb"
     argv: list[str | Path] = [initdb, "--pgdata", data, "--username", SUPERUSER]
     argv += ["--auth=trust", "--no-sync", "--no-instructions", "--no-clean", *arguments]
     # A random password: its verifier reserves the space for the one that each copy gets.
@@ -119,33 +112,36 @@ def _initdb(
         tree.make_directory(DATA)
         tree.hand_over(DATA)
     argv.append(f"--pwfile={data.with_name(_PASSWORD)}")
-    try:
-        result = processes.run(argv, identity=owner, guard=guard, seconds=_INITDB_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        clear_crashed(str(data))
-        raise ClusterError(
-            f"initdb of PostgreSQL {installation.version} did not end within {_INITDB_SECONDS:g} s",
-            remedy="look for what stops its processes, or slows the disk down",
-        ) from error
-    except BaseException:
-        clear_crashed(str(data))
-        raise
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        clear_crashed(str(data))
-        remedies = [remedy for words, remedy in _REMEDIES if re.search(words, result.stderr)]
-        if disk_space.says_full(result.stderr) and not remedies:  # else /dev/shm may be full
-            where = data.parents[2]
-            raise DiskFullError(
-                f"{where} has too little free space for initdb: {disk_space.left(where)}",
-                remedy=disk_space.CACHE_REMEDY,
-                details=lines[-8:],
-            )
-        raise ClusterError(
-            f"initdb of PostgreSQL {installation.version} failed",
-            remedy=[*remedies, "its output follows; initdb_args are passed to it unchanged"][0],
-            details=lines[-8:],
+    with ExitStack() as failed:
+        failed.callback(clear_crashed, str(data))
+        try:
+            result = processes.run(argv, identity=owner, guard=guard, seconds=_INITDB_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(
+                f"initdb of PostgreSQL {installation.version} did not end within "
+                f"{_INITDB_SECONDS:g} s",
+                remedy="look for what stops its processes, or slows the disk down",
+            ) from error
+        if result.returncode != 0:
+            raise _failure(installation, result.stderr, data.parents[2])
+        failed.pop_all()
+
+
+def _failure(installation: Installation, output: str, cache: Path) -> ClusterError:
+    """The error for an initdb that failed, from what it printed."""
+    lines = [line for line in output.splitlines() if line.strip()][-8:]
+    remedies = [remedy for words, remedy in _REMEDIES if re.search(words, output)]
+    if disk_space.says_full(output) and not remedies:  # else /dev/shm may be full
+        return DiskFullError(
+            f"{cache} has too little free space for initdb: {disk_space.left(cache)}",
+            remedy=disk_space.CACHE_REMEDY,
+            details=lines,
         )
+    return ClusterError(
+        f"initdb of PostgreSQL {installation.version} failed",
+        remedy=[*remedies, "its output follows; initdb_args are passed to it unchanged"][0],
+        details=lines,
+    )
 
 
 def _shortened(conf: str) -> str:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import string
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,6 @@ from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, SHEL
 LOG = "server.log"
 _PASSED = 0o750  # the group of the server user may enter
 _SOCKET_NAME = ".s.PGSQL."
-_ALPHABET = string.ascii_lowercase + string.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +120,16 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
         ClusterError: the directory cannot be written; a DiskFullError if the disk is full.
     """
     base = find_base(prefix, owner, keep=keep)
-    try:
-        path = _private_dir(base)
-        try:
-            lease = _lease(path, keep=keep)
-            try:
-                with Tree.open(path) as run_dir, _for_user(run_dir, owner) as tree:
-                    tree.make_directory(DATA)
-                    return _prepared(tree, owner, lease)
-            except BaseException:
-                os.close(lease)
-                raise
-        except BaseException:
-            discard([str(path)])
-            raise
-    except OSError as error:
-        raise disk_space.cannot_write(base, error) from error
+    with disk_space.writing(base), ExitStack() as failed:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        failed.callback(discard, [str(path)])
+        lease = _lease(path, keep=keep)
+        failed.callback(os.close, lease)
+        with Tree.open(path) as run_dir, _for_user(run_dir, owner) as tree:
+            tree.make_directory(DATA)
+            made = _prepared(tree, owner, lease)
+        failed.pop_all()
+        return made
 
 
 def _for_user(run_dir: Tree, owner: Identity) -> Tree:
@@ -228,27 +221,28 @@ def reopen(path: Path, owner: Identity) -> RunDirectory:
         OptionError: it is in use, or belongs to another user.
         ClusterError: it cannot be written.
     """
-    try:
-        with reach.open_tree(path) as run_dir, _for_user(run_dir, owner) as tree:
-            if os.fstat(run_dir.fd).st_uid != os.geteuid():
-                raise OptionError(
-                    f"{path} belongs to another user", remedy="open it as the user it belongs to"
-                )
-            if locks.is_locked(path / LEASE):
-                raise OptionError(
-                    f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
-                )
-            lease = _lease(path, keep=True)
-            try:
-                for name in (SOCKET, SHELF):
-                    run_dir.remove(name)
-                return _prepared(tree, owner, lease)
-            except BaseException:
-                os.unlink(path / LEASE)
-                os.close(lease)
-                raise
-    except OSError as error:
-        raise disk_space.cannot_write(path, error) from error
+    with (
+        disk_space.writing(path),
+        reach.open_tree(path) as run_dir,
+        _for_user(run_dir, owner) as tree,
+        ExitStack() as failed,
+    ):
+        if os.fstat(run_dir.fd).st_uid != os.geteuid():
+            raise OptionError(
+                f"{path} belongs to another user", remedy="open it as the user it belongs to"
+            )
+        if locks.is_locked(path / LEASE):
+            raise OptionError(
+                f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
+            )
+        lease = _lease(path, keep=True)
+        failed.callback(os.close, lease)
+        failed.callback(lambda: os.unlink(path / LEASE))
+        for name in (SOCKET, SHELF):
+            run_dir.remove(name)
+        opened = _prepared(tree, owner, lease)
+        failed.pop_all()
+        return opened
 
 
 def _lease(path: Path, *, keep: bool) -> int:
@@ -261,24 +255,6 @@ def _socket_dir(path: Path, owner: Identity) -> Path:
     """The directory of the socket, or a link to it if its path is too long for a unix socket."""
     if len(os.fsencode(path / f"{_SOCKET_NAME}65535")) <= paths.SOCKET_PATH_BYTES:
         return path
-    while True:
-        link = paths.socket_base(owner) / _name()
-        try:
-            link.symlink_to(path)
-        except FileExistsError:
-            continue
-        return link
-
-
-def _private_dir(base: Path) -> Path:
-    while True:
-        path = base / _name()
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            continue
-        return path
-
-
-def _name() -> str:
-    return PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(8))
+    link = paths.socket_base(owner) / f"{PREFIX}{secrets.token_hex(8)}"
+    link.symlink_to(path)
+    return link
