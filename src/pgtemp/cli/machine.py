@@ -30,7 +30,7 @@ def ls(directories: Sequence[Path], json_wanted: bool) -> int:
     The list ends with the leftovers of owners that have exited. DIRECTORIES are searched for
     leftovers too; give those used as data_dir_prefix.
     """
-    homes = inventory.homes(directories)
+    homes = inventory.run_directories(directories)
     found = running_owners.of(homes)
     left = [one for one in homes if not one.lives]
     closed = [one for one in homes if not one.open]
@@ -84,7 +84,7 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
     yours fails in another way, the exit status is 1.
     """
     found, failed = [], False
-    for one in inventory.homes(directories):
+    for one in inventory.run_directories(directories):
         if one.lives:
             continue
         facts = _described(one)

@@ -16,7 +16,7 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 
 # `nobody` exists on nearly every system, also in a minimal container without a `postgres` user.
-_STAND_INS = ("postgres", "nobody")
+_DEFAULT_USERS = ("postgres", "nobody")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def choose(run_as: str | None) -> Identity:
                 remedy=f"leave it out to run as {name}",
             )
         return Identity(uid, os.getegid(), name, switch=False)
-    for candidate in (run_as,) if run_as is not None else _STAND_INS:
+    for candidate in (run_as,) if run_as is not None else _DEFAULT_USERS:
         try:
             entry = pwd.getpwnam(candidate)
         except KeyError:

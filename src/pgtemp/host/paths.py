@@ -42,7 +42,7 @@ def cache_dir() -> Path:
     what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
     reason = _make(path, what, _CACHE_REMEDY)
     if reason and not named and os.geteuid() != 0:  # the home directory is not writable
-        path = _stand_in()
+        path = _fallback_cache()
         reason = _make(path, what, _CACHE_REMEDY)
     if reason:
         raise OptionError(f"{what} {path}: {reason}", remedy=_CACHE_REMEDY)
@@ -55,10 +55,10 @@ def usual_cache_dir() -> Path:
         return Path(given).absolute()
     if os.geteuid() == 0:
         return Path("/var/cache/pgtemp")
-    return _of_user(platformdirs.user_cache_dir) or _stand_in()
+    return _of_user(platformdirs.user_cache_dir) or _fallback_cache()
 
 
-def _stand_in() -> Path:
+def _fallback_cache() -> Path:
     return temporary_dir() / f"pgtemp-cache-{os.geteuid()}"
 
 
@@ -138,7 +138,7 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)
     if keep:
-        return _kept_base()
+        return _persisted_base()
     if _has_room(_SHARED_MEMORY):
         return _SHARED_MEMORY
     return temporary_dir()
@@ -178,7 +178,7 @@ def _given_base(prefix: Path, *, keep: bool) -> Path:
     return base
 
 
-def _kept_base() -> Path:
+def _persisted_base() -> Path:
     root = os.geteuid() == 0
     base = Path("/var/lib/pgtemp") if root else _of_user(platformdirs.user_data_dir)
     if base is None:

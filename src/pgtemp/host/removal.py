@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     # Work in small steps; the generator's result is the first failure, or None.
     Steps = Generator[None, None, OSError | None]
 
-ASIDE = ".gone"  # suffix of the name of a directory that is being removed
+REMOVING = ".gone"  # suffix of the name of a directory that is being removed
 _ROOT = 0
 # Down to this depth, directories of root in another user's directory are removed in place. Deeper
 # ones are moved to the top like all others; if such a directory must stay, its name is lost.
@@ -123,9 +123,9 @@ def _empty(top: int, user: int | None) -> Steps:
                             again.append(path)
                     else:
                         # A name that another user cannot predict, and so cannot occupy.
-                        aside = f"{ASIDE}-{os.urandom(8).hex()}"
-                        os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top)
-                        waiting.append(aside)
+                        moved = f"{REMOVING}-{os.urandom(8).hex()}"
+                        os.rename(child, moved, src_dir_fd=here, dst_dir_fd=top)
+                        waiting.append(moved)
                 except FileNotFoundError:
                     pass
                 except OSError as error:

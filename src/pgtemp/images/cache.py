@@ -32,7 +32,7 @@ from pgtemp.programs.installation import Installation
 _log = logging.getLogger("pgtemp")
 SCHEMA = 5  # the version of the image's layout and of the steps that build its data directory
 UNUSED_DAYS = 30
-MOST_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
 RUN_SECONDS = 86400  # images of a run that are older were left by a killed run
 _OF_A_RUN = "-template-run-"
 _HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
@@ -156,10 +156,10 @@ def _prune(images: Path) -> None:
     """Remove images not used for a month, and the least recently used beyond the size limit."""
     oldest, total = time.time() - UNUSED_DAYS * 86400, 0
     found = sorted(_sizes(images), reverse=True)
-    for place, (when, size, path) in enumerate(found):
+    for rank, (when, size, path) in enumerate(found):
         total += size
         stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
-        if stale or (total > MOST_BYTES and place > 0):
+        if stale or (total > MAX_BYTES and rank > 0):
             with suppress(OSError):  # its lock file cannot be created
                 _remove(path)
 

@@ -133,7 +133,7 @@ def _failure(installation: Installation, output: str, cache: Path) -> ClusterErr
     remedies = [remedy for words, remedy in _REMEDIES if re.search(words, output)]
     if disk_space.says_full(output) and not remedies:  # else /dev/shm may be full
         return DiskFullError(
-            f"{cache} has too little free space for initdb: {disk_space.left(cache)}",
+            f"{cache} has too little free space for initdb: {disk_space.free_text(cache)}",
             remedy=disk_space.CACHE_REMEDY,
             details=lines,
         )

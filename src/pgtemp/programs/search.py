@@ -58,7 +58,7 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
     was found; the details list the search.
     """
     request = (str(bin_dir), version, os.environ.get("PATH"))
-    if request in _found and _look(_found[request].bin_dir) == _found[request]:
+    if request in _found and _installation_in(_found[request].bin_dir) == _found[request]:
         return _found[request]  # the search takes two of the forty milliseconds of a start
     _found[request] = _search(bin_dir, version)
     return _found[request]
@@ -69,9 +69,9 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
     seen: dict[Path, str] = {}
     for source, folder in _candidates(bin_dir):
         flaw = _flaw(source, folder)
-        installation = _look(folder) if flaw is None else None
+        installation = _installation_in(folder) if flaw is None else None
         if installation is None:
-            seen[folder] = f"{source}: {folder}: {flaw or _lacks(folder)}"
+            seen[folder] = f"{source}: {folder}: {flaw or _missing(folder)}"
         elif installation.major < MINIMUM:
             seen[installation.bin_dir] = f"{folder}: {installation.version}, older than {MINIMUM}"
         elif not wanted.contains(installation.release, prereleases=True):
@@ -94,12 +94,12 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
             *looked,
             *(f"looked for {pattern}" for pattern in _FOLDERS if not glob.glob(pattern)),
             *(f"looked for the wheel {wheel}" for wheel in _WHEELS if not _in_wheel(wheel)),
-            *_cures(wanted),
+            *_install_commands(wanted),
         ],
     )
 
 
-def _cures(wanted: SpecifierSet) -> list[str]:
+def _install_commands(wanted: SpecifierSet) -> list[str]:
     """Commands that would install a suitable version."""
     wheels = [
         f"pip install {package:24} # PostgreSQL {major}"
@@ -121,7 +121,7 @@ def _cures(wanted: SpecifierSet) -> list[str]:
 
 def available() -> list[Installation]:
     """Every installation that the search finds without a named folder, in order of preference."""
-    found = (_look(at) for source, at in _candidates(None) if _flaw(source, at) is None)
+    found = (_installation_in(at) for source, at in _candidates(None) if _flaw(source, at) is None)
     return list(dict.fromkeys(one for one in found if one is not None and one.major >= MINIMUM))
 
 
@@ -151,8 +151,8 @@ def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, P
     if (pg_config := shutil.which("pg_config")) and (bin_dir := _bin_dir_of_pg_config(pg_config)):
         yield "pg_config", Path(bin_dir)
     for pattern in _FOLDERS:
-        for place in sorted(glob.glob(pattern), key=_by_number, reverse=True):
-            yield "folder", Path(place)
+        for match in sorted(glob.glob(pattern), key=_by_number, reverse=True):
+            yield "folder", Path(match)
     for wheel in _WHEELS:
         for inside in _in_wheel(wheel):
             yield f"wheel {wheel}", inside
@@ -181,16 +181,16 @@ def _by_number(folder: str) -> list[int]:
 
 def _in_wheel(package: str) -> list[Path]:
     spec = importlib.util.find_spec(package)  # finds the package without importing it
-    places = spec.submodule_search_locations if spec is not None else None
-    found = [folder for place in places or () for folder in Path(place).glob("pginstall*/bin")]
+    roots = (spec.submodule_search_locations if spec is not None else None) or ()
+    found = [folder for root in roots for folder in Path(root).glob("pginstall*/bin")]
     return sorted(found, key=lambda folder: _by_number(folder.parent.name), reverse=True)
 
 
 _found: dict[tuple[str, str | None, str | None], Installation] = {}
-_looked_at: dict[tuple[str, int, int], Installation] = {}
+_known: dict[tuple[str, int, int], Installation] = {}
 
 
-def _look(folder: Path) -> Installation | None:
+def _installation_in(folder: Path) -> Installation | None:
     """The installation in a folder, if any; its version is cached, as asking takes milliseconds."""
     try:
         if not all(os.access(folder / name, os.X_OK) for name in _NEEDED):
@@ -200,15 +200,15 @@ def _look(folder: Path) -> Installation | None:
     except OSError:
         return None
     key = (str(bin_dir), status.st_mtime_ns, status.st_size)
-    if key not in _looked_at:
-        version = _ask_version(bin_dir, key)
+    if key not in _known:
+        version = _read_version(bin_dir, key)
         if version is None:
             return None
-        _looked_at[key] = Installation(bin_dir, version)
-    return _looked_at[key]
+        _known[key] = Installation(bin_dir, version)
+    return _known[key]
 
 
-def _lacks(folder: Path) -> str:
+def _missing(folder: Path) -> str:
     """Why a folder contains no usable installation."""
     try:
         if not all((folder / name).exists() for name in _NEEDED):
@@ -220,7 +220,7 @@ def _lacks(folder: Path) -> str:
     return f"{' and '.join(_NEEDED)} there cannot be run"
 
 
-def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
+def _read_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
     """The version from the cache, if another process has stored it, else from the program."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     note = paths.cache_dir() / "versions" / name

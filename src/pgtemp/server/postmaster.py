@@ -169,7 +169,7 @@ class Postmaster:
         deadline = time.monotonic() + seconds
         while channel.wait(_STARTING_POLL) is None:
             if self._status() == "ready":
-                self.home.keep_socket()
+                self.home.protect_socket()
                 return
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -264,7 +264,7 @@ class Postmaster:
         return status.status(self.data_dir, self.pid)
 
     def _exit_error(self, channel: Channel) -> ClusterError:
-        return status.death(self.pid, channel.exit_status, self.home.path, self.log_tail())
+        return status.exit_error(self.pid, channel.exit_status, self.home.path, self.log_tail())
 
 
 class _PortLostError(ClusterError):

@@ -6,7 +6,7 @@ pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another us
     server.log
     spare               space for when the disk is full (host/disk_space.py)
     data/               the data directory, of the server user
-    shelf/              of the server user: directories of dropped databases, to be recycled
+    recycled/           of the server user: directories of dropped databases, to be recycled
     socket/             of the server user, 0700
         .s.PGSQL.5432   the socket; if its path is too long, a short link leads to its directory
     .s.PGSQL.5432       a link to it, for programs that look next to the data directory
@@ -30,7 +30,7 @@ from pgtemp.host import disk_space, locks, paths, procfs, reach
 from pgtemp.host.identity import Identity
 from pgtemp.host.removal import remove
 from pgtemp.host.tree import Tree
-from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
+from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, RECYCLED, SOCKET
 
 LOG = "server.log"
 _PASSED = 0o750  # the group of the server user may enter
@@ -59,7 +59,7 @@ class RunDirectory:
     def data(self) -> Path:
         return self.path / DATA
 
-    def keep_socket(self) -> None:
+    def protect_socket(self) -> None:
         """Take the socket's directory back, once the server listens there. Raises OSError.
 
         The server's user can no longer put another socket, or a link, in the place of its own.
@@ -89,7 +89,7 @@ class RunDirectory:
         """The paths to remove when the server has stopped."""
         links = [] if self.socket_dir == self.path / SOCKET else [str(self.socket_dir)]
         if keep:
-            names = (*self._sockets(), SOCKET, SHELF, disk_space.ASIDE, LEASE)
+            names = (*self._sockets(), SOCKET, RECYCLED, disk_space.RESERVE, LEASE)
             return [*links, *(str(self.path / name) for name in names)]
         return [*links, str(self.path)]
 
@@ -142,7 +142,7 @@ def _for_user(run_dir: Tree, owner: Identity) -> Tree:
 
 def _prepared(tree: Tree, owner: Identity, lease: int) -> RunDirectory:
     """Create the other directories of a server, and let its user enter the run directory."""
-    for name in (SOCKET, SHELF):
+    for name in (SOCKET, RECYCLED):
         tree.make_directory(name)
         tree.hand_over(name)
     _let_pass(tree, owner)
@@ -238,7 +238,7 @@ def reopen(path: Path, owner: Identity) -> RunDirectory:
         lease = _lease(path, keep=True)
         failed.callback(os.close, lease)
         failed.callback(lambda: os.unlink(path / LEASE))
-        for name in (SOCKET, SHELF):
+        for name in (SOCKET, RECYCLED):
             run_dir.remove(name)
         opened = _prepared(tree, owner, lease)
         failed.pop_all()

@@ -243,7 +243,7 @@ def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """
     statement = _with_names("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
     # DROP DATABASE begins with a checkpoint; on a full disk that makes the server shut down.
-    with disk_space.spared(connection.home):
+    with disk_space.reserve_released(connection.home):
         try:
             connection.execute(statement)
         except errors.ObjectInUse:

@@ -201,9 +201,9 @@ def cluster_errors(to: ConnectionInfo) -> Iterator[None]:
     except psycopg.Error as error:
         message = str(error).strip()
         if isinstance(error, errors.DiskFull) or disk_space.says_full(message):
-            directory = Path(to.host).resolve()
+            path = Path(to.host).resolve()
             raise DiskFullError(
-                f"{directory} is full ({disk_space.left(directory)}): {message.splitlines()[0]}",
+                f"{path} is full ({disk_space.free_text(path)}): {message.splitlines()[0]}",
                 remedy=disk_space.REMEDY,
             ) from error
         if isinstance(error, NoAnswerError):

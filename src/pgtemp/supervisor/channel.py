@@ -74,7 +74,7 @@ class Channel:
 
         Raises WardenError if the supervisor cannot start another process.
         """
-        self._send({"shelf": str(run_dir), "uid": uid, "gid": gid, "ttl": None, "sweep": []})
+        self._send({"recycled": str(run_dir), "uid": uid, "gid": gid, "ttl": None, "sweep": []})
         self.await_started()
 
     def set_cleanup(self, remove: Sequence[str], *, keep: bool) -> None:

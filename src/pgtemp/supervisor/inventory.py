@@ -22,10 +22,10 @@ from pgtemp.supervisor.leftovers import (
     DATA,
     LEASE,
     PREFIX,
-    is_half_made,
     is_held,
-    says_keep,
-    sweep_home,
+    is_persisted,
+    is_unfinished,
+    sweep_directory,
 )
 
 _FIRST_OF_USERS = 16384  # FirstNormalObjectId: initdb's databases have smaller oids
@@ -111,7 +111,7 @@ class Found:
         except OSError as error:
             return self._after(error)
         with Closing(parent):
-            work = sweep_home(parent, self.path.name, everyone=os.geteuid() == 0)
+            work = sweep_directory(parent, self.path.name, everyone=os.geteuid() == 0)
             while True:  # the steps are for the supervisor, which serves requests in between
                 try:
                     next(work)
@@ -145,7 +145,7 @@ def _is_whole(base: int, name: str) -> bool:
     return True
 
 
-def homes(also: Iterable[Path] = ()) -> list[Found]:
+def run_directories(also: Iterable[Path] = ()) -> list[Found]:
     """Every run directory that is in use or was left behind, but no persisted data.
 
     Args:
@@ -184,12 +184,12 @@ def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | No
         raise
     except OSError:
         # A directory that is being created or removed, or is persisted, has no lease file.
-        left = is_half_made(here, run_dir.name)
+        left = is_unfinished(here, run_dir.name)
         return Found(run_dir, uid, True, False, False, None, running) if left else None
     with Closing(lease):
         lives = is_held(lease)
         owner = _owner(lease) if lives else None
-        return Found(run_dir, uid, True, lives, says_keep(lease), owner, running)
+        return Found(run_dir, uid, True, lives, is_persisted(lease), owner, running)
 
 
 def _owner(lease: int) -> int | None:

@@ -4,8 +4,8 @@ Most tests change few files of a database. Restoring those files takes a fractio
 it takes to remove hundreds of files and copy them again. `templates/recycle.py` decides when a
 directory may be moved, and runs the SQL; this module handles the files:
 
-    shelf/original/     the template's files, as a clone had them; they never change
-    shelf/16412/        a database's directory, after that database was dropped
+    recycled/*/original/  the template's files, as a clone had them; they never change
+    recycled/*/16412/     a database's directory, after that database was dropped
 
 Every restored file gets a fixed, artificial modification time. A file without that time has been
 written to since, by any process, and is restored again.
@@ -24,8 +24,8 @@ import stat
 from itertools import islice
 
 from pgtemp.host.openat import Closing
-from pgtemp.host.removal import ASIDE, removal, remove
-from pgtemp.supervisor.leftovers import DATA, SHELF
+from pgtemp.host.removal import REMOVING, removal, remove
+from pgtemp.supervisor.leftovers import DATA, RECYCLED
 from pgtemp.supervisor.protocol import decode, encode
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ class Recycler:
 
     def __init__(self, run_dir: str) -> None:
         self._base = os.path.join(run_dir, DATA, "base")
-        self._path = os.path.join(run_dir, SHELF)  # after `begin`, a directory in it
+        self._path = os.path.join(run_dir, RECYCLED)  # after `begin`, a directory in it
         self._sizes: dict[str, int] = {}
         self._taken: set[str] = set()
         self.waiting: list[str] = []  # to be restored
@@ -132,9 +132,9 @@ class Recycler:
             size = sizes.get(name)
             if stat.S_ISDIR(status.st_mode):
                 # However much is in it: no client waits while it is removed.
-                aside = self._on(f"{os.urandom(8).hex()}{ASIDE}")
-                os.rename(f"{directory}/{name}", aside)
-                self._removals.append(removal(aside))
+                moved = self._on(f"{os.urandom(8).hex()}{REMOVING}")
+                os.rename(f"{directory}/{name}", moved)
+                self._removals.append(removal(moved))
             elif size is None or not stat.S_ISREG(status.st_mode):
                 remove(f"{directory}/{name}")
             elif status.st_mtime_ns == _MARK and status.st_size == size:
