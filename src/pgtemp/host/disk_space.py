@@ -125,8 +125,7 @@ def reserve_released(directory: Path) -> Iterator[None]:
 def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Convert an OSError of a block into an error that states the path and the free space.
 
-    Raises:
-        ClusterError: a file could not be written; a DiskFullError if the disk is full.
+    Raises ClusterError if a file could not be written; a DiskFullError if the disk is full.
     """
     try:
         yield

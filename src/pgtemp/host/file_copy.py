@@ -39,11 +39,8 @@ def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
     """List the directories and regular files of a tree, with names relative to it.
 
     Sockets are left out. Links that PostgreSQL itself creates count as directories if the tree
-    belongs to the caller.
-
-    Raises:
-        ClusterError: the tree contains another kind of file, which the error names.
-        OSError: the tree cannot be read.
+    belongs to the caller. Raises ClusterError if the tree contains another kind of file, which the
+    error names, and OSError if the tree cannot be read.
     """
     skip = frozenset(leave_out)
     dirs: list[str] = []

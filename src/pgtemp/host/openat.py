@@ -36,8 +36,7 @@ class Closing:
 def open_file(name: str, directory: int) -> int:
     """Open a regular file for reading and return its descriptor.
 
-    Raises:
-        OSError: the file cannot be opened; FileNotFoundError if it is not a regular file.
+    Raises OSError if the file cannot be opened; FileNotFoundError if it is not a regular file.
     """
     file = os.open(name, READ, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(file).st_mode):

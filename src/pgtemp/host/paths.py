@@ -33,10 +33,8 @@ def cache_dir() -> Path:
     """The cache directory, which holds images; created if it is missing.
 
     For root it is /var/cache/pgtemp rather than a directory below /root, because the server user
-    must be able to read its files. PGTEMP_CACHE_DIR overrides it.
-
-    Raises:
-        OptionError: it cannot be created or written, or other users could change it (trusted.py).
+    must be able to read its files. PGTEMP_CACHE_DIR overrides it. Raises OptionError if it cannot
+    be created or written, or other users could change it (trusted.py).
     """
     named = bool(os.environ.get("PGTEMP_CACHE_DIR"))
     what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
@@ -74,8 +72,7 @@ def _of_user(find: Callable[[str], str]) -> Path | None:
 def _make(path: Path, what: str, remedy: str) -> str | None:
     """Create a trusted directory unless it exists; return the reason if that fails, else None.
 
-    Raises:
-        OptionError: other users could change it.
+    Raises OptionError if other users could change it.
     """
     try:
         if not path.is_dir():
@@ -128,12 +125,11 @@ def check_umask() -> None:
 def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
     """The directory in which a run directory is created.
 
+    Raises OptionError if the requested directory cannot be used, or other users could change it.
+
     Args:
         prefix: the requested directory; None chooses one.
         keep: the data is to be persisted, so the directory must not be on tmpfs.
-
-    Raises:
-        OptionError: the requested directory cannot be used, or other users could change it.
     """
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)
@@ -147,8 +143,7 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
 def temporary_dir() -> Path:
     """The directory for temporary files: TMPDIR if it can be written, else /tmp or /var/tmp.
 
-    Raises:
-        OptionError: none of them can be written, or other users could change the one found.
+    Raises OptionError if none of them can be written, or other users could change the one found.
     """
     try:
         path = Path(tempfile.gettempdir())
@@ -213,11 +208,10 @@ def _is_safe(base: Path) -> bool:
 def socket_base(owner: Identity) -> Path:
     """A directory whose path is short enough for the sockets in its subdirectories.
 
+    Raises OptionError if there is no such directory.
+
     Args:
         owner: the server user, who must be able to enter it.
-
-    Raises:
-        OptionError: there is no such directory.
     """
     for base in (*_temporary(), Path("/tmp"), _SHARED_MEMORY):
         if (

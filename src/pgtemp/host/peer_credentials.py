@@ -86,9 +86,7 @@ def check_listener(connected: socket.socket, uid: int) -> None:
     """Check, before anything is sent, that a process of user `uid` listens on a unix socket.
 
     A server user can replace the socket by a link, which would lead root to any other socket.
-
-    Raises:
-        ConnectionRefusedError: another user's process listens there.
+    Raises ConnectionRefusedError if another user's process listens there.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return

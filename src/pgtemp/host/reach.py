@@ -52,9 +52,8 @@ class Location:
 def locate(path: StrPath) -> Location:
     """Where a path leads; the last name may be missing there.
 
-    Raises:
-        OSError: a directory is missing; a ForeignFileError if another user may lead the path
-            elsewhere.
+    Raises OSError if a directory is missing; a ForeignFileError if another user may lead the path
+    elsewhere.
     """
     if os.geteuid() != 0:
         above, name = os.path.split(os.path.realpath(path))
@@ -130,9 +129,8 @@ def open_tree(path: StrPath) -> Tree:
 def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
     """The descriptor of a file that an option names.
 
-    Raises:
-        OSError: as `locate`; a ForeignFileError if root would write a file of another user, or
-            read a file in another user's directory that is not that user's.
+    Raises OSError as `locate`; a ForeignFileError if root would write a file of another user, or
+    read a file in another user's directory that is not that user's.
     """
     if os.geteuid() != 0:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -156,11 +156,7 @@ def _drop(top: int, path: str) -> None:
 
 
 def _is_roots(directory: int, name: str, user: int) -> bool:
-    """Whether an entry is root's, rather than the user's.
-
-    Raises:
-        OSError: root must leave it.
-    """
+    """Whether an entry is root's, rather than the user's. Raises OSError if root must leave it."""
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if status.st_uid == user:
         return False

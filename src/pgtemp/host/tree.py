@@ -60,10 +60,8 @@ class Tree:
     def open(cls, path: str | os.PathLike[str]) -> Tree:
         """Open the tree at a path whose parent directory is trusted.
 
-        If the caller is root, every entry must belong to the user of the directory itself.
-
-        Raises:
-            OSError: the path is missing, a link, or not a directory.
+        If the caller is root, every entry must belong to the user of the directory itself. Raises
+        OSError if the path is missing, a link, or not a directory.
         """
         fd = os.open(path, DIRECTORY)
         uid = os.fstat(fd).st_uid if os.geteuid() == 0 else None
@@ -168,9 +166,8 @@ class Tree:
     def open_file(self, name: str, flags: int = READ) -> int:
         """Open a regular file, for reading by default, and return its descriptor.
 
-        Raises:
-            OSError: the file cannot be opened; a ForeignFileError if it is not a regular file or
-                belongs to another user.
+        Raises OSError if the file cannot be opened; a ForeignFileError if it is not a regular file
+        or belongs to another user.
         """
         with self._parent(name) as (there, last):
             return self._checked(os.open(last, flags, dir_fd=there), name)

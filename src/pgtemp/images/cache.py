@@ -65,9 +65,8 @@ class Cached(Ensured):
     def resolve(self) -> Image:
         """The image; initdb builds it if there is none.
 
-        Raises:
-            OptionError: an argument is not one of initdb's, or is one that pgtemp itself sets.
-            ClusterError: initdb failed; the details are its output.
+        Raises OptionError if an argument is not one of initdb's, or is one that pgtemp itself sets,
+        and ClusterError if initdb failed; the details are its output.
         """
         programs = self.installation
         arguments = initdb.arguments(programs, self.initdb_args)
@@ -107,14 +106,13 @@ def forget(run: str) -> None:
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
     """The image of that name in the cache; if there is none, exactly one process builds it.
 
+    Raises PgTempError if the build failed.
+
     Args:
         name: from `key_of`.
         what: the description of the build, for progress messages.
         build: builds the image at a path; it also gets the descriptor of the lock, which must be
             held as long as a program of the build runs.
-
-    Raises:
-        PgTempError: the build failed.
     """
     path = paths.cache_dir() / "images" / name
     if (image := _load(path)) is not None:

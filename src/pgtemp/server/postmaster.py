@@ -240,10 +240,8 @@ class Postmaster:
     def check(self) -> None:
         """Raise if the server has exited, or no longer accepts connections.
 
-        Raises:
-            ClusterError: the server has exited (the details are the end of its log), or is shutting
-                down.
-            WardenError: the supervisor was killed, and the server with it.
+        Raises ClusterError if the server has exited (the details are the end of its log), or is
+        shutting down, and WardenError if the supervisor was killed, and the server with it.
         """
         channel = self._channel
         if channel is None:

@@ -97,8 +97,7 @@ class RunDirectory:
 def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
     """The directory in which a run directory would be created.
 
-    Raises:
-        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
+    Raises OptionError if the requested directory cannot be used, or `owner` cannot enter it.
     """
     base = paths.scratch_base(prefix, keep=keep)
     blocked = owner.blocked_at(base)
@@ -113,11 +112,9 @@ def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: b
 def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> RunDirectory:
     """Create a run directory with its lease file and its directories, which are empty.
 
-    The data directory belongs to the caller until it is complete and handed over.
-
-    Raises:
-        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
-        ClusterError: the directory cannot be written; a DiskFullError if the disk is full.
+    The data directory belongs to the caller until it is complete and handed over. Raises
+    OptionError if the requested directory cannot be used, or `owner` cannot enter it, and
+    ClusterError if the directory cannot be written; a DiskFullError if the disk is full.
     """
     base = find_base(prefix, owner, keep=keep)
     with disk_space.writing(base), ExitStack() as failed:
@@ -166,10 +163,8 @@ def _let_pass(run_dir: Tree, owner: Identity) -> None:
 def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
     """Create a run directory for data to persist; yield it and its empty data directory.
 
-    It gets its final name at the end of the block, which fills it.
-
-    Raises:
-        OSError: the directory cannot be written; it is removed again.
+    It gets its final name at the end of the block, which fills it. Raises OSError if the directory
+    cannot be written; it is removed again.
     """
     with reach.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
@@ -189,8 +184,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
 def kept_at(path: Path) -> Path:
     """The run directory with persisted data at a path, which may also name its data directory.
 
-    Raises:
-        OptionError: there is no persisted data, or it cannot be read.
+    Raises OptionError if there is no persisted data, or it cannot be read.
     """
     path = path.absolute()
     reason = "holds no data that pgtemp persisted"
@@ -217,9 +211,8 @@ def discard(leftovers: Sequence[str]) -> None:
 def reopen(path: Path, owner: Identity) -> RunDirectory:
     """Acquire a run directory with persisted data, which must belong to the caller.
 
-    Raises:
-        OptionError: it is in use, or belongs to another user.
-        ClusterError: it cannot be written.
+    Raises OptionError if it is in use, or belongs to another user, and ClusterError if it cannot be
+    written.
     """
     with (
         disk_space.writing(path),
