@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from pgtemp.errors import ClusterError
+from pgtemp.host.background import in_background
 from pgtemp.host.openat import Closing
 from pgtemp.host.tree import ForeignFileError, Tree, kind_of
 
@@ -33,6 +34,10 @@ class Listing:
 
     dirs: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.files)
 
 
 def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
@@ -109,27 +114,14 @@ def _copy_directory(
     threads: int,
 ) -> None:
     """Copy the files of one directory, which is open in both trees."""
-    failures: list[BaseException] = []
 
     def copy(share: Sequence[tuple[str, int]]) -> None:
-        try:
-            for name, size in share:
-                _copy_file(source, target, reading, writing, name, size)
-        except BaseException as error:
-            failures.append(error)
+        for name, size in share:
+            _copy_file(source, target, reading, writing, name, size)
 
     threads = threads if len(files) > _SMALL else 1
-    helpers = [
-        threading.Thread(target=copy, args=(files[i::threads],), daemon=True)
-        for i in range(1, threads)
-    ]
-    for helper in helpers:
-        helper.start()
-    copy(files[::threads])
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]
+    with in_background(*(partial(copy, files[i::threads]) for i in range(1, threads))):
+        copy(files[::threads])
 
 
 def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, size: int) -> None:

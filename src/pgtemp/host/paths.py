@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, trusted
+from pgtemp.host import disk_space, procfs, trusted
 from pgtemp.host.identity import Identity
 from pgtemp.host.openat import DIRECTORY, Closing
 
@@ -110,11 +110,8 @@ def make_dirs(path: Path) -> None:
 
 def check_umask() -> None:
     """Raise OptionError if the umask would deny this process access to the files it creates."""
-    try:
-        with open("/proc/self/status") as status:  # os.umask would set it, for all threads
-            umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
-    except OSError:
-        return
+    status = procfs.lines("self/status")  # os.umask would set it, for all threads
+    umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
     if umasks and int(umasks[0], 8) & 0o700:
         raise OptionError(
             f"the umask {umasks[0]} takes away the owner's own rights",
@@ -237,16 +234,12 @@ def filesystem_type(path: Path) -> str:
     """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
     real = os.path.realpath(path)
     best, kind = "", ""
-    try:
-        with open("/proc/self/mounts") as mounts:
-            for line in mounts:
-                fields = line.split()
-                point = fields[1].encode().decode("unicode_escape")
-                inside = real == point or real.startswith(point.rstrip("/") + "/")
-                if inside and len(point) >= len(best):
-                    best, kind = point, fields[2]
-    except OSError:
-        pass
+    for line in procfs.lines("self/mounts"):
+        fields = line.split()
+        point = fields[1].encode().decode("unicode_escape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, fields[2]
     return kind
 
 

@@ -30,6 +30,7 @@ import sys
 from contextlib import suppress
 from typing import Protocol
 
+from pgtemp.host import procfs
 from pgtemp.host.ports import tcp_rows
 
 Endpoint = tuple[str, int]
@@ -59,17 +60,10 @@ class Connection(Protocol):
     def fileno(self) -> int: ...
 
 
-def _overflow_uid() -> int:
-    try:
-        with open("/proc/sys/kernel/overflowuid") as file:
-            return int(file.read())
-    except OSError:
-        return 65534  # DEFAULT_OVERFLOWUID, linux/highuid.h
-
-
 # The kernel reports every user that our user namespace does not map as this one
-# (user_namespaces(7)), so it identifies no user, not even the one that has this number.
-OVERFLOW_UID = _overflow_uid()
+# (user_namespaces(7)), so it identifies no user, not even the one that has this number. The default
+# is DEFAULT_OVERFLOWUID, linux/highuid.h.
+OVERFLOW_UID = int(procfs.read("sys/kernel/overflowuid") or 65534)
 
 
 def refuse_descriptors(connected: socket.socket) -> None:

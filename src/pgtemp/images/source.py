@@ -114,7 +114,7 @@ class Directory(Copyable):
     def extent(self) -> tuple[int, int]:
         with reach.open_tree(self.path) as data:
             listing = file_copy.list_tree(data, NEVER_COPIED)
-        return sum(size for _, size in listing.files), len(listing.files)
+        return listing.size, len(listing.files)
 
     def resolve(self) -> Copyable:
         return self

@@ -11,12 +11,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, WardenError
 from pgtemp.host import disk_space
+from pgtemp.host.background import in_background
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.openat import Closing
 from pgtemp.host.tree import Tree
@@ -133,12 +133,10 @@ class Postmaster:
         self._write(self._begin, source, data)
         self._request_start(channel)
         self._write(source.first, data)
-        with ThreadPoolExecutor(1) as background:
-            rest = background.submit(self._write, source.rest, data)
+        with in_background(lambda: self._write(source.rest, data)):
             self._await_ready(channel)
             self._write(source.warm, data)
             meanwhile(self)
-        rest.result()
 
     def _begin(self, source: Copyable, data: Tree) -> None:
         source.begin(data)

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 
+from pgtemp.host import procfs
 from pgtemp.host.openat import DIRECTORY, Closing, open_file, quietly
 
 TYPE_CHECKING = False
@@ -143,11 +144,10 @@ def unblock(data_dir: str) -> None:
 
 def _process(pid: int) -> tuple[int, int] | None:
     """The parent and the user of a process, of which /proc may say that it is root's (proc(5))."""
+    fields = dict(line.split(":", 1) for line in procfs.lines(f"{pid}/status") if ":" in line)
     try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            fields = dict(line.split(b":", 1) for line in status if b":" in line)
-        return int(fields[b"PPid"]), int(fields[b"Uid"].split()[1])
-    except (OSError, KeyError, ValueError):
+        return int(fields["PPid"]), int(fields["Uid"].split()[1])
+    except (KeyError, ValueError):
         return None
 
 
@@ -247,11 +247,7 @@ def _segments_removed(recorded: tuple[int, int] | None, creators: set[int], uid:
 
     False while a process is still attached to one of them.
     """
-    try:
-        with open("/proc/sysvipc/shm") as table:
-            rows = [[int(field) for field in line.split()] for line in list(table)[1:]]
-    except OSError:
-        return True
+    rows = ([int(field) for field in line.split()] for line in procfs.lines("sysvipc/shm")[1:])
     removed = True
     for key, shmid, _, _, creator, _, attached, owner, *_ in rows:
         if owner == uid and ((key, shmid) == recorded or creator in creators):
