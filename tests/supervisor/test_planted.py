@@ -238,7 +238,7 @@ def test_a_lease_that_was_replaced(open_dir: Path) -> None:
     with opened(open_dir) as parent, opened(left) as home, open(left / LEASE) as old:
         (left / "lease.new").write_text("keep\n2 2\n")
         (left / "lease.new").rename(left / LEASE)
-        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno(), True)
+        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno())
         assert exhaust(steps) is not None
     assert (left / LEASE).read_text() == "keep\n2 2\n"
 

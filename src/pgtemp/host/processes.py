@@ -79,7 +79,7 @@ def run(
     Raises OSError if the program could not be run, subprocess.TimeoutExpired if it exceeded the
     time limit and was killed, and PgTempError if this process is about to exit.
     """
-    _check_going_on()
+    _check_not_interrupted()
     become = identity if identity is not None and identity.switch else None
     words = [os.fspath(part) for part in argv]
     with subprocess.Popen(
@@ -165,7 +165,7 @@ def run_command(
 
     The result contains its standard output and standard error together, in `stdout`.
     """
-    _check_going_on()
+    _check_not_interrupted()
     inherited = {name: text for name, text in os.environ.items() if name not in LEADS_ELSEWHERE}
     path = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # background processes would hold a pipe open
@@ -224,23 +224,16 @@ def interrupt() -> None:
     """Terminate the running programs and start no others: this process is about to exit."""
     _interrupted.set()
     for process in list(_running):
-        _signal_all(process, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == process.pid:  # it leads a process group
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.terminate()
 
 
-def _check_going_on() -> None:
+def _check_not_interrupted() -> None:
     if _interrupted.is_set():
         raise PgTempError("interrupted")
-
-
-def _signal_all(process: subprocess.Popen[Any], number: int) -> None:
-    """Signal a program; if it leads a process group, signal the whole group."""
-    try:
-        if os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    except ProcessLookupError:
-        pass
 
 
 def start_detached(argv: Sequence[str], *, stdin: int) -> subprocess.Popen[bytes]:

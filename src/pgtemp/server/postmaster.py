@@ -146,10 +146,8 @@ class Postmaster:
         data.hand_over("")
 
     def _write(self, part: Callable[..., None], *arguments: object) -> None:
-        try:
+        with disk_space.writing(self.home.path):
             part(*arguments)
-        except OSError as error:
-            raise disk_space.cannot_write(self.home.path, error) from error
 
     def _request_start(self, channel: Channel) -> None:
         self.port = self.spec.choose_port()

@@ -58,20 +58,20 @@ class Found:
 
     Attributes:
         uid: the user to whom the directory belongs.
+        processes: the pids of the server in it.
         open: whether this process may read it.
         lives: whether its owner or its supervisor holds the lock of its lease file.
         keep: whether its data is to outlive its owner.
         owner: the pid of its owner; None if the owner has exited or is unknown.
-        processes: the pids of the server in it.
     """
 
     path: Path
     uid: int
-    open: bool
-    lives: bool
-    keep: bool
-    owner: int | None
     processes: tuple[int, ...]
+    open: bool = True
+    lives: bool = False
+    keep: bool = False
+    owner: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -166,12 +166,11 @@ def _look(run_dir: Path, running: tuple[int, ...]) -> Found | None:
         uid = run_dir.lstat().st_uid
     except OSError:  # removed in the meantime, or not visible to this user
         return None
-    closed = Found(run_dir, uid, False, True, False, None, running)
     try:
         with opened(run_dir) as here:
             return _look_into(run_dir, here, running)
     except PermissionError:
-        return closed
+        return Found(run_dir, uid, running, open=False, lives=True)
     except OSError:  # a short link to the socket of a run directory
         return None
 
@@ -184,12 +183,11 @@ def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | No
         raise
     except OSError:
         # A directory that is being created or removed, or is persisted, has no lease file.
-        left = is_unfinished(here, run_dir.name)
-        return Found(run_dir, uid, True, False, False, None, running) if left else None
+        return Found(run_dir, uid, running) if is_unfinished(here, run_dir.name) else None
     with Closing(lease):
         lives = is_held(lease)
         owner = _owner(lease) if lives else None
-        return Found(run_dir, uid, True, lives, is_persisted(lease), owner, running)
+        return Found(run_dir, uid, running, lives=lives, keep=is_persisted(lease), owner=owner)
 
 
 def _owner(lease: int) -> int | None:

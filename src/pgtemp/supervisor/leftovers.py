@@ -73,12 +73,17 @@ def sweep_directory(parent: int, name: str, everyone: bool = False) -> Steps:
         try:
             if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
                 return OSError(errno.EBUSY, "a file system is mounted there")
+            refusal = _refusal(run_dir, everyone)
+            if refusal is not None:
+                return refusal
             try:
                 lease = open_file(LEASE, run_dir)
             except FileNotFoundError:
-                return (yield from _sweep_unfinished(parent, name, run_dir, everyone))
+                if not is_unfinished(run_dir, name):
+                    return BlockingIOError(errno.EAGAIN, "it is being created")
+                return (yield from remove_open(parent, name, run_dir))
             with Closing(lease):
-                return (yield from _sweep_abandoned(parent, name, run_dir, lease, everyone))
+                return (yield from _sweep_abandoned(parent, name, run_dir, lease))
         except OSError as error:
             return error
 
@@ -93,10 +98,7 @@ def _remove_dangling_link(parent: int, name: str) -> None:
             os.unlink(name, dir_fd=parent)
 
 
-def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone: bool) -> Steps:
-    refusal = _refusal(run_dir, everyone)
-    if refusal is not None:
-        return refusal
+def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int) -> Steps:
     status, uid = os.fstat(lease), os.fstat(run_dir).st_uid
     # A user may be able to create a hard link to another user's file and name it as a lease file.
     if status.st_uid != uid or status.st_nlink != 1:
@@ -165,12 +167,3 @@ def is_unfinished(run_dir: int, name: str) -> bool:
         return False
     with os.scandir(run_dir) as entries:
         return all(entry.name == LEASE + NEW for entry in entries)
-
-
-def _sweep_unfinished(parent: int, name: str, run_dir: int, everyone: bool) -> Steps:
-    refusal = _refusal(run_dir, everyone)
-    if refusal is not None:
-        return refusal
-    if not is_unfinished(run_dir, name):
-        return BlockingIOError(errno.EAGAIN, "it is being created")
-    return (yield from remove_open(parent, name, run_dir))
