@@ -136,7 +136,7 @@ _PATHS = {
     "supervisor/children.py:Server.rename_for_removal": "run directories and links to them",
     "server/rundir.py:RunDirectory._sockets": "names in a run directory, which is the owner's",
     "server/rundir.py:RunDirectory.link_socket": "a link in a run directory, by a descriptor",
-    "server/rundir.py:_let_pass": "a run directory itself, by a descriptor",
+    "server/rundir.py:_let_group_enter": "a run directory itself, by a descriptor",
     "server/rundir.py:make": "a run directory itself",
     "server/rundir.py:_socket_dir": "a link to a run directory",
     "server/rundir.py:reopen": "the lease in a run directory, which is the owner's",

@@ -131,10 +131,10 @@ class Peers:
         try:
             if self._kernel is None:
                 self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
-            return _ask(self._kernel, peer, ours)
+            return _query_kernel(self._kernel, peer, ours)
         except OSError:  # no sock_diag in this kernel or container, or no answer yet
             self.close()
-            return _look_up(peer, ours)
+            return _search_table(peer, ours)
 
     def close(self) -> None:
         if self._kernel is not None:
@@ -142,7 +142,7 @@ class Peers:
             self._kernel = None
 
 
-def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
+def _query_kernel(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
     """Query by sock_diag. Raises OSError if the kernel does not support it."""
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
     connection = struct.pack("!HH", peer[1], ours[1]) + _padded(peer[0]) + _padded(ours[0])
@@ -179,10 +179,10 @@ def _packed(address: str) -> bytes:
     return socket.inet_pton(family, address.partition("%")[0])
 
 
-def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
+def _search_table(peer: Endpoint, ours: Endpoint) -> int | None:
     """Look a connection up in the table of all connections."""
     forms = ("",) if ":" in peer[0] else ("", "::ffff:")
-    pairs = [[_written(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
+    pairs = [[_hex_endpoint(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
     rows = tcp_rows("6" if ":" in peer[0] else "46")
     theirs = [row for row in rows if row[1:3] in pairs and row[9] != "0"]
     if len(theirs) != 1 or int(theirs[0][3], 16) not in _CONNECTED:
@@ -190,7 +190,7 @@ def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
     return int(theirs[0][7])
 
 
-def _written(address: str, port: int) -> str:
+def _hex_endpoint(address: str, port: int) -> str:
     """An endpoint as in the table: 32-bit words in the machine's byte order, in hexadecimal."""
     packed = _packed(address)
     words = (packed[i : i + 4] for i in range(0, len(packed), 4))

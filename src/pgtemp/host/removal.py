@@ -107,7 +107,7 @@ def _empty(top: int, user: int | None) -> Steps:
                 failure = (yield from _empty(here, status.st_uid)) or failure
                 continue
             if user is not None and status.st_uid not in (user, _ROOT):
-                raise _anothers()
+                raise _foreign()
             with os.scandir(here) as entries:
                 found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
             for child, is_dir in found:
@@ -163,11 +163,11 @@ def _is_roots(directory: int, name: str, user: int) -> bool:
     # A start that was killed may have made these, and not given them away yet.
     empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
     if status.st_uid != _ROOT or not (empty or stat.S_ISDIR(status.st_mode)):
-        raise _anothers()
+        raise _foreign()
     return True
 
 
-def _anothers() -> OSError:
+def _foreign() -> OSError:
     return PermissionError(errno.EPERM, "something in it belongs to another user")
 
 

@@ -76,13 +76,15 @@ def build(
     disk_space.check(path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=cure)
     with publication.building_at(path, lock, [_INITDB]) as (building, guard):
         # The files are copied, because the server user may still have one of them open for writing.
-        building.make_directory(_INITDB, publication.ENTERED if owner.switch else 0o700)
+        building.make_directory(_INITDB, publication.OTHERS_MAY_ENTER if owner.switch else 0o700)
         with building.below(_INITDB) as work:
             _initdb(installation, arguments, work, owner, guard)
             with Tree.open(Path(work.path, DATA)) as data:
                 conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
-            made = publication.shut_down(Path(work.path), installation, owner, _shortened(conf))
-            publication.copy(made, building)
+            conf = _without_comments(conf)
+            publication.copy(
+                publication.shut_down(Path(work.path), installation, owner, conf), building
+            )
         building.remove(_INITDB)
 
 
@@ -144,7 +146,7 @@ def _failure(installation: Installation, output: str, cache: Path) -> ClusterErr
     )
 
 
-def _shortened(conf: str) -> str:
+def _without_comments(conf: str) -> str:
     """Remove the comments, because the file is parsed at each start and shown to users."""
     lines = (line.partition("#")[0].rstrip() for line in conf.splitlines())
     return "# from initdb\n" + "".join(f"{line}\n" for line in lines if line.strip())

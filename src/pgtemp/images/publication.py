@@ -29,7 +29,7 @@ from pgtemp.supervisor.leftovers import DATA
 
 MANIFEST = "manifest.json"
 # Mode of a directory of the caller that contains a directory of the server user, who must enter it.
-ENTERED = 0o711
+OTHERS_MAY_ENTER = 0o711
 _LEFT_OUT = ("_fsm", "_vm", RELCACHE)
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
 _REDO_SEGMENT, _CHECKSUMS = "Latest checkpoint's REDO WAL file", "Data page checksum version"
@@ -113,7 +113,8 @@ def building_at(
         try:
             remove = [*(str(building / name) for name in inner), str(building)]
             with supervision.guarded(remove, lock, gently=True) as guard:
-                images.make_directory(building.name, ENTERED if os.geteuid() == 0 else 0o700)
+                mode = OTHERS_MAY_ENTER if os.geteuid() == 0 else 0o700
+                images.make_directory(building.name, mode)
                 with images.below(building.name) as tree:
                     yield tree, guard
                     os.fchmod(tree.fd, 0o700)  # no other user needs to enter it any more

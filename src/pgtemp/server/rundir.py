@@ -33,7 +33,7 @@ from pgtemp.host.tree import Tree
 from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, RECYCLED, SOCKET
 
 LOG = "server.log"
-_PASSED = 0o750  # the group of the server user may enter
+_GROUP_MAY_ENTER = 0o750  # the group of the server user may enter
 _SOCKET_NAME = ".s.PGSQL."
 
 
@@ -66,7 +66,7 @@ class RunDirectory:
         PostgreSQL needs no more than to reach its socket; it ignores that it cannot remove it.
         """
         with Tree.open(self.path) as tree:
-            tree.take_back(SOCKET, _PASSED)
+            tree.take_back(SOCKET, _GROUP_MAY_ENTER)
 
     def link_socket(self, port: int) -> None:
         """Create the link to the socket in the run directory itself. Raises OSError."""
@@ -142,7 +142,7 @@ def _prepared(tree: Tree, owner: Identity, lease: int) -> RunDirectory:
     for name in (SOCKET, RECYCLED):
         tree.make_directory(name)
         tree.hand_over(name)
-    _let_pass(tree, owner)
+    _let_group_enter(tree, owner)
     path = Path(tree.path)
     return RunDirectory(path, _socket_dir(path / SOCKET, owner), lease)
 
@@ -153,10 +153,10 @@ def new_data(run_dir: RunDirectory, owner: Identity) -> Tree:
         return tree.below(DATA)
 
 
-def _let_pass(run_dir: Tree, owner: Identity) -> None:
+def _let_group_enter(run_dir: Tree, owner: Identity) -> None:
     if owner.switch:
         os.fchown(run_dir.fd, -1, owner.gid)
-        os.fchmod(run_dir.fd, _PASSED)
+        os.fchmod(run_dir.fd, _GROUP_MAY_ENTER)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
                 tree.make_directory(DATA)
                 with tree.below(DATA) as data:
                     yield run_dir, data
-                _let_pass(run_dir, owner)
+                _let_group_enter(run_dir, owner)
             above.rename(fresh, path.name)
         except BaseException:
             above.remove(fresh)

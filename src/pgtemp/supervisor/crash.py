@@ -27,8 +27,8 @@ SIGKILL, SIGTERM = 9, 15
 _SIGCONT = 19 if sys.platform == "darwin" else 18
 # Killing takes effect with a delay: a process disappears from /proc before its memory is released.
 # A tenant can start processes as fast as they are killed, so each part of the cleanup has a limit.
-_SECONDS, _MOMENT = 1.0, 0.005
-_CLEANUP_MOMENTS = 1000  # how long a program may take to clean up
+_SECONDS, _PAUSE = 1.0, 0.005
+_CLEANUP_PAUSES = 1000  # how long a program may take to clean up
 IPC_RMID = 0
 # The C extension module, because `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
@@ -138,8 +138,8 @@ def unblock(data_dir: str) -> None:
         for pid in reversed(programs):
             _signal_one(pid, SIGKILL, lambda pid: _process(pid) == (parents[pid], uid))
         for pid in before.keys() - servers if servers else ():
-            if _is_of(pid, servers, pipes, uid):
-                _signal_one(pid, SIGKILL, lambda pid: _is_of(pid, servers, pipes, uid))
+            if _belongs_to(pid, servers, pipes, uid):
+                _signal_one(pid, SIGKILL, lambda pid: _belongs_to(pid, servers, pipes, uid))
 
 
 def _process(pid: int) -> tuple[int, int] | None:
@@ -182,7 +182,7 @@ def _pipes_of(pids: set[int]) -> set[str]:
     return {one for one in found if one.startswith("pipe:")}
 
 
-def _is_of(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
+def _belongs_to(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
     """Whether a process is a user's, and in one of some process groups or has one of some pipes.
 
     A backend leads a process group, in which its programs are; and it waits for whatever has the
@@ -221,7 +221,7 @@ def clear(data: int, postmaster: int = 0) -> None:
         killed.update(orphans)
         if time.monotonic() >= deadline:
             break
-        time.sleep(_MOMENT)
+        time.sleep(_PAUSE)
     # Read only now: a server that was killed during its start may have recorded the segment just
     # before, and a server that exits by itself removes its segment before postmaster.pid.
     recorded, uid = _segment_of(data), os.fstat(data).st_uid
@@ -229,7 +229,7 @@ def clear(data: int, postmaster: int = 0) -> None:
     while (recorded or killed) and not _segments_removed(recorded, killed, uid):
         if time.monotonic() >= deadline:
             break
-        time.sleep(_MOMENT)
+        time.sleep(_PAUSE)
 
 
 def _segment_of(data: int) -> tuple[int, int] | None:
@@ -266,12 +266,12 @@ def end_group(leader: int, gently: bool) -> Iterator[None]:
     """
     if gently:
         quietly(os.kill, leader, SIGTERM)
-        for _ in range(_CLEANUP_MOMENTS):
+        for _ in range(_CLEANUP_PAUSES):
             try:
                 os.killpg(leader, 0)
             except OSError:
                 return
             yield
-            time.sleep(_MOMENT)
+            time.sleep(_PAUSE)
     quietly(os.killpg, leader, SIGKILL)
     yield

@@ -145,17 +145,17 @@ def _is_whole(base: int, name: str) -> bool:
     return True
 
 
-def run_directories(also: Iterable[Path] = ()) -> list[Found]:
+def run_directories(additional: Iterable[Path] = ()) -> list[Found]:
     """Every run directory that is in use or was left behind, but no persisted data.
 
     Args:
-        also: further directories that contain run directories (data_dir_prefix).
+        additional: further directories that contain run directories (data_dir_prefix).
     """
     running: dict[Path, list[int]] = {}
     for pid, cwd in all_postgres():
         if Path(cwd).parent.name.startswith(PREFIX):
             running.setdefault(Path(cwd).parent, []).append(pid)
-    bases = {base.resolve() for base in [*paths.sweep_bases(), *also]}
+    bases = {base.resolve() for base in [*paths.sweep_bases(), *additional]}
     seen = {run_dir for base in bases for run_dir in base.glob(f"{PREFIX}*")} | running.keys()
     found = (_look(run_dir, tuple(running.get(run_dir, ()))) for run_dir in sorted(seen))
     return [one for one in found if one is not None]

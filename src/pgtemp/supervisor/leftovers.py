@@ -34,7 +34,7 @@ DISCARD = b"discard\n"
 # assumes the latter only after this many seconds.
 UNFINISHED_SECONDS = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
+_FOREIGN = PermissionError(errno.EPERM, "it belongs to another user")
 _SHARED = PermissionError(errno.EPERM, "other users may write to it")
 
 
@@ -102,7 +102,7 @@ def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int) -> Steps:
     status, uid = os.fstat(lease), os.fstat(run_dir).st_uid
     # A user may be able to create a hard link to another user's file and name it as a lease file.
     if status.st_uid != uid or status.st_nlink != 1:
-        return _ANOTHERS
+        return _FOREIGN
     if is_held(lease) or not is_entry(lease, run_dir, LEASE):
         return BlockingIOError(errno.EAGAIN, "its owner is alive")
     try:
@@ -124,7 +124,7 @@ def _refusal(run_dir: int, everyone: bool) -> OSError | None:
     """Why the caller must not sweep a run directory; None if it may."""
     status = os.fstat(run_dir)
     if status.st_uid != os.getuid() and not everyone:
-        return _ANOTHERS
+        return _FOREIGN
     # If other users can write to it, any of them can have put a lease into it.
     return _SHARED if status.st_mode & 0o022 else None
 
