@@ -28,7 +28,7 @@ import platformdirs
 from bench.report import Failed
 from pgtemp import PgTempDB
 from pgtemp.host import identity, ports, procfs
-from pgtemp.programs import installation
+from pgtemp.programs import search
 
 PEERS = Path(__file__).parent / "peers"
 ROOT = PEERS.parents[1]
@@ -191,7 +191,7 @@ def processes_in(path: Path) -> list[int]:
 
 def programs(version: str) -> Path:
     """The directory of PostgreSQL's programs, where the user can run them."""
-    found = installation.find(None, version).within_reach(identity.choose(None))
+    found = search.find(None, version).within_reach(identity.choose(None))
     return Path(found.program("postgres")).parent
 
 

@@ -29,7 +29,7 @@ from bench.report import Table
 from pgtemp import PgTempDB
 from pgtemp.host import identity, paths, processes
 from pgtemp.images import cache
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.server import config
 
 SHM = Path("/dev/shm")
@@ -72,7 +72,7 @@ def pgtemp_in_300_mb(version: str) -> float:
 
 def initdb_and_pg_ctl(version: str) -> float:
     """What a shell script does."""
-    programs = installation.find(None, version).within_reach(identity.choose(None))
+    programs = search.find(None, version).within_reach(identity.choose(None))
     home = become_ordinary()
     environment = processes.clean_environment()
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def testing_postgresql(version: str) -> float:
     """Its factory with the cache on, the second server of it."""
     import testing.postgresql
 
-    programs = installation.find(None, version).within_reach(identity.choose(None))
+    programs = search.find(None, version).within_reach(identity.choose(None))
     tempfile.tempdir = str(become_ordinary())
     factory = testing.postgresql.PostgresqlFactory(
         cache_initialized_db=True,
@@ -113,7 +113,7 @@ def testing_postgresql(version: str) -> float:
 def overlay_floor(version: str) -> float:
     """The best way PERFORMANCE.md knows: an overlay mount, trust, no password, no warden."""
     owner = identity.choose(None)
-    programs = installation.find(None, version).within_reach(owner)
+    programs = search.find(None, version).within_reach(owner)
     lower = cache.Cached(programs, {}, owner).resolve().path / "data"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):
@@ -204,7 +204,7 @@ def main() -> None:
         f"{paths.filesystem_type(SHM)}, {given.rounds} rounds"
     )
     for version in given.version or ["15", "18"]:
-        table = Table(f"PostgreSQL {installation.find(None, version).version}")
+        table = Table(f"PostgreSQL {search.find(None, version).version}")
         for turn in range(given.rounds + 1):
             for way in WAYS:
                 result = measure(way, version)

@@ -32,7 +32,7 @@ import psycopg
 
 from bench.report import Table, machine
 from pgtemp.host import ports
-from pgtemp.programs import installation
+from pgtemp.programs import search
 
 _DAEMON = """
 from dataclasses import replace
@@ -211,7 +211,7 @@ def main() -> int:
     if shutil.which("haproxy") is None:
         print("haproxy is not installed: apt-get install haproxy", file=sys.stderr)
         return 2
-    programs = installation.find(None, given.version)
+    programs = search.find(None, given.version)
     program = str(programs.program("pgbench"))
     what = given.only.split(",")
     told = machine("bench.relay", programs.version)

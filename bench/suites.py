@@ -33,7 +33,7 @@ from bench.databases import tables
 from bench.report import Table, machine
 from pgtemp import Cluster, PgTempDB
 from pgtemp.host import identity, paths, ports, processes
-from pgtemp.programs import installation
+from pgtemp.programs import search
 
 BASE = "bare loop, two creators"
 COUNT = 40  # databases in a sample of the bare loop
@@ -217,7 +217,7 @@ def two_creators(cluster: Cluster, dbname: str) -> float:
 def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
     """A server with the options that pytest-postgresql gives its own."""
     owner = identity.choose(None)
-    programs = installation.find(None, version).within_reach(owner)
+    programs = search.find(None, version).within_reach(owner)
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
     os.chown(place, owner.uid, owner.gid)
     data, port = place / "data", ports.free_port("127.0.0.1")
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
     elsewhere = paths.filesystem_type(Path(tempfile.gettempdir()))
-    release = installation.find(None, given.version).version
+    release = search.find(None, given.version).version
     told = f"{machine('bench.suites', release)} What has a place of its own is on {elsewhere}."
     print(told)
     if given.keep is not None:

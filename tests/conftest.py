@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp.host import identity, locks
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.programs.installation import Installation
 from pgtemp.supervisor.crash import postgres_in
 from pgtemp.supervisor.leftovers import LEASE, PREFIX
@@ -95,7 +95,7 @@ def any_version(request: pytest.FixtureRequest) -> str:
 
 
 def need_version(major: int) -> int:
-    if any(one.major == major for one in installation.available()):
+    if any(one.major == major for one in search.available()):
         return major
     if os.environ.get("CI"):
         pytest.fail(f"PostgreSQL {major} is not installed, and CI tests all versions")
@@ -105,7 +105,7 @@ def need_version(major: int) -> int:
 @pytest.fixture
 def programs() -> Installation:
     """The newest PostgreSQL there is, where the user it is run as can reach it."""
-    newest = max(installation.available(), key=lambda one: one.release)
+    newest = max(search.available(), key=lambda one: one.release)
     return newest.within_reach(identity.choose(None))
 
 

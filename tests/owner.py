@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from pgtemp.supervisor.crash import all_postgres
-from pgtemp.supervisor.leftovers import ASIDE
+from pgtemp.supervisor.leftovers import REMOVING
 
 _SECONDS = 60.0
 _BEGINNING = """
@@ -42,7 +42,7 @@ class Server:
     def left(self) -> list[object]:
         """Its directories, its processes, its kernel objects; the warden, if nothing else was."""
         home = self.data_dir.parent
-        places = [home, home.with_name(home.name + ASIDE)]
+        places = [home, home.with_name(home.name + REMOVING)]
         return [
             *(place for place in places if os.path.lexists(place)),
             *(pid for pid, cwd in all_postgres() if cwd.startswith(str(self.data_dir))),

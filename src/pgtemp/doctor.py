@@ -19,7 +19,7 @@ from pgtemp.errors import PgTempError
 from pgtemp.host import disk_space, identity, paths, ports, processes
 from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.supervisor import inventory
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -62,8 +62,8 @@ _Finding = tuple[Verdict, str, str]
 
 
 def _programs(options: ServerOptions) -> _Finding:
-    chosen = installation.find(options.bin_dir, options.version)
-    every = list(dict.fromkeys([chosen, *installation.available()]))
+    chosen = search.find(options.bin_dir, options.version)
+    every = list(dict.fromkeys([chosen, *search.available()]))
     lines = [f"{one.version} in {one.bin_dir}" for one in every]
     lines[0] += " (used by default)" if len(lines) > 1 else ""
     return "ok", "\n".join(lines), ""
@@ -95,7 +95,7 @@ def _locale(_: ServerOptions) -> _Finding:
 def _scratch(options: ServerOptions) -> _Finding:
     base = paths.scratch_base(options.data_dir_prefix, keep=False)
     kind = paths.filesystem_type(base)
-    found = f"{base} ({kind}, {disk_space.left(base)})"
+    found = f"{base} ({kind}, {disk_space.free_text(base)})"
     if kind in ("tmpfs", "ramfs"):
         return "ok", found, ""
     least = paths.TMPFS_ROOM >> 20
@@ -125,7 +125,7 @@ def _cache(_: ServerOptions) -> _Finding:
     with inventory.opened(cache.resolve()) as directory:
         size = disk_space.size_of(directory) >> 20
     kind = paths.filesystem_type(cache)
-    found = f"{cache} ({kind}, {disk_space.left(cache)}), "
+    found = f"{cache} ({kind}, {disk_space.free_text(cache)}), "
     found += f"{len(images)} images, {size} MB including programs"
     if kind in _NETWORK:
         cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"
@@ -163,7 +163,7 @@ def _supervision(_: ServerOptions) -> _Finding:
 
 
 def _leftovers(_: ServerOptions) -> _Finding:
-    left = [one for one in inventory.homes() if not one.lives and one.is_ours]
+    left = [one for one in inventory.run_directories() if not one.lives and one.is_ours]
     if not left:
         return "ok", "none", ""
     size = sum(one.size for one in left) >> 20

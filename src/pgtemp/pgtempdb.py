@@ -17,7 +17,7 @@ import psycopg
 from pgtemp.allocation import persisted
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
-from pgtemp.images.image import Source
+from pgtemp.images.source import Source
 from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.programs.installation import Installation
 from pgtemp.server.postmaster import Postmaster

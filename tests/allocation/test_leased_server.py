@@ -12,7 +12,9 @@ from pgtemp.allocation.leaks import LeakCheck
 from pgtemp.allocation.leased_server import LeasedServer
 from pgtemp.options.server import ServerOptions
 from pgtemp.server.postmaster import Postmaster
-from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.sql import admin_sql, server_setup
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection, connected
 from pgtemp.templates import builder
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
@@ -44,8 +46,8 @@ def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
             host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
         with (
-            admin_connections.connected(to) as connection,
-            admin_connections.connected(to) as other,
+            connected(to) as connection,
+            connected(to) as other,
         ):
 
             def ours(name: str) -> bool:
@@ -76,9 +78,7 @@ def test_a_server_that_cannot_be_looked_through_is_replaced(
 ) -> None:
     """Whatever the reason, which is logged on one line; the next lease gets another server."""
 
-    def found(
-        residue: LeakCheck, connection: admin_connections.Connection
-    ) -> list[tuple[str, str]]:
+    def found(residue: LeakCheck, connection: Connection) -> list[tuple[str, str]]:
         raise error
 
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
@@ -104,7 +104,7 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
         to = ConnectionInfo(
             host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
-        with admin_connections.connected(to) as connection:
+        with connected(to) as connection:
             residue = LeakCheck(db.data_dir, lambda name: name == "ascii")
             residue.accept(connection)
             connection.execute(
@@ -129,10 +129,10 @@ def test_administrative_connections_see_the_catalogs_alone() -> None:
         to = ConnectionInfo(
             host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
-        with admin_connections.connected(to) as connection:
+        with connected(to) as connection:
             connection.execute("ALTER DATABASE postgres SET search_path = public, pg_catalog")
             connection.execute("ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog")
-        admins = admin_connections.AdminConnections(to, lambda: None)
+        admins = AdminConnections(to, lambda: None)
         with admins.connection() as connection:
             assert connection.execute("SHOW search_path").fetchone() == ("pg_catalog",)
         admins.close()

@@ -13,7 +13,7 @@ import pytest
 
 from clients.toolchain import copy_of, need, run
 from pgtemp.host import identity
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.programs.installation import Installation
 from support import Daemon, eventually
 
@@ -23,7 +23,7 @@ PROGRAMS = ("psql", "pgbench", "pg_dump", "pg_restore", "pg_isready")
 
 def folder(version: str) -> Path:
     """Where the programs of a version are, all of them."""
-    found = next(one for one in installation.available() if str(one.major) == version)
+    found = next(one for one in search.available() if str(one.major) == version)
     within = found.within_reach(identity.choose(None))
     for name in PROGRAMS:
         if not (within.bin_dir / name).exists():

@@ -264,6 +264,6 @@ def test_homes_without_an_owner_are_not_thrown_together(open_dir: Path, other_us
     """What another user's directory answers is not said to be of ours."""
     with held_home(open_dir, "ours") as ours, held_home(open_dir, "theirs") as theirs:
         os.chown(theirs, pwd.getpwnam(other_user).pw_uid, -1)
-        homes = inventory.homes([open_dir])
+        homes = inventory.run_directories([open_dir])
         found = running_owners.of(one for one in homes if one.path in (ours, theirs))
         assert {one.user for one in found} == {pwd.getpwuid(os.geteuid()).pw_name, other_user}

@@ -146,7 +146,7 @@ while os.getppid() != 1:
         if not name.startswith("pgtemp-"):
             continue
         inner = [f"data/{part}" for part in ("pg_wal", "pg_notify", "pg_stat", "base", "global")]
-        for part in (*inner, "data", "socket", "shelf"):
+        for part in (*inner, "data", "socket", "recycled"):
             path = f"{base}/{name}/{part}"
             try:
                 os.rmdir(path)
@@ -270,7 +270,7 @@ def test_a_log_in_a_shared_directory(open_dir: Path, secret: Path, planted: str)
 _WATCH = textwrap.dedent(
     r"""
     import os, re, sys
-    _theirs = re.compile(r"/pgtemp-\w{8}(\.gone)?/(data|socket|shelf)/.")
+    _theirs = re.compile(r"/pgtemp-\w{8}(\.gone)?/(data|socket|recycled)/.")
     def _watch(event, arguments):
         if event in _EVENTS and os.geteuid() == 0:
             for path in arguments[:2]:

@@ -22,10 +22,10 @@ def asked(peer: tuple[str, int], ours: tuple[str, int]) -> int | None:
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW, peer_credentials._NETLINK_SOCK_DIAG
     ) as kernel:
-        return peer_credentials._ask(kernel, peer, ours)
+        return peer_credentials._query_kernel(kernel, peer, ours)
 
 
-WAYS = pytest.mark.parametrize("ask", [asked, peer_credentials._look_up])
+WAYS = pytest.mark.parametrize("ask", [asked, peer_credentials._search_table])
 
 
 @WAYS
@@ -103,7 +103,7 @@ def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError
 
-    monkeypatch.setattr(peer_credentials, "_ask", fail)
+    monkeypatch.setattr(peer_credentials, "_query_kernel", fail)
 
 
 @contextmanager
@@ -140,12 +140,12 @@ def test_a_port_that_another_client_has_taken_over(
     told.close()
 
 
-@pytest.mark.parametrize("way", ["_ask", "_look_up"])
+@pytest.mark.parametrize("way", ["_query_kernel", "_search_table"])
 def test_a_client_that_leaves_while_the_kernel_is_asked(
     monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """The answer counts only if the connection is open after it."""
-    if way == "_look_up":
+    if way == "_search_table":
         by_table(monkeypatch)
     ask = getattr(peer_credentials, way)
     told = peer_credentials.Peers()

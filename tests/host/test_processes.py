@@ -18,7 +18,7 @@ def test_a_program_that_prints_without_end_is_killed() -> None:
     """Its output does not fill the memory of the owner."""
     done = processes.run(["/usr/bin/yes"], identity=OTHER, seconds=60)
     assert done.returncode < 0
-    assert len(done.stdout) < processes._MOST_OUTPUT + (1 << 17)
+    assert len(done.stdout) < processes._OUTPUT_BYTES + (1 << 17)
 
 
 def test_a_program_has_a_session_of_its_own() -> None:

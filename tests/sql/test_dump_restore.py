@@ -11,7 +11,7 @@ import pytest
 
 from conftest import need_version
 from pgtemp import OptionError, PgTempDB, TransferError
-from pgtemp.programs import installation
+from pgtemp.programs import search
 
 SCHEMA = """
 CREATE SCHEMA sales; CREATE SCHEMA "Odd Name";
@@ -78,7 +78,7 @@ def test_every_format_of_pg_dump(form: str, tmp_path: Path) -> None:
     with PgTempDB() as source:
         with source.connect() as connection:
             connection.execute(SCHEMA)
-        program = installation.find(None, None).program("pg_dump")
+        program = search.find(None, None).program("pg_dump")
         out = tmp_path / "dump"
         conninfo = f"host={source.socket_dir} port={source.port} user=postgres dbname=postgres"
         subprocess.run([program, "-F", form, "-f", out, "-d", conninfo], check=True)
@@ -92,7 +92,7 @@ def test_a_dump_of_the_whole_with_create(tmp_path: Path) -> None:
     with PgTempDB(dbname="shop") as source:
         with source.connect() as connection:
             connection.execute(SCHEMA)
-        program = installation.find(None, None).program("pg_dump")
+        program = search.find(None, None).program("pg_dump")
         conninfo = f"host={source.socket_dir} port={source.port} user=postgres dbname=shop"
         out = tmp_path / "dump.sql"
         subprocess.run([program, "--create", "-f", out, "-d", conninfo], check=True)

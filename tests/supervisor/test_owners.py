@@ -188,11 +188,11 @@ def test_an_owner_killed_while_an_image_is_kept(open_dir: Path) -> None:
     script = """
 import os
 from pgtemp import Cluster
-from pgtemp.images import initdb
+from pgtemp.images import publication
 def build(uri): pass
 with Cluster() as cluster:
     cluster.database()
-    initdb._copy = lambda *args: os.kill(os.getpid(), 9)
+    publication.copy = lambda *args: os.kill(os.getpid(), 9)
     cluster.template("app", build, key="1")
 """
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
@@ -262,7 +262,8 @@ def test_an_owner_killed_while_stopping(owners: Owners, keep: bool, open_dir: Pa
         mine(db.data_dir)
         with db.connect() as connection:
             connection.execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 100000) n")
-        supervision.Process._receive = lambda self, seconds: os.kill(os.getpid(), 9)
+        from pgtemp.supervisor.channel import Channel
+        Channel._receive = lambda self, seconds: os.kill(os.getpid(), 9)
         db.stop()
         """
     )

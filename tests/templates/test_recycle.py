@@ -94,7 +94,7 @@ def begin(app: Template) -> None:
 
 
 def shelves(app: Template) -> list[Path]:
-    return list((app._server.data_dir.parent / "shelf").glob("*"))
+    return list((app._server.data_dir.parent / "recycled").glob("*"))
 
 
 def helper(app: Template) -> int:
@@ -180,8 +180,8 @@ def test_it_ends_with_the_cluster(cluster: Cluster, app: Template) -> None:
 def test_where_it_cannot_begin_nothing_of_it_is_left(app: Template) -> None:
     """A file is in the place of the shelf's directory."""
     home = app._server.data_dir.parent
-    (home / "shelf").rmdir()
-    (home / "shelf").write_text("")
+    (home / "recycled").rmdir()
+    (home / "recycled").write_text("")
     begin(app)
     assert not app._shared._clones._reuse.works
     assert run(app, "postgres", "SELECT datname FROM pg_database WHERE datname ~ '^stub'") == []
@@ -283,7 +283,7 @@ def shelf_with(directory: Path, *extra: str) -> recycle_files.Recycler:
         (base / oid).mkdir(parents=True)
         for name in ("PG_VERSION", "1247", "1249"):
             (base / oid / name).write_text(name)
-    (directory / "shelf").mkdir()
+    (directory / "recycled").mkdir()
     shelf = recycle_files.Recycler(str(directory))
     shelf.begin("1")
     for name in extra:
@@ -302,9 +302,9 @@ def test_a_directory_with_far_too_many_files(tmp_path: Path) -> None:
     shelf = shelf_with(tmp_path, *MANY)
     with pytest.raises(FileNotFoundError):
         shelf.put("1")
-    assert len(os.listdir(tmp_path / "shelf" / "1" / "2")) > 500
+    assert len(os.listdir(tmp_path / "recycled" / "1" / "2")) > 500
     assert portions(shelf) > 5
-    assert os.listdir(tmp_path / "shelf" / "1") == ["original"]
+    assert os.listdir(tmp_path / "recycled" / "1") == ["original"]
 
 
 def test_a_directory_in_a_directory_with_many_files(tmp_path: Path) -> None:
@@ -312,10 +312,10 @@ def test_a_directory_in_a_directory_with_many_files(tmp_path: Path) -> None:
     shelf = shelf_with(tmp_path, *(f"deep/{name}" for name in MANY))
     shelf.put("1")
     assert sorted(os.listdir(tmp_path / "data" / "base" / "1")) == ["1247", "1249", "PG_VERSION"]
-    (moved,) = (tmp_path / "shelf" / "1").glob("*.gone")
+    (moved,) = (tmp_path / "recycled" / "1").glob("*.gone")
     assert len(os.listdir(moved)) == len(MANY)
     assert portions(shelf) > 5
-    assert os.listdir(tmp_path / "shelf" / "1") == ["original"]
+    assert os.listdir(tmp_path / "recycled" / "1") == ["original"]
 
 
 def portions(shelf: recycle_files.Recycler) -> int:

@@ -22,7 +22,7 @@ from psycopg import sql
 
 from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
-from pgtemp.sql.admin_connections import Connection
+from pgtemp.sql.connection import Connection
 
 # The kind of an object, its name, the database that it is dropped with, and its other properties.
 # The other properties are compared by their hash: a comment may have hundreds of megabytes.

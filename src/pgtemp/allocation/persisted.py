@@ -11,12 +11,14 @@ from typing import Self
 from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, file_copy, identity, ports, reach
 from pgtemp.host.tree import Tree
-from pgtemp.images import image
+from pgtemp.images.source import NEVER_COPIED, Directory
 from pgtemp.options.server import StrPath
-from pgtemp.programs import installation
+from pgtemp.programs import search
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Postmaster, ServerSpec
-from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.server.postmaster import Postmaster
+from pgtemp.server.spec import ServerSpec
+from pgtemp.sql import admin_sql, server_setup
+from pgtemp.sql.connection import connected
 from pgtemp.sql.passwords import random_secret
 from pgtemp.sql.persisted_note import Note, put_note, read_note
 from pgtemp.supervisor.leftovers import DATA
@@ -33,7 +35,7 @@ def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
     with disk_space.writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with Tree.open(postmaster.data_dir) as data:
-            listing = file_copy.list_tree(data, image.NEVER_COPIED)
+            listing = file_copy.list_tree(data, NEVER_COPIED)
             with rundir.stored(directory, postmaster.spec.owner) as (tree, fresh):
                 for name in listing.dirs:
                     fresh.make_directory(name)
@@ -90,9 +92,9 @@ class PersistedDB:
         self.directory = path
         self.note = read_note(path)
         self._dbname = dbname if dbname is not None else self.note.dbname
-        source = image.Directory(path / DATA)
+        source = Directory(path / DATA)
         owner, version = identity.choose_uid(source.uid), source.version
-        programs = installation.find(bin_dir, version).within_reach(owner)
+        programs = search.find(bin_dir, version).within_reach(owner)
         self.version = programs.version
         self._postmaster = Postmaster(
             ServerSpec(
@@ -115,7 +117,7 @@ class PersistedDB:
         try:
             secret = random_secret()
             private = server_setup.private_info(self._postmaster, user, admin_sql.MAINTENANCE)
-            with admin_connections.connected(private) as connection:
+            with connected(private) as connection:
                 if not admin_sql.exists(connection, dbname):
                     raise OptionError(
                         f"there is no database {dbname!r} in {self.directory}",

@@ -15,8 +15,10 @@ from psycopg import errors
 from pgtemp.errors import PgTempError
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_sql, server_setup
-from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection
 from pgtemp.sql.server_setup import Plan
+from pgtemp.sql.warm_connection import WarmConnection
 from pgtemp.templates.clones import Clones, in_use, unique_name
 from pgtemp.uri import ConnectionInfo
 

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from pgtemp.cli import show
 from pgtemp.cli.flags import flags_of, values_given
-from pgtemp.cli.progress import show_progress
 from pgtemp.doctor import Check, examine
 from pgtemp.options.server import ServerOptions
 
@@ -28,7 +27,7 @@ def doctor(json_wanted: bool, **given: Any) -> int:
     Each check prints a verdict and, if it did not pass, a cure. One check starts a server. The
     exit status is 1 if a check fails.
     """
-    show_progress()
+    show.steps()
     console = Console(highlight=False, soft_wrap=True)
     checks = []
     for check in examine(ServerOptions(**values_given(given))):

@@ -65,9 +65,8 @@ def _flag(spec: Field[Any], hint: Any) -> Callable[[F], F]:
 def values_given(given: dict[str, Any]) -> dict[str, Any]:
     """Return the values given on the command line, as keyword arguments for the options.
 
-    Raises:
-        OptionError: a template is given twice. If a server setting is given twice, the last value
-            counts, as for PostgreSQL.
+    Raises OptionError if a template is given twice. If a server setting is given twice, the last
+    value counts, as for PostgreSQL.
     """
     names = [name for name, _ in given.get("templates") or ()]
     if twice := sorted({name for name in names if names.count(name) > 1}):

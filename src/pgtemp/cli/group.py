@@ -7,10 +7,11 @@ import difflib
 import click
 
 from pgtemp.cli.doctor import doctor
-from pgtemp.cli.machine import ls, sweep
+from pgtemp.cli.ls import ls
 from pgtemp.cli.open import open_persisted
 from pgtemp.cli.run import run, shell
 from pgtemp.cli.serve import serve
+from pgtemp.cli.sweep import sweep
 
 
 class _ServeByDefault(click.Group):
@@ -62,10 +63,5 @@ def cli() -> None:
     """
 
 
-cli.add_command(serve)
-cli.add_command(run)
-cli.add_command(shell)
-cli.add_command(open_persisted)
-cli.add_command(ls)
-cli.add_command(sweep)
-cli.add_command(doctor)
+for command in (serve, run, shell, open_persisted, ls, sweep, doctor):
+    cli.add_command(command)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pgtemp.allocation.persisted import PersistedDB, act_as_owner
-from pgtemp.cli.progress import show_progress
+from pgtemp.cli import show
 
 
 @click.command("open")
@@ -22,7 +22,7 @@ def open_persisted(
     directory: Path, dbname: str | None, port: int | None, bin_dir: str | None
 ) -> int:
     """Run a server on a persisted data directory until Ctrl-C. The directory is not removed."""
-    show_progress()
+    show.steps()
     stop = threading.Event()
     numbers: list[int] = []
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
+from pgtemp.cli import show
 from pgtemp.cli.flags import flags_of, values_given
-from pgtemp.cli.progress import show_progress
-from pgtemp.host import processes
+from pgtemp.host import foreground
 from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
 
@@ -61,14 +61,14 @@ def shell(arguments: Sequence[str], **given: Any) -> int:
 
 
 def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) -> int:
-    show_progress()
+    show.steps()
     # PgTempDB hashes a password that it chooses itself with one iteration, which Java clients
     # refuse. A given password is hashed with PostgreSQL's number of iterations.
     options = ServerOptions(password=secrets.token_hex(16), **values_given(given))
     with PgTempDB.with_options(options) as db:
         argv = command(db)
         try:
-            status = processes.run_in_foreground(argv, {**os.environ, **db.info.environment()})
+            status = foreground.run(argv, {**os.environ, **db.info.environment()})
         except FileNotFoundError:
             click.echo(f"pgtemp: there is no command {argv[0]!r}", err=True)
             status = _NOT_FOUND

@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 
-from pgtemp.cli import logs
+from pgtemp.cli import logs, show
 from pgtemp.cli.flags import flags_of, values_given
-from pgtemp.cli.progress import show_progress
 from pgtemp.daemon.daemon import Announcement, exit_status, run
 from pgtemp.errors import OptionError
 from pgtemp.host import ports
@@ -44,7 +43,7 @@ def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     logs.set_up(log_level or ("info" if log_json else "warning"), as_json=log_json)
     options = _options(uri, given)
-    show_progress()
+    show.steps()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         number = runner.run(run(options, ready=_print_ready, announce=_print_line))
     return exit_status(number)

@@ -1,4 +1,4 @@
-"""Print the results of commands: a table for people, JSON for programs."""
+"""Print the results and the progress of commands: text for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pgtemp.host import progress
+
 _WIDTH = 200  # characters per line, if the output is not a terminal
 
 as_json = click.option(
     "--json", "json_wanted", is_flag=True, help="print the result as one JSON object"
 )
+
+
+def steps() -> None:
+    """Show each long operation with a spinner, if standard error is a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        progress.show_with(lambda text: console.status(f"{text} …"))
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, DiskFullError
+from pgtemp.host.openat import DIRECTORY, Closing
 
 REMEDY = "free some space, or choose another directory (data_dir_prefix)"
 CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
@@ -19,8 +20,8 @@ CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
 # space must stay free; on a small disk, this fraction of it.
 _SPARE_BYTES, _SPARE_PART = 64 << 20, 8
 _SPARE_FILES = 64
-ASIDE = "spare"  # the name of the file that reserves space
-_ASIDE_BYTES = 2 << 20  # enough for a checkpoint and one WAL segment
+RESERVE = "spare"  # the name of the file that reserves space
+_RESERVE_BYTES = 2 << 20  # enough for a checkpoint and one WAL segment
 _NOTHING = 1 << 20  # bytes; with less free space, a server cannot do anything
 _NO_LIMIT = 1 << 62  # bytes; a ramfs, or a tmpfs of size=0, reports no blocks at all
 # The depth to which `size_of` descends, more than PostgreSQL uses; each level takes a descriptor.
@@ -42,7 +43,7 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize if status.f_blocks else _NO_LIMIT
 
 
-def left(path: Path) -> str:
+def free_text(path: Path) -> str:
     """The free space of the file system of `path`, as text for messages."""
     if _free_files(_status(path)) == 0:
         return "no free inodes"
@@ -81,7 +82,8 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
     else:
         return
     raise DiskFullError(
-        f"{path} has too little free space for {what}: {left(path)}, {need} needed", remedy=remedy
+        f"{path} has too little free space for {what}: {free_text(path)}, {need} needed",
+        remedy=remedy,
     )
 
 
@@ -91,28 +93,28 @@ def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterEr
         remedy = "raise the limit on the size of files (ulimit -f)"
     kind = DiskFullError if error.errno in _FULL else ClusterError
     return kind(
-        f"{where} cannot be written: {error.strerror or error} ({left(where)})", remedy=remedy
+        f"{where} cannot be written: {error.strerror or error} ({free_text(where)})", remedy=remedy
     )
 
 
 def put_aside(directory: Path) -> None:
-    """Reserve some space in a file, for `spared`; do nothing if there is none."""
+    """Reserve some space in a file, for `reserve_released`; do nothing if there is none."""
     try:
-        with open(directory / ASIDE, "xb") as file:
-            os.posix_fallocate(file.fileno(), 0, _ASIDE_BYTES)  # written zeros may be compressed
+        with open(directory / RESERVE, "xb") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)  # written zeros may be compressed
     except FileExistsError:
         pass
     except (OSError, AttributeError):  # macOS has no posix_fallocate
-        (directory / ASIDE).unlink(missing_ok=True)
+        (directory / RESERVE).unlink(missing_ok=True)
 
 
 @contextmanager
-def spared(directory: Path) -> Iterator[None]:
+def reserve_released(directory: Path) -> Iterator[None]:
     """If the disk is full, free the reserved space for the duration of a block."""
     if not is_full(directory):
         yield
         return
-    (directory / ASIDE).unlink(missing_ok=True)
+    (directory / RESERVE).unlink(missing_ok=True)
     try:
         yield
     finally:
@@ -123,8 +125,7 @@ def spared(directory: Path) -> Iterator[None]:
 def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Convert an OSError of a block into an error that states the path and the free space.
 
-    Raises:
-        ClusterError: a file could not be written; a DiskFullError if the disk is full.
+    Raises ClusterError if a file could not be written; a DiskFullError if the disk is full.
     """
     try:
         yield
@@ -133,9 +134,9 @@ def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def _status(path: Path) -> os.statvfs_result:
-    for place in (path, *path.parents):
+    for directory in (path, *path.parents):
         try:
-            return os.statvfs(place)
+            return os.statvfs(directory)
         except FileNotFoundError:
             continue
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -161,11 +162,7 @@ def size_of(directory: int, levels: int = _DEEPEST) -> int:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
     device = os.fstat(directory).st_dev
     for name in below if levels else ():
-        with suppress(OSError):
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-            try:
-                if os.fstat(inner).st_dev == device:
-                    size += size_of(inner, levels - 1)
-            finally:
-                os.close(inner)
+        with suppress(OSError), Closing(os.open(name, DIRECTORY, dir_fd=directory)) as inner:
+            if os.fstat(inner).st_dev == device:
+                size += size_of(inner, levels - 1)
     return size

@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from pgtemp.errors import ClusterError
+from pgtemp.host.background import in_background
+from pgtemp.host.openat import Closing
 from pgtemp.host.tree import ForeignFileError, Tree, kind_of
 
 _THREADS = 2
@@ -42,11 +44,8 @@ def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
     """List the directories and regular files of a tree, with names relative to it.
 
     Sockets are left out. Links that PostgreSQL itself creates count as directories if the tree
-    belongs to the caller.
-
-    Raises:
-        ClusterError: the tree contains another kind of file, which the error names.
-        OSError: the tree cannot be read.
+    belongs to the caller. Raises ClusterError if the tree contains another kind of file, which the
+    error names, and OSError if the tree cannot be read.
     """
     skip = frozenset(leave_out)
     dirs: list[str] = []
@@ -59,13 +58,12 @@ def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
             name = prefix + last
             if name in skip or stat.S_ISSOCK(status.st_mode):
                 continue
-            foreign = root.uid is not None and status.st_uid != root.uid
             if root.is_directory(name, status):
                 dirs.append(name)
                 waiting.append(name)
             elif not stat.S_ISREG(status.st_mode):
                 raise _not_copied(root, name, f"is {kind_of(status.st_mode)}")
-            elif foreign:
+            elif root.uid is not None and status.st_uid != root.uid:
                 raise _not_copied(root, name, f"belongs to uid {status.st_uid}")
             else:
                 files.append((name, status.st_size))
@@ -79,6 +77,13 @@ def _not_copied(root: Tree, name: str, reason: str) -> ClusterError:
     )
 
 
+def copy_listing(source: Tree, target: Tree, listing: Listing) -> None:
+    """Make the directories of a listing and copy its files. Raises as `copy_files`."""
+    for name in listing.dirs:
+        target.make_directory(name)
+    copy_files(source, target, listing.files)
+
+
 def copy_files(
     source: Tree,
     target: Tree,
@@ -88,23 +93,16 @@ def copy_files(
 ) -> None:
     """Copy files whose directories exist already; existing files are an error.
 
-    Raises:
-        ChangedError: a file of `source` differs from the listing.
-        OSError: the target cannot be written, for example because its disk is full.
+    Raises ChangedError if a file of `source` differs from the listing, OSError if the target cannot
+    be written.
     """
     for above, inside in groupby(files, lambda file: file[0].rpartition("/")[0]):
         try:
             reading = source.enter(above)
         except (FileNotFoundError, NotADirectoryError, ForeignFileError) as error:
             raise ChangedError(f"{source.path}/{above}: {error.strerror}") from error
-        try:
-            writing = target.enter(above)
-            try:
-                _copy_directory(source, target, reading, writing, list(inside), threads)
-            finally:
-                os.close(writing)
-        finally:
-            os.close(reading)
+        with Closing(reading), Closing(target.enter(above)) as writing:
+            _copy_directory(source, target, reading, writing, list(inside), threads)
 
 
 def _copy_directory(
@@ -116,33 +114,19 @@ def _copy_directory(
     threads: int,
 ) -> None:
     """Copy the files of one directory, which is open in both trees."""
-    failures: list[BaseException] = []
 
     def copy(share: Sequence[tuple[str, int]]) -> None:
-        try:
-            for name, size in share:
-                _copy_file(source, target, reading, writing, name, size)
-        except BaseException as error:
-            failures.append(error)
+        for name, size in share:
+            _copy_file(source, target, reading, writing, name, size)
 
     threads = threads if len(files) > _SMALL else 1
-    helpers = [
-        threading.Thread(target=copy, args=(files[i::threads],), daemon=True)
-        for i in range(1, threads)
-    ]
-    for helper in helpers:
-        helper.start()
-    copy(files[::threads])
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]
+    with in_background(*(partial(copy, files[i::threads]) for i in range(1, threads))):
+        copy(files[::threads])
 
 
 def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, size: int) -> None:
     last = name.rpartition("/")[2]
-    writing = target.create(last, into)
-    try:
+    with Closing(target.create(last, into)) as writing:
         if size == 0:
             return
         try:
@@ -155,7 +139,7 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
             if error.errno in _OUT_OF_FILES:
                 raise
             raise ChangedError(f"{source.path}/{name}: {error.strerror}") from error
-        try:
+        with Closing(reading):
             copied = 0
             # One byte more than listed, to detect a file that has grown.
             while (count := _send(writing, reading, copied, size + 1 - copied, name)) > 0:
@@ -164,10 +148,6 @@ def _copy_file(source: Tree, target: Tree, above: int, into: int, name: str, siz
                     break
             if copied != size:
                 raise ChangedError(f"{source.path}/{name} has {copied} bytes instead of {size}")
-        finally:
-            os.close(reading)
-    finally:
-        os.close(writing)
 
 
 def _send(writing: int, reading: int, offset: int, count: int, name: str) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 from contextlib import suppress
 
-_MOST = 65536  # enough; and child processes that close every possible descriptor stay fast
+_MAX_FILES = 65536  # enough; and child processes that close every possible descriptor stay fast
 
 
 def raise_limit() -> None:
     """Raise the soft limit as far as the hard limit allows: the usual 1024 allow 500 clients."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):  # some systems allow less than the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -20,4 +20,4 @@ def raise_limit() -> None:
 def limit() -> int:
     """The current soft limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if soft == resource.RLIM_INFINITY else soft
+    return _MAX_FILES if soft == resource.RLIM_INFINITY else soft

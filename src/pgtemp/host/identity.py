@@ -16,7 +16,7 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 
 # `nobody` exists on nearly every system, also in a minimal container without a `postgres` user.
-_STAND_INS = ("postgres", "nobody")
+_DEFAULT_USERS = ("postgres", "nobody")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,10 @@ class Identity:
 def choose(run_as: str | None) -> Identity:
     """The user to run PostgreSQL as.
 
+    Raises OptionError if there is no such user, it is root, or the caller is not root.
+
     Args:
         run_as: a user's name, if the caller is root; None selects `postgres`, else `nobody`.
-
-    Raises:
-        OptionError: there is no such user, it is root, or the caller is not root.
     """
     uid = os.geteuid()
     if uid != 0:
@@ -80,7 +79,7 @@ def choose(run_as: str | None) -> Identity:
                 remedy=f"leave it out to run as {name}",
             )
         return Identity(uid, os.getegid(), name, switch=False)
-    for candidate in (run_as,) if run_as is not None else _STAND_INS:
+    for candidate in (run_as,) if run_as is not None else _DEFAULT_USERS:
         try:
             entry = pwd.getpwnam(candidate)
         except KeyError:
@@ -106,8 +105,7 @@ def choose(run_as: str | None) -> Identity:
 def choose_uid(uid: int) -> Identity:
     """The user to run PostgreSQL as on data that belongs to user `uid`.
 
-    Raises:
-        OptionError: the data belongs to another user, and the caller is not root.
+    Raises OptionError if the data belongs to another user, and the caller is not root.
     """
     return choose(None if uid == os.geteuid() else name_of(uid))
 
@@ -115,8 +113,7 @@ def choose_uid(uid: int) -> Identity:
 def become(uid: int) -> None:
     """Give up root's rights permanently and continue as another user.
 
-    Raises:
-        OptionError: the system has no such user.
+    Raises OptionError if the system has no such user.
     """
     try:
         entry = pwd.getpwuid(uid)

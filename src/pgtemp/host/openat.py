@@ -10,7 +10,7 @@ import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -18,11 +18,25 @@ READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class Closing:
+    """A descriptor that is closed at the end of a `with` block."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
 def open_file(name: str, directory: int) -> int:
     """Open a regular file for reading and return its descriptor.
 
-    Raises:
-        OSError: the file cannot be opened; FileNotFoundError if it is not a regular file.
+    Raises OSError if the file cannot be opened; FileNotFoundError if it is not a regular file.
     """
     file = os.open(name, READ, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -36,13 +50,14 @@ def open_passage(path: str) -> int:
 
     `path` is absolute. Raises OSError.
     """
-    here = os.open("/", PASSAGE)
-    for name in filter(None, path.split("/")):
-        try:
-            below = os.open(name, PASSAGE, dir_fd=here)
-        finally:
-            os.close(here)
-        here = below
+    return descend(os.open("/", PASSAGE), filter(None, path.split("/")), PASSAGE)
+
+
+def descend(here: int, names: Iterable[str], flags: int = DIRECTORY) -> int:
+    """Open a directory below an open one, which is closed, one name at a time. Raises OSError."""
+    for name in names:
+        with Closing(here):
+            here = os.open(name, flags, dir_fd=here)
     return here
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import platformdirs
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, trusted
+from pgtemp.host import disk_space, procfs, trusted
 from pgtemp.host.identity import Identity
+from pgtemp.host.openat import DIRECTORY, Closing
 
 # Bytes a tmpfs must have free to be chosen: several clusters of 30 MB with some data in them.
 # The 64 MB /dev/shm of a container is never enough.
@@ -32,16 +33,14 @@ def cache_dir() -> Path:
     """The cache directory, which holds images; created if it is missing.
 
     For root it is /var/cache/pgtemp rather than a directory below /root, because the server user
-    must be able to read its files. PGTEMP_CACHE_DIR overrides it.
-
-    Raises:
-        OptionError: it cannot be created or written, or other users could change it (trusted.py).
+    must be able to read its files. PGTEMP_CACHE_DIR overrides it. Raises OptionError if it cannot
+    be created or written, or other users could change it (trusted.py).
     """
     named = bool(os.environ.get("PGTEMP_CACHE_DIR"))
     what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
     reason = _make(path, what, _CACHE_REMEDY)
     if reason and not named and os.geteuid() != 0:  # the home directory is not writable
-        path = _stand_in()
+        path = _fallback_cache()
         reason = _make(path, what, _CACHE_REMEDY)
     if reason:
         raise OptionError(f"{what} {path}: {reason}", remedy=_CACHE_REMEDY)
@@ -54,10 +53,10 @@ def usual_cache_dir() -> Path:
         return Path(given).absolute()
     if os.geteuid() == 0:
         return Path("/var/cache/pgtemp")
-    return _of_user(platformdirs.user_cache_dir) or _stand_in()
+    return _of_user(platformdirs.user_cache_dir) or _fallback_cache()
 
 
-def _stand_in() -> Path:
+def _fallback_cache() -> Path:
     return temporary_dir() / f"pgtemp-cache-{os.geteuid()}"
 
 
@@ -73,8 +72,7 @@ def _of_user(find: Callable[[str], str]) -> Path | None:
 def _make(path: Path, what: str, remedy: str) -> str | None:
     """Create a trusted directory unless it exists; return the reason if that fails, else None.
 
-    Raises:
-        OptionError: other users could change it.
+    Raises OptionError if other users could change it.
     """
     try:
         if not path.is_dir():
@@ -106,24 +104,14 @@ def make_dirs(path: Path) -> None:
                 raise
         else:
             if os.geteuid() == 0:
-                _open_to_all(directory)
-
-
-def _open_to_all(directory: Path) -> None:
-    made = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        os.fchmod(made, 0o755)
-    finally:
-        os.close(made)
+                with Closing(os.open(directory, DIRECTORY)) as made:
+                    os.fchmod(made, 0o755)
 
 
 def check_umask() -> None:
     """Raise OptionError if the umask would deny this process access to the files it creates."""
-    try:
-        with open("/proc/self/status") as status:  # os.umask would set it, for all threads
-            umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
-    except OSError:
-        return
+    status = procfs.lines("self/status")  # os.umask would set it, for all threads
+    umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
     if umasks and int(umasks[0], 8) & 0o700:
         raise OptionError(
             f"the umask {umasks[0]} takes away the owner's own rights",
@@ -134,17 +122,16 @@ def check_umask() -> None:
 def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
     """The directory in which a run directory is created.
 
+    Raises OptionError if the requested directory cannot be used, or other users could change it.
+
     Args:
         prefix: the requested directory; None chooses one.
         keep: the data is to be persisted, so the directory must not be on tmpfs.
-
-    Raises:
-        OptionError: the requested directory cannot be used, or other users could change it.
     """
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)
     if keep:
-        return _kept_base()
+        return _persisted_base()
     if _has_room(_SHARED_MEMORY):
         return _SHARED_MEMORY
     return temporary_dir()
@@ -153,8 +140,7 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
 def temporary_dir() -> Path:
     """The directory for temporary files: TMPDIR if it can be written, else /tmp or /var/tmp.
 
-    Raises:
-        OptionError: none of them can be written, or other users could change the one found.
+    Raises OptionError if none of them can be written, or other users could change the one found.
     """
     try:
         path = Path(tempfile.gettempdir())
@@ -184,7 +170,7 @@ def _given_base(prefix: Path, *, keep: bool) -> Path:
     return base
 
 
-def _kept_base() -> Path:
+def _persisted_base() -> Path:
     root = os.geteuid() == 0
     base = Path("/var/lib/pgtemp") if root else _of_user(platformdirs.user_data_dir)
     if base is None:
@@ -219,11 +205,10 @@ def _is_safe(base: Path) -> bool:
 def socket_base(owner: Identity) -> Path:
     """A directory whose path is short enough for the sockets in its subdirectories.
 
+    Raises OptionError if there is no such directory.
+
     Args:
         owner: the server user, who must be able to enter it.
-
-    Raises:
-        OptionError: there is no such directory.
     """
     for base in (*_temporary(), Path("/tmp"), _SHARED_MEMORY):
         if (
@@ -249,16 +234,12 @@ def filesystem_type(path: Path) -> str:
     """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
     real = os.path.realpath(path)
     best, kind = "", ""
-    try:
-        with open("/proc/self/mounts") as mounts:
-            for line in mounts:
-                fields = line.split()
-                point = fields[1].encode().decode("unicode_escape")
-                inside = real == point or real.startswith(point.rstrip("/") + "/")
-                if inside and len(point) >= len(best):
-                    best, kind = point, fields[2]
-    except OSError:
-        pass
+    for line in procfs.lines("self/mounts"):
+        fields = line.split()
+        point = fields[1].encode().decode("unicode_escape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, fields[2]
     return kind
 
 

@@ -30,6 +30,7 @@ import sys
 from contextlib import suppress
 from typing import Protocol
 
+from pgtemp.host import procfs
 from pgtemp.host.ports import tcp_rows
 
 Endpoint = tuple[str, int]
@@ -59,17 +60,10 @@ class Connection(Protocol):
     def fileno(self) -> int: ...
 
 
-def _overflow_uid() -> int:
-    try:
-        with open("/proc/sys/kernel/overflowuid") as file:
-            return int(file.read())
-    except OSError:
-        return 65534  # DEFAULT_OVERFLOWUID, linux/highuid.h
-
-
 # The kernel reports every user that our user namespace does not map as this one
-# (user_namespaces(7)), so it identifies no user, not even the one that has this number.
-OVERFLOW_UID = _overflow_uid()
+# (user_namespaces(7)), so it identifies no user, not even the one that has this number. The default
+# is DEFAULT_OVERFLOWUID, linux/highuid.h.
+OVERFLOW_UID = int(procfs.read("sys/kernel/overflowuid") or 65534)
 
 
 def refuse_descriptors(connected: socket.socket) -> None:
@@ -86,9 +80,7 @@ def check_listener(connected: socket.socket, uid: int) -> None:
     """Check, before anything is sent, that a process of user `uid` listens on a unix socket.
 
     A server user can replace the socket by a link, which would lead root to any other socket.
-
-    Raises:
-        ConnectionRefusedError: another user's process listens there.
+    Raises ConnectionRefusedError if another user's process listens there.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return
@@ -139,10 +131,10 @@ class Peers:
         try:
             if self._kernel is None:
                 self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
-            return _ask(self._kernel, peer, ours)
+            return _query_kernel(self._kernel, peer, ours)
         except OSError:  # no sock_diag in this kernel or container, or no answer yet
             self.close()
-            return _look_up(peer, ours)
+            return _search_table(peer, ours)
 
     def close(self) -> None:
         if self._kernel is not None:
@@ -150,7 +142,7 @@ class Peers:
             self._kernel = None
 
 
-def _ask(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
+def _query_kernel(kernel: socket.socket, peer: Endpoint, ours: Endpoint) -> int | None:
     """Query by sock_diag. Raises OSError if the kernel does not support it."""
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
     connection = struct.pack("!HH", peer[1], ours[1]) + _padded(peer[0]) + _padded(ours[0])
@@ -187,10 +179,10 @@ def _packed(address: str) -> bytes:
     return socket.inet_pton(family, address.partition("%")[0])
 
 
-def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
+def _search_table(peer: Endpoint, ours: Endpoint) -> int | None:
     """Look a connection up in the table of all connections."""
     forms = ("",) if ":" in peer[0] else ("", "::ffff:")
-    pairs = [[_written(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
+    pairs = [[_hex_endpoint(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
     rows = tcp_rows("6" if ":" in peer[0] else "46")
     theirs = [row for row in rows if row[1:3] in pairs and row[9] != "0"]
     if len(theirs) != 1 or int(theirs[0][3], 16) not in _CONNECTED:
@@ -198,7 +190,7 @@ def _look_up(peer: Endpoint, ours: Endpoint) -> int | None:
     return int(theirs[0][7])
 
 
-def _written(address: str, port: int) -> str:
+def _hex_endpoint(address: str, port: int) -> str:
     """An endpoint as in the table: 32-bit words in the machine's byte order, in hexadecimal."""
     packed = _packed(address)
     words = (packed[i : i + 4] for i in range(0, len(packed), 4))

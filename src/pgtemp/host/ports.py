@@ -8,6 +8,7 @@ import socket
 from contextlib import suppress
 
 from pgtemp.errors import OptionError
+from pgtemp.host import procfs
 
 LOOPBACK = "127.0.0.1"
 _LISTEN = "0A"
@@ -45,9 +46,8 @@ def loopback_addresses(host: str) -> list[str]:
 
 def bind_error(address: str, port: int) -> str | None:
     """Why a server could not listen on (address, port) right now; None if it could."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
     except OSError as error:
@@ -57,11 +57,14 @@ def bind_error(address: str, port: int) -> str | None:
 
 def free_port(address: str) -> int:
     """A port that is free now; another process may take it at any time."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def holder(port: int) -> str:
@@ -75,18 +78,16 @@ def holder(port: int) -> str:
         with suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 if os.readlink(f"/proc/{pid}/fd/{fd}") in sockets:
-                    with open(f"/proc/{pid}/comm") as comm:
-                        return f"pid {pid} ({comm.read().strip()})"
+                    return f"pid {pid} ({''.join(procfs.lines(f'{pid}/comm')).strip()})"
     return ""
 
 
 def tcp_rows(family: str = "46") -> list[list[str]]:
     """The rows of /proc/net/tcp and tcp6; fields: 1 local, 2 remote, 3 state, 7 uid, 9 inode."""
     rows: list[list[str]] = []
-    for digit, name in (("4", "/proc/net/tcp"), ("6", "/proc/net/tcp6")):
+    for digit, name in (("4", "net/tcp"), ("6", "net/tcp6")):
         if digit in family:
-            with suppress(OSError), open(name) as table:
-                rows += [line.split() for line in table.readlines()[1:]]
+            rows += [line.split() for line in procfs.lines(name)[1:]]
     return rows
 
 

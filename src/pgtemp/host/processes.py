@@ -1,4 +1,4 @@
-"""Run programs. No other module does, except that the supervisor process starts postmasters.
+"""Run programs. No other module does, except foreground.py and the supervisor process.
 
 Programs get a clean environment, so that a PGHOST, LC_ALL or TZ in the caller's environment has no
 effect. Their output does not reach the caller's terminal.
@@ -6,10 +6,9 @@ effect. Their output does not reach the caller's terminal.
 
 from __future__ import annotations
 
-import errno
+import math
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,12 +32,8 @@ LEADS_ELSEWHERE = (
     "PGSSLNEGOTIATION", "PGGSSENCMODE", "PGREQUIREAUTH", "PGCHANNELBINDING",
     "PGTARGETSESSIONATTRS", "PGLOADBALANCEHOSTS",
 )  # fmt: skip
-_PASSED_TO_COMMANDS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-)  # fmt: skip
-_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _END_SECONDS = 5.0
-_MOST_OUTPUT = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
+_OUTPUT_BYTES = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -78,14 +73,13 @@ def run(
         guard: called with its pid, and with 0 when it has exited; the program then leads a process
             group of its own.
         seconds: the time limit.
-        output: a descriptor for its standard output; by default the output is returned.
+        output: a descriptor for the standard output of a program of the caller; by default the
+            output is returned.
 
-    Raises:
-        OSError: the program could not be run.
-        subprocess.TimeoutExpired: it exceeded the time limit, and was killed.
-        PgTempError: this process is about to exit.
+    Raises OSError if the program could not be run, subprocess.TimeoutExpired if it exceeded the
+    time limit and was killed, and PgTempError if this process is about to exit.
     """
-    _check_going_on()
+    _check_not_interrupted()
     become = identity if identity is not None and identity.switch else None
     words = [os.fspath(part) for part in argv]
     with subprocess.Popen(
@@ -108,7 +102,10 @@ def run(
             if guard is not None:
                 guard(process.pid)
                 stdin = _GO + stdin
-            said = _communicate(process, stdin, seconds, _MOST_OUTPUT if become else None)
+            if become:
+                output_bytes = _communicate_limited(process, stdin.encode(), seconds)
+            else:
+                output_bytes = process.communicate(stdin.encode(), seconds)
         except BaseException:
             if guard is not None:
                 _end_gently(process)
@@ -118,45 +115,40 @@ def run(
             _running.discard(process)
             if guard is not None:
                 guard(0)
-    stdout, stderr = (data.decode("utf-8", "replace") for data in said)
+    stdout, stderr = ((data or b"").decode("utf-8", "replace") for data in output_bytes)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def _communicate(
-    process: subprocess.Popen[bytes], stdin: str, seconds: float | None, most: int | None
+def _communicate_limited(
+    process: subprocess.Popen[bytes], stdin: bytes, seconds: float | None
 ) -> tuple[bytes, bytes]:
-    """As `Popen.communicate`; a program that prints more than so many bytes is killed.
+    """As `Popen.communicate`; a program that prints more than `_OUTPUT_BYTES` is killed.
 
     A program of another user may be controlled by that user, who could fill the caller's memory.
     """
-    if most is None:
-        stdout, stderr = process.communicate(stdin.encode(), seconds)
-        return stdout or b"", stderr or b""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    said: dict[int, bytearray] = {}
-    assert process.stdin is not None
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     with suppress(BrokenPipeError):
-        process.stdin.write(stdin.encode())
+        process.stdin.write(stdin)
         process.stdin.close()
+    received = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
     with selectors.DefaultSelector() as reading:
-        pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
-        for pipe in pipes:
-            said[pipe.fileno()] = bytearray()
-            reading.register(pipe, selectors.EVENT_READ)
+        for fd in received:
+            reading.register(fd, selectors.EVENT_READ)
         while reading.get_map():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 raise subprocess.TimeoutExpired(process.args, seconds or 0)
-            for key, _ in reading.select(left):
+            for key, _ in reading.select(None if seconds is None else remaining):
                 data = os.read(key.fd, 1 << 16)
-                said[key.fd] += data
-                if not data or len(said[key.fd]) > most:
-                    reading.unregister(key.fileobj)
-                if len(said[key.fd]) > most:
+                received[key.fd] += data
+                if not data or len(received[key.fd]) > _OUTPUT_BYTES:
+                    reading.unregister(key.fd)
+                if len(received[key.fd]) > _OUTPUT_BYTES:
                     process.kill()
-    process.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
-    found = [bytes(said[pipe.fileno()]) for pipe in pipes]
-    return found[0] if process.stdout is not None else b"", found[-1]
+    process.wait(None if seconds is None else max(0.1, deadline - time.monotonic()))
+    stdout, stderr = received.values()
+    return bytes(stdout), bytes(stderr)
 
 
 def run_command(
@@ -171,16 +163,15 @@ def run_command(
         cwd: its working directory.
         guard: called with its pid, which is also its process group, and with 0 when it has exited.
 
-    Returns:
-        Its exit status, and its standard output and standard error together, in `stdout`.
+    The result contains its standard output and standard error together, in `stdout`.
     """
-    _check_going_on()
+    _check_not_interrupted()
     inherited = {name: text for name, text in os.environ.items() if name not in LEADS_ELSEWHERE}
-    places = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
+    path = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # background processes would hold a pipe open
         process = subprocess.Popen(
             _waiting(["/bin/sh", "-c", command]),
-            env={**inherited, "PATH": os.pathsep.join(places), **env},
+            env={**inherited, "PATH": os.pathsep.join(path), **env},
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=output,
@@ -225,65 +216,6 @@ def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
     subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)
 
 
-def run_in_foreground(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command in place of this process: on its terminal, with the signals it receives.
-
-    Args:
-        env: the complete environment of the command.
-
-    Returns:
-        Its exit status; if negative, the signal that terminated it.
-
-    Raises:
-        OSError: the command cannot be run.
-    """
-    # posix_spawnp reports "permission denied" if a directory in PATH is not accessible.
-    if os.path.dirname(argv[0]) == "" and shutil.which(argv[0]) is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
-    early: list[int] = []
-    pid = 0
-
-    def pass_on(number: int, frame: object) -> None:
-        if not pid:
-            early.append(number)
-        elif number not in _FROM_TERMINAL or not _is_on_terminal():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    # A signal that is ignored (as under nohup) stays ignored, for the command too.
-    handled = [one for one in _PASSED_TO_COMMANDS if signal.getsignal(one) != signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in handled}
-    try:
-        # Python sets the last two to be ignored.
-        reset = [*handled, signal.SIGPIPE, signal.SIGXFSZ]
-        pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=reset)
-        for number in early:
-            os.kill(pid, number)
-        return _wait(pid)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(pid: int) -> int:
-    """Wait for a command to exit; if it is stopped, stop too, so that the shell notices."""
-    while True:
-        _, status = os.waitpid(pid, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            return os.waitstatus_to_exitcode(status)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os.kill(pid, signal.SIGCONT)
-
-
-def _is_on_terminal() -> bool:
-    """Whether the terminal sends its signals to this process group, child processes included."""
-    try:
-        with open("/dev/tty", "rb", buffering=0) as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return False
-
-
 _running: set[subprocess.Popen[Any]] = set()
 _interrupted = threading.Event()
 
@@ -292,23 +224,16 @@ def interrupt() -> None:
     """Terminate the running programs and start no others: this process is about to exit."""
     _interrupted.set()
     for process in list(_running):
-        _signal_all(process, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == process.pid:  # it leads a process group
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.terminate()
 
 
-def _check_going_on() -> None:
+def _check_not_interrupted() -> None:
     if _interrupted.is_set():
         raise PgTempError("interrupted")
-
-
-def _signal_all(process: subprocess.Popen[Any], number: int) -> None:
-    """Signal a program; if it leads a process group, signal the whole group."""
-    try:
-        if os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    except ProcessLookupError:
-        pass
 
 
 def start_detached(argv: Sequence[str], *, stdin: int) -> subprocess.Popen[bytes]:

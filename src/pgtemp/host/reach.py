@@ -14,18 +14,17 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from pgtemp.host.openat import DIRECTORY, PASSAGE
 from pgtemp.host.tree import ForeignFileError, Tree
 
 StrPath = str | os.PathLike[str]
-_MOST_LINKS = 40  # MAXSYMLINKS, linux/namei.h
+_MAX_LINKS = 40  # MAXSYMLINKS, linux/namei.h
 
 
 @dataclass(slots=True)
-class Place:
+class Location:
     """The open directory in which the last part of a path is, and that name.
 
     Attributes:
@@ -46,31 +45,25 @@ class Place:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
 
-def place_of(path: StrPath) -> Place:
+def locate(path: StrPath) -> Location:
     """Where a path leads; the last name may be missing there.
 
-    Raises:
-        OSError: a directory is missing; a ForeignFileError if another user may lead the path
-            elsewhere.
+    Raises OSError if a directory is missing; a ForeignFileError if another user may lead the path
+    elsewhere.
     """
     if os.geteuid() != 0:
         above, name = os.path.split(os.path.realpath(path))
-        return Place(os.open(above, PASSAGE), above, name)
+        return Location(os.open(above, PASSAGE), above, name)
     named = os.fspath(path)  # the working directory may have been removed
     return _walk(named if named.startswith("/") else os.path.join(os.getcwd(), named))
 
 
-def _walk(path: str) -> Place:
-    at = Place(os.open("/", PASSAGE), "/", ".")
+def _walk(path: str) -> Location:
+    at = Location(os.open("/", PASSAGE), "/", ".")
     to_do = _parts(path)
     links = 0
     try:
@@ -79,7 +72,7 @@ def _walk(path: str) -> Place:
             status = _status(at, name)
             if status is not None and stat.S_ISLNK(status.st_mode):
                 links += 1
-                if links > _MOST_LINKS:
+                if links > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 if at.uid is not None or status.st_uid not in (0, os.geteuid()):
                     raise ForeignFileError(f"{at.directory}/{name}", "is another user's link")
@@ -102,14 +95,14 @@ def _parts(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
-def _status(at: Place, name: str) -> os.stat_result | None:
+def _status(at: Location, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=at.fd, follow_symlinks=False)
     except FileNotFoundError:
         return None
 
 
-def _enter(at: Place, name: str, path: str) -> None:
+def _enter(at: Location, name: str, path: str) -> None:
     if name == ".." and at.uid is not None:
         raise ForeignFileError(path, f"is above a directory of uid {at.uid}")
     fd = os.open(name, PASSAGE, dir_fd=at.fd)
@@ -123,8 +116,8 @@ def _enter(at: Place, name: str, path: str) -> None:
 
 
 def open_tree(path: StrPath) -> Tree:
-    """The tree at a path. Raises OSError as `place_of`, or if there is no directory."""
-    with place_of(path) as at:
+    """The tree at a path. Raises OSError as `locate`, or if there is no directory."""
+    with locate(path) as at:
         fd = os.open(at.name, DIRECTORY, dir_fd=at.fd)
         owner = os.fstat(fd).st_uid
         if at.uid is not None and owner != at.uid:
@@ -136,14 +129,13 @@ def open_tree(path: StrPath) -> Tree:
 def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
     """The descriptor of a file that an option names.
 
-    Raises:
-        OSError: as `place_of`; a ForeignFileError if root would write a file of another user, or
-            read a file in another user's directory that is not that user's.
+    Raises OSError as `locate`; a ForeignFileError if root would write a file of another user, or
+    read a file in another user's directory that is not that user's.
     """
     if os.geteuid() != 0:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     writes = flags & (os.O_WRONLY | os.O_RDWR)
-    with place_of(path) as at:
+    with locate(path) as at:
         shared = at.uid is not None or os.fstat(at.fd).st_mode & 0o022
         careful = os.O_NOFOLLOW | (os.O_NONBLOCK if shared else 0)
         fd = os.open(at.name, flags | careful | os.O_CLOEXEC, 0o600, dir_fd=at.fd)

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 
-from pgtemp.host.openat import DIRECTORY, quietly
+from pgtemp.host.openat import DIRECTORY, Closing, descend, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     # Work in small steps; the generator's result is the first failure, or None.
     Steps = Generator[None, None, OSError | None]
 
-ASIDE = ".gone"  # suffix of the name of a directory that is being removed
+REMOVING = ".gone"  # suffix of the name of a directory that is being removed
 _ROOT = 0
 # Down to this depth, directories of root in another user's directory are removed in place. Deeper
 # ones are moved to the top like all others; if such a directory must stay, its name is lost.
@@ -43,10 +43,8 @@ def removal(path: StrPath) -> Iterator[None]:
         parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
-    try:
+    with Closing(parent):
         yield from removal_at(parent, name)
-    finally:
-        os.close(parent)
 
 
 def removal_at(parent: int, name: str, user: int | None = None) -> Iterator[None]:
@@ -60,10 +58,8 @@ def removal_at(parent: int, name: str, user: int | None = None) -> Iterator[None
     except OSError:
         quietly(os.unlink, name, dir_fd=parent)
         return
-    try:
+    with Closing(top):
         yield from remove_open(parent, name, top, user)
-    finally:
-        os.close(top)
 
 
 def remove_open(parent: int, name: str, top: int, user: int | None = None) -> Steps:
@@ -111,7 +107,7 @@ def _empty(top: int, user: int | None) -> Steps:
                 failure = (yield from _empty(here, status.st_uid)) or failure
                 continue
             if user is not None and status.st_uid not in (user, _ROOT):
-                raise _anothers()
+                raise _foreign()
             with os.scandir(here) as entries:
                 found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
             for child, is_dir in found:
@@ -127,9 +123,9 @@ def _empty(top: int, user: int | None) -> Steps:
                             again.append(path)
                     else:
                         # A name that another user cannot predict, and so cannot occupy.
-                        aside = f"{ASIDE}-{os.urandom(8).hex()}"
-                        os.rename(child, aside, src_dir_fd=here, dst_dir_fd=top)
-                        waiting.append(aside)
+                        moved = f"{REMOVING}-{os.urandom(8).hex()}"
+                        os.rename(child, moved, src_dir_fd=here, dst_dir_fd=top)
+                        waiting.append(moved)
                 except FileNotFoundError:
                     pass
                 except OSError as error:
@@ -149,43 +145,29 @@ def _empty(top: int, user: int | None) -> Steps:
 
 def _enter(top: int, path: str) -> int:
     """A descriptor of a directory below, or of the top itself for ""; follows no link."""
-    here = os.dup(top)
-    for name in path.split("/") if path else ():
-        try:
-            below = os.open(name, DIRECTORY, dir_fd=here)
-        finally:
-            os.close(here)
-        here = below
-    return here
+    return descend(os.dup(top), path.split("/") if path else ())
 
 
 def _drop(top: int, path: str) -> None:
     """Remove an empty directory below."""
     above, _, name = path.rpartition("/")
-    parent = _enter(top, above)
-    try:
+    with Closing(_enter(top, above)) as parent:
         os.rmdir(name, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def _is_roots(directory: int, name: str, user: int) -> bool:
-    """Whether an entry is root's, rather than the user's.
-
-    Raises:
-        OSError: root must leave it.
-    """
+    """Whether an entry is root's, rather than the user's. Raises OSError if root must leave it."""
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if status.st_uid == user:
         return False
     # A start that was killed may have made these, and not given them away yet.
     empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
     if status.st_uid != _ROOT or not (empty or stat.S_ISDIR(status.st_mode)):
-        raise _anothers()
+        raise _foreign()
     return True
 
 
-def _anothers() -> OSError:
+def _foreign() -> OSError:
     return PermissionError(errno.EPERM, "something in it belongs to another user")
 
 

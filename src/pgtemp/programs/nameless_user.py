@@ -24,13 +24,13 @@ from pgtemp.host import disk_space
 _IMPORTED, _REPLACEMENT = b"\0getpwuid\0", b"\0getpwent\0"
 
 
-def copy_for_all_users(root: Path, place: Path) -> None:
+def copy_for_all_users(root: Path, target: Path) -> None:
     """Copy a tree of programs, with the libraries that a wheel stores next to its package.
 
     Raises:
         OSError: the copy cannot be written, for example because the disk is full; it is removed.
     """
-    fresh = place.with_suffix(".building")
+    fresh = target.with_suffix(".building")
     shutil.rmtree(fresh, ignore_errors=True)
     package = fresh / root.parent.name
     try:
@@ -39,7 +39,7 @@ def copy_for_all_users(root: Path, place: Path) -> None:
         if libraries.is_dir():
             _copy_tree(libraries, fresh / libraries.name)
         _make_readable(fresh)
-        fresh.rename(place)
+        fresh.rename(target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -63,13 +63,13 @@ def _make_readable(tree: Path) -> None:
                 path.chmod(mode | (0o555 if mode & stat.S_IXUSR else 0o444))
 
 
-def copy_without_lookup(bin_dir: Path, names: Sequence[str], place: Path) -> Path:
+def copy_without_lookup(bin_dir: Path, names: Sequence[str], target: Path) -> Path:
     """Copy programs so that they do not look up the user's name; return the folder of the copies.
 
-    The programs find their other files relative to their own path. `place` therefore gets the same
+    The programs find their other files relative to their own path. `target` therefore gets the same
     tree of directories, in which every other entry is a link to the original.
     """
-    here = place
+    here = target
     for directory, child in zip([*reversed(bin_dir.parents)], bin_dir.parts[1:], strict=True):
         here.mkdir(mode=0o700)
         for name in _entries(directory):

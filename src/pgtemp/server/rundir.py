@@ -6,7 +6,7 @@ pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another us
     server.log
     spare               space for when the disk is full (host/disk_space.py)
     data/               the data directory, of the server user
-    shelf/              of the server user: directories of dropped databases, to be recycled
+    recycled/           of the server user: directories of dropped databases, to be recycled
     socket/             of the server user, 0700
         .s.PGSQL.5432   the socket; if its path is too long, a short link leads to its directory
     .s.PGSQL.5432       a link to it, for programs that look next to the data directory
@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import string
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,11 @@ from pgtemp.host import disk_space, locks, paths, procfs, reach
 from pgtemp.host.identity import Identity
 from pgtemp.host.removal import remove
 from pgtemp.host.tree import Tree
-from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, SHELF, SOCKET
+from pgtemp.supervisor.leftovers import DATA, DISCARD, KEEP, LEASE, PREFIX, RECYCLED, SOCKET
 
 LOG = "server.log"
-_PASSED = 0o750  # the group of the server user may enter
+_GROUP_MAY_ENTER = 0o750  # the group of the server user may enter
 _SOCKET_NAME = ".s.PGSQL."
-_ALPHABET = string.ascii_lowercase + string.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,14 @@ class RunDirectory:
     def data(self) -> Path:
         return self.path / DATA
 
-    def keep_socket(self) -> None:
+    def protect_socket(self) -> None:
         """Take the socket's directory back, once the server listens there. Raises OSError.
 
         The server's user can no longer put another socket, or a link, in the place of its own.
         PostgreSQL needs no more than to reach its socket; it ignores that it cannot remove it.
         """
         with Tree.open(self.path) as tree:
-            tree.take_back(SOCKET, _PASSED)
+            tree.take_back(SOCKET, _GROUP_MAY_ENTER)
 
     def link_socket(self, port: int) -> None:
         """Create the link to the socket in the run directory itself. Raises OSError."""
@@ -90,7 +89,7 @@ class RunDirectory:
         """The paths to remove when the server has stopped."""
         links = [] if self.socket_dir == self.path / SOCKET else [str(self.socket_dir)]
         if keep:
-            names = (*self._sockets(), SOCKET, SHELF, disk_space.ASIDE, LEASE)
+            names = (*self._sockets(), SOCKET, RECYCLED, disk_space.RESERVE, LEASE)
             return [*links, *(str(self.path / name) for name in names)]
         return [*links, str(self.path)]
 
@@ -98,8 +97,7 @@ class RunDirectory:
 def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> Path:
     """The directory in which a run directory would be created.
 
-    Raises:
-        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
+    Raises OptionError if the requested directory cannot be used, or `owner` cannot enter it.
     """
     base = paths.scratch_base(prefix, keep=keep)
     blocked = owner.blocked_at(base)
@@ -114,29 +112,21 @@ def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: b
 def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) -> RunDirectory:
     """Create a run directory with its lease file and its directories, which are empty.
 
-    The data directory belongs to the caller until it is complete and handed over.
-
-    Raises:
-        OptionError: the requested directory cannot be used, or `owner` cannot enter it.
-        ClusterError: the directory cannot be written; a DiskFullError if the disk is full.
+    The data directory belongs to the caller until it is complete and handed over. Raises
+    OptionError if the requested directory cannot be used, or `owner` cannot enter it, and
+    ClusterError if the directory cannot be written; a DiskFullError if the disk is full.
     """
     base = find_base(prefix, owner, keep=keep)
-    try:
-        path = _private_dir(base)
-        try:
-            lease = _lease(path, keep=keep)
-            try:
-                with Tree.open(path) as run_dir, _for_user(run_dir, owner) as tree:
-                    tree.make_directory(DATA)
-                    return _prepared(tree, owner, lease)
-            except BaseException:
-                os.close(lease)
-                raise
-        except BaseException:
-            discard([str(path)])
-            raise
-    except OSError as error:
-        raise disk_space.cannot_write(base, error) from error
+    with disk_space.writing(base), ExitStack() as failed:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        failed.callback(discard, [str(path)])
+        lease = _lease(path, keep=keep)
+        failed.callback(os.close, lease)
+        with Tree.open(path) as run_dir, _for_user(run_dir, owner) as tree:
+            tree.make_directory(DATA)
+            made = _prepared(tree, owner, lease)
+        failed.pop_all()
+        return made
 
 
 def _for_user(run_dir: Tree, owner: Identity) -> Tree:
@@ -149,10 +139,10 @@ def _for_user(run_dir: Tree, owner: Identity) -> Tree:
 
 def _prepared(tree: Tree, owner: Identity, lease: int) -> RunDirectory:
     """Create the other directories of a server, and let its user enter the run directory."""
-    for name in (SOCKET, SHELF):
+    for name in (SOCKET, RECYCLED):
         tree.make_directory(name)
         tree.hand_over(name)
-    _let_pass(tree, owner)
+    _let_group_enter(tree, owner)
     path = Path(tree.path)
     return RunDirectory(path, _socket_dir(path / SOCKET, owner), lease)
 
@@ -163,20 +153,18 @@ def new_data(run_dir: RunDirectory, owner: Identity) -> Tree:
         return tree.below(DATA)
 
 
-def _let_pass(run_dir: Tree, owner: Identity) -> None:
+def _let_group_enter(run_dir: Tree, owner: Identity) -> None:
     if owner.switch:
         os.fchown(run_dir.fd, -1, owner.gid)
-        os.fchmod(run_dir.fd, _PASSED)
+        os.fchmod(run_dir.fd, _GROUP_MAY_ENTER)
 
 
 @contextmanager
 def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
     """Create a run directory for data to persist; yield it and its empty data directory.
 
-    It gets its final name at the end of the block, which fills it.
-
-    Raises:
-        OSError: the directory cannot be written; it is removed again.
+    It gets its final name at the end of the block, which fills it. Raises OSError if the directory
+    cannot be written; it is removed again.
     """
     with reach.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
@@ -186,7 +174,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
                 tree.make_directory(DATA)
                 with tree.below(DATA) as data:
                     yield run_dir, data
-                _let_pass(run_dir, owner)
+                _let_group_enter(run_dir, owner)
             above.rename(fresh, path.name)
         except BaseException:
             above.remove(fresh)
@@ -196,8 +184,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
 def kept_at(path: Path) -> Path:
     """The run directory with persisted data at a path, which may also name its data directory.
 
-    Raises:
-        OptionError: there is no persisted data, or it cannot be read.
+    Raises OptionError if there is no persisted data, or it cannot be read.
     """
     path = path.absolute()
     reason = "holds no data that pgtemp persisted"
@@ -224,31 +211,31 @@ def discard(leftovers: Sequence[str]) -> None:
 def reopen(path: Path, owner: Identity) -> RunDirectory:
     """Acquire a run directory with persisted data, which must belong to the caller.
 
-    Raises:
-        OptionError: it is in use, or belongs to another user.
-        ClusterError: it cannot be written.
+    Raises OptionError if it is in use, or belongs to another user, and ClusterError if it cannot be
+    written.
     """
-    try:
-        with reach.open_tree(path) as run_dir, _for_user(run_dir, owner) as tree:
-            if os.fstat(run_dir.fd).st_uid != os.geteuid():
-                raise OptionError(
-                    f"{path} belongs to another user", remedy="open it as the user it belongs to"
-                )
-            if locks.is_locked(path / LEASE):
-                raise OptionError(
-                    f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
-                )
-            lease = _lease(path, keep=True)
-            try:
-                for name in (SOCKET, SHELF):
-                    run_dir.remove(name)
-                return _prepared(tree, owner, lease)
-            except BaseException:
-                os.unlink(path / LEASE)
-                os.close(lease)
-                raise
-    except OSError as error:
-        raise disk_space.cannot_write(path, error) from error
+    with (
+        disk_space.writing(path),
+        reach.open_tree(path) as run_dir,
+        _for_user(run_dir, owner) as tree,
+        ExitStack() as failed,
+    ):
+        if os.fstat(run_dir.fd).st_uid != os.geteuid():
+            raise OptionError(
+                f"{path} belongs to another user", remedy="open it as the user it belongs to"
+            )
+        if locks.is_locked(path / LEASE):
+            raise OptionError(
+                f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
+            )
+        lease = _lease(path, keep=True)
+        failed.callback(os.close, lease)
+        failed.callback(lambda: os.unlink(path / LEASE))
+        for name in (SOCKET, RECYCLED):
+            run_dir.remove(name)
+        opened = _prepared(tree, owner, lease)
+        failed.pop_all()
+        return opened
 
 
 def _lease(path: Path, *, keep: bool) -> int:
@@ -261,24 +248,6 @@ def _socket_dir(path: Path, owner: Identity) -> Path:
     """The directory of the socket, or a link to it if its path is too long for a unix socket."""
     if len(os.fsencode(path / f"{_SOCKET_NAME}65535")) <= paths.SOCKET_PATH_BYTES:
         return path
-    while True:
-        link = paths.socket_base(owner) / _name()
-        try:
-            link.symlink_to(path)
-        except FileExistsError:
-            continue
-        return link
-
-
-def _private_dir(base: Path) -> Path:
-    while True:
-        path = base / _name()
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            continue
-        return path
-
-
-def _name() -> str:
-    return PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(8))
+    link = paths.socket_base(owner) / f"{PREFIX}{secrets.token_hex(8)}"
+    link.symlink_to(path)
+    return link

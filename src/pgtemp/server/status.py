@@ -37,37 +37,37 @@ def log_tail(path: Path) -> list[str]:
     return [line.rstrip() for line in text.splitlines()[-_LOG_TAIL:]]
 
 
-def read_log(path: Path, offset: int, most: int = sys.maxsize) -> bytes:
+def read_log(path: Path, offset: int, limit: int = sys.maxsize) -> bytes:
     """A server's log from `offset` to its end; b"" if there is no log.
 
     Args:
         offset: in bytes; a negative offset counts from the end.
-        most: return at most this many bytes, the last ones.
+        limit: return at most this many bytes, the last ones.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as log:
             size = os.fstat(log.fileno()).st_size
-            log.seek(max(0, offset if offset >= 0 else size + offset, size - most))
+            log.seek(max(0, offset if offset >= 0 else size + offset, size - limit))
             return log.read()
     except OSError:
         return b""
 
 
-def death(pid: int, exit_status: int | None, place: Path, log: Sequence[str]) -> ClusterError:
+def exit_error(pid: int, status: int | None, run_dir: Path, log: Sequence[str]) -> ClusterError:
     """The error for a postmaster that has exited.
 
     Args:
-        exit_status: if negative, the signal that terminated it; None if unknown.
-        place: its run directory.
+        status: if negative, the signal that terminated it; None if unknown.
+        run_dir: its run directory.
         log: the end of its log.
     """
     how = "stopped"
-    if exit_status is not None and exit_status < 0:
-        how = f"was killed by signal {-exit_status}"
+    if status is not None and status < 0:
+        how = f"was killed by signal {-status}"
     # The log may be on the full disk itself and lack the message, so the disk is checked as well.
-    if disk_space.is_full(place) or disk_space.says_full("\n".join(log)):
+    if disk_space.is_full(run_dir) or disk_space.says_full("\n".join(log)):
         return DiskFullError(
-            f"PostgreSQL (pid {pid}) {how}: {place} is full ({disk_space.left(place)})",
+            f"PostgreSQL (pid {pid}) {how}: {run_dir} is full ({disk_space.free_text(run_dir)})",
             remedy=disk_space.REMEDY,
             details=log,
         )

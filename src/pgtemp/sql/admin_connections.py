@@ -1,287 +1,26 @@
-"""pgtemp's own connections: one for a `with` block, or one open connection per working thread.
-
-They use the server's private socket and ignore the environment variables of libpq. Every wait for
-the server has a time limit (see answer_limits.py).
-"""
+"""pgtemp's administrative connections to a server: one open connection per working thread."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
-import select
-import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, LiteralString, TypeVar
 
-import psycopg
 from psycopg import errors
-from psycopg.abc import Buffer, PQGen
-from psycopg.adapt import Loader
-from psycopg.conninfo import make_conninfo
 
-from pgtemp.errors import ClusterError, DiskFullError, PgTempError
-from pgtemp.host import disk_space, identity
-from pgtemp.host.peer_credentials import refuse_descriptors
-from pgtemp.sql.answer_limits import (
-    ANSWER_SECONDS,
-    LOCK_SECONDS,
-    NoAnswerError,
-    check_running,
-    limited,
-)
-from pgtemp.supervisor.leftovers import DATA
+from pgtemp.errors import ClusterError, PgTempError
+from pgtemp.sql.answer_limits import NoAnswerError
+from pgtemp.sql.connection import Connection, cluster_errors, connect, has_unread_input, was_lost
 from pgtemp.uri import ConnectionInfo
 
-# Without these values, libpq would read the caller's environment variables. PGHOSTADDR alone would
-# make it connect to another server.
-_NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
-    "hostaddr": "",
-    "connect_timeout": int(ANSWER_SECONDS),
-    "require_auth": "",
-    "target_session_attrs": "any",
-    "sslmode": "disable",
-    "gssencmode": "disable",
-    "client_encoding": "UTF8",
-}
-# Settings that pgtemp's statements depend on. They take precedence over the configuration and over
-# ALTER ROLE and ALTER DATABASE ... SET.
-_SETTINGS = {
-    "plan_cache_mode": "force_generic_plan",
-    "lock_timeout": f"{LOCK_SECONDS:g}s",
-    "statement_timeout": "0",
-    "idle_session_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "default_transaction_read_only": "off",
-    "default_transaction_isolation": r"read\ committed",
-    "standard_conforming_strings": "on",
-}
-_OPTIONS = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
 # Takes precedence over ALTER ROLE and ALTER DATABASE ... SET: objects that a client created in the
 # maintenance database must not replace the system catalogs and their functions.
 _CATALOGS_ONLY = "-c search_path=pg_catalog"
 # How often, and at which interval in seconds, `check` is called after a connection broke: the
 # supervisor may need this time to report that the server has exited.
 _CRASH_CHECKS, _CRASH_CHECK_SECONDS = 20, 0.01
-
-# psycopg reports no SQLSTATE if the server refuses a connection.
-_IS_RECOVERING = re.compile(
-    "the database system is (in recovery mode|starting up|not yet accepting connections)"
-)
-_RECOVERY_SECONDS, _RECOVERY_POLL = 10.0, 0.02
-_numbers = itertools.count()
-T = TypeVar("T")
-
-
-class _Text(Loader):
-    """Reads text that may be invalid in the connection's encoding.
-
-    All databases share the names of roles and databases. PostgreSQL does not convert text between
-    equal encodings, so a name that was written in a database with another encoding arrives as the
-    bytes that were written there.
-    """
-
-    def load(self, data: Buffer) -> str:
-        return bytes(data).decode("utf-8", "surrogateescape")
-
-
-class Connection(psycopg.Connection[Any]):
-    """A connection of pgtemp itself. It is closed if a statement exceeds its time limit."""
-
-    _seconds = ANSWER_SECONDS
-
-    @contextmanager
-    def given(self, seconds: float) -> Iterator[None]:
-        """Set the time limit of each statement of a `with` block, in seconds."""
-        self._seconds = seconds
-        try:
-            yield
-        finally:
-            self._seconds = ANSWER_SECONDS
-
-    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        """Wait as psycopg does, within the statement's time limit. Raises NoAnswerError."""
-        try:
-            limited_gen = limited(gen, self._seconds, lambda: check_running(self.home))
-            return super().wait(limited_gen, *args, **kwargs)
-        except NoAnswerError:
-            self.pgconn.finish()
-            raise
-
-    @cached_property
-    def _prepared_names(self) -> dict[str, bytes]:
-        """The prepared statements: SQL text to name."""
-        return {}
-
-    @cached_property
-    def home(self) -> Path:
-        """The run directory of the server; it contains the socket directory."""
-        return Path(self.info.host).resolve().parent
-
-    def ask(self, statement: LiteralString, *values: str) -> psycopg.Cursor[Any]:
-        """Execute a statement that is executed often; it is planned only once.
-
-        Planning a catalog query takes ten times as long as executing it. psycopg discards its
-        prepared statements at each DROP and ALTER, so this method uses SQL's PREPARE instead.
-
-        Args:
-            values: the values of the parameters $1, $2 and so on.
-        """
-        name = self._prepared_names.get(statement)
-        if name is None:
-            # A new name each time: after an interrupted PREPARE, it is unknown whether the name
-            # is in use.
-            name = f"ask_{next(_numbers)}".encode()
-            self.execute(b"PREPARE %s AS %s" % (name, statement.encode()))
-            self._prepared_names[statement] = name
-        quote = psycopg.pq.Escaping(self.pgconn).escape_literal
-        quoted = b", ".join(quote(value.encode()) for value in values)
-        return self.execute(b"EXECUTE %s(%s)" % (name, quoted) if values else b"EXECUTE " + name)
-
-
-def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
-    """Open an autocommit connection; wait if the server is in recovery after a crash.
-
-    Args:
-        options: further settings of the session, in the syntax of the program `postgres`.
-
-    Raises:
-        psycopg.Error: the error of psycopg.
-        NoAnswerError: the server did not answer in time.
-    """
-    deadline = time.monotonic() + _RECOVERY_SECONDS
-    while True:
-        try:
-            connection = Connection.connect(
-                host=to.host,
-                port=to.port,
-                user=to.user,
-                dbname=to.dbname,
-                autocommit=True,
-                application_name="pgtemp",
-                prepare_threshold=None,
-                requirepeer=server_user(to.host),
-                options=f"{_OPTIONS} {options}",
-                **_NOT_FROM_THE_ENVIRONMENT,
-            )
-            for name in ("text", "name"):
-                connection.adapters.register_loader(name, _Text)
-            with socket.socket(fileno=os.dup(connection.fileno())) as connected:
-                refuse_descriptors(connected)
-            return connection
-        except errors.ConnectionTimeout as error:
-            raise NoAnswerError(
-                f"the server accepted no connection within {ANSWER_SECONDS:g} s"
-            ) from error
-        except psycopg.OperationalError as error:
-            # A server that cannot recover exits; the message is then a different one.
-            if not _IS_RECOVERING.search(str(error)) or time.monotonic() > deadline:
-                raise
-        time.sleep(_RECOVERY_POLL)
-
-
-def server_user(socket_dir: str) -> str:
-    """Return the server user of a socket directory, for libpq's requirepeer.
-
-    The check is needed because the server user can replace the socket by a link. The result is ""
-    if the server user is the caller.
-    """
-    uid = os.stat(f"{socket_dir}/../{DATA}").st_uid
-    return identity.name_of(uid) if uid != os.geteuid() else ""
-
-
-def conninfo(to: ConnectionInfo) -> str:
-    """Return a connection string for a command line: over the socket, without a password."""
-    return make_conninfo(to.conninfo, requirepeer=server_user(to.host))
-
-
-def has_unread_input(connection: psycopg.Connection[Any]) -> bool:
-    """Return whether an idle session was closed or has received an unsolicited message.
-
-    Such a message is, for example, that the server has terminated the session.
-    """
-    return connection.closed or bool(select.select([connection], [], [], 0)[0])
-
-
-@contextmanager
-def connected(to: ConnectionInfo) -> Iterator[Connection]:
-    """Open a connection for a `with` block; errors of psycopg are raised as ClusterError."""
-    with _cluster_errors(to), connect(to) as connection:
-        yield connection
-
-
-@contextmanager
-def _cluster_errors(to: ConnectionInfo) -> Iterator[None]:
-    try:
-        yield
-    except psycopg.Error as error:
-        message = str(error).strip()
-        if isinstance(error, errors.DiskFull) or disk_space.says_full(message):
-            directory = Path(to.host).resolve()
-            raise DiskFullError(
-                f"{directory} is full ({disk_space.left(directory)}): {message.splitlines()[0]}",
-                remedy=disk_space.REMEDY,
-            ) from error
-        if isinstance(error, NoAnswerError):
-            raise ClusterError(
-                f"PostgreSQL at {to.host}: {message}", remedy="start a new server"
-            ) from error
-        raise ClusterError(f"PostgreSQL at {to.host} refused: {message}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class WarmConnection:
-    """A connection that was opened in advance, in the way its user would have opened it.
-
-    Attributes:
-        environment: the variables of libpq when it was opened.
-    """
-
-    connection: psycopg.Connection[Any]
-    environment: frozenset[tuple[str, str]]
-
-    def is_usable(self) -> bool:
-        """Return whether it is open and the environment would still lead to the same connection."""
-        return self.environment == _libpq_environment() and not has_unread_input(self.connection)
-
-
-def open_warm(uri: str) -> WarmConnection:
-    """Open a warm connection. Raises psycopg's errors.
-
-    It prepares a statement and discards it. This fills the caches of the backend that the client's
-    first statement would otherwise have to fill.
-    """
-    environment = _libpq_environment()
-    connection = psycopg.connect(uri)
-    for statement in (b"SELECT $1::int4, $2::text", b""):
-        connection.pgconn.prepare(b"", statement)
-    if environment != _libpq_environment():  # it is unknown which of the two libpq has read
-        environment = frozenset()
-    return WarmConnection(connection, environment)
-
-
-def _libpq_environment() -> frozenset[tuple[str, str]]:
-    """Return the environment variables of libpq, and one constant pair.
-
-    The pair makes the result differ from the empty set, which stands for an unknown environment.
-    """
-    return frozenset([("", ""), *(pair for pair in os.environ.items() if pair[0].startswith("PG"))])
-
-
-def was_lost(error: BaseException | None) -> bool:
-    """Return whether the error means that a connection broke.
-
-    An OperationalError without an SQLSTATE comes from libpq, not from the server.
-    """
-    lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-    return lost and not isinstance(error, NoAnswerError)
 
 
 class AdminConnections:
@@ -314,7 +53,7 @@ class AdminConnections:
                 "the cluster belongs to the process that this one was forked from",
                 remedy="make one in this process",
             )
-        with self._crash_errors(), _cluster_errors(self._to):
+        with self._crash_errors(), cluster_errors(self._to):
             connection = self._get()
             try:
                 yield connection

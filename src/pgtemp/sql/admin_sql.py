@@ -9,9 +9,8 @@ from typing import LiteralString
 from psycopg import errors, sql
 
 from pgtemp.host import disk_space
-from pgtemp.sql import admin_connections
-from pgtemp.sql.admin_connections import Connection
 from pgtemp.sql.answer_limits import seconds_to_copy
+from pgtemp.sql.connection import Connection, connect
 from pgtemp.sql.passwords import Secret
 from pgtemp.uri import ConnectionInfo
 
@@ -244,7 +243,7 @@ def drop(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
     """
     statement = _with_names("DROP DATABASE IF EXISTS {} WITH (FORCE)", dbname)
     # DROP DATABASE begins with a checkpoint; on a full disk that makes the server shut down.
-    with disk_space.spared(connection.home):
+    with disk_space.reserve_released(connection.home):
         try:
             connection.execute(statement)
         except errors.ObjectInUse:
@@ -286,7 +285,7 @@ def _clear(connection: Connection, dbname: str, there: ConnectionInfo) -> None:
         if pid is not None:
             connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
         connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
-    with admin_connections.connect(there) as inside:
+    with connect(there) as inside:
         for (gid,) in inside.execute(
             "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
         ).fetchall():

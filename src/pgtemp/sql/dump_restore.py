@@ -21,8 +21,8 @@ from pgtemp.host import disk_space, processes, reach
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
-from pgtemp.sql.admin_connections import conninfo
 from pgtemp.sql.answer_limits import ANSWER_SECONDS
+from pgtemp.sql.connection import conninfo
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,7 +90,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     with (
         step(f"dumping {source.dbname} to {path.name}"),
         _write_errors(path),
-        reach.place_of(path) as place,  # a link of the caller is followed and remains
+        reach.locate(path) as place,  # a link of the caller is followed and remains
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
             raise TransferError(f"{path} is not a regular file", remedy="name another file")
@@ -120,7 +120,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
             os.close(output)
 
 
-def _is_regular(place: reach.Place) -> bool:
+def _is_regular(place: reach.Location) -> bool:
     """Return whether a file is regular, or does not exist yet."""
     try:
         status = os.stat(place.name, dir_fd=place.fd, follow_symlinks=False)
@@ -182,7 +182,7 @@ def _failed(
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     if disk_space.says_full(result.stderr):
         directory = directory.resolve()
-        cause = f"{cause}: {directory} is full ({disk_space.left(directory)})"
+        cause = f"{cause}: {directory} is full ({disk_space.free_text(directory)})"
     else:
         hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
         remedy = hints[0] if hints else "see the program's messages below"

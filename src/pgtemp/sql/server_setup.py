@@ -16,14 +16,17 @@ from pathlib import Path
 from pgtemp.errors import OptionError
 from pgtemp.host import disk_space, identity, paths, ports, reach
 from pgtemp.host.tree import Tree
-from pgtemp.images import cache, image, initdb
+from pgtemp.images import cache, initdb
+from pgtemp.images.source import Directory, Source
 from pgtemp.options.server import ServerOptions
-from pgtemp.programs import installation
+from pgtemp.programs import search
+from pgtemp.programs.installation import Installation
 from pgtemp.server import config, rundir
-from pgtemp.server.postmaster import Postmaster, ServerSpec
-from pgtemp.sql import admin_connections, admin_sql, dump_restore, extensions
-from pgtemp.sql.admin_connections import Connection
+from pgtemp.server.postmaster import Postmaster
+from pgtemp.server.spec import ServerSpec
+from pgtemp.sql import admin_sql, dump_restore, extensions
 from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.connection import Connection, connected
 from pgtemp.sql.passwords import Secret
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
@@ -53,7 +56,7 @@ class Plan:
         return {self.options.user, self.superuser}
 
     @property
-    def installation(self) -> installation.Installation:
+    def installation(self) -> Installation:
         return self.spec.installation
 
 
@@ -77,13 +80,13 @@ def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None
         addresses = [ports.LOOPBACK]
     version = options.version
     if copied is not None and version is None:
-        version = image.Directory(copied).version
+        version = Directory(copied).version
     rundir.find_base(options.data_dir_prefix, owner, keep=options.persist)  # raise errors early
-    programs = installation.find(options.bin_dir, version).within_reach(owner)
-    source: image.Source
+    programs = search.find(options.bin_dir, version).within_reach(owner)
+    source: Source
     if copied is not None:
         check_copied(copied, programs)
-        source = image.Directory(copied)
+        source = Directory(copied)
     else:
         source = cache.Cached(programs, options.initdb_args, owner)
     # The superuser of a copied data directory is not always initdb's default.
@@ -120,7 +123,7 @@ def provision(plan: Plan, secret: Secret | None) -> Postmaster:
         prepare_database(postmaster, plan, options.dbname, options.user)
         to = private_info(postmaster, plan.superuser, options.dbname)
         if options.extensions:
-            with admin_connections.connected(to) as connection, connection.given(LONG_SECONDS):
+            with connected(to) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, options.extensions, plan.installation.major)
         if options.load is not None:
             to = private_info(postmaster, options.user, options.dbname)
@@ -167,9 +170,7 @@ def _cache_relcache(plan: Plan) -> None:
     postmaster.start()
     try:
         for dbname in ("template1", admin_sql.MAINTENANCE):
-            with admin_connections.connected(
-                private_info(postmaster, initdb.SUPERUSER, dbname)
-            ) as connection:
+            with connected(private_info(postmaster, initdb.SUPERUSER, dbname)) as connection:
                 connection.execute("SELECT 1")
         with Tree.open(postmaster.data_dir) as data:
             source.resolve().learn(data)
@@ -216,9 +217,7 @@ def administered(
     postmaster: Postmaster, plan: Plan, dbname: str = admin_sql.MAINTENANCE
 ) -> Iterator[Connection]:
     """Open a connection as superuser for a `with` block. Raises ClusterError."""
-    with admin_connections.connected(
-        private_info(postmaster, plan.superuser, dbname)
-    ) as connection:
+    with connected(private_info(postmaster, plan.superuser, dbname)) as connection:
         yield connection
 
 
@@ -262,15 +261,15 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
     )
 
 
-def check_copied(path: Path, programs: installation.Installation) -> None:
+def check_copied(path: Path, programs: Installation) -> None:
     """Raise OptionError if a data directory is of another version, or in use."""
-    made_by = image.Directory(path).version
+    made_by = Directory(path).version
     if made_by != str(programs.major):
         raise OptionError(
             f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
             remedy=f"request version {made_by}",
         )
-    if image.Directory(path).is_in_use():
+    if Directory(path).is_in_use():
         raise OptionError(
             f"a server is running on {path}", remedy="stop it before copying its data directory"
         )

@@ -5,7 +5,7 @@ With such settings, pgtemp plans no statement in advance, because the report wou
 
 from __future__ import annotations
 
-from pgtemp.sql.admin_connections import Connection
+from pgtemp.sql.connection import Connection
 
 # Parts of the names of settings that log, or pass to a library, statements that are only planned.
 WATCHING = (

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from pgtemp.host.removal import ASIDE
+from pgtemp.host.removal import REMOVING
 from pgtemp.supervisor import recycle_files
 from pgtemp.supervisor.crash import libc, unblock
 from pgtemp.supervisor.protocol import encode
@@ -38,7 +38,7 @@ _SEQUENCES = {
 }  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _NICE = 5  # of a recycler: processes that create a database for a client take precedence
-_MOST_FDS = 1 << 20
+_MAX_FDS = 1 << 20
 
 
 class Server:
@@ -76,10 +76,10 @@ class Server:
             return
         else:
             if self.pid == 0:
-                if "shelf" in self.spec:
+                if "recycled" in self.spec:
                     self._become_recycler(supervisor)
                 self._become_postmaster(supervisor)
-            if "shelf" in self.spec:  # only the child may hold this end of the socket
+            if "recycled" in self.spec:  # only the child may hold this end of the socket
                 os.dup2(self.lease, self.log, inheritable=False)
         if self.spec["ttl"] is not None:
             self.deadline = time.monotonic() + self.spec["ttl"]
@@ -109,13 +109,13 @@ class Server:
         """
         try:
             os.dup2(self.log, 0)
-            os.closerange(3, _MOST_FDS)
+            os.closerange(3, _MAX_FDS)
             _signal.set_wakeup_fd(-1)
             _signal.signal(QUIT, lambda *_: os._exit(0))
             self._become_user(KILL)
             os.nice(_NICE)
             if os.getppid() == supervisor:
-                recycle_files.serve(_socket.socket(fileno=0), self.spec["shelf"])
+                recycle_files.serve(_socket.socket(fileno=0), self.spec["recycled"])
         finally:
             os._exit(0)
 
@@ -158,13 +158,13 @@ class Server:
         os.close(self.lease)
         os.close(self.log)
 
-    def set_aside(self) -> list[str]:
+    def rename_for_removal(self) -> list[str]:
         """Rename the paths to be removed, so that they disappear at once; return the new names."""
-        aside = []
+        moved = []
         for path in self.spec["remove"]:
             try:
-                os.rename(path, path + ASIDE)
-                aside.append(path + ASIDE)
+                os.rename(path, path + REMOVING)
+                moved.append(path + REMOVING)
             except OSError:
-                aside.append(path)
-        return aside
+                moved.append(path)
+        return moved

@@ -13,7 +13,8 @@ import os
 import sys
 import time
 
-from pgtemp.host.openat import DIRECTORY, open_file, quietly
+from pgtemp.host import procfs
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, quietly
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ SIGKILL, SIGTERM = 9, 15
 _SIGCONT = 19 if sys.platform == "darwin" else 18
 # Killing takes effect with a delay: a process disappears from /proc before its memory is released.
 # A tenant can start processes as fast as they are killed, so each part of the cleanup has a limit.
-_SECONDS, _MOMENT = 1.0, 0.005
-_CLEANUP_MOMENTS = 1000  # how long a program may take to clean up
+_SECONDS, _PAUSE = 1.0, 0.005
+_CLEANUP_PAUSES = 1000  # how long a program may take to clean up
 IPC_RMID = 0
 # The C extension module, because `ctypes` itself takes 3 ms to import.
 _libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
@@ -42,11 +43,8 @@ def libc(function: str, *arguments: int | None) -> int:
 def open_data(data_dir: str) -> int:
     """Open the data directory in a run directory; neither may be a link. Raises OSError."""
     run_dir, name = os.path.split(data_dir)
-    above = os.open(run_dir, DIRECTORY)
-    try:
+    with Closing(os.open(run_dir, DIRECTORY)) as above:
         return os.open(name, DIRECTORY, dir_fd=above)
-    finally:
-        os.close(above)
 
 
 def all_postgres() -> Iterator[tuple[int, str]]:
@@ -75,10 +73,8 @@ def postgres_in(data_dir: str) -> list[int]:
         data = open_data(data_dir)
     except OSError:
         return []
-    try:
+    with Closing(data):
         return _working_in(data)
-    finally:
-        os.close(data)
 
 
 def _working_in(data: int) -> list[int]:
@@ -107,11 +103,9 @@ def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
     except (AttributeError, OSError):  # a system without pidfd
         quietly(os.kill, pid, number)
         return
-    try:
+    with Closing(process):
         if is_meant(pid):
             quietly(_signal.pidfd_send_signal, process, number)
-    finally:
-        os.close(process)
 
 
 def _kill(data: int, pid: int) -> None:
@@ -129,7 +123,7 @@ def unblock(data_dir: str) -> None:
         data = open_data(data_dir)
     except OSError:
         return
-    try:
+    with Closing(data):
         uid, before = os.fstat(data).st_uid, _processes()
         found = set(_working_in(data))  # after `before`: a backend that is in both is known as one
         for pid in found:
@@ -144,27 +138,24 @@ def unblock(data_dir: str) -> None:
         for pid in reversed(programs):
             _signal_one(pid, SIGKILL, lambda pid: _process(pid) == (parents[pid], uid))
         for pid in before.keys() - servers if servers else ():
-            if _is_of(pid, servers, pipes, uid):
-                _signal_one(pid, SIGKILL, lambda pid: _is_of(pid, servers, pipes, uid))
-    finally:
-        os.close(data)
+            if _belongs_to(pid, servers, pipes, uid):
+                _signal_one(pid, SIGKILL, lambda pid: _belongs_to(pid, servers, pipes, uid))
 
 
 def _process(pid: int) -> tuple[int, int] | None:
     """The parent and the user of a process, of which /proc may say that it is root's (proc(5))."""
+    fields = dict(line.split(":", 1) for line in procfs.lines(f"{pid}/status") if ":" in line)
     try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            said = dict(line.split(b":", 1) for line in status if b":" in line)
-        return int(said[b"PPid"]), int(said[b"Uid"].split()[1])
-    except (OSError, KeyError, ValueError):
+        return int(fields["PPid"]), int(fields["Uid"].split()[1])
+    except (KeyError, ValueError):
         return None
 
 
 def _processes() -> dict[int, tuple[int, int]]:
     """The parent and the user of each process."""
     names = os.listdir("/proc") if os.path.isdir("/proc/self") else ()
-    said = ((int(name), _process(int(name))) for name in names if name.isdigit())
-    return {pid: process for pid, process in said if process is not None}
+    found = ((int(name), _process(int(name))) for name in names if name.isdigit())
+    return {pid: process for pid, process in found if process is not None}
 
 
 def _descendants(servers: set[int], parents: dict[int, int]) -> list[int]:
@@ -191,7 +182,7 @@ def _pipes_of(pids: set[int]) -> set[str]:
     return {one for one in found if one.startswith("pipe:")}
 
 
-def _is_of(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
+def _belongs_to(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
     """Whether a process is a user's, and in one of some process groups or has one of some pipes.
 
     A backend leads a process group, in which its programs are; and it waits for whatever has the
@@ -216,10 +207,8 @@ def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
         data = open_data(data_dir)
     except OSError:
         return
-    try:
+    with Closing(data):
         clear(data, postmaster)
-    finally:
-        os.close(data)
 
 
 def clear(data: int, postmaster: int = 0) -> None:
@@ -232,7 +221,7 @@ def clear(data: int, postmaster: int = 0) -> None:
         killed.update(orphans)
         if time.monotonic() >= deadline:
             break
-        time.sleep(_MOMENT)
+        time.sleep(_PAUSE)
     # Read only now: a server that was killed during its start may have recorded the segment just
     # before, and a server that exits by itself removes its segment before postmaster.pid.
     recorded, uid = _segment_of(data), os.fstat(data).st_uid
@@ -240,18 +229,15 @@ def clear(data: int, postmaster: int = 0) -> None:
     while (recorded or killed) and not _segments_removed(recorded, killed, uid):
         if time.monotonic() >= deadline:
             break
-        time.sleep(_MOMENT)
+        time.sleep(_PAUSE)
 
 
 def _segment_of(data: int) -> tuple[int, int] | None:
     """The key and the id of the shared memory segment that postmaster.pid records."""
     try:
-        file = open_file("postmaster.pid", data)
-        try:
+        with Closing(open_file("postmaster.pid", data)) as file:
             key, shmid = os.read(file, 4096).split(b"\n")[6].split()
             return int(key), int(shmid)
-        finally:
-            os.close(file)
     except (OSError, IndexError, ValueError):
         return None
 
@@ -261,11 +247,7 @@ def _segments_removed(recorded: tuple[int, int] | None, creators: set[int], uid:
 
     False while a process is still attached to one of them.
     """
-    try:
-        with open("/proc/sysvipc/shm") as table:
-            rows = [[int(field) for field in line.split()] for line in list(table)[1:]]
-    except OSError:
-        return True
+    rows = ([int(field) for field in line.split()] for line in procfs.lines("sysvipc/shm")[1:])
     removed = True
     for key, shmid, _, _, creator, _, attached, owner, *_ in rows:
         if owner == uid and ((key, shmid) == recorded or creator in creators):
@@ -284,12 +266,12 @@ def end_group(leader: int, gently: bool) -> Iterator[None]:
     """
     if gently:
         quietly(os.kill, leader, SIGTERM)
-        for _ in range(_CLEANUP_MOMENTS):
+        for _ in range(_CLEANUP_PAUSES):
             try:
                 os.killpg(leader, 0)
             except OSError:
                 return
             yield
-            time.sleep(_MOMENT)
+            time.sleep(_PAUSE)
     quietly(os.killpg, leader, SIGKILL)
     yield

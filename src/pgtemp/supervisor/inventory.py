@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.host import disk_space, paths, procfs
-from pgtemp.host.openat import DIRECTORY, open_file, open_passage
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, open_passage
 from pgtemp.supervisor.crash import all_postgres
 from pgtemp.supervisor.leftovers import (
     DATA,
     LEASE,
     PREFIX,
-    is_half_made,
     is_held,
-    says_keep,
-    sweep_home,
+    is_persisted,
+    is_unfinished,
+    sweep_directory,
 )
 
 _FIRST_OF_USERS = 16384  # FirstNormalObjectId: initdb's databases have smaller oids
@@ -59,20 +58,20 @@ class Found:
 
     Attributes:
         uid: the user to whom the directory belongs.
+        processes: the pids of the server in it.
         open: whether this process may read it.
         lives: whether its owner or its supervisor holds the lock of its lease file.
         keep: whether its data is to outlive its owner.
         owner: the pid of its owner; None if the owner has exited or is unknown.
-        processes: the pids of the server in it.
     """
 
     path: Path
     uid: int
-    open: bool
-    lives: bool
-    keep: bool
-    owner: int | None
     processes: tuple[int, ...]
+    open: bool = True
+    lives: bool = False
+    keep: bool = False
+    owner: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -111,14 +110,13 @@ class Found:
             parent = open_passage(os.fspath(self.path.parent))
         except OSError as error:
             return self._after(error)
-        try:
-            work = sweep_home(parent, self.path.name, everyone=os.geteuid() == 0)
-            while True:
-                next(work)  # the steps are for the supervisor, which serves requests in between
-        except StopIteration as done:
-            return self._after(done.value)
-        finally:
-            os.close(parent)
+        with Closing(parent):
+            work = sweep_directory(parent, self.path.name, everyone=os.geteuid() == 0)
+            while True:  # the steps are for the supervisor, which serves requests in between
+                try:
+                    next(work)
+                except StopIteration as done:
+                    return self._after(done.value)
 
     def _after(self, error: OSError | None) -> Swept:
         if error is None:
@@ -127,27 +125,14 @@ class Found:
         return Swept(error.strerror or str(error), mine and error.errno not in _REFUSED)
 
 
-@contextmanager
-def opened(run_dir: Path) -> Iterator[int]:
+def opened(run_dir: Path) -> Closing:
     """Open a run directory for a block; no part of its path may be a link. Raises OSError."""
-    parent = open_passage(os.fspath(run_dir.parent))
-    try:
-        directory = os.open(run_dir.name, DIRECTORY, dir_fd=parent)
-    finally:
-        os.close(parent)
-    try:
-        yield directory
-    finally:
-        os.close(directory)
+    with Closing(open_passage(os.fspath(run_dir.parent))) as parent:
+        return _below(run_dir.name, parent)
 
 
-@contextmanager
-def _below(name: str, directory: int) -> Iterator[int]:
-    below = os.open(name, DIRECTORY, dir_fd=directory)
-    try:
-        yield below
-    finally:
-        os.close(below)
+def _below(name: str, directory: int) -> Closing:
+    return Closing(os.open(name, DIRECTORY, dir_fd=directory))
 
 
 def _is_whole(base: int, name: str) -> bool:
@@ -160,17 +145,17 @@ def _is_whole(base: int, name: str) -> bool:
     return True
 
 
-def homes(also: Iterable[Path] = ()) -> list[Found]:
+def run_directories(additional: Iterable[Path] = ()) -> list[Found]:
     """Every run directory that is in use or was left behind, but no persisted data.
 
     Args:
-        also: further directories that contain run directories (data_dir_prefix).
+        additional: further directories that contain run directories (data_dir_prefix).
     """
     running: dict[Path, list[int]] = {}
     for pid, cwd in all_postgres():
         if Path(cwd).parent.name.startswith(PREFIX):
             running.setdefault(Path(cwd).parent, []).append(pid)
-    bases = {base.resolve() for base in [*paths.sweep_bases(), *also]}
+    bases = {base.resolve() for base in [*paths.sweep_bases(), *additional]}
     seen = {run_dir for base in bases for run_dir in base.glob(f"{PREFIX}*")} | running.keys()
     found = (_look(run_dir, tuple(running.get(run_dir, ()))) for run_dir in sorted(seen))
     return [one for one in found if one is not None]
@@ -181,12 +166,11 @@ def _look(run_dir: Path, running: tuple[int, ...]) -> Found | None:
         uid = run_dir.lstat().st_uid
     except OSError:  # removed in the meantime, or not visible to this user
         return None
-    closed = Found(run_dir, uid, False, True, False, None, running)
     try:
         with opened(run_dir) as here:
             return _look_into(run_dir, here, running)
     except PermissionError:
-        return closed
+        return Found(run_dir, uid, running, open=False, lives=True)
     except OSError:  # a short link to the socket of a run directory
         return None
 
@@ -199,14 +183,11 @@ def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | No
         raise
     except OSError:
         # A directory that is being created or removed, or is persisted, has no lease file.
-        left = is_half_made(here, run_dir.name)
-        return Found(run_dir, uid, True, False, False, None, running) if left else None
-    try:
+        return Found(run_dir, uid, running) if is_unfinished(here, run_dir.name) else None
+    with Closing(lease):
         lives = is_held(lease)
         owner = _owner(lease) if lives else None
-        return Found(run_dir, uid, True, lives, says_keep(lease), owner, running)
-    finally:
-        os.close(lease)
+        return Found(run_dir, uid, running, lives=lives, keep=is_persisted(lease), owner=owner)
 
 
 def _owner(lease: int) -> int | None:

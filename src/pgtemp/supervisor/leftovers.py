@@ -12,8 +12,8 @@ import os
 import stat
 import time
 
-from pgtemp.host.openat import DIRECTORY, open_file, quietly
-from pgtemp.host.removal import ASIDE, is_entry, remove_open
+from pgtemp.host.openat import DIRECTORY, Closing, open_file, quietly
+from pgtemp.host.removal import REMOVING, is_entry, remove_open
 from pgtemp.supervisor.crash import clear
 
 TYPE_CHECKING = False
@@ -26,15 +26,15 @@ PREFIX = "pgtemp-"
 LEASE = "lease"
 NEW = ".new"  # suffix of a file that gets its final name when it is complete
 DATA = "data"
-SHELF = "shelf"
+RECYCLED = "recycled"
 SOCKET = "socket"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
 # A directory without a lease file is being created right now, or was left unfinished. A sweep
 # assumes the latter only after this many seconds.
-HALF_MADE = 3600.0
+UNFINISHED_SECONDS = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_ANOTHERS = PermissionError(errno.EPERM, "it belongs to another user")
+_FOREIGN = PermissionError(errno.EPERM, "it belongs to another user")
 _SHARED = PermissionError(errno.EPERM, "other users may write to it")
 
 
@@ -44,16 +44,14 @@ def sweep(base: str) -> Iterator[None]:
         parent = os.open(base, _BASE)
     except OSError:
         return
-    try:
+    with Closing(parent):
         for name in os.listdir(parent):
             if name.startswith(PREFIX):
                 yield
-                yield from sweep_home(parent, name)
-    finally:
-        os.close(parent)
+                yield from sweep_directory(parent, name)
 
 
-def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
+def sweep_directory(parent: int, name: str, everyone: bool = False) -> Steps:
     """As `sweep`, for one run directory, an entry of `parent`.
 
     Every step uses the descriptor of the directory that was inspected, never its path.
@@ -69,26 +67,28 @@ def sweep_home(parent: int, name: str, everyone: bool = False) -> Steps:
     except FileNotFoundError:
         return None
     except OSError as error:
-        quietly(_drop_dead_link, parent, name)
+        quietly(_remove_dangling_link, parent, name)
         return error
-    try:
-        if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
-            return OSError(errno.EBUSY, "a file system is mounted there")
+    with Closing(run_dir):
         try:
-            lease = open_file(LEASE, run_dir)
-        except FileNotFoundError:
-            return (yield from _sweep_half_made(parent, name, run_dir, everyone))
-        try:
-            return (yield from _sweep_abandoned(parent, name, run_dir, lease, everyone))
-        finally:
-            os.close(lease)
-    except OSError as error:
-        return error
-    finally:
-        os.close(run_dir)
+            if os.fstat(run_dir).st_dev != os.fstat(parent).st_dev:
+                return OSError(errno.EBUSY, "a file system is mounted there")
+            refusal = _refusal(run_dir, everyone)
+            if refusal is not None:
+                return refusal
+            try:
+                lease = open_file(LEASE, run_dir)
+            except FileNotFoundError:
+                if not is_unfinished(run_dir, name):
+                    return BlockingIOError(errno.EAGAIN, "it is being created")
+                return (yield from remove_open(parent, name, run_dir))
+            with Closing(lease):
+                return (yield from _sweep_abandoned(parent, name, run_dir, lease))
+        except OSError as error:
+            return error
 
 
-def _drop_dead_link(parent: int, name: str) -> None:
+def _remove_dangling_link(parent: int, name: str) -> None:
     """Remove a dangling link to a socket directory (rundir.py); follow no other user's link."""
     status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid():
@@ -98,14 +98,11 @@ def _drop_dead_link(parent: int, name: str) -> None:
             os.unlink(name, dir_fd=parent)
 
 
-def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone: bool) -> Steps:
-    refusal = _refusal(run_dir, everyone)
-    if refusal is not None:
-        return refusal
+def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int) -> Steps:
     status, uid = os.fstat(lease), os.fstat(run_dir).st_uid
     # A user may be able to create a hard link to another user's file and name it as a lease file.
     if status.st_uid != uid or status.st_nlink != 1:
-        return _ANOTHERS
+        return _FOREIGN
     if is_held(lease) or not is_entry(lease, run_dir, LEASE):
         return BlockingIOError(errno.EAGAIN, "its owner is alive")
     try:
@@ -113,36 +110,34 @@ def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int, everyone:
     except OSError:
         pass
     else:
-        try:
+        with Closing(data):
             # Another user may have moved a server there that is not theirs.
             if uid in (os.getuid(), os.fstat(data).st_uid):
                 clear(data)
-        finally:
-            os.close(data)
-    if says_keep(lease):
+    if is_persisted(lease):
         os.unlink(LEASE, dir_fd=run_dir)
         return None
-    return (yield from remove_open(parent, _set_aside(parent, name, run_dir), run_dir))
+    return (yield from remove_open(parent, _rename_for_removal(parent, name, run_dir), run_dir))
 
 
 def _refusal(run_dir: int, everyone: bool) -> OSError | None:
     """Why the caller must not sweep a run directory; None if it may."""
     status = os.fstat(run_dir)
     if status.st_uid != os.getuid() and not everyone:
-        return _ANOTHERS
+        return _FOREIGN
     # If other users can write to it, any of them can have put a lease into it.
     return _SHARED if status.st_mode & 0o022 else None
 
 
-def _set_aside(parent: int, name: str, run_dir: int) -> str:
+def _rename_for_removal(parent: int, name: str, run_dir: int) -> str:
     """Rename a run directory that is to be removed; return its name afterwards.
 
     The lease file is among the first files removed. If the removal is interrupted, the next sweep
     recognizes the new name and continues.
     """
-    aside = name.removesuffix(ASIDE) + ASIDE
-    quietly(os.rename, name, aside, src_dir_fd=parent, dst_dir_fd=parent)
-    return aside if is_entry(run_dir, parent, aside) else name
+    moved = name.removesuffix(REMOVING) + REMOVING
+    quietly(os.rename, name, moved, src_dir_fd=parent, dst_dir_fd=parent)
+    return moved if is_entry(run_dir, parent, moved) else name
 
 
 def is_held(lease: int) -> bool:
@@ -154,30 +149,21 @@ def is_held(lease: int) -> bool:
     return False
 
 
-def says_keep(lease: int) -> bool:
+def is_persisted(lease: int) -> bool:
     """Whether a lease file states that the data is to outlive the owner."""
     return os.pread(lease, len(KEEP), 0) == KEEP
 
 
-def is_half_made(run_dir: int, name: str) -> bool:
+def is_unfinished(run_dir: int, name: str) -> bool:
     """Whether a directory without a lease file was left unfinished and may be removed.
 
-    A directory renamed for removal always may, any other only after `HALF_MADE` seconds. Persisted
+    A directory renamed for removal always may, any other only after `UNFINISHED_SECONDS`. Persisted
     data, the folder of failed tests or a cache may have such a name too, but they are not empty.
     Raises OSError.
     """
-    if name.endswith(ASIDE):
+    if name.endswith(REMOVING):
         return True
-    if time.time() - os.fstat(run_dir).st_mtime <= HALF_MADE:
+    if time.time() - os.fstat(run_dir).st_mtime <= UNFINISHED_SECONDS:
         return False
     with os.scandir(run_dir) as entries:
         return all(entry.name == LEASE + NEW for entry in entries)
-
-
-def _sweep_half_made(parent: int, name: str, run_dir: int, everyone: bool) -> Steps:
-    refusal = _refusal(run_dir, everyone)
-    if refusal is not None:
-        return refusal
-    if not is_half_made(run_dir, name):
-        return BlockingIOError(errno.EAGAIN, "it is being created")
-    return (yield from remove_open(parent, name, run_dir))

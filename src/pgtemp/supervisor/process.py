@@ -141,7 +141,7 @@ class SupervisorProcess:
             data = b""
         server.buffer += data
         while (message := decode(server.buffer)) is not None:
-            if "argv" in message or "shelf" in message:
+            if "argv" in message or "recycled" in message:
                 server.spec.update(message)
                 server.start()
                 self.tasks += [sweep(base) for base in message["sweep"]]
@@ -190,7 +190,7 @@ class SupervisorProcess:
         server.removed = True
         leader = server.spec.get("guard", 0)
         # Directories in which a guarded program still works are not renamed.
-        paths = server.spec["remove"] if leader else server.set_aside()
+        paths = server.spec["remove"] if leader else server.rename_for_removal()
         if not leader and not paths:
             server.close_descriptors()  # before the owner, which waits for this, is notified
         server.send(stopped=True, used=server.used)

@@ -4,8 +4,8 @@ Most tests change few files of a database. Restoring those files takes a fractio
 it takes to remove hundreds of files and copy them again. `templates/recycle.py` decides when a
 directory may be moved, and runs the SQL; this module handles the files:
 
-    shelf/original/     the template's files, as a clone had them; they never change
-    shelf/16412/        a database's directory, after that database was dropped
+    recycled/*/original/  the template's files, as a clone had them; they never change
+    recycled/*/16412/     a database's directory, after that database was dropped
 
 Every restored file gets a fixed, artificial modification time. A file without that time has been
 written to since, by any process, and is restored again.
@@ -23,8 +23,9 @@ import select
 import stat
 from itertools import islice
 
-from pgtemp.host.removal import ASIDE, removal, remove
-from pgtemp.supervisor.leftovers import DATA, SHELF
+from pgtemp.host.openat import Closing
+from pgtemp.host.removal import REMOVING, removal, remove
+from pgtemp.supervisor.leftovers import DATA, RECYCLED
 from pgtemp.supervisor.protocol import decode, encode
 
 TYPE_CHECKING = False
@@ -45,7 +46,7 @@ class Recycler:
 
     def __init__(self, run_dir: str) -> None:
         self._base = os.path.join(run_dir, DATA, "base")
-        self._path = os.path.join(run_dir, SHELF)  # after `begin`, a directory in it
+        self._path = os.path.join(run_dir, RECYCLED)  # after `begin`, a directory in it
         self._sizes: dict[str, int] = {}
         self._taken: set[str] = set()
         self.waiting: list[str] = []  # to be restored
@@ -131,9 +132,9 @@ class Recycler:
             size = sizes.get(name)
             if stat.S_ISDIR(status.st_mode):
                 # However much is in it: no client waits while it is removed.
-                aside = self._on(f"{os.urandom(8).hex()}{ASIDE}")
-                os.rename(f"{directory}/{name}", aside)
-                self._removals.append(removal(aside))
+                moved = self._on(f"{os.urandom(8).hex()}{REMOVING}")
+                os.rename(f"{directory}/{name}", moved)
+                self._removals.append(removal(moved))
             elif size is None or not stat.S_ISREG(status.st_mode):
                 remove(f"{directory}/{name}")
             elif status.st_mtime_ns == _MARK and status.st_size == size:
@@ -158,24 +159,20 @@ def _copy(source: str, target: str, size: int) -> None:
     """Copy a file into an existing one, if there is one: its blocks are allocated already."""
     # O_NONBLOCK: a named pipe in place of the file causes an error instead of a wait.
     careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    reading = os.open(source, os.O_RDONLY | careful)
-    try:
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)
-        try:
-            left = size
-            while left > 0:
-                data = os.read(reading, min(left, _CHUNK))
-                if not data:
-                    raise OSError(f"{source} is shorter than it was")
-                left -= len(data)
-                while data:
-                    data = data[os.write(writing, data) :]
-            os.ftruncate(writing, size)
-            os.utime(writing, ns=(_MARK, _MARK))
-        finally:
-            os.close(writing)
-    finally:
-        os.close(reading)
+    with (
+        Closing(os.open(source, os.O_RDONLY | careful)) as reading,
+        Closing(os.open(target, os.O_WRONLY | os.O_CREAT | careful, 0o600)) as writing,
+    ):
+        remaining = size
+        while remaining > 0:
+            data = os.read(reading, min(remaining, _CHUNK))
+            if not data:
+                raise OSError(f"{source} is shorter than it was")
+            remaining -= len(data)
+            while data:
+                data = data[os.write(writing, data) :]
+        os.ftruncate(writing, size)
+        os.utime(writing, ns=(_MARK, _MARK))
 
 
 def serve(channel: _socket.socket, run_dir: str) -> None:

@@ -17,11 +17,13 @@ from pgtemp.errors import ClusterError
 from pgtemp.host import ports
 from pgtemp.host.progress import step
 from pgtemp.host.tree import Tree
-from pgtemp.images import cache, image, initdb
+from pgtemp.images import cache, publication
 from pgtemp.images.image import Image
+from pgtemp.images.source import Directory, Source
 from pgtemp.server.postmaster import Postmaster
-from pgtemp.sql import admin_connections, admin_sql, server_setup
+from pgtemp.sql import admin_sql, server_setup
 from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.connection import connected
 from pgtemp.sql.passwords import STRONG_ROUNDS, random_secret
 from pgtemp.sql.persisted_note import read_note
 from pgtemp.sql.server_setup import Plan
@@ -87,7 +89,7 @@ class TemplateBuilder:
         # This connection also creates the relation cache that clones contain. VACUUM FREEZE sets
         # all hint bits, so that a session that only reads a clone writes no page (unmodified.py).
         with (
-            admin_connections.connected(self._inside()) as connection,
+            connected(self._inside()) as connection,
             connection.given(LONG_SECONDS),
         ):
             connection.execute("VACUUM (FREEZE)")
@@ -96,7 +98,7 @@ class TemplateBuilder:
             admin_sql.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.postmaster.halt()
         # A server that starts on the image gets its own settings, so the image contains initdb's.
-        made = initdb.shut_down(
+        made = publication.shut_down(
             self.postmaster.home.path,
             self._plan.installation,
             self._plan.spec.owner,
@@ -166,7 +168,7 @@ class Lasting(cache.Ensured):
             builder.apply(self.recipe)
             made = builder.seal()
             self._check_unchanged()
-            initdb.publish(made, path, lock)
+            publication.publish(made, path, lock)
 
     def _check_unchanged(self) -> None:
         """Raise ClusterError if the recipe's files have changed since the hash was computed."""
@@ -193,13 +195,13 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
     Raises:
         OptionError: a file is missing.
     """
-    if isinstance(plan.spec.source, image.Image):
+    if isinstance(plan.spec.source, Image):
         return None  # it starts from a template that is not cached
     if (data_dir := recipe.data_dir) is not None:
         server_setup.check_copied(data_dir, plan.installation)
         plan = replace(
             plan,
-            spec=replace(plan.spec, source=image.Directory(data_dir)),
+            spec=replace(plan.spec, source=Directory(data_dir)),
             template=read_note(data_dir.parent).dbname,
             plain=False,
         )
@@ -242,6 +244,6 @@ def sealed(plan: Plan, builder: TemplateBuilder) -> Plan:
     return _with_source(plan, builder.seal(), plain=False)
 
 
-def _with_source(plan: Plan, source: image.Source, *, plain: bool) -> Plan:
+def _with_source(plan: Plan, source: Source, *, plain: bool) -> Plan:
     spec = replace(plan.spec, source=source)
     return replace(plan, spec=spec, template=TEMPLATE, plain=plain)

@@ -18,8 +18,10 @@ from psycopg import errors
 
 from pgtemp.errors import ClusterError, DiskFullError, OptionError, PgTempError
 from pgtemp.host import disk_space
-from pgtemp.sql import admin_connections, admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Connection, WarmConnection, was_lost
+from pgtemp.sql import admin_sql
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection, was_lost
+from pgtemp.sql.warm_connection import WarmConnection, open_warm
 from pgtemp.templates.recycle import Reuse
 from pgtemp.templates.unmodified import is_unmodified
 from pgtemp.uri import ConnectionInfo
@@ -76,7 +78,7 @@ class Clones:
         if (clients := self.clients) is not None:
             with suppress(psycopg.Error):  # the client gets the error when it connects itself
                 uri = replace(clients, dbname=name).uri
-                self._warm_connections[name] = admin_connections.open_warm(uri)
+                self._warm_connections[name] = open_warm(uri)
 
     def _clone(self, connection: Connection, name: str, attributes: bool) -> None:
         try:

@@ -25,8 +25,9 @@ from pgtemp.host import processes
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
-from pgtemp.sql import admin_connections, dump_restore, extensions
+from pgtemp.sql import dump_restore, extensions
 from pgtemp.sql.answer_limits import LONG_SECONDS
+from pgtemp.sql.connection import connected
 from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
@@ -137,7 +138,7 @@ class Recipe:
             PgTempError: a step failed. An error of a callable is raised unchanged.
         """
         if self.extensions:
-            with admin_connections.connected(private) as connection, connection.given(LONG_SECONDS):
+            with connected(private) as connection, connection.given(LONG_SECONDS):
                 extensions.create(connection, self.extensions, programs.major)
         for one in _each(self.build):
             if callable(one):

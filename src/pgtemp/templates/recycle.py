@@ -30,8 +30,10 @@ from pgtemp.errors import ClusterError, PgTempError
 from pgtemp.host import disk_space, procfs
 from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
-from pgtemp.sql.admin_connections import AdminConnections, Connection
+from pgtemp.sql.admin_connections import AdminConnections
+from pgtemp.sql.connection import Connection
 from pgtemp.supervisor import supervision
+from pgtemp.supervisor.channel import Channel
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.supervisor.protocol import decode, encode
 
@@ -63,7 +65,7 @@ class Reuse:
         self._disposed = 0
         self._available = 0  # recycled directories that can be used
         self._disabled = False
-        self._process: supervision.Process | None = None
+        self._process: Channel | None = None
         self._channel: socket.socket | None = None
         self._buffer = bytearray()
         self._changing = threading.Lock()

@@ -15,7 +15,7 @@ from typing import LiteralString
 from psycopg import errors
 
 from pgtemp.host.tree import Tree
-from pgtemp.sql.admin_connections import Connection
+from pgtemp.sql.connection import Connection
 
 # The kernel stamps files with the time of its last tick, which may be 10 ms in the past.
 _TICK_NANOSECONDS = 20_000_000

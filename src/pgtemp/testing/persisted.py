@@ -22,8 +22,7 @@ _RUN = re.compile(r"\d{8}-\d{6}-\d+")
 def directory_for(options: SuiteOptions, run: str) -> Path:
     """Make the directory for the persisted databases of a run; remove those of the oldest runs.
 
-    Raises:
-        PgTempError: it cannot be made, or belongs to another user.
+    Raises PgTempError if it cannot be made, or belongs to another user.
     """
     owner = identity.choose(options.run_as)
     try:

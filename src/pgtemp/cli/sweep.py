@@ -1,75 +1,26 @@
-"""`pgtemp ls` and `pgtemp sweep`: the owners of servers on this machine, and leftovers."""
+"""`pgtemp sweep`: remove the leftovers of owners that have exited."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pgtemp.cli import show
-from pgtemp.daemon import running_owners
 from pgtemp.host import identity
 from pgtemp.images import cache
 from pgtemp.supervisor import inventory
 from pgtemp.supervisor.inventory import Found, Swept
 
-_directories = click.argument(
+directories_argument = click.argument(
     "directories", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 
 
 @click.command()
-@_directories
-@show.as_json
-def ls(directories: Sequence[Path], json_wanted: bool) -> int:
-    """List the owners of servers on this machine: daemons, test runs, programs.
-
-    The list ends with the leftovers of owners that have exited. DIRECTORIES are searched for
-    leftovers too; give those used as data_dir_prefix.
-    """
-    homes = inventory.homes(directories)
-    found = running_owners.of(homes)
-    left = [one for one in homes if not one.lives]
-    closed = [one for one in homes if not one.open]
-    if json_wanted:
-        show.json_object(
-            {
-                "owners": [asdict(one) for one in found],
-                "left": [_described(one) for one in left],
-                "closed": [str(one.path) for one in closed],
-            }
-        )
-        return 0
-    if found:
-        titles = "PID", "USER", "AGE", "SERVERS", "DATABASES", "LEASES", "SIZE", "COMMAND"
-        show.table(titles, [_row(one) for one in found])
-    else:
-        click.echo("there are no servers on this machine")
-    if closed:
-        users = show.plain(", ".join(sorted({identity.name_of(one.uid) for one in closed})))
-        click.echo(f"{len(closed)} directories of other users ({users}) cannot be read")
-    if left:
-        size = show.size(sum(one.size for one in left))
-        click.echo(
-            f"{len(left)} directories ({size}) were left by owners that have exited; "
-            "remove them with pgtemp sweep"
-        )
-    return 0
-
-
-def _row(one: running_owners.Owner) -> Sequence[str]:
-    leases = str(len(one.leases)) if one.leases is not None else ""
-    return (
-        str(one.pid or "?"), one.user, show.age(one.age), str(one.servers),
-        str(one.databases), leases, show.size(one.size), one.command,
-    )  # fmt: skip
-
-
-@click.command()
-@_directories
+@directories_argument
 @click.option("--dry-run", is_flag=True, help="list the leftovers without removing them")
 @show.as_json
 def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
@@ -84,10 +35,10 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
     yours fails in another way, the exit status is 1.
     """
     found, failed = [], False
-    for one in inventory.homes(directories):
+    for one in inventory.run_directories(directories):
         if one.lives:
             continue
-        facts = _described(one)
+        facts = described(one)
         swept = None if dry_run else one.sweep()
         facts["removed"] = swept is not None and swept.removed
         if swept is not None:
@@ -120,7 +71,8 @@ def _print_swept(facts: dict[str, Any], swept: Swept | None) -> None:
     click.echo(show.plain(line + reason))
 
 
-def _described(one: Found) -> dict[str, Any]:
+def described(one: Found) -> dict[str, Any]:
+    """The facts about a leftover, for JSON."""
     return {
         "path": str(one.path),
         "user": identity.name_of(one.uid),

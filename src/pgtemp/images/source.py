@@ -1,0 +1,140 @@
+"""What a server's data directory is copied from: the interface, and a directory that a user names.
+
+A source is copied in four parts, which image.py describes; the defaults of the interface copy
+nothing after the first part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pgtemp.errors import ClusterError, OptionError
+from pgtemp.host import file_copy, procfs, reach
+from pgtemp.host.file_copy import ChangedError
+from pgtemp.host.tree import Tree
+
+CONTROL = "global/pg_control"
+CONF = "postgresql.conf"
+# Not copied: files of a running server, and the server logs of an earlier one.
+NEVER_COPIED = ("postmaster.pid", "postmaster.opts", "log")
+_SHORT = 4096
+_CONTROL_BYTES = 8192  # PG_CONTROL_FILE_SIZE
+
+
+class Source(Protocol):
+    """A source from which a server's data directory is copied."""
+
+    @property
+    def identity(self) -> str:
+        """A text that identifies the source; the same for the same bytes."""
+
+    def resolve(self) -> Copyable:
+        """The object to copy, which does not change during the copy; built if there is none.
+
+        Raises PgTempError if it cannot be built.
+        """
+
+    def repair(self, damage: ChangedError) -> None:
+        """Rebuild the damaged source, or raise ClusterError."""
+
+
+class Copyable:
+    """A data directory that is copied in parts, each at its time. All methods raise OSError."""
+
+    __slots__ = ()
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The number of bytes and the number of files."""
+        raise NotImplementedError
+
+    def begin(self, target: Tree) -> None:
+        """Copy all that a postmaster needs to start."""
+        raise NotImplementedError
+
+    def first(self, target: Tree) -> None:
+        """Copy the database `postgres`."""
+
+    def rest(self, target: Tree) -> None:
+        """Copy the templates."""
+
+    def warm(self, target: Tree) -> None:
+        """Add the relation cache files."""
+
+    def set_password(self, target: Tree, verifier: str) -> bool:
+        """Store the superuser's verifier; False if its position is unknown, and SQL is needed."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Directory(Copyable):
+    """A data directory that a user prepared; it is never changed.
+
+    It is copied completely before the server starts, which reads the databases after a crash.
+    """
+
+    path: Path
+
+    @property
+    def identity(self) -> str:
+        with reach.open_tree(self.path) as data:
+            return f"{self.path} {control_hash(data)}"
+
+    @property
+    def uid(self) -> int:
+        """The user to whom it belongs. Raises OSError."""
+        with reach.open_tree(self.path) as data:
+            return os.fstat(data.fd).st_uid
+
+    @property
+    def version(self) -> str:
+        """The major version of PostgreSQL that created it. Raises OptionError."""
+        try:
+            with reach.open_tree(self.path) as data:
+                return data.read("PG_VERSION", _SHORT).decode().strip()
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"{self.path} cannot be used as a data directory: {error}",
+                remedy="name a data directory of PostgreSQL",
+            ) from error
+
+    def is_in_use(self) -> bool:
+        """Whether the server that its postmaster.pid names is running."""
+        try:
+            with reach.open_tree(self.path) as data:
+                return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
+        except (OSError, ValueError, OverflowError):
+            return False
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        with reach.open_tree(self.path) as data:
+            listing = file_copy.list_tree(data, NEVER_COPIED)
+        return listing.size, len(listing.files)
+
+    def resolve(self) -> Copyable:
+        return self
+
+    def begin(self, target: Tree) -> None:
+        with reach.open_tree(self.path) as data:
+            listing = file_copy.list_tree(data, NEVER_COPIED)
+            file_copy.copy_listing(data, target, listing)
+        target.hand_over(*listing.dirs)
+
+    def repair(self, damage: ChangedError) -> None:
+        raise ClusterError(
+            f"{self.path} changed while it was copied: {damage}",
+            remedy="stop the server that runs on it first",
+        )
+
+
+def control_hash(data: Tree) -> str:
+    """The hash of the control file, which contains the state and the system identifier."""
+    try:
+        return hashlib.sha256(data.read(CONTROL, _CONTROL_BYTES)).hexdigest()
+    except OSError:
+        return ""
