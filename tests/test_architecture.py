@@ -17,6 +17,7 @@ LOWER = [
     "host",
     "options",
     "uri",
+    "libpq",
     "wire",
     "supervisor",
     "programs",

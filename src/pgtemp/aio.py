@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
-from pgtemp import cluster, database, pgtempdb, template
+from pgtemp import cluster, database, libpq, pgtempdb, template
 from pgtemp.database import Snapshot
 from pgtemp.options.server import ServerOptions, StrPath, takes_options
 from pgtemp.templates.recipe import Build, Recipe
@@ -147,7 +147,7 @@ class PgTempDB:
 
     async def connect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """An asynchronous psycopg connection; keyword arguments are psycopg's."""
-        return await psycopg.AsyncConnection.connect(self.uri, **kwargs)
+        return await libpq.aconnect(psycopg.AsyncConnection, self.info, kwargs)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -266,7 +266,7 @@ class Database:
 
     async def connect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """An asynchronous psycopg connection; keyword arguments are psycopg's."""
-        return await psycopg.AsyncConnection.connect(self.uri, **kwargs)
+        return await libpq.aconnect(psycopg.AsyncConnection, self.info, kwargs)
 
     async def dump(self, path: StrPath) -> None:
         """See `pgtemp.Database.dump`."""

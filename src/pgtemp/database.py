@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import psycopg
 
+from pgtemp import libpq
 from pgtemp.allocation.pool import Pool
 from pgtemp.allocation.shared_server import SharedServer
 from pgtemp.errors import ClusterError
@@ -94,14 +95,14 @@ class Database:
                 self.shared.open_warm(self._info)
         if warm is not None:
             warm.connection.close()
-        connection = psycopg.connect(self._info.uri, **kwargs)
+        connection = libpq.connect(psycopg.Connection, self._info, kwargs)
         self.connections.append(connection)
         return connection
 
     async def aconnect(self, **kwargs: Any) -> psycopg.AsyncConnection[Any]:
         """Return an asynchronous psycopg connection; see `connect`."""
         self._close_warm()
-        connection = await psycopg.AsyncConnection.connect(self._info.uri, **kwargs)
+        connection = await libpq.aconnect(psycopg.AsyncConnection, self._info, kwargs)
         self.connections.append(connection)
         return connection
 

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 import psycopg
 
+from pgtemp import libpq
 from pgtemp.allocation import persisted
 from pgtemp.errors import ClusterError, OptionError
 from pgtemp.host import ports
@@ -195,7 +196,7 @@ class PgTempDB:
 
     def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
         """Return a psycopg connection to the database; keyword arguments are psycopg's."""
-        return psycopg.connect(self.uri, **kwargs)
+        return libpq.connect(psycopg.Connection, self.info, kwargs)
 
     @property
     def uri(self) -> str:

@@ -43,10 +43,7 @@ def _run() -> int:
     from pgtemp.cli import show
     from pgtemp.cli.group import cli
     from pgtemp.errors import PgTempError
-    from pgtemp.host.processes import LEADS_ELSEWHERE
 
-    for name in LEADS_ELSEWHERE:
-        os.environ.pop(name, None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

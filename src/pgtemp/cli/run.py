@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from pgtemp import libpq
 from pgtemp.cli import show
 from pgtemp.cli.flags import flags_of, values_given
 from pgtemp.host import foreground
@@ -68,7 +69,7 @@ def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) ->
     with PgTempDB.with_options(options) as db:
         argv = command(db)
         try:
-            status = foreground.run(argv, {**os.environ, **db.info.environment()})
+            status = foreground.run(argv, libpq.child_environment(db.info))
         except FileNotFoundError:
             click.echo(f"pgtemp: there is no command {argv[0]!r}", err=True)
             status = _NOT_FOUND

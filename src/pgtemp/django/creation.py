@@ -17,13 +17,14 @@ from django.apps import apps
 from django.conf import settings
 from django.db.backends.postgresql.creation import DatabaseCreation
 
+from pgtemp import libpq
 from pgtemp.cluster import Cluster
 from pgtemp.database import Database
 from pgtemp.django import OPTIONS
 from pgtemp.options.server import ServerOptions
 from pgtemp.template import Template
 from pgtemp.templates.recipe import Recipe
-from pgtemp.uri import parse
+from pgtemp.uri import ConnectionInfo, PartialInfo, parse
 
 # The files of an app that affect the migrated database. Permissions and content types are created
 # from the models of all apps, even of those without migrations.
@@ -32,7 +33,7 @@ _SETTINGS = (
     "INSTALLED_APPS", "MIGRATION_MODULES", "AUTH_USER_MODEL", "DEFAULT_AUTO_FIELD",
     "DATABASE_ROUTERS", "CACHES", "LANGUAGE_CODE", "SITE_ID",
 )  # fmt: skip
-_WHERE = ("HOST", "PORT", "USER", "PASSWORD", "NAME")
+_WHERE = ("HOST", "PORT", "USER", "PASSWORD", "OPTIONS", "NAME")
 _clusters: dict[str, Cluster] = {}
 _templates: dict[Hashable, Template] = {}
 
@@ -57,8 +58,7 @@ class Creation(DatabaseCreation):
             self._real = tuple(connection.settings_dict[key] for key in _WHERE)
 
         def migrate(uri: str) -> None:
-            info = parse(uri)
-            self._point_at(info.host, info.port, info.user, info.password, info.dbname)
+            self._point_at_server(parse(uri))
             super(Creation, self).create_test_db(verbosity, True, False, False)
             self._close()
 
@@ -69,7 +69,7 @@ class Creation(DatabaseCreation):
             self._point_back()
             raise
         info = self._database.info
-        self._point_at(info.host, info.port, info.user, info.password, info.dbname)
+        self._point_at_server(info)
         settings.DATABASES[connection.alias]["NAME"] = info.dbname
         if serialize:
             connection._test_serialized_contents = self.serialize_db_to_string()
@@ -106,7 +106,13 @@ class Creation(DatabaseCreation):
             settings.DATABASES[self.connection.alias]["NAME"] = self._real[-1]
             self._real = None
 
-    def _point_at(self, *where: str | int | None) -> None:
+    def _point_at_server(self, info: ConnectionInfo | PartialInfo) -> None:
+        assert self._real is not None
+        # Options such as sslmode and service are those of another server.
+        options = {**libpq.of_the_client(self._real[-2]), **libpq.parameters()}
+        self._point_at(info.host, info.port, info.user, info.password, options, info.dbname)
+
+    def _point_at(self, *where: object) -> None:
         self._close()
         self.connection.settings_dict.update(
             (key, "" if value is None else value) for key, value in zip(_WHERE, where, strict=True)

@@ -25,13 +25,6 @@ from pgtemp.host.identity import Identity
 
 # Variables that a program may need to find its libraries or its user; no others are passed on.
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
-# Variables that would make libpq, and the commands that pgtemp runs, connect to another server or
-# require features that pgtemp's servers lack.
-LEADS_ELSEWHERE = (
-    "PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGSSLMODE", "PGREQUIRESSL",
-    "PGSSLNEGOTIATION", "PGGSSENCMODE", "PGREQUIREAUTH", "PGCHANNELBINDING",
-    "PGTARGETSESSIONATTRS", "PGLOADBALANCEHOSTS",
-)  # fmt: skip
 _END_SECONDS = 5.0
 _OUTPUT_BYTES = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
@@ -159,19 +152,18 @@ def run_command(
     The command also finds programs of the current virtual environment if that is not activated.
 
     Args:
-        env: added to the caller's own environment.
+        env: its complete environment.
         cwd: its working directory.
         guard: called with its pid, which is also its process group, and with 0 when it has exited.
 
     The result contains its standard output and standard error together, in `stdout`.
     """
     _check_not_interrupted()
-    inherited = {name: text for name, text in os.environ.items() if name not in LEADS_ELSEWHERE}
-    path = [os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)]
+    path = [env.get("PATH", os.defpath), os.path.dirname(sys.executable)]
     with tempfile.TemporaryFile() as output:  # background processes would hold a pipe open
         process = subprocess.Popen(
             _waiting(["/bin/sh", "-c", command]),
-            env={**inherited, "PATH": os.pathsep.join(path), **env},
+            env={**env, "PATH": os.pathsep.join(path)},
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=output,
@@ -211,9 +203,13 @@ def _waiting(argv: Sequence[str]) -> list[str]:
     return ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"', *argv]
 
 
-def run_on(terminal: IO[bytes], argv: Sequence[str | Path]) -> None:
-    """Run an interactive program on a terminal, with the caller's environment, and wait for it."""
-    subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, check=False)
+def run_on(terminal: IO[bytes], argv: Sequence[str | Path], env: Mapping[str, str]) -> None:
+    """Run an interactive program on a terminal, and wait for it.
+
+    Args:
+        env: its complete environment.
+    """
+    subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, env=env, check=False)
 
 
 _running: set[subprocess.Popen[Any]] = set()

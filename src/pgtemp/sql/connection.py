@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import Loader
 from psycopg.conninfo import make_conninfo
 
+from pgtemp import libpq
 from pgtemp.errors import ClusterError, DiskFullError
 from pgtemp.host import disk_space, identity
 from pgtemp.host.peer_credentials import refuse_descriptors
@@ -37,30 +38,22 @@ from pgtemp.sql.answer_limits import (
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
-# Without these values, libpq would read the caller's environment variables. PGHOSTADDR alone would
-# make it connect to another server.
-_NOT_FROM_THE_ENVIRONMENT: dict[str, Any] = {
-    "hostaddr": "",
-    "connect_timeout": int(ANSWER_SECONDS),
-    "require_auth": "",
-    "target_session_attrs": "any",
-    "sslmode": "disable",
-    "gssencmode": "disable",
-    "client_encoding": "UTF8",
-}
-# Settings that pgtemp's statements depend on. They take precedence over the configuration and over
-# ALTER ROLE and ALTER DATABASE ... SET.
-_SETTINGS = {
-    "plan_cache_mode": "force_generic_plan",
-    "lock_timeout": f"{LOCK_SECONDS:g}s",
+# Settings that programs such as psql depend on. They take precedence over the configuration and
+# over ALTER ROLE and ALTER DATABASE ... SET.
+_OF_PROGRAMS = {
     "statement_timeout": "0",
     "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "default_transaction_read_only": "off",
     "default_transaction_isolation": r"read\ committed",
+}
+# Settings that pgtemp's own statements depend on.
+_OF_STATEMENTS = {
+    **_OF_PROGRAMS,
+    "plan_cache_mode": "force_generic_plan",
+    "lock_timeout": f"{LOCK_SECONDS:g}s",
     "standard_conforming_strings": "on",
 }
-_OPTIONS = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
 # psycopg reports no SQLSTATE if the server refuses a connection.
 _IS_RECOVERING = re.compile(
     "the database system is (in recovery mode|starting up|not yet accepting connections)"
@@ -147,18 +140,18 @@ def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
     deadline = time.monotonic() + _RECOVERY_SECONDS
     while True:
         try:
-            connection = Connection.connect(
-                host=to.host,
-                port=to.port,
-                user=to.user,
-                dbname=to.dbname,
-                autocommit=True,
-                application_name="pgtemp",
-                prepare_threshold=None,
-                requirepeer=server_user(to.host),
-                options=f"{_OPTIONS} {options}",
-                **_NOT_FROM_THE_ENVIRONMENT,
-            )
+            given = {
+                "autocommit": True,
+                "application_name": "pgtemp",
+                "prepare_threshold": None,
+                "requirepeer": server_user(to.host),
+                "options": f"{_options(_OF_STATEMENTS)} {options}",
+                "connect_timeout": int(ANSWER_SECONDS),
+                "sslmode": "disable",
+                "gssencmode": "disable",
+                "client_encoding": "UTF8",
+            }
+            connection = libpq.connect(Connection, to, given)
             for name in ("text", "name"):
                 connection.adapters.register_loader(name, _Text)
             with socket.socket(fileno=os.dup(connection.fileno())) as connected:
@@ -179,15 +172,27 @@ def server_user(socket_dir: str) -> str:
     """Return the server user of a socket directory, for libpq's requirepeer.
 
     The check is needed because the server user can replace the socket by a link. The result is ""
-    if the server user is the caller.
+    if the server user is the caller. Raises OperationalError if the directory does not exist.
     """
-    uid = os.stat(f"{socket_dir}/../{DATA}").st_uid
+    try:
+        uid = os.stat(f"{socket_dir}/../{DATA}").st_uid
+    except OSError as error:  # the server was removed
+        raise psycopg.OperationalError(f"{socket_dir}: {error.strerror}") from error
     return identity.name_of(uid) if uid != os.geteuid() else ""
 
 
-def conninfo(to: ConnectionInfo) -> str:
-    """Return a connection string for a command line: over the socket, without a password."""
-    return make_conninfo(to.conninfo, requirepeer=server_user(to.host))
+def conninfo(to: ConnectionInfo, **more: str) -> str:
+    """Return a connection string for a command line: over the socket, without a password.
+
+    Args:
+        more: further parameters of libpq.
+    """
+    given = {"requirepeer": server_user(to.host), "options": _options(_OF_PROGRAMS), **more}
+    return make_conninfo(to.conninfo, **given)
+
+
+def _options(settings: Mapping[str, str]) -> str:
+    return " ".join(f"-c {name}={value}" for name, value in settings.items())
 
 
 def has_unread_input(connection: psycopg.Connection[Any]) -> bool:

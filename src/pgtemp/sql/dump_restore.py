@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pgtemp import libpq
 from pgtemp.errors import TransferError
 from pgtemp.host import disk_space, processes, reach
 from pgtemp.host.progress import step
@@ -73,7 +74,8 @@ def load(
         else:
             argv = [installation.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
             argv += ["--single-transaction"] if all_or_nothing else []
-            argv += ["-d", conninfo(to), "-f", path]
+            # A file that is in another encoding says so (SET client_encoding).
+            argv += ["-d", conninfo(to, client_encoding="UTF8"), "-f", path]
         result = processes.run(argv, cwd=path.parent)
     if result.returncode != 0:
         raise _failed(f"{path} could not be loaded into {to.dbname}", result, Path(to.host))
@@ -152,7 +154,8 @@ def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
     """Run psql on the terminal until it exits. Raises TransferError if there is no terminal."""
     try:
         with open("/dev/tty", "r+b", buffering=0) as terminal:
-            processes.run_on(terminal, [installation.program("psql"), "-d", conninfo(to)])
+            command: list[str | Path] = [installation.program("psql"), "-d", conninfo(to)]
+            processes.run_on(terminal, command, libpq.child_environment(to))
     except OSError as error:
         raise TransferError(
             "there is no terminal for psql", remedy="pass a command to psql()"

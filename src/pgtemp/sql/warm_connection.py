@@ -8,7 +8,9 @@ from typing import Any
 
 import psycopg
 
+from pgtemp import libpq
 from pgtemp.sql.connection import has_unread_input
+from pgtemp.uri import ConnectionInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +29,14 @@ class WarmConnection:
         return self.environment == _libpq_environment() and not has_unread_input(self.connection)
 
 
-def open_warm(uri: str) -> WarmConnection:
+def open_warm(info: ConnectionInfo) -> WarmConnection:
     """Open a warm connection. Raises psycopg's errors.
 
     It prepares a statement and discards it. This fills the caches of the backend that the client's
     first statement would otherwise have to fill.
     """
     environment = _libpq_environment()
-    connection = psycopg.connect(uri)
+    connection = libpq.connect(psycopg.Connection, info, {})
     for statement in (b"SELECT $1::int4, $2::text", b""):
         connection.pgconn.prepare(b"", statement)
     if environment != _libpq_environment():  # it is unknown which of the two libpq has read

@@ -77,8 +77,7 @@ class Clones:
         self._do(clone)
         if (clients := self.clients) is not None:
             with suppress(psycopg.Error):  # the client gets the error when it connects itself
-                uri = replace(clients, dbname=name).uri
-                self._warm_connections[name] = open_warm(uri)
+                self._warm_connections[name] = open_warm(replace(clients, dbname=name))
 
     def _clone(self, connection: Connection, name: str, attributes: bool) -> None:
         try:

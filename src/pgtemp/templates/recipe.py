@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgtemp import libpq
 from pgtemp.errors import OptionError, TransferError
 from pgtemp.host import processes
 from pgtemp.host.progress import step
@@ -183,7 +184,7 @@ def _command(step: StrPath) -> str | None:
 
 def _run(command: str, cwd: str, info: ConnectionInfo) -> None:
     with step(f"running {command}"), supervision.guarded() as guard:
-        result = processes.run_command(command, info.environment(), cwd, guard)
+        result = processes.run_command(command, libpq.child_environment(info), cwd, guard)
     if result.returncode != 0:
         lines = [line for line in result.stdout.splitlines() if line.strip()]
         raise TransferError(

@@ -13,6 +13,7 @@ from typing import Any, LiteralString, NoReturn, Self
 import psycopg
 from psycopg import pq
 
+from pgtemp import libpq
 from pgtemp.database import Database
 from pgtemp.errors import OptionError
 
@@ -51,7 +52,7 @@ class RolledBack(Database):
         """
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
-            self._one = _Connection.connect(self._info.uri, **kwargs)
+            self._one = libpq.connect(_Connection, self._info, kwargs)
             self.connections.append(self._one)
             self._one._begin(auto)
         elif not isinstance(self._one, _Connection):
@@ -64,7 +65,7 @@ class RolledBack(Database):
         """Like `connect`, for asyncio."""
         auto = bool(kwargs.pop("autocommit", False))
         if self._one is None:
-            self._one = await _AsyncConnection.connect(self._info.uri, **kwargs)
+            self._one = await libpq.aconnect(_AsyncConnection, self._info, kwargs)
             self.connections.append(self._one)
             await self._one._begin(auto)
         elif not isinstance(self._one, _AsyncConnection):
