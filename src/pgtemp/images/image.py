@@ -78,7 +78,8 @@ class Image(Copyable):
             for name in self.dirs:
                 late = _is_late(name) and target.gid is not None
                 target.make_directory(name, _READABLE if late else 0o700)
-            file_copy.copy_files(data, target, [f for f in self.files if not _is_late(f[0])])
+            early = [file for file in self.files if not file[0].startswith(_BASE)]
+            file_copy.copy_files(data, target, early)
         if self.conf is not None:
             target.write(CONF, self.conf.encode(errors="surrogateescape"))
         # From here on the server's user can rename directories, so these stay open.
@@ -97,8 +98,8 @@ class Image(Copyable):
         target.hand_over(*(name for name in self.dirs if _is_late(name) and name != _POSTGRES))
 
     def _late_files(self, *, of_postgres: bool) -> list[tuple[str, int]]:
-        late = (file for file in self.files if _is_late(file[0]))
-        return [file for file in late if file[0].startswith(f"{_POSTGRES}/") == of_postgres]
+        late = [file for file in self.files if file[0].startswith(_BASE)]
+        return [file for file in late if file[0].startswith(f"{_POSTGRES}/") is of_postgres]
 
     def warm(self, target: Tree) -> None:
         """Add the relation cache files, unless the server has created its own already."""
@@ -172,9 +173,9 @@ class Image(Copyable):
 _relcaches: dict[str, tuple[tuple[str, int], ...]] = {}
 
 
-def _is_late(name: str) -> bool:
-    """Whether a directory or file is copied while the server starts."""
-    return name.startswith(_BASE)
+def _is_late(directory: str) -> bool:
+    """Whether the files of a directory are copied while the server starts."""
+    return directory.startswith(_BASE)
 
 
 def _copy_relcache(data: Tree, image: Tree, name: str) -> None:
