@@ -104,7 +104,7 @@ class Daemon:
             text=True,
         )
         Daemon.running.add(self)
-        self.said = self._await_line("Ctrl-C")
+        self.output = self._await_line("Ctrl-C")
 
     def _await_line(self, word: str) -> list[str]:
         assert self.process.stdout is not None
