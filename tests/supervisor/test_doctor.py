@@ -1,4 +1,4 @@
-"""`pgtemp doctor`: each thing it looks at, as it is and as it must not be."""
+"""`pgtemp doctor`: each check, in a good and in a bad environment."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def checks(said: subprocess.CompletedProcess[str]) -> Checks:
     return {one["name"]: one for one in found["checks"]}
 
 
-def test_all_is_well() -> None:
-    """On a machine where the suite passes nothing fails; people and programs are told the same."""
+def test_no_check_fails() -> None:
+    """On a machine on which the test suite passes, no check fails.
+
+    The table and the JSON output agree.
+    """
     found = checks(run_pgtemp("doctor", "--json"))
     assert tuple(found) == NAMES
     assert {one["verdict"] for one in found.values()} <= {"ok", "warning"}
@@ -38,14 +41,14 @@ def test_all_is_well() -> None:
 
 
 def test_each_version(any_version: str) -> None:
-    """The programs that are asked for are those that are looked at."""
+    """The checks use the requested version of the programs."""
     found = checks(run_pgtemp("doctor", "--json", "--pg-version", any_version))
     assert found["programs"]["found"].startswith(f"{any_version}.")
     assert found["server"]["verdict"] == "ok"
 
 
 def test_without_programs(open_dir: Path) -> None:
-    """The status is 1, and the cure is the one that a start would name."""
+    """The status is 1, and the remedy is the one that a failed start names."""
     said = run_pgtemp("doctor", "--json", "--bin-dir", str(open_dir))
     assert said.returncode == 1
     found = checks(said)
@@ -63,7 +66,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert "PGTEMP_CACHE_DIR" in found["cache"]["cure"]
 
 
-def test_a_user_who_is_none() -> None:
+def test_a_user_that_does_not_exist() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can choose a user")
     found = checks(run_pgtemp("doctor", "--json", "--run-as", "nobody-of-that-name"))
@@ -72,7 +75,7 @@ def test_a_user_who_is_none() -> None:
 
 
 def test_data_on_disk(open_dir: Path) -> None:
-    """Slower than it could be is a warning, with its cure; the status stays 0."""
+    """A slow file system is a warning with a remedy; the status stays 0."""
     said = run_pgtemp("doctor", "--json", "--data-dir-prefix", str(open_dir))
     data = checks(said)["data"]
     if "(tmpfs" in data["found"]:
@@ -83,7 +86,7 @@ def test_data_on_disk(open_dir: Path) -> None:
 
 
 def test_a_small_shared_memory() -> None:
-    """As in a container that was given 64 MB."""
+    """As in a container that has 64 MB of shared memory."""
     script = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$0" -m pgtemp doctor --json'
     said = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable],
@@ -97,7 +100,7 @@ def test_a_small_shared_memory() -> None:
 
 
 @pytest.mark.parametrize("command", ["ls", "sweep"])
-def test_a_directory_that_is_none(command: str) -> None:
+def test_a_directory_that_does_not_exist(command: str) -> None:
     """One line and status 2."""
     said = run_pgtemp(command, "/no/such/place")
     assert said.returncode == 2
