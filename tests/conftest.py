@@ -130,9 +130,9 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def keeping(project: Project, open_dir: Path) -> Project:
+def persisting(project: Project, open_dir: Path) -> Project:
     """The same, with a place where databases of failed tests are kept."""
-    project.kept = open_dir
+    project.persist_dir = open_dir
     return project
 
 

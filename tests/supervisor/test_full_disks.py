@@ -588,7 +588,7 @@ def test_a_daemon_persists_data_on_a_full_disk(
 def test_a_failed_test_whose_database_cannot_be_persisted(project: Project, disk: Mount) -> None:
     """The session reports it at its end, with its usual exit status."""
     small = disk(100, "ext4")
-    project.kept = small.path
+    project.persist_dir = small.path
     result = project.run(
         text=f"""
         import os
@@ -609,6 +609,6 @@ def test_a_failed_test_whose_database_cannot_be_persisted(project: Project, disk
     assert result.count("failed") == 1 and result.count("passed") == 1
     assert names_disk(result.output, small), result.output
     assert "INTERNALERROR" not in result.output
-    assert project.kept_databases() == {}
+    assert project.persisted_databases() == {}
     assert not list(small.path.glob("pgtemp-failed/*/*"))
     subprocess.run(["rm", "-rf", str(small.path / "pgtemp-failed")], check=True)
