@@ -23,7 +23,7 @@ from pgtemp.host.peer_credentials import OVERFLOW_UID, Peers
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.messages import SSL_CODE, frame, startup_message, untyped
 from rawclient import SECONDS, dial, from_port, read_to_the_end, reset, unused_port
-from support import STRANGER, Daemon, acting_as, eventually, many_files
+from support import OTHER_UID, Daemon, acting_as, eventually, many_files
 
 DaemonType = type[Daemon]
 Loop = Callable[[], asyncio.AbstractEventLoop]
@@ -68,12 +68,12 @@ def test_a_client_port_that_is_used_again(
         port = unused_port()
         with ExitStack() as held:
             if accepted:
-                with acting_as(STRANGER):
+                with acting_as(OTHER_UID):
                     strangers = from_port(port, served.port)
                 assert serves(served)  # so that the daemon has accepted the earlier connection
             held.enter_context(stopped(served))
             if not accepted:
-                with acting_as(STRANGER):
+                with acting_as(OTHER_UID):
                     strangers = from_port(port, served.port)
             strangers.sendall(attack)
             reset(strangers)
@@ -106,7 +106,7 @@ def test_the_listener_checks_the_connection_that_is_served(loop: Loop, others: b
         held.callback(peers.close)
         listener = listeners.of_tcp(DaemonOptions(), peers, None)
         port = unused_port()
-        with acting_as(STRANGER) if others else nullcontext():
+        with acting_as(OTHER_UID) if others else nullcontext():
             client = from_port(port, target[1])
         first = await arrived.get()
         held.callback(first.abort)
@@ -131,7 +131,7 @@ def test_the_listener_checks_the_connection_that_is_served(loop: Loop, others: b
         runner.run(within_time())
 
 
-@pytest.mark.parametrize("uid", [STRANGER, OVERFLOW_UID])
+@pytest.mark.parametrize("uid", [OTHER_UID, OVERFLOW_UID])
 def test_another_user_is_refused(daemon: DaemonType, uid: int) -> None:
     """The error has a remedy. The overflow uid identifies no user."""
     served = daemon()
@@ -170,7 +170,7 @@ def test_silent_clients_of_another_user(daemon: DaemonType, sent: bytes) -> None
     served = daemon()
     with many_files(), ExitStack() as held:
         for number in range(1, 1011):
-            client = held.enter_context(dial_as(STRANGER, served.port))
+            client = held.enter_context(dial_as(OTHER_UID, served.port))
             with suppress(ConnectionError):  # the daemon has refused it already
                 client.sendall(sent)
             if number % 200 == 0:
@@ -186,7 +186,7 @@ def test_silent_clients_of_another_user_and_few_files(daemon: DaemonType) -> Non
     served = daemon("--pool", "1", before=("sh", "-c", 'ulimit -n 96; exec "$@"', "sh"))
     with ExitStack() as held:
         for _ in range(100):
-            client = held.enter_context(dial_as(STRANGER, served.port))
+            client = held.enter_context(dial_as(OTHER_UID, served.port))
         assert b"C28000\0" in client.recv(1000)
         assert serves(served)
 

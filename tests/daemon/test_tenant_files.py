@@ -24,7 +24,7 @@ from pgtemp.host import identity
 from pgtemp.sql import dump_restore
 from pgtemp.uri import ConnectionInfo
 from rawclient import unused_port
-from support import STRANGER, Daemon, acting_as, eventually
+from support import OTHER_UID, Daemon, acting_as, eventually
 
 DaemonType = type[Daemon]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the owner is root")
@@ -236,7 +236,7 @@ def db_user() -> identity.Identity:
 def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: str) -> None:
     """A file of another user at the dump's name is not written; the error names the reason."""
     path = open_dir / "dump.sql"
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         if planted == "link":
             path.symlink_to(secret)
         else:
@@ -252,7 +252,7 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
 def test_a_log_in_a_shared_directory(open_dir: Path, secret: Path, planted: str) -> None:
     """A file of another user at the log's name is not written; the error names the reason."""
     path = open_dir / "server.log"
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         if planted == "link":
             path.symlink_to(secret)
         elif planted == "pipe":

@@ -12,7 +12,7 @@ import pytest
 
 from pgtemp.host import peer_credentials
 from rawclient import from_port, reset, unused_port
-from support import STRANGER, acting_as
+from support import OTHER_UID, acting_as
 
 Ask = Callable[[tuple[str, int], tuple[str, int]], int | None]
 
@@ -165,10 +165,10 @@ def test_a_client_that_disconnects_during_the_query(
 def test_the_peer_of_another_users_connection_is_that_user(ask: Ask) -> None:
     """The user that created the socket counts."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with acting_as(STRANGER):
+        with acting_as(OTHER_UID):
             client = socket.create_connection(server.getsockname())
         with client, server.accept()[0] as accepted:
-            assert ask(accepted.getpeername(), accepted.getsockname()) == STRANGER
+            assert ask(accepted.getpeername(), accepted.getsockname()) == OTHER_UID
 
 
 @pytest.mark.parametrize("table", [False, True])

@@ -13,7 +13,7 @@ import pytest
 
 from pgtemp import OptionError
 from pgtemp.host import identity, paths, trusted
-from support import STRANGER, acting_as, run_pgtemp
+from support import OTHER_UID, acting_as, run_pgtemp
 
 MakeUntrusted = Callable[[Path], None]
 
@@ -25,7 +25,7 @@ def flaw(path: Path, *, sticky: bool = True) -> str:
 def to_stranger(path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory away")
-    os.chown(path, STRANGER, STRANGER)
+    os.chown(path, OTHER_UID, OTHER_UID)
 
 
 def to_all(path: Path) -> None:
@@ -36,14 +36,14 @@ def to_a_group(path: Path) -> None:
     """Other users may be members of it."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory to any group")
-    os.chown(path, -1, STRANGER)
+    os.chown(path, -1, OTHER_UID)
     path.chmod(0o775)
 
 
 def to_one_by_acl(path: Path) -> None:
     """The mode has no bit for others, and that of the group is the list's mask (acl(5))."""
     anyone = 0xFFFFFFFF
-    entries = [(1, 7, anyone), (2, 7, STRANGER), (4, 0, anyone), (16, 7, anyone), (32, 0, anyone)]
+    entries = [(1, 7, anyone), (2, 7, OTHER_UID), (4, 0, anyone), (16, 7, anyone), (32, 0, anyone)]
     listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     try:
         os.setxattr(path, "system.posix_acl_access", listed)
@@ -98,11 +98,11 @@ def test_a_sticky_directory(directory: Path) -> None:
 
 def test_an_entry_that_another_user_made_in_a_sticky_directory(open_dir: Path) -> None:
     """A directory or a link is refused, even a link to a directory of the owner."""
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         (open_dir / "made").mkdir()
         (open_dir / "link").symlink_to("/usr")
     for name in ("made", "link"):
-        assert flaw(open_dir / name / "new") == f"{open_dir / name} belongs to user {STRANGER}"
+        assert flaw(open_dir / name / "new") == f"{open_dir / name} belongs to user {OTHER_UID}"
 
 
 def test_links_that_form_a_loop(directory: Path) -> None:
@@ -189,26 +189,26 @@ CACHE = "print(paths.cache_dir())"
 def test_a_cache_without_a_home(open_dir: Path) -> None:
     """It is in the temporary directory, unless another user has created it there."""
     env = {"TMPDIR": str(open_dir), "HOME": "/"}
-    with acting_as(STRANGER + 1):
-        (open_dir / f"pgtemp-cache-{STRANGER}").mkdir(0o755)
-    said = as_user(STRANGER, STRANGER, CACHE, **env)
-    assert f"belongs to user {STRANGER + 1}" in said and "PGTEMP_CACHE_DIR" in said
-    (open_dir / f"pgtemp-cache-{STRANGER}").rename(open_dir / "aside")
-    assert as_user(STRANGER, STRANGER, CACHE, **env) == f"{open_dir}/pgtemp-cache-{STRANGER}"
+    with acting_as(OTHER_UID + 1):
+        (open_dir / f"pgtemp-cache-{OTHER_UID}").mkdir(0o755)
+    said = as_user(OTHER_UID, OTHER_UID, CACHE, **env)
+    assert f"belongs to user {OTHER_UID + 1}" in said and "PGTEMP_CACHE_DIR" in said
+    (open_dir / f"pgtemp-cache-{OTHER_UID}").rename(open_dir / "aside")
+    assert as_user(OTHER_UID, OTHER_UID, CACHE, **env) == f"{open_dir}/pgtemp-cache-{OTHER_UID}"
 
 
 def test_a_home_that_others_can_change(open_dir: Path) -> None:
     """Neither the cache nor persisted data is stored there."""
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         (open_dir / "home").mkdir()
     (open_dir / "home").chmod(0o777)
     env = {"HOME": str(open_dir / "home")}
     for code in (CACHE, "print(paths.scratch_base(None, keep=True))"):
-        said = as_user(STRANGER, STRANGER, code, **env)
+        said = as_user(OTHER_UID, OTHER_UID, code, **env)
         assert f"{open_dir}/home is writable by other users" in said, said
     assert list((open_dir / "home").iterdir()) == []
     (open_dir / "home").chmod(0o755)
-    assert as_user(STRANGER, STRANGER, CACHE, **env) == f"{open_dir}/home/.cache/pgtemp"
+    assert as_user(OTHER_UID, OTHER_UID, CACHE, **env) == f"{open_dir}/home/.cache/pgtemp"
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -222,7 +222,7 @@ def test_a_link_in_place_of_the_cache(
     cache = open_dir / "cache"
 
     def attack() -> None:
-        with acting_as(STRANGER):
+        with acting_as(OTHER_UID):
             cache.symlink_to(closed)
 
     mkdir = Path.mkdir
@@ -236,7 +236,7 @@ def test_a_link_in_place_of_the_cache(
     else:
         attack()
     monkeypatch.setenv("PGTEMP_CACHE_DIR", str(cache))
-    with pytest.raises(OptionError, match=f"belongs to user {STRANGER}"):
+    with pytest.raises(OptionError, match=f"belongs to user {OTHER_UID}"):
         paths.cache_dir()
     assert closed.stat().st_mode & 0o777 == 0o700 and list(closed.iterdir()) == []
 
@@ -246,7 +246,7 @@ libc = ctypes.CDLL(None)
 libc.prctl(4, 1)  # PR_SET_DUMPABLE, so that /proc/self is owned by the user
 if libc.unshare(0x10000000):  # CLONE_NEWUSER
     sys.exit("not allowed")
-Path("/proc/self/uid_map").write_text("{STRANGER} {STRANGER} 1")
+Path("/proc/self/uid_map").write_text("{OTHER_UID} {OTHER_UID} 1")
 """
 
 
@@ -256,11 +256,11 @@ def test_a_user_namespace_without_root(open_dir: Path) -> None:
     Entries of a sticky directory that seem to belong to it are not trusted: they may be of any
     user.
     """
-    with acting_as(STRANGER + 1):
+    with acting_as(OTHER_UID + 1):
         (open_dir / "made").mkdir()
-    os.chown(open_dir, STRANGER, -1)
+    os.chown(open_dir, OTHER_UID, -1)
     code = f"{ALONE}print([trusted.find_flaw(Path(one), sticky=True) for one in sys.argv[1:]])"
-    said = as_user(STRANGER, STRANGER, code, "/usr", "/tmp", f"{open_dir}/made")
+    said = as_user(OTHER_UID, OTHER_UID, code, "/usr", "/tmp", f"{open_dir}/made")
     if said == "not allowed":
         pytest.skip("no user namespaces are allowed here")
     assert said.startswith(f"[None, None, '{open_dir}/made belongs to user "), said

@@ -13,7 +13,7 @@ import pytest
 from pgtemp import InstallationError, OptionError
 from pgtemp.programs import installation
 from pgtemp.programs.installation import Installation
-from support import STRANGER
+from support import OTHER_UID
 
 
 def test_a_requested_version_is_found(any_version: str) -> None:
@@ -93,17 +93,17 @@ def test_root_runs_no_program_that_another_user_can_change(
     for name in ("postgres", "initdb"):
         (folder / name).write_text(f"#!/bin/sh\ntouch {ran}\necho 'postgres (PostgreSQL) 42.0'\n")
         (folder / name).chmod(0o755)
-        os.chown(folder / name, STRANGER, STRANGER)
+        os.chown(folder / name, OTHER_UID, OTHER_UID)
     pg_config = open_dir / "pg_config"
     pg_config.write_text(f"#!/bin/sh\necho {folder}\n")
     pg_config.chmod(0o755)
     monkeypatch.setenv("PATH", f"{open_dir}:{os.environ['PATH']}")
     monkeypatch.setattr(installation, "_FOLDERS", (str(open_dir / "*" / "bin"),))
     for flawed in (folder / "postgres", folder.parent):
-        os.chown(flawed, STRANGER, STRANGER)
+        os.chown(flawed, OTHER_UID, OTHER_UID)
         with pytest.raises(InstallationError) as caught:
             installation.find(None, "42")
-        assert f"{flawed} belongs to user {STRANGER}" in str(caught.value)
+        assert f"{flawed} belongs to user {OTHER_UID}" in str(caught.value)
         assert not any(one.major == 42 for one in installation.available())
     assert not ran.exists()
     assert installation.find(folder, "42").major == 42
