@@ -1,4 +1,4 @@
-// The agent for the peers in Go: `peers PEER`. What it is asked and answers is in ../README.md.
+// The agent for the peers in Go: `peers PEER`. ../README.md describes its commands.
 package main
 
 import (
@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// Ahead of a database that is asked for alone, so that a peer that makes one ahead has it ready.
+	// Before a single database is requested, so that a peer with a pool has one ready.
 	rest     = 100 * time.Millisecond
 	work     = 25 * time.Millisecond
 	countAll = "SELECT count(*) FROM t0"
@@ -22,33 +22,33 @@ const (
 
 var ctx = context.Background()
 
-// errCannot is wrapped by what a peer has no way to do.
+// errCannot is wrapped by the error for a command that a peer does not support.
 var errCannot = errors.New("cannot")
 
 func cannot(why string) error { return fmt.Errorf("%w: %s", errCannot, why) }
 
-// A server that runs.
+// A running server.
 type server struct {
-	url   string
-	data  string
-	place string // all that it has
-	stop  func() error
+	url  string
+	data string
+	dir  string // the parent of all its files
+	stop func() error
 }
 
-// A database that somebody has.
+// A database in use.
 type database struct {
 	url    string
 	giveUp func() error
 }
 
-// What a peer can be asked. Content is "empty" or "fifty".
+// The commands of a peer. Content is "empty" or "fifty".
 type peer interface {
 	prepare() error
 	server() (server, error)
 	template(content string) error
 	database(content string) (database, error)
-	// settle waits until all that was given back is dropped, where giving back does not wait; for
-	// how long it has waited more than that.
+	// settle waits until all closed databases are dropped, if closing does not wait for that. It returns
+	// the time that it has waited in addition.
 	settle(content string) (time.Duration, error)
 	end() error
 }
@@ -75,7 +75,7 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 			break
 		}
 		a.servers = append(a.servers, one)
-		said["places"] = []string{one.place}
+		said["directories"] = []string{one.dir}
 		said["pid"], err = one.postmaster()
 	case "database":
 		taken, err = a.database()
