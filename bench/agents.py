@@ -262,8 +262,8 @@ class Setup:
         self.version = version
         self.user = User()
         self.programs = programs(version)
-        said = subprocess.check_output([self.programs / "postgres", "--version"], text=True)
-        self.release = said.split()[2]
+        version_line = subprocess.check_output([self.programs / "postgres", "--version"], text=True)
+        self.release = version_line.split()[2]
         self._unbuilt: dict[str, str | None] = {}
 
     def check(self, language: str) -> None:

@@ -131,9 +131,9 @@ from bench.databases import tables
 def load(host, port, user, dbname, password, **rest):
     tables(f"postgresql://{user}@{host}:{port}/{dbname}")
 
-said = dict(word.split("=") for word in SERVER.split())
+parts = dict(part.split("=") for part in SERVER.split())
 running = factories.postgresql_noproc(
-    host=said["host"], port=int(said["port"]), user="postgres", load=[load])
+    host=parts["host"], port=int(parts["port"]), user="postgres", load=[load])
 db = factories.postgresql("running")
 """,
     "py-pglite (empties its tables)": """

@@ -55,17 +55,17 @@ def test_a_loaded_dump(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "message"),
     [
         (["no-such-command"], 127, "there is no command 'no-such-command'"),
         (["/etc/passwd"], 126, "cannot be run: Permission denied"),
         ([], 2, "Missing argument"),
     ],
 )
-def test_a_command_that_cannot_run(words: list[str], status: int, said: str) -> None:
+def test_a_command_that_cannot_run(words: list[str], status: int, message: str) -> None:
     result = run_pgtemp("run", "--", *words)
     assert result.returncode == status
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -111,16 +111,16 @@ def test_ctrl_c_reaches_the_command_once() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [*PGTEMP, "run", "--", sys.executable, "-c", counts])
-    said = b""
+    output = b""
     try:
         for word, then in ((b"ready", b"\x03"), (b"caught", b"go on\n"), (b"of them", b"")):
-            while word not in said:
-                said += os.read(terminal, 1000)
+            while word not in output:
+                output += os.read(terminal, 1000)
             os.write(terminal, then)
     finally:
         os.waitpid(pid, 0)
         os.close(terminal)
-    assert b"got 1 of them" in said
+    assert b"got 1 of them" in output
 
 
 def test_pgtemp_exits_with_the_signal_of_a_killed_command() -> None:

@@ -141,9 +141,9 @@ def test_an_invalid_value_in_an_answer(open_dir: Path, value: str) -> None:
     """An excessive number or structure is left out."""
     answer = f'{{"uri": "x", "leases": [{{"lease": 1, "user": {value}}}, 5, [], null]}}'
     with locked_run_directory(open_dir, "x") as run_dir:
-        said = answer_of(run_dir, answer.encode())
-    assert said is not None
-    assert said.leases == [{"lease": 1}]
+        received = answer_of(run_dir, answer.encode())
+    assert received is not None
+    assert received.leases == [{"lease": 1}]
 
 
 def test_answers_are_shown_as_valid_json(open_dir: Path) -> None:
@@ -152,10 +152,10 @@ def test_answers_are_shown_as_valid_json(open_dir: Path) -> None:
     answer = json.dumps({"uri": name, "leases": [{"user": name, name: 1}]}).encode()
     with locked_run_directory(open_dir, "x") as run_dir:
         with answering(run_dir, answer):
-            said = run_pgtemp("ls", "--json", str(open_dir))
-        assert said.returncode == 0, said.stderr
-        assert said.stdout.isascii()
-        (owner,) = (one for one in json.loads(said.stdout)["owners"] if one["uri"] == name)
+            listed = run_pgtemp("ls", "--json", str(open_dir))
+        assert listed.returncode == 0, listed.stderr
+        assert listed.stdout.isascii()
+        (owner,) = (one for one in json.loads(listed.stdout)["owners"] if one["uri"] == name)
         assert owner["leases"] == [{"user": name, name: 1}]
         with answering(run_dir, answer):
             table = run_pgtemp("ls", str(open_dir))

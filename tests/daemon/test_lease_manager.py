@@ -424,8 +424,8 @@ def test_the_log_has_one_line_per_lease(daemon: DaemonType) -> None:
     do(at(served, "test~s", "me"), "SELECT 1")
     do(at(served, "test"), "SELECT 1")
     _, errors = served.end()
-    said = [json.loads(line) for line in errors.splitlines()]
-    leases = {line["lease"]: line for line in said if "lease" in line}
+    entries = [json.loads(line) for line in errors.splitlines()]
+    leases = {line["lease"]: line for line in entries if "lease" in line}
     assert leases[1]["session"] == "s" and leases[1]["user"] == "me"
     assert leases[2]["session"] is None and leases[2]["database"] == "test"
     assert all(line["bytes_in"] > 0 and line["bytes_out"] > 0 for line in leases.values())
@@ -490,8 +490,8 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
 
     def lease() -> None:
         with socket.create_connection(("127.0.0.1", served.port)) as client:
-            for said in (hello, query):
-                client.sendall(said)
+            for message in (hello, query):
+                client.sendall(message)
                 answer = b""
                 while not answer.endswith(b"Z\0\0\0\5I"):
                     arrived = client.recv(65536)

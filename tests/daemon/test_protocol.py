@@ -53,23 +53,23 @@ def connect_raw(served: Daemon) -> socket.socket:
     return dial(("127.0.0.1", served.port))
 
 
-def answer(served: Daemon, *said: bytes) -> bytes:
+def answer(served: Daemon, *pieces: bytes) -> bytes:
     """The complete answer of the daemon to a client that sends this and closes its side."""
     with connect_raw(served) as client:
         with suppress(ConnectionError):
-            for piece in said:
+            for piece in pieces:
                 client.sendall(piece)
             client.shutdown(socket.SHUT_WR)
         return read_to_the_end(client)
 
 
-def messages(said: bytes) -> list[tuple[bytes, bytes]]:
-    return list(Frames().feed(said))
+def messages(data: bytes) -> list[tuple[bytes, bytes]]:
+    return list(Frames().feed(data))
 
 
-def refused(said: bytes) -> dict[str, str]:
+def refused(data: bytes) -> dict[str, str]:
     """The fields of an answer that consists of one ErrorResponse."""
-    ((kind, payload),) = messages(said)
+    ((kind, payload),) = messages(data)
     assert kind == b"E"
     fields = error_fields(payload)
     assert fields["S"] == fields["V"] == "FATAL"
@@ -151,14 +151,14 @@ def test_the_server_negotiates_minor_versions_and_extensions(
     for minor, extensions in product((0, 2, 9999), ({}, {"_pq_.pgtemp": "1"})):
         known = int(any_version) >= 18 and minor == 2  # PostgreSQL supports 3.2 since 18
         hello = startup_message({"user": "postgres", **extensions}, PROTOCOL_3 + minor)
-        said = messages(answer(served, hello, WHICH, TERMINATE))
-        kinds = b"".join(kind for kind, _ in said)
+        replies = messages(answer(served, hello, WHICH, TERMINATE))
+        kinds = b"".join(kind for kind, _ in replies)
         assert kinds.endswith(b"ZTDCZ")
         assert (b"v" in kinds) == bool(extensions or (minor and not known)), kinds
         if extensions:
-            (named,) = (payload for kind, payload in said if kind == b"v")
+            (named,) = (payload for kind, payload in replies if kind == b"v")
             assert named[4:] == b"\0\0\0\1_pq_.pgtemp\0"
-        (key,) = (payload for kind, payload in said if kind == b"K")
+        (key,) = (payload for kind, payload in replies if kind == b"K")
         assert len(key) == (36 if int(any_version) >= 18 and minor else 8)
 
 
@@ -166,9 +166,9 @@ def test_the_server_negotiates_minor_versions_and_extensions(
 def test_the_daemon_negotiates_in_logins_that_it_answers_itself(shared: Daemon, minor: int) -> None:
     probe = {"user": "me", "application_name": "pg_isready", "_pq_.pgtemp": "1"}
     hello = startup_message(probe, PROTOCOL_3 + minor)
-    said = messages(answer(shared, hello, TERMINATE))
-    assert [kind for kind, _ in said] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
-    assert int.from_bytes(said[0][1][:4], "big") == PROTOCOL_3 + min(minor, 2)
+    replies = messages(answer(shared, hello, TERMINATE))
+    assert [kind for kind, _ in replies] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
+    assert int.from_bytes(replies[0][1][:4], "big") == PROTOCOL_3 + min(minor, 2)
 
 
 @pytest.mark.parametrize("version", [1, 2, 4])
@@ -272,9 +272,9 @@ def test_options_and_settings_are_passed_through(shared: Daemon) -> None:
 
 
 def refused_by_server(served: Daemon, more: dict[str, str]) -> dict[str, str]:
-    said = messages(answer(served, startup_message({"user": "postgres", **more})))
-    assert [kind for kind, _ in said] == [b"R", b"E"]
-    return error_fields(said[1][1])
+    replies = messages(answer(served, startup_message({"user": "postgres", **more})))
+    assert [kind for kind, _ in replies] == [b"R", b"E"]
+    return error_fields(replies[1][1])
 
 
 @pytest.mark.parametrize("arguments", [(), CLUSTER])
@@ -284,8 +284,8 @@ def test_a_database_given_twice_reaches_the_server_once(
     """The last name counts, as in PostgreSQL. The server gets one name: the allocation's."""
     served = daemon(*arguments)
     both = b"user\0postgres\0database\0postgres\0database\0two\0\0"
-    said = dict(messages(answer(served, untyped(PROTOCOL_3, both), WHICH, TERMINATE)))
-    name = said[b"D"][6:].decode()
+    replies = dict(messages(answer(served, untyped(PROTOCOL_3, both), WHICH, TERMINATE)))
+    name = replies[b"D"][6:].decode()
     assert name.startswith("lease_") if not arguments else name == "two"
 
 
@@ -337,9 +337,9 @@ def test_a_foreign_protocol_is_closed_with_a_line_in_the_log(daemon: DaemonType)
     served = daemon("--pool", "0", "--log-level", "info")
     foreign = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"*1\r\n$4\r\nPING\r\n"]
     foreign += [b"\0\0\0\4", bytes(8), b"\xff" * 20, (1 << 20).to_bytes(4, "big"), b"\r\n\r\n"]
-    for said in foreign:
+    for data in foreign:
         with connect_raw(served) as client:
-            client.sendall(said)
+            client.sendall(data)
             assert read_to_the_end(client) == b""
     lines = served.end()[1].splitlines()
     assert len(lines) == len(foreign)
@@ -444,17 +444,17 @@ def test_statements_sent_with_the_start_up_packet_arrive_in_order(
     served = daemon(*arguments)
     queries = [f"SELECT {number}" for number in range(2000)]
     sent = b"".join(frame(b"Q", query.encode() + b"\0") for query in queries)
-    said = messages(answer(served, HELLO + sent + TERMINATE))
-    rows = [payload[6:].decode() for kind, payload in said if kind == b"D"]
+    replies = messages(answer(served, HELLO + sent + TERMINATE))
+    rows = [payload[6:].decode() for kind, payload in replies if kind == b"D"]
     assert rows == [str(number) for number in range(2000)]
 
 
 def test_a_half_closed_client_gets_its_answer(shared: Daemon) -> None:
     """A half-close is passed on; both sides are closed after the other direction has drained."""
     query = frame(b"Q", b"SELECT repeat('x', 10000000), pg_sleep(0.2)\0")
-    said = messages(answer(shared, HELLO, query))
-    assert [len(payload) > 10_000_000 for kind, payload in said if kind == b"D"] == [True]
-    assert said[-1] == (b"Z", b"I")
+    replies = messages(answer(shared, HELLO, query))
+    assert [len(payload) > 10_000_000 for kind, payload in replies if kind == b"D"] == [True]
+    assert replies[-1] == (b"Z", b"I")
 
 
 def test_probes_use_no_lease(daemon: DaemonType, programs: Installation) -> None:
@@ -530,8 +530,8 @@ def test_a_refused_client_gets_the_complete_reason(
     with psycopg.connect(served.uri.replace("/test", f"/{used_dbname}")):
         hello = startup_message({"user": "postgres", "database": dbname})
         for behind in (b"", WHICH, WHICH * 30_000):
-            said = messages(answer(served, hello + behind))
-            (fields,) = (error_fields(payload) for kind, payload in said if kind == b"E")
+            replies = messages(answer(served, hello + behind))
+            (fields,) = (error_fields(payload) for kind, payload in replies if kind == b"E")
             assert fields["C"] == sqlstate
             assert hint is None or hint in fields["H"]
         with pytest.raises(psycopg.OperationalError) as by_libpq:
@@ -548,8 +548,8 @@ def test_connected_clients_get_an_error_when_the_daemon_stops(daemon: DaemonType
     with Client(("127.0.0.1", served.port), user="postgres") as client:
         assert client.query("SELECT 1") == [("1",)]
         assert served.end() == (0, "")
-        said = messages(read_to_the_end(client.socket))
-        assert said and error_fields(said[0][1])["C"] == "57P01"
+        replies = messages(read_to_the_end(client.socket))
+        assert replies and error_fields(replies[0][1])["C"] == "57P01"
 
 
 def test_the_servers_own_refusal_reaches_the_client(shared: Daemon) -> None:

@@ -104,14 +104,14 @@ def test_a_gigabyte_to_a_slow_server(daemon: DaemonType) -> None:
         assert client.next()[0] == b"G"
         paused = False
         for number in range(1, ROWS + 1):
-            said = frame(b"d", b"%d\t" % number + row(number))
-            if not paused and (said := _send_until_blocked(client.socket, said)):
+            data = frame(b"d", b"%d\t" % number + row(number))
+            if not paused and (data := _send_until_blocked(client.socket, data)):
                 paused = True
                 assert eventually(lambda: waits(holder, "advisory"))
                 assert own_memory(served.process.pid) - before < ROOM
                 holder.execute("SELECT pg_advisory_unlock(1)")
-            if said:
-                client.socket.sendall(said)
+            if data:
+                client.socket.sendall(data)
         client.send(b"c")
         assert client.answer() == []
         assert own_memory(served.process.pid) - before < ROOM
@@ -120,13 +120,13 @@ def test_a_gigabyte_to_a_slow_server(daemon: DaemonType) -> None:
         assert client.query("SELECT count(*) FROM wrong") == [("0",)]
 
 
-def _send_until_blocked(connection: socket.socket, said: bytes) -> bytes:
+def _send_until_blocked(connection: socket.socket, data: bytes) -> bytes:
     """Send data; return the rest once the daemon has accepted nothing for a second."""
-    while said:
+    while data:
         _, able, _ = select.select([], [connection], [], 1.0)
         if not able:
-            return said
-        said = said[connection.send(said, socket.MSG_DONTWAIT) :]
+            return data
+        data = data[connection.send(data, socket.MSG_DONTWAIT) :]
     return b""
 
 
@@ -150,13 +150,13 @@ def test_one_byte_at_a_time_in_both_directions(shared: Daemon) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in startup_message({"user": "postgres"}) + query * 300 + TERMINATE:
             client.send(bytes([byte]))
-        said = read_to_the_end(client)
-    assert said.count(b"SELECT 1\0Z\0\0\0\5I") == 300
+        answer = read_to_the_end(client)
+    assert answer.count(b"SELECT 1\0Z\0\0\0\5I") == 300
     with dial(("127.0.0.1", shared.port)) as client:
         client.sendall(startup_message({"user": "postgres"}))
         client.sendall(frame(b"Q", b"SELECT n FROM generate_series(1, 3000) n\0") + TERMINATE)
-        said = b"".join(iter(lambda: client.recv(1), b""))
-    assert said.endswith(frame(b"D", b"\0\1\0\0\0\0043000") + frame(b"C", b"SELECT 3000\0")
+        answer = b"".join(iter(lambda: client.recv(1), b""))
+    assert answer.endswith(frame(b"D", b"\0\1\0\0\0\0043000") + frame(b"C", b"SELECT 3000\0")
                          + frame(b"Z", b"I"))  # fmt: skip
 
 
@@ -179,9 +179,9 @@ def test_a_half_closed_client_receives_everything(shared: Daemon) -> None:
         client.shutdown(socket.SHUT_WR)
         with psycopg.connect(shared.uri, autocommit=True) as looker:
             assert eventually(lambda: waits(looker, "ClientWrite"))
-        said = read_to_the_end(client)
-    assert said.endswith(frame(b"C", b"SELECT 50000\0") + frame(b"Z", b"I"))
-    assert said.count(b"x" * 1000) == 50000
+        answer = read_to_the_end(client)
+    assert answer.endswith(frame(b"C", b"SELECT 50000\0") + frame(b"Z", b"I"))
+    assert answer.count(b"x" * 1000) == 50000
 
 
 def test_a_client_that_keeps_writing_reads_the_servers_last_error(shared: Daemon) -> None:
@@ -291,8 +291,8 @@ def test_portals(shared: Daemon) -> None:
         assert [client.next()[0] for _ in range(303)] == [b"1", b"2"] + [b"D"] * 300 + [b"s"]
         more = frame(b"E", b"\0" + (300).to_bytes(4, "big"))
         client.socket.sendall(more * 3 + SYNC)
-        said = [client.next()[0] for _ in range(704)]
-        assert said == ([b"D"] * 300 + [b"s"]) * 2 + [b"D"] * 100 + [b"C", b"Z"]
+        kinds = [client.next()[0] for _ in range(704)]
+        assert kinds == ([b"D"] * 300 + [b"s"]) * 2 + [b"D"] * 100 + [b"C", b"Z"]
 
 
 def test_large_objects(shared: Daemon) -> None:

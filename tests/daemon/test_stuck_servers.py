@@ -304,8 +304,8 @@ def test_persisted_data_is_shut_down_cleanly(
 
 def cluster_state(programs: Installation, data: Path) -> str:
     """The state of a data directory that no server uses."""
-    said = subprocess.run(
+    output = subprocess.run(
         [programs.program("pg_controldata"), data], capture_output=True, text=True, check=True,
         env={"LC_ALL": "C"},
     ).stdout  # fmt: skip
-    return "".join(re.findall(r"cluster state: +(.*)\n", said))
+    return "".join(re.findall(r"cluster state: +(.*)\n", output))

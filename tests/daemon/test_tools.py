@@ -167,8 +167,8 @@ def test_djangos_own_test_runner(
     served = daemon(*arguments)
     env = {"PGHOST": "127.0.0.1", "PGPORT": str(served.port), "PGUSER": "me", "SESSION": session}
     for _ in range(2):
-        said = run(*MANAGE, "test", cwd=django, PGDATABASE="test", **env)
-        assert "Ran 2 tests" in said and "OK" in said
+        output = run(*MANAGE, "test", cwd=django, PGDATABASE="test", **env)
+        assert "Ran 2 tests" in output and "OK" in output
 
 
 def test_knex(daemon: type[Daemon], tmp_path: Path) -> None:

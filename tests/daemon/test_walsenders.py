@@ -29,9 +29,9 @@ def replicating(daemon: DaemonType) -> Daemon:
     return daemon(*LOGICAL)
 
 
-def refusal(said: bytes) -> dict[str, str]:
+def refusal(answer: bytes) -> dict[str, str]:
     """The ErrorResponse at the end of an answer that contains no copied data."""
-    answers = list(Frames().feed(said))
+    answers = list(Frames().feed(answer))
     assert not {kind for kind, _ in answers} & {b"H", b"W", b"d"}
     kind, payload = answers[-1]
     assert kind == b"E"

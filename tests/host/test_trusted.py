@@ -158,11 +158,11 @@ def test_a_directory_that_an_option_names(
 ) -> None:
     """One error with the remedy, and nothing is created there."""
     make_untrusted(directory / "deep")
-    said = run_pgtemp("run", "--", "true", env={option: str(directory / "deep" / "er")})
-    assert said.returncode == 2 and said.stdout == "", said
-    assert said.stderr.count("\n") == 1 and f": {directory / 'deep'} " in said.stderr
+    result = run_pgtemp("run", "--", "true", env={option: str(directory / "deep" / "er")})
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.count("\n") == 1 and f": {directory / 'deep'} " in result.stderr
     name = {"PGTEMP_DATA_DIR_PREFIX": "data_dir_prefix"}.get(option, option)
-    remedy = said.stderr.partition(";")[2]
+    remedy = result.stderr.partition(";")[2]
     assert name in remedy and "chmod" in remedy
     assert list((directory / "deep" / "er").iterdir()) == []
 
@@ -191,8 +191,8 @@ def test_a_cache_without_a_home(open_dir: Path) -> None:
     env = {"TMPDIR": str(open_dir), "HOME": "/"}
     with acting_as(OTHER_UID + 1):
         (open_dir / f"pgtemp-cache-{OTHER_UID}").mkdir(0o755)
-    said = as_user(OTHER_UID, OTHER_UID, CACHE, **env)
-    assert f"belongs to user {OTHER_UID + 1}" in said and "PGTEMP_CACHE_DIR" in said
+    output = as_user(OTHER_UID, OTHER_UID, CACHE, **env)
+    assert f"belongs to user {OTHER_UID + 1}" in output and "PGTEMP_CACHE_DIR" in output
     (open_dir / f"pgtemp-cache-{OTHER_UID}").rename(open_dir / "aside")
     assert as_user(OTHER_UID, OTHER_UID, CACHE, **env) == f"{open_dir}/pgtemp-cache-{OTHER_UID}"
 
@@ -204,8 +204,8 @@ def test_a_home_that_others_can_change(open_dir: Path) -> None:
     (open_dir / "home").chmod(0o777)
     env = {"HOME": str(open_dir / "home")}
     for code in (CACHE, "print(paths.scratch_base(None, keep=True))"):
-        said = as_user(OTHER_UID, OTHER_UID, code, **env)
-        assert f"{open_dir}/home is writable by other users" in said, said
+        output = as_user(OTHER_UID, OTHER_UID, code, **env)
+        assert f"{open_dir}/home is writable by other users" in output, output
     assert list((open_dir / "home").iterdir()) == []
     (open_dir / "home").chmod(0o755)
     assert as_user(OTHER_UID, OTHER_UID, CACHE, **env) == f"{open_dir}/home/.cache/pgtemp"
@@ -260,7 +260,7 @@ def test_a_user_namespace_without_root(open_dir: Path) -> None:
         (open_dir / "made").mkdir()
     os.chown(open_dir, OTHER_UID, -1)
     code = f"{ALONE}print([trusted.find_flaw(Path(one), sticky=True) for one in sys.argv[1:]])"
-    said = as_user(OTHER_UID, OTHER_UID, code, "/usr", "/tmp", f"{open_dir}/made")
-    if said == "not allowed":
+    output = as_user(OTHER_UID, OTHER_UID, code, "/usr", "/tmp", f"{open_dir}/made")
+    if output == "not allowed":
         pytest.skip("no user namespaces are allowed here")
-    assert said.startswith(f"[None, None, '{open_dir}/made belongs to user "), said
+    assert output.startswith(f"[None, None, '{open_dir}/made belongs to user "), output

@@ -125,8 +125,8 @@ class Storm:
         self._segments: set[str] = set()  # shared memory of the daemon's servers
         self._log: list[str] = []
         self._lock = threading.Lock()
-        said = "".join(served.output)
-        self._socket = f"{said.split('socket is in ')[1].split(';')[0]}/.s.PGSQL.{self.port}"
+        output = "".join(served.output)
+        self._socket = f"{output.split('socket is in ')[1].split(';')[0]}/.s.PGSQL.{self.port}"
 
     def run(self, clients: int, steps: int) -> None:
         """Run the plans of all clients to their ends."""

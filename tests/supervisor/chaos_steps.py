@@ -133,9 +133,9 @@ def send_everything_at_once(storm: Storm, it: Step) -> None:
             reset(client)
         elif way == 1:
             client.shutdown(socket.SHUT_WR)
-            said = read_to_the_end(client)
-            if b"answer" not in said and said[:1] != b"E" and storm.calm() == calm >= 0:
-                raise ViolationError(f"a client that sent everything at once got {said!r}")
+            answer = read_to_the_end(client)
+            if b"answer" not in answer and answer[:1] != b"E" and storm.calm() == calm >= 0:
+                raise ViolationError(f"a client that sent everything at once got {answer!r}")
     storm.left(it.token, politely=False)
 
 
@@ -176,9 +176,9 @@ def half_close(storm: Storm, it: Step) -> None:
         calm = storm.calm()
         client.ask(f"SELECT 'answer' || count(*) FROM marks, pg_sleep({it.dice % 30 / 100})")
         client.socket.shutdown(socket.SHUT_WR)
-        said = read_to_the_end(client.socket)
-        if b"answer1" not in said and storm.calm() == calm >= 0:
-            raise ViolationError(f"the answer after a half-close was {said[:200]!r}")
+        answer = read_to_the_end(client.socket)
+        if b"answer1" not in answer and storm.calm() == calm >= 0:
+            raise ViolationError(f"the answer after a half-close was {answer[:200]!r}")
 
 
 @step(8)
@@ -209,7 +209,7 @@ def kill_a_client_process(storm: Storm, it: Step) -> None:
         assert child.stdout is not None
         if not select.select([child.stdout], [], [], SECONDS)[0]:
             child.kill()
-            raise HangError("a client process was left hanging")
+            raise HangError("a client process got no answer")
         _pause(it.dice % 10 / 100)
         child.kill()
     storm.left(it.token, politely=False)
@@ -274,7 +274,7 @@ def invalid_start_up(storm: Storm, it: Step) -> None:
     """Send an invalid or incomplete start of a connection."""
     dice = it.random()
     whole = startup_message({"user": "postgres", "database": "app"})
-    sent, answer = dice.choice([
+    sent, expected = dice.choice([
         (whole[: dice.randrange(len(whole))], b""),
         (dice.randbytes(dice.randrange(1, 2000)), None),
         (untyped(SSL_CODE), b"N"),
@@ -301,15 +301,15 @@ def invalid_start_up(storm: Storm, it: Step) -> None:
         if way == "end":
             with suppress(OSError):
                 probe.shutdown(socket.SHUT_WR)
-        said = read_to_the_end(probe)
-    if answer is not None and len(answer) == 5:
-        if said[:1] != b"E" or error_fields(said[5:])["C"] != answer.decode():
-            raise ViolationError(f"{sent[:40]!r} was answered with {said!r}")
-    elif answer == b"Z":
-        if not said.endswith(b"Z\0\0\0\5I"):
-            raise ViolationError(f"pg_isready was answered with {said!r}")
-    elif answer is not None and said != answer:
-        raise ViolationError(f"{sent[:40]!r} was answered with {said!r}")
+        received = read_to_the_end(probe)
+    if expected is not None and len(expected) == 5:
+        if received[:1] != b"E" or error_fields(received[5:])["C"] != expected.decode():
+            raise ViolationError(f"{sent[:40]!r} was answered with {received!r}")
+    elif expected == b"Z":
+        if not received.endswith(b"Z\0\0\0\5I"):
+            raise ViolationError(f"pg_isready was answered with {received!r}")
+    elif expected is not None and received != expected:
+        raise ViolationError(f"{sent[:40]!r} was answered with {received!r}")
 
 
 @step(6)

@@ -123,16 +123,16 @@ def test_other_clients_of_a_crashed_backend_get_the_reason(
         row = victim.execute("SELECT pg_backend_pid()").fetchone()
         assert row is not None
         os.kill(row[0], number)
-        said: list[str] = []
+        messages: list[str] = []
         # libpq treats a FATAL that it reads right after the end of a query as a notice.
         neighbour.add_notice_handler(
-            lambda notice: said.append(f"{notice.message_primary} {notice.message_detail}")
+            lambda notice: messages.append(f"{notice.message_primary} {notice.message_detail}")
         )
-        with pytest.raises(psycopg.OperationalError) as told:
+        with pytest.raises(psycopg.OperationalError) as caught:
             assert not eventually(lambda: _answers(neighbour))
-        said.append(str(told.value))
-        assert any("after a crash" in one for one in said)
-        assert any(f"terminated by signal {number}" in one for one in said)
+        messages.append(str(caught.value))
+        assert any("after a crash" in one for one in messages)
+        assert any(f"terminated by signal {number}" in one for one in messages)
     assert eventually(lambda: _gets_empty_database(served.uri)), "it does not lease again"
     status, errors = served.end()
     assert status == 0
@@ -245,10 +245,10 @@ def test_ctrl_c_in_a_container(namespace: list[str], tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvp(namespace[0], [*namespace, *argv])
-    said = b""
-    while b"Ctrl-C" not in said:
-        assert select.select([terminal], [], [], 60)[0], said.decode()
-        said += os.read(terminal, 4096)
+    output = b""
+    while b"Ctrl-C" not in output:
+        assert select.select([terminal], [], [], 60)[0], output.decode()
+        output += os.read(terminal, 4096)
     with psycopg.connect(f"postgresql://postgres@localhost:{port}/test") as connection:
         connection.execute("CREATE TABLE kept (n int)")
     os.write(terminal, b"\x03")

@@ -95,11 +95,11 @@ def works(result: Result) -> None:
 
 def refuses(result: Result, *words: str) -> None:
     """Check for one message with all these words, and nothing else."""
-    said = result.stderr
-    assert (result.returncode, result.stdout) == (2, ""), said
-    assert [line[:8] for line in said.splitlines() if line[:1] != " "] == ["pgtemp: "], said
-    assert "Traceback" not in said
-    assert not [word for word in words if word not in said], said
+    message = result.stderr
+    assert (result.returncode, result.stdout) == (2, ""), message
+    assert [line[:8] for line in message.splitlines() if line[:1] != " "] == ["pgtemp: "], message
+    assert "Traceback" not in message
+    assert not [word for word in words if word not in message], message
 
 
 InNamespace = Callable[..., Result]
@@ -449,18 +449,18 @@ def test_a_umask_that_removes_the_owners_own_rights(fresh_cache: Path) -> None:
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_descriptors(closed: str, open_dir: Path) -> None:
     """Without standard input, output or error, the numbers 0 to 2 are reused for pgtemp's files."""
-    said = open_dir / "said"
-    library = LIBRARY.replace("print(c", f"print(file=open({str(said)!r}, 'w'), *[c").replace(
+    output = open_dir / "said"
+    library = LIBRARY.replace("print(c", f"print(file=open({str(output)!r}, 'w'), *[c").replace(
         ".fetchone()[0])", ".fetchone()[0]])"
     )
     for program in (
         [sys.executable, "-c", library],
-        [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW, "-o", str(said)],
+        [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW, "-o", str(output)],
     ):
-        said.write_text("")
-        said.chmod(0o666)
+        output.write_text("")
+        output.chmod(0o666)
         result = run(["sh", "-c", f'exec "$@" {closed}', "sh", *program])
-        assert (result.returncode, said.read_text()) == (0, "UTF8\n"), result.stderr
+        assert (result.returncode, output.read_text()) == (0, "UTF8\n"), result.stderr
 
 
 def test_a_daemon_with_closed_descriptors() -> None:

@@ -67,8 +67,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def names_disk(error: BaseException | str, disk: Disk) -> bool:
     """Whether an error names the disk and its free space."""
-    said = str(error)
-    return str(disk.path) in said and re.search(FREE, said) is not None
+    message = str(error)
+    return str(disk.path) in message and re.search(FREE, message) is not None
 
 
 def refusal(uri: str) -> asyncpg.PostgresError | None:

@@ -374,25 +374,25 @@ with PgTempDB(data_dir_prefix=%r) as db:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", script % str(open_dir)])
-    said = _read_until(terminal, b"waits")
+    output = _read_until(terminal, b"waits")
     os.write(terminal, b"\x03")
-    said += _read_until(terminal, b"KeyboardInterrupt")
+    output += _read_until(terminal, b"KeyboardInterrupt")
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
-    assert b"(7,)" in said
+    assert b"(7,)" in output
     assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
     assert eventually(lambda: list(open_dir.iterdir()) == [])
 
 
 def _read_until(terminal: int, word: bytes) -> bytes:
-    said = b""
-    while word not in said:
-        assert select.select([terminal], [], [], 60)[0], said.decode()
+    output = b""
+    while word not in output:
+        assert select.select([terminal], [], [], 60)[0], output.decode()
         try:
-            said += os.read(terminal, 4096)
+            output += os.read(terminal, 4096)
         except OSError:  # its other end is closed
-            raise AssertionError(said.decode()) from None
-    return said
+            raise AssertionError(output.decode()) from None
+    return output
 
 
 @pytest.mark.slow

@@ -80,12 +80,12 @@ def test_names_are_escaped(open_dir: Path, encoding: str) -> None:
     paths = [plant(open_dir / os.fsdecode(name)) for name in NAMES]
     env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     for command in (["ls"], ["sweep", "--dry-run"]):
-        said = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "pgtemp", *command, str(open_dir)],
             capture_output=True, check=False, env={**os.environ, **env}, timeout=60,
         )  # fmt: skip
-        assert said.returncode == 0, said.stderr
-        text = said.stdout.decode(encoding)
+        assert result.returncode == 0, result.stderr
+        text = result.stdout.decode(encoding)
         assert text.replace("\n", "").isprintable()
         if command != ["ls"]:
             assert len([line for line in text.splitlines() if str(open_dir) in line]) == len(paths)
@@ -93,9 +93,9 @@ def test_names_are_escaped(open_dir: Path, encoding: str) -> None:
             assert "[red]x[link=file:etc][bold]" in text
     shown = json.loads(run_pgtemp("ls", "--json", str(open_dir)).stdout)
     assert {str(path) for path in paths} <= {one["path"] for one in shown["left"]}
-    said = run_pgtemp("sweep", "--json", str(open_dir), env=env)
-    assert said.stdout.isascii()
-    swept = json.loads(said.stdout)["found"]
+    result = run_pgtemp("sweep", "--json", str(open_dir), env=env)
+    assert result.stdout.isascii()
+    swept = json.loads(result.stdout)["found"]
     assert {str(path) for path in paths} <= {one["path"] for one in swept if one["removed"]}
     assert list(open_dir.iterdir()) == []
 
@@ -121,11 +121,11 @@ def test_a_truncated_command_line_shows_no_part_of_a_password() -> None:
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        said = procfs.command(process.pid)
+        shown = procfs.command(process.pid)
         process.communicate()
-    assert said.startswith(sys.executable)
-    assert said.endswith(" ...")
-    assert "geheim" not in said
+    assert shown.startswith(sys.executable)
+    assert shown.endswith(" ...")
+    assert "geheim" not in shown
 
 
 def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> None:
@@ -295,8 +295,8 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
                 sweep_home(parent, one.name)
             )  # as the supervisor does, for its own user only
     assert len(list(open_dir.iterdir())) == 4
-    said = run_pgtemp("sweep", str(open_dir))
-    assert (said.returncode, said.stdout.count(f"removed {open_dir}")) == (0, 3)
+    swept = run_pgtemp("sweep", str(open_dir))
+    assert (swept.returncode, swept.stdout.count(f"removed {open_dir}")) == (0, 3)
     assert [one.name for one in open_dir.iterdir()] == ["pgtemp-link"]
 
 
@@ -319,9 +319,9 @@ def test_a_directory_that_others_may_write_to(
         (scratch / LEASE).unlink()
     before = contents(scratch)
     for _ in range(2):
-        said = run_pgtemp("sweep", str(open_dir))
-        assert said.returncode == 0
-        assert f"left alone {scratch}" in said.stdout
+        result = run_pgtemp("sweep", str(open_dir))
+        assert result.returncode == 0
+        assert f"left alone {scratch}" in result.stdout
         assert contents(scratch) == before
     shutil.rmtree(scratch)
 
@@ -339,9 +339,9 @@ def test_a_lease_file_of_another_user_in_a_directory_of_root(
     else:
         (open_dir / "second").hardlink_to(run_dir / LEASE)
     before = contents(run_dir)
-    said = run_pgtemp("sweep", str(open_dir))
-    assert (said.returncode, contents(run_dir)) == (0, before)
-    assert "belongs to another user" in said.stdout
+    result = run_pgtemp("sweep", str(open_dir))
+    assert (result.returncode, contents(run_dir)) == (0, before)
+    assert "belongs to another user" in result.stdout
 
 
 def mixed_ownership(directory: Path, user: str) -> dict[str, bytes]:
@@ -381,10 +381,10 @@ def test_files_of_others_in_a_users_directory(open_dir: Path, other_user: str) -
     must_stay = mixed_ownership(plant(run_dir), other_user)
     os.chown(run_dir / LEASE, uid, -1)
     for _ in range(2):
-        said = run_pgtemp("sweep", str(open_dir))
-        assert (said.returncode, said.stderr) == (0, "")
-        assert "left alone" in said.stdout
-        assert "belongs to another user" in said.stdout
+        result = run_pgtemp("sweep", str(open_dir))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "left alone" in result.stdout
+        assert "belongs to another user" in result.stdout
         (left,) = open_dir.iterdir()
         assert contents(left) == must_stay
         assert not (left / "base").exists()
@@ -460,10 +460,10 @@ def test_an_immutable_directory(open_dir: Path) -> None:
         pytest.skip(f"nothing can be made immutable here: {changed.stderr.decode()}")
     try:
         for _ in range(2):
-            said = run_pgtemp("sweep", str(open_dir))
-            assert said.returncode == 0
-            assert f"left alone {left}" in said.stdout
-            assert os.strerror(errno.EPERM) in said.stdout
+            result = run_pgtemp("sweep", str(open_dir))
+            assert result.returncode == 0
+            assert f"left alone {left}" in result.stdout
+            assert os.strerror(errno.EPERM) in result.stdout
     finally:
         (found,) = open_dir.iterdir()
         subprocess.run(["chattr", "-i", found / DATA], check=True)
@@ -480,15 +480,15 @@ def test_a_file_system_that_is_mounted_in_a_directory(open_dir: Path, at: str) -
         'mount -t tmpfs tmpfs "$1" && mkdir -p "$1/data/base" && touch "$1/lease" "$1/precious" '
         '&& "$0" -m pgtemp sweep "$2" && "$0" -m pgtemp sweep "$2" && find "$2" -name precious'
     )
-    said = subprocess.run(
+    result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, left / at, open_dir],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-    if "unshare" in said.stderr or "mount:" in said.stderr:
-        pytest.skip(f"nothing can be mounted: {said.stderr.strip()}")
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert f"left alone {left}" in said.stdout
-    assert said.stdout.endswith("/precious\n")
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"nothing can be mounted: {result.stderr.strip()}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"left alone {left}" in result.stdout
+    assert result.stdout.endswith("/precious\n")
 
 
 def test_a_failed_removal_of_an_own_directory_is_an_error(

@@ -71,9 +71,9 @@ def test_busy_leftovers_of_all_three_killed_at_once(open_dir: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     owner.kill()
     assert eventually(lambda: len(postgres_in(str(server.data_dir))) == 1)
-    said = run_pgtemp("sweep", "--json", str(open_dir))
+    result = run_pgtemp("sweep", "--json", str(open_dir))
     run_dir = str(server.data_dir.parent)
-    (found,) = (one for one in json.loads(said.stdout)["found"] if one["path"] == run_dir)
+    (found,) = (one for one in json.loads(result.stdout)["found"] if one["path"] == run_dir)
     assert len(found["processes"]) == 1
     assert owner.leftovers() == []
 
@@ -82,16 +82,16 @@ def test_busy_leftovers_of_all_three_killed_at_once(open_dir: Path) -> None:
 def test_the_sweep_command(open_dir: Path, keep: bool) -> None:
     """It reports its findings and actions; persisted data stays and can be opened."""
     left = abandon(open_dir, keep=keep)
-    said = run_pgtemp("sweep", "--dry-run", str(open_dir))
-    assert f"found {left}" in said.stdout
+    result = run_pgtemp("sweep", "--dry-run", str(open_dir))
+    assert f"found {left}" in result.stdout
     assert (left / LEASE).exists()
-    said = run_pgtemp("sweep", str(open_dir))
-    assert said.returncode == 0
-    assert f"{'kept the data of' if keep else 'removed'} {left}" in said.stdout
+    result = run_pgtemp("sweep", str(open_dir))
+    assert result.returncode == 0
+    assert f"{'kept the data of' if keep else 'removed'} {left}" in result.stdout
     assert (left / DATA).exists() is keep
     assert not (left / LEASE).exists()
-    said = run_pgtemp("sweep", "--json", str(open_dir))
-    assert str(left) not in said.stdout
+    result = run_pgtemp("sweep", "--json", str(open_dir))
+    assert str(left) not in result.stdout
 
 
 def test_a_running_owner_is_not_swept(open_dir: Path) -> None:
@@ -209,8 +209,8 @@ def test_pid_and_start_time_identify_an_owner(open_dir: Path) -> None:
         (found,) = (one for one in inventory.homes([open_dir]) if one.path == lease.parent)
         assert found.owner == os.getpid()
         assert len(found.processes) > 1
-        said = lease.read_text().split()
-        lease.write_text(f"{said[0]}\n{said[1]} {int(said[2]) - 1}\n")
+        fields = lease.read_text().split()
+        lease.write_text(f"{fields[0]}\n{fields[1]} {int(fields[2]) - 1}\n")
         (found,) = (one for one in inventory.homes([open_dir]) if one.path == lease.parent)
         assert (found.owner, found.lives) == (None, True)
 
@@ -248,8 +248,8 @@ def test_incomplete_images_are_swept(open_dir: Path) -> None:
     for name in ("dead", "living"):
         (images / f"{name}.building").mkdir()
     with locks.locked(images / "living.lock"):
-        said = run_pgtemp("sweep", env={"PGTEMP_CACHE_DIR": str(open_dir / "cache")})
-    assert f"{images / 'dead.building'}, which was never finished" in said.stdout
+        result = run_pgtemp("sweep", env={"PGTEMP_CACHE_DIR": str(open_dir / "cache")})
+    assert f"{images / 'dead.building'}, which was never finished" in result.stdout
     assert [one.name for one in images.glob("*.building")] == ["living.building"]
 
 
@@ -266,8 +266,8 @@ def test_ls_shows_owners_and_leftovers(open_dir: Path, daemon: type[Daemon]) -> 
         one.execute("SELECT 1")
         assert eventually(lambda: not left.exists())  # this start has swept it
         again = abandon(open_dir)
-        said = run_pgtemp("ls", "--json", str(open_dir))
-        listed = json.loads(said.stdout)
+        result = run_pgtemp("ls", "--json", str(open_dir))
+        listed = json.loads(result.stdout)
         owners = {owner["pid"]: owner for owner in listed["owners"]}
         here, there = owners[os.getpid()], owners[served.process.pid]
         assert (there["servers"], there["uri"]) == (1, served.uri)
@@ -335,7 +335,7 @@ def _as_user(name: str, work: Callable[[], bytes]) -> bytes:
             os.write(writing, repr(error).encode())
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as said:
-        answer = said.read()
+    with os.fdopen(reading, "rb") as results:
+        answer = results.read()
     os.waitpid(child, 0)
     return answer

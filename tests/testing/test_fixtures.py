@@ -119,7 +119,7 @@ def test_the_mark(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "said"),
+    ("mark", "message"),
     [
         ("tempalte=None", "pgtemp knows no tempalte= for a test; give template, isolation"),
         ("isolation='server'", "there is no such isolation; give 'database' or 'cluster'"),
@@ -130,7 +130,7 @@ def test_the_mark(project: Project) -> None:
         ("template='nowhere.sql'", "nowhere.sql"),
     ],
 )
-def test_an_invalid_mark(project: Project, mark: str, said: str) -> None:
+def test_an_invalid_mark(project: Project, mark: str, message: str) -> None:
     text = f"""
         import pytest
 
@@ -140,7 +140,7 @@ def test_an_invalid_mark(project: Project, mark: str, said: str) -> None:
     """
     result = project.run(text=text)
     assert result.count("error") == 1, result.output
-    assert said in result.output
+    assert message in result.output
 
 
 def test_rollback(project: Project) -> None:
@@ -290,13 +290,13 @@ def test_options(project: Project) -> None:
     assert "shown 5MB 17 True" in result.output
     result = project.run("-s", "--pgtemp-version=18", "--pgtemp-config=work_mem=6MB")
     assert "shown 6MB 18 True" in result.output
-    for wrong, said in (
+    for wrong, message in (
         ("--pgtemp-version=99", "99"),
         ("--pgtemp-config=work_mem", "'work_mem' is not NAME=VALUE"),
     ):
         result = project.run(wrong)
         assert result.count("error") == 1, result.output
-        assert said in result.output
+        assert message in result.output
     project.write("pytest.ini", "[pytest]\npgtemp_log = some")
     result = project.run()
     assert "pgtemp_log = some in the ini file: there is no such choice" in result.output

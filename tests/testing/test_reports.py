@@ -50,9 +50,9 @@ def rows_of(argv: list[str], query: str) -> list[tuple[object, ...]]:
         [sys.executable, "-m", *argv], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(2)]
+        lines = [process.stdout.readline() for _ in range(2)]
         try:
-            with psycopg.connect(said[1].strip()) as connection:
+            with psycopg.connect(lines[1].strip()) as connection:
                 return connection.execute(query).fetchall()  # type: ignore[arg-type]
         finally:
             process.send_signal(signal.SIGINT)
@@ -185,12 +185,12 @@ def test_connections_that_a_test_leaves_open_are_reported(project: Project) -> N
     """
     result = project.run(text=text)
     assert (result.count("passed"), result.count("warnings")) == (4, 3), result.output
-    said = " ".join(result.output.split())
-    assert "test_it.py::test_leaves_a_connection left 1 connection open to its database" in said
-    assert re.search(r"shop: idle in transaction for \d+\.\d s, last query: SELECT 40 \+ 2", said)
-    assert "test_leaves_one_by_the_socket left 1 connection open" in said
-    assert re.search(r"test_it.py left 1 connection open .* pool: idle for", said)
-    assert "test_closes_all" not in said
+    output = " ".join(result.output.split())
+    assert "test_it.py::test_leaves_a_connection left 1 connection open to its database" in output
+    assert re.search(r"shop: idle in transaction for \d+\.\d s, last query: SELECT 40 \+ 2", output)
+    assert "test_leaves_one_by_the_socket left 1 connection open" in output
+    assert re.search(r"test_it.py left 1 connection open .* pool: idle for", output)
+    assert "test_closes_all" not in output
     result = project.run("-W", "error::pgtemp.PgTempWarning")
     assert (result.count("passed"), result.count("errors")) == (4, 3), result.output
     assert "INTERNALERROR" not in result.output

@@ -119,15 +119,15 @@ def test_ctrl_c_leaves_nothing(project: Project, workers: int) -> None:
     started = max(1, workers)
     assert eventually(lambda: len(list(project.root.glob("started*"))) >= started, 60)
     os.write(terminal, b"\x03")
-    said = b""
+    output = b""
     try:
         while chunk := os.read(terminal, 1000):
-            said += chunk
+            output += chunk
     except OSError:  # the other end of the terminal is closed
         pass
     os.close(terminal)
     os.waitpid(pid, 0)
-    assert b"KeyboardInterrupt" in said
+    assert b"KeyboardInterrupt" in output
     assert eventually(lambda: homes() <= before)
     assert eventually(lambda: images() == built)
 

@@ -88,9 +88,9 @@ def test_pieces_do_not_matter(
     """The handshake, data and close_notify in both directions, byte by byte or in one piece."""
     server_end, client_end = Tls(context, direct=direct), ClientEnd(authority)
     assert client_end.handshake(server_end, at_once=at_once) == b""
-    said = bytes(range(256)) * 500
-    assert feed(server_end, client_end.encrypt_data(said), at_once) == said
-    assert client_end.decrypt(server_end.encrypt(said)) == said
+    data = bytes(range(256)) * 500
+    assert feed(server_end, client_end.encrypt_data(data), at_once) == data
+    assert client_end.decrypt(server_end.encrypt(data)) == data
     assert server_end.encrypt(b"") == b"" and not server_end.ended
     assert feed(server_end, client_end.close_notify(), at_once) == b"" and server_end.ended
     assert client_end.decrypt(server_end.encrypt(b"afterwards")) == b"afterwards"

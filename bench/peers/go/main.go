@@ -59,12 +59,12 @@ type agent struct {
 }
 
 func (a *agent) answer(words []string) (map[string]any, error) {
-	said := map[string]any{}
+	reply := map[string]any{}
 	var taken time.Duration
 	var err error
 	switch words[0] {
 	case "prepare":
-		return said, a.peer.prepare()
+		return reply, a.peer.prepare()
 	case "server", "hold":
 		var one server
 		if one, taken, err = a.server(); err != nil {
@@ -75,8 +75,8 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 			break
 		}
 		a.servers = append(a.servers, one)
-		said["directories"] = []string{one.dir}
-		said["pid"], err = one.postmaster()
+		reply["directories"] = []string{one.dir}
+		reply["pid"], err = one.postmaster()
 	case "database":
 		taken, err = a.database()
 	case "sustained":
@@ -86,8 +86,8 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 	default:
 		err = fmt.Errorf("no such command: %s", words[0])
 	}
-	said["ms"] = taken.Seconds() * 1000
-	return said, err
+	reply["ms"] = taken.Seconds() * 1000
+	return reply, err
 }
 
 func number(text string) int {
@@ -106,11 +106,11 @@ func main() {
 	one := &agent{peer: peers[os.Args[1]]()}
 	commands, answers := bufio.NewScanner(os.Stdin), json.NewEncoder(os.Stdout)
 	for commands.Scan() {
-		said, err := one.answer(strings.Fields(commands.Text()))
+		reply, err := one.answer(strings.Fields(commands.Text()))
 		if err != nil {
-			said = map[string]any{"error": strings.ReplaceAll(err.Error(), "\n", "; ")}
+			reply = map[string]any{"error": strings.ReplaceAll(err.Error(), "\n", "; ")}
 		}
-		if err := answers.Encode(said); err != nil {
+		if err := answers.Encode(reply); err != nil {
 			return
 		}
 	}

@@ -214,12 +214,12 @@ class Agent {
 const PEERS = { pglite: Lite, pgtemp: PgTemp, direct: Direct };
 const agent = new Agent(new PEERS[process.argv[2]]());
 for await (const line of createInterface({ input: process.stdin })) {
-  let said;
+  let answer;
   try {
-    said = await agent.runCommand(line.trim().split(/\s+/));
+    answer = await agent.runCommand(line.trim().split(/\s+/));
   } catch (error) {
-    said = { error: error instanceof Cannot ? `cannot: ${error.message}` : String(error) };
+    answer = { error: error instanceof Cannot ? `cannot: ${error.message}` : String(error) };
   }
-  console.log(JSON.stringify(said));
+  console.log(JSON.stringify(answer));
 }
 await agent.end();

@@ -122,13 +122,13 @@ def main() -> None:
     agent = Agent(PEERS[sys.argv[1]]())
     for line in commands:
         try:
-            said = agent.run_command(line.split())
+            answer = agent.run_command(line.split())
         except Cannot as error:
-            said = {"error": f"cannot: {error}"}
+            answer = {"error": f"cannot: {error}"}
         except Exception as error:
             traceback.print_exc()
-            said = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(said), file=answers, flush=True)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
     agent.end()
 
 

@@ -70,7 +70,7 @@ impl Daemon {
         let pid = child.id().context("no pid")?.try_into()?;
         let output = child.stdout.take().context("no output")?;
         let mut output = BufReader::new(output).lines();
-        let said = output.next_line().await?.unwrap_or_default();
+        let reply = output.next_line().await?.unwrap_or_default();
         self.running = Some(Running {
             child,
             pid,
@@ -78,8 +78,8 @@ impl Daemon {
             _output: output,
         });
         ensure!(
-            said.starts_with("starting pgtemp server"),
-            "the daemon printed: {said}"
+            reply.starts_with("starting pgtemp server"),
+            "the daemon printed: {reply}"
         );
         Ok(())
     }
@@ -158,12 +158,12 @@ impl Peer for Daemon {
         self.held.push(session);
         let daemon = self.at_rest().await?.pid;
         // The server that is ready also belongs to the daemon.
-        let said = json!({
+        let reply = json!({
             "pid": server::postmaster(&data_dir)?,
             "directories": self.directories()?,
             "daemon": daemon,
         });
-        Ok((taken, said))
+        Ok((taken, reply))
     }
 
     async fn sustained(&mut self, count: usize, clients: usize) -> Result<Duration> {

@@ -62,12 +62,12 @@ impl Peer for Embedded {
     async fn hold(&mut self) -> Result<(Duration, Value)> {
         let (taken, postgresql, session) = self.start().await?;
         let settings = postgresql.settings();
-        let said = json!({
+        let answer = json!({
             "pid": server::postmaster(&settings.data_dir)?,
             "directories": [&settings.data_dir, settings.password_file.parent().unwrap_or(Path::new("/"))],
         });
         self.held.push((postgresql, session));
-        Ok((taken, said))
+        Ok((taken, answer))
     }
 
     async fn end(self) -> Result<()> {

@@ -57,9 +57,9 @@ impl Peer for Library {
         let (taken, db, session) = self.start().await?;
         let data_dir = db.data_dir();
         let place = data_dir.parent().context("a directory without parent")?;
-        let said = json!({"pid": server::postmaster(&data_dir)?, "directories": [place]});
+        let answer = json!({"pid": server::postmaster(&data_dir)?, "directories": [place]});
         self.held.push((db, session));
-        Ok((taken, said))
+        Ok((taken, answer))
     }
 
     async fn end(self) -> Result<()> {

@@ -42,9 +42,9 @@ fn directory(variable: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
+async fn run_command(peer: &mut impl Peer, command: &str) -> Result<Value> {
     let words: Vec<&str> = command.split_whitespace().collect();
-    let (taken, mut said) = match words[..] {
+    let (taken, mut answer) = match words[..] {
         ["prepare"] => {
             peer.prepare().await?;
             return Ok(json!({}));
@@ -60,18 +60,18 @@ async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
         }
         _ => bail!("no such command: {command}"),
     };
-    said["ms"] = json!(taken.as_secs_f64() * 1000.0);
-    Ok(said)
+    answer["ms"] = json!(taken.as_secs_f64() * 1000.0);
+    Ok(answer)
 }
 
 async fn serve(mut peer: impl Peer) -> Result<()> {
     // Reading blocks only this thread: the open connections have their own.
     for command in io::stdin().lock().lines() {
-        let said = match answer(&mut peer, &command?).await {
-            Ok(said) => said,
+        let answer = match run_command(&mut peer, &command?).await {
+            Ok(answer) => answer,
             Err(error) => json!({ "error": format!("{error:#}") }),
         };
-        println!("{said}");
+        println!("{answer}");
         io::stdout().flush()?;
     }
     peer.end().await
