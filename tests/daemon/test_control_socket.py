@@ -164,7 +164,7 @@ def test_answers_are_shown_as_valid_json(open_dir: Path) -> None:
 
 
 def test_an_endless_answer(open_dir: Path) -> None:
-    """The client stops reading it and does not store it."""
+    """`pgtemp ls` stops reading it and does not store it."""
     with locked_run_directory(open_dir, "x") as run_dir:
         assert (
             answer_of(run_dir, b" " * (1 << 16), times=(control_socket._MAX_BYTES >> 16) + 8)
@@ -229,7 +229,7 @@ def test_a_file_that_is_not_a_socket(open_dir: Path) -> None:
 
 
 def test_a_link_to_another_socket(open_dir: Path) -> None:
-    """`pgtemp ls` does not connect, even if its user may; as root it may connect to any socket."""
+    """`pgtemp ls` does not follow the link; otherwise it would reach any socket as root."""
     private = open_dir / "private"
     (private / SOCKET).mkdir(parents=True)
     with listen_in(private) as victim, locked_run_directory(open_dir, "link") as run_dir:

@@ -147,7 +147,7 @@ def _answers(uri: str) -> bool:
         return False
 
 
-def test_a_client_that_logs_in_when_the_server_dies_gets_an_error(daemon: DaemonType) -> None:
+def test_a_client_that_logs_in_when_the_server_is_killed_gets_an_error(daemon: DaemonType) -> None:
     """A client that has sent a complete start-up packet gets an error, not a silent close."""
     served = daemon()
     for _ in range(5):  # so that pgtemp has its own connections, and needs no more

@@ -144,7 +144,7 @@ def test_a_value_of_256_megabytes_in_both_directions(shared: Daemon) -> None:
 
 
 def test_one_byte_at_a_time_in_both_directions(shared: Daemon) -> None:
-    """The client sends hundreds of statements byte by byte, and reads thousands of rows so."""
+    """The client sends hundreds of statements, and reads thousands of rows, byte by byte."""
     query = frame(b"Q", b"SELECT 1\0")
     with dial(("127.0.0.1", shared.port)) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

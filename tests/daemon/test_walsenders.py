@@ -49,7 +49,7 @@ def answer(served: Daemon, *pieces: bytes) -> bytes:
 
 
 def test_a_base_backup_of_a_shared_server_is_refused(replicating: Daemon) -> None:
-    """It is refused at once, after a query, in pieces, with the start-up and when warm.
+    """It is refused at once, after a query, in pieces, with the start-up and on a warm connection.
 
     The error has the reason and a remedy: `--isolation cluster`. Other clients are served.
     """

@@ -103,7 +103,7 @@ def test_statement_logging_shows_only_the_clients_statements(
 
 
 def test_a_login_error_reaches_the_client_each_time(daemon: DaemonType) -> None:
-    """A login that fails is not repeated in advance; the client gets the server's own error."""
+    """No warm connection is opened for such a login; the client gets the server's own error."""
     served = daemon()
     for _ in range(4):
         with pytest.raises(
@@ -144,7 +144,7 @@ def is_doing(what: str, user: str = "me") -> bool:
 def test_the_first_statement_of_earlier_clients_is_planned(
     daemon: DaemonType, isolation: str, begun: tuple[LiteralString, list[object] | None]
 ) -> None:
-    """Two clients in a row begin with a statement.
+    """Two clients in a row begin with the same statement.
 
     The third finds its table in the backend's caches.
     """

@@ -121,7 +121,7 @@ def test_a_listing_names_files_that_cannot_be_copied(
 def test_a_file_replaced_after_the_listing_is_not_copied(
     theirs: Tree, secret: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """The copy fails, and contains no byte of the caller's file."""
+    """The copy fails, and no byte of the caller's file is copied."""
     listing = file_copy.list_tree(theirs)
     at(theirs, "base/file").unlink()
     plant(at(theirs, "base/file"), secret)

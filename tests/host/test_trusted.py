@@ -115,7 +115,7 @@ def test_links_that_form_a_loop(directory: Path) -> None:
 def as_user(uid: int, gid: int, code: str, *arguments: str, **env: str) -> str:
     """The output of Python code of another user.
 
-    The modules are imported before the change of user, who may be unable to read them.
+    The modules are imported first, since that user may be unable to read them.
     """
     load = (
         "import ctypes, os, sys; from pathlib import Path; from pgtemp.host import paths, trusted"

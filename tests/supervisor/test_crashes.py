@@ -34,8 +34,11 @@ def postmaster_of(connection: psycopg.Connection[tuple[object, ...]]) -> int:
     return int(str(row[0]))
 
 
-def test_a_killed_supervisor_stops_the_server_and_stop_removes_the_rest() -> None:
-    """PostgreSQL exits by its parent-death signal; a new supervisor starts the next server."""
+def test_a_killed_supervisor_stops_its_servers() -> None:
+    """PostgreSQL exits by its parent-death signal.
+
+    A new supervisor starts the next server, and `stop()` removes the run directory.
+    """
     db = PgTempDB().start()
     data_dir = db.data_dir
     busy = db.connect()

@@ -331,7 +331,7 @@ def test_a_directory_that_others_may_write_to(
 def test_a_lease_file_of_another_user_in_a_directory_of_root(
     open_dir: Path, other_user: str, how: str
 ) -> None:
-    """Root sweeps a directory only if its lease file has the same user and one name."""
+    """Root sweeps a directory only if its lease file has the same user and no second hard link."""
     run_dir = plant(open_dir / "pgtemp-scratch")
     run_dir.chmod(0o755)
     if how == "own":
@@ -527,10 +527,7 @@ def is_alive(process: subprocess.Popen[bytes]) -> bool:
 def test_a_program_of_another_user_in_an_abandoned_directory(
     open_dir: Path, impostor: Path, other_user: str
 ) -> None:
-    """Root's sweep does not find the directory by it.
-
-    It does not kill the process, although its name is postgres.
-    """
+    """Root's sweep does not search for directories by this process, and does not kill it."""
     backup = plant(open_dir / "nested" / "pgtemp-backup")
     for directory in (open_dir / "nested", backup, backup / DATA):
         directory.chmod(0o755)

@@ -44,7 +44,7 @@ def abandon(base: Path, *, keep: bool = False) -> Path:
 
 
 def test_the_next_start_sweeps(open_dir: Path) -> None:
-    """A start sweeps its own directory of run directories, for all owners of the same user."""
+    """A start sweeps its `data_dir_prefix`, for all owners of the same user."""
     left = abandon(open_dir)
     with PgTempDB(data_dir_prefix=open_dir):
         assert eventually(lambda: not left.exists())

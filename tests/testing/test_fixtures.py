@@ -470,7 +470,7 @@ def test_a_database_whose_rollback_is_incomplete_is_dropped(project: Project) ->
     assert (result.status, result.count("passed")) == (0, 5), result.output
 
 
-def test_prepared_connections_match_the_current_environment(project: Project) -> None:
+def test_connections_opened_in_advance_match_the_environment(project: Project) -> None:
     """They do not have an earlier test's environment, or settings from before a change."""
     text = """
         import pytest
