@@ -291,9 +291,8 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
     as_user("nobody", sweep_as_nobody)
     with opened(open_dir) as parent:
         for one in list(open_dir.iterdir()):
-            run_to_the_end(
-                sweep_home(parent, one.name)
-            )  # as the supervisor does, for its own user only
+            # As the supervisor does, for its own user only.
+            run_to_the_end(sweep_home(parent, one.name))
     assert len(list(open_dir.iterdir())) == 4
     swept = run_pgtemp("sweep", str(open_dir))
     assert (swept.returncode, swept.stdout.count(f"removed {open_dir}")) == (0, 3)
