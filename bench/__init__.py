@@ -1,1 +1,1 @@
-"""Measurements: ratios against something real in the same run, in alternation."""
+"""Measurements: ratios to a real base, measured in the same run in alternation."""

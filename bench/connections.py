@@ -1,11 +1,11 @@
-"""Through the daemon: a connection to a new database, against one to an old database.
+"""A connection to a new database through the daemon, relative to one to an existing database.
 
-    python -m bench.connections [--version 18] [--rounds 30] [--leases 5000]
+python -m bench.connections [--version 18] [--rounds 30] [--leases 5000]
 
-Each sample is from connect to the first row, at a pace that the pool can follow. "direct" is TCP to
-a server without a password and to a database that exists; "seen before" are clients whose
-parameters the daemon has seen, "never seen" are new to it. Then many leases in a row: the time and
-the daemon's memory for each tenth of them.
+Each sample is the time from connect to the first row, with pauses in which the pool can refill.
+"direct" is TCP to a server without a password and to an existing database. "seen before" are
+clients with parameters that the daemon knows; those of "never seen" are new to it. Then there are
+many leases in a row: the time and the daemon's memory for each tenth of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACE = 0.05
 
 @contextmanager
 def daemon(version: str) -> Iterator[tuple[str, int]]:
-    """Its URI and its pid."""
+    """The daemon's URI and its pid."""
     uri = f"postgresql://postgres@127.0.0.1:{ports.free_port('127.0.0.1')}/bench"
     command = [sys.executable, "-m", "pgtemp", "--pg-version", version, uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -69,7 +69,7 @@ def by_asyncpg(uri: str) -> float:
 
 
 def memory(pid: int) -> float:
-    """Megabytes that are a process's own."""
+    """Proportional set size of a process in megabytes."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)
     assert found is not None

@@ -1,10 +1,10 @@
-"""Databases of one server: claims from the warm pool, how many a second, and among how many.
+"""Databases of one server: claims from the pool, the rate, and the effect of other databases.
 
-    python -m bench.databases [--version 18] [--rounds 10] [--most 1000]
+python -m bench.databases [--version 18] [--rounds 10] [--most 1000]
 
-The rate is that of claim, close, claim, close … until all that were claimed are dropped, against a
-bare loop of CREATE DATABASE … STRATEGY file_copy and DROP DATABASE on one connection; both in
-alternation on the same server. The curve is of the same while so many other databases exist.
+The rate is that of claim, close, claim, close … until all claimed databases are dropped, relative
+to a loop of CREATE DATABASE … STRATEGY file_copy and DROP DATABASE on one connection. Both
+alternate on the same server. The last table has the same times while other databases exist.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pgtemp import Cluster, Database, Template
 from pgtemp.host.disk_space import free_bytes
 
 COUNT = 40  # databases in a sample
-PACE = 0.05  # seconds between claims that the pool can follow
+PACE = 0.05  # seconds between claims, so that the pool can refill
 
 
 def tables(uri: str) -> None:
@@ -38,7 +38,7 @@ def tables(uri: str) -> None:
 
 
 def claim(template: Template) -> float:
-    """Milliseconds for one claim, at a pace that the pool can follow."""
+    """Milliseconds for one claim, with pauses in which the pool can refill."""
     time.sleep(PACE)
     start = time.perf_counter()
     db = template.database()
@@ -48,7 +48,7 @@ def claim(template: Template) -> float:
 
 
 def connect(cluster: Cluster) -> float:
-    """Milliseconds for a direct connection to a database that exists, to the first row."""
+    """Milliseconds for a direct connection to an existing database, to the first row."""
     start = time.perf_counter()
     with psycopg.connect(cluster.info.uri) as connection:
         connection.execute("SELECT 1").fetchone()
@@ -56,7 +56,7 @@ def connect(cluster: Cluster) -> float:
 
 
 def bare_loop(connection: psycopg.Connection, dbname: str) -> float:
-    """Milliseconds a database, made and dropped on one connection."""
+    """Milliseconds per database, created and dropped on one connection."""
     start = time.perf_counter()
     for i in range(COUNT):
         connection.execute(f'CREATE DATABASE bare{i} TEMPLATE "{dbname}" STRATEGY file_copy')
@@ -65,7 +65,7 @@ def bare_loop(connection: psycopg.Connection, dbname: str) -> float:
 
 
 def sustained(template: Template, clients: int, watch: psycopg.Connection) -> float:
-    """Milliseconds a database, claimed and closed by so many clients, until all are dropped."""
+    """Milliseconds per database, claimed and closed by several clients, until all are dropped."""
 
     def use(_: int) -> str:
         with template.database() as db:
@@ -81,8 +81,8 @@ def sustained(template: Template, clients: int, watch: psycopg.Connection) -> fl
 
 
 def growth(version: str, most: int) -> None:
-    """With 1 to `most` databases in the server: make, drop, connect, claim."""
-    print(f"\nwhile so many databases exist, PostgreSQL {version}, ms, medians of 10")
+    """With 1 to `most` databases in the server: create, drop, connect, claim."""
+    print(f"\nwhile this number of databases exists, PostgreSQL {version}, ms, medians of 10")
     print(f"{'databases':>10}{'CREATE':>9}{'DROP':>9}{'connect':>9}{'claim':>9}{'MB each':>9}")
     with (
         Cluster(version=version) as cluster,

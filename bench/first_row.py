@@ -1,9 +1,9 @@
-"""From nothing to the first row of a new server: pgtemp, its peers, and the floor.
+"""The time from nothing to the first row of a new server: pgtemp, its peers, and the lower bound.
 
-    python -m bench.first_row [--version 15] [--rounds 12]
+python -m bench.first_row [--version 15] [--rounds 12]
 
-Each round runs every way once, in its own process, after an unmeasured first round that fills the
-caches. Data is on tmpfs. Times are milliseconds: median, minimum, maximum.
+Each round runs every method once, in its own process, after an unmeasured first round that fills
+the caches. Data is on tmpfs. Times are milliseconds: median, minimum, maximum.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pgtemp_handle(version: str) -> float:
 
 
 def pgtemp_first(version: str) -> float:
-    """The first handle of a process: starts the warden too."""
+    """The first handle of a process, which also starts the supervisor."""
     return pgtemp_handle(version)
 
 
@@ -71,29 +71,38 @@ def pgtemp_in_300_mb(version: str) -> float:
 
 
 def initdb_and_pg_ctl(version: str) -> float:
-    """What a shell script does."""
+    """The commands of a shell script."""
     programs = search.find(None, version).within_reach(identity.choose(None))
-    home = become_ordinary()
+    directory = become_server_user()
     environment = processes.clean_environment()
     start = time.perf_counter()
-    run = [programs.program("initdb"), "-N", "-A", "trust", "-U", "postgres", "-D", home / "data"]
+    run = [
+        programs.program("initdb"),
+        "-N",
+        "-A",
+        "trust",
+        "-U",
+        "postgres",
+        "-D",
+        directory / "data",
+    ]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL, env=environment)
-    ctl = [programs.program("pg_ctl"), "-D", home / "data"]
-    begin = [*ctl, "-w", "-l", home / "log", "-o", f"{OPTIONS}{home}", "start"]
+    ctl = [programs.program("pg_ctl"), "-D", directory / "data"]
+    begin = [*ctl, "-w", "-l", directory / "log", "-o", f"{OPTIONS}{directory}", "start"]
     subprocess.run(begin, check=True, stdout=subprocess.DEVNULL, env=environment)
-    first_row(host=str(home), user="postgres", dbname="postgres")
+    first_row(host=str(directory), user="postgres", dbname="postgres")
     elapsed = time.perf_counter() - start
     subprocess.run([*ctl, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)
-    shutil.rmtree(home)
+    shutil.rmtree(directory)
     return elapsed
 
 
 def testing_postgresql(version: str) -> float:
-    """Its factory with the cache on, the second server of it."""
+    """The second server of its factory, with the cache enabled."""
     import testing.postgresql
 
     programs = search.find(None, version).within_reach(identity.choose(None))
-    tempfile.tempdir = str(become_ordinary())
+    tempfile.tempdir = str(become_server_user())
     factory = testing.postgresql.PostgresqlFactory(
         cache_initialized_db=True,
         initdb=str(programs.program("initdb")),
@@ -110,80 +119,82 @@ def testing_postgresql(version: str) -> float:
     return elapsed
 
 
-def overlay_floor(version: str) -> float:
-    """The best way PERFORMANCE.md knows: an overlay mount, trust, no password, no warden."""
+def overlay_lower_bound(version: str) -> float:
+    """The fastest known method: an overlay mount, no password and no supervisor."""
     owner = identity.choose(None)
     programs = search.find(None, version).within_reach(owner)
     lower = cache.Cached(programs, {}, owner).resolve().path / "data"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):
         raise OSError(ctypes.get_errno(), "no mount namespace")
-    home = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
     for name in ("upper", "work", "data", "lower"):
-        (home / name).mkdir(mode=0o700)
-    shutil.copytree(lower, home / "lower", dirs_exist_ok=True)
+        (directory / name).mkdir(mode=0o700)
+    shutil.copytree(lower, directory / "lower", dirs_exist_ok=True)
     text = config.postgresql_conf(
-        (home / "lower/postgresql.conf").read_text(),
+        (directory / "lower/postgresql.conf").read_text(),
         major=programs.major, given="", settings={}, existing_first=True,
     )  # fmt: skip
-    (home / "lower/postgresql.conf").write_text(text)
-    for path in [home, *home.rglob("*")]:
+    (directory / "lower/postgresql.conf").write_text(text)
+    for path in [directory, *directory.rglob("*")]:
         os.chown(path, owner.uid, owner.gid)
-    options = f"lowerdir={home}/lower,upperdir={home}/upper,workdir={home}/work".encode()
+    options = (
+        f"lowerdir={directory}/lower,upperdir={directory}/upper,workdir={directory}/work".encode()
+    )
     start = time.perf_counter()
-    if libc.mount(b"overlay", str(home / "data").encode(), b"overlay", 0, options):
+    if libc.mount(b"overlay", str(directory / "data").encode(), b"overlay", 0, options):
         raise OSError(ctypes.get_errno(), "no overlay mount")
-    argv = [str(programs.program("postgres")), "-D", str(home / "data")]
-    argv += ["-c", "listen_addresses=", "-c", f"unix_socket_directories={home}"]
+    argv = [str(programs.program("postgres")), "-D", str(directory / "data")]
+    argv += ["-c", "listen_addresses=", "-c", f"unix_socket_directories={directory}"]
     server = subprocess.Popen(
         argv, env=processes.clean_environment(), user=owner.uid, group=owner.gid,
         extra_groups=[], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    status = home / "data/postmaster.pid"
+    status = directory / "data/postmaster.pid"
     while not status.exists() or "ready" not in status.read_text():
         time.sleep(0.0005)
-    first_row(host=str(home), user="postgres", dbname="postgres")
+    first_row(host=str(directory), user="postgres", dbname="postgres")
     elapsed = time.perf_counter() - start
     server.send_signal(3)
     server.wait()
-    libc.umount(str(home / "data").encode())
-    shutil.rmtree(home)
+    libc.umount(str(directory / "data").encode())
+    shutil.rmtree(directory)
     return elapsed
 
 
-def become_ordinary() -> Path:
-    """A directory on tmpfs; as root, also become the user PostgreSQL is run as."""
+def become_server_user() -> Path:
+    """A directory on tmpfs. As root, also become the server user."""
     owner = identity.choose(None)
-    home = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
-    os.chown(home, owner.uid, owner.gid)
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=SHM))
+    os.chown(directory, owner.uid, owner.gid)
     if owner.switch:
-        os.environ["HOME"] = str(home)
+        os.environ["HOME"] = str(directory)
         os.environ["USER"] = pwd.getpwuid(owner.uid).pw_name
         os.setgroups([])
         os.setgid(owner.gid)
         os.setuid(owner.uid)
-    os.chdir(home)
-    return home
+    os.chdir(directory)
+    return directory
 
 
-WAYS: dict[str, Callable[[str], float]] = {
+METHODS: dict[str, Callable[[str], float]] = {
     "pgtemp, first handle of a process": pgtemp_first,
     "pgtemp, later handles": pgtemp_later,
     "pgtemp, later, process of 300 MB": pgtemp_in_300_mb,
-    "overlay floor (needs root)": overlay_floor,
+    "overlay, the lower bound (needs root)": overlay_lower_bound,
     "initdb + pg_ctl start": initdb_and_pg_ctl,
     "testing.postgresql with its cache": testing_postgresql,
 }
 
 
-def measure(way: str, version: str) -> float | str:
-    """One way once, in a process of its own, so that none warms another up."""
+def measure(method: str, version: str) -> float | str:
+    """Run one method once, in its own process, so that no method warms up another."""
     context = get_context("fork")
     answers: SimpleQueue[float | str] = context.SimpleQueue()
 
     def work() -> None:
         try:
-            answers.put(WAYS[way](version) * 1000)
+            answers.put(METHODS[method](version) * 1000)
         except BaseException as error:
             answers.put(f"{type(error).__name__}: {error}")
 
@@ -206,10 +217,10 @@ def main() -> None:
     for version in given.version or ["15", "18"]:
         table = Table(f"PostgreSQL {search.find(None, version).version}")
         for turn in range(given.rounds + 1):
-            for way in WAYS:
-                result = measure(way, version)
+            for method in METHODS:
+                result = measure(method, version)
                 if turn:
-                    table.add(way, result)
+                    table.add(method, result)
         table.show(base="pgtemp, later handles")
 
 

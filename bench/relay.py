@@ -1,15 +1,15 @@
-"""What the daemon's relay costs: against a direct connection, and against HAProxy.
+"""The cost of the daemon's relay, relative to a direct connection and to HAProxy.
 
-    python -m bench.relay [--version 18] [--clients 1,4,16,64] [--rounds 10] [--seconds 1]
+python -m bench.relay [--version 18] [--clients 1,4,16,64] [--rounds 10] [--seconds 1]
                           [--scale 10] [--megabytes 200] [--only select,tpc-b,copy] [--keep DIR]
 
-`pgbench -S` and TPC-B, both with `-M simple -j 1`, and COPY out (to nowhere) and in (`WHERE false`,
-so that nothing is written). All ways lead to one and the same server, that of `pgtemp --single`.
-That server has no TCP of its own; here the daemon is started by a wrapper that gives it some, so
-that there is a direct way, and lets everybody in. HAProxy is in TCP mode, once with the server's
-TCP as its backend and once with its unix socket, which is the daemon's way; each with one thread
-and with as many as it takes by default, of which the better median stands, and its threads behind
-it. Ways alternate in short rounds; medians count. Transactions, or megabytes, a second.
+The loads are `pgbench -S` and TPC-B, both with `-M simple -j 1`, and COPY out (discarded) and in
+(`WHERE false`, so that nothing is written). All connections lead to the same server, that of
+`pgtemp --single`. That server has no TCP port; here a wrapper of the daemon gives it one, for
+direct connections, and allows all clients. HAProxy runs in TCP mode, with the server's TCP port and
+with its unix socket, which the daemon also uses. It runs with one thread and with its default
+number of threads; the table has the better median, with the number of threads. Methods alternate in
+short rounds, and medians count: transactions or megabytes a second.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ listen unix
 DIRECT, DAEMON = "direct", "pgtemp"
 HAPROXY, HAPROXY_UNIX = "HAProxy, TCP", "HAProxy, unix"
 PER_SECOND = "transactions a second"
-_ROW = 8000  # bytes of a row that is copied
-Ways = Mapping[str, int]  # by name, the port on 127.0.0.1
+_ROW = 8000  # bytes of a copied row
+Ways = Mapping[str, int]  # port on 127.0.0.1, by name
 
 
 @contextmanager
 def served(version: str) -> Iterator[tuple[int, str, int]]:
-    """The daemon's port; its server's directory of sockets, and port."""
+    """The daemon's port, its server's socket directory, and the server's port."""
     port = ports.free_port("127.0.0.1")
     uri = f"postgresql://postgres@127.0.0.1:{port}/bench"
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as hba:
@@ -96,13 +96,13 @@ def served(version: str) -> Iterator[tuple[int, str, int]]:
 
 @contextmanager
 def haproxy(directory: str, port: int, threads: int | None) -> Iterator[tuple[int, int]]:
-    """Its ports, to the server's TCP and to its socket."""
+    """Its ports for the server's TCP port and for the server's socket."""
     tcp, unix = ports.free_port("127.0.0.1"), ports.free_port("127.0.0.1")
-    with tempfile.TemporaryDirectory() as place:
-        conf = Path(place, "haproxy.cfg")
-        said = f"nbthread {threads}" if threads is not None else ""
+    with tempfile.TemporaryDirectory() as config_dir:
+        conf = Path(config_dir, "haproxy.cfg")
+        output = f"nbthread {threads}" if threads is not None else ""
         conf.write_text(
-            _HAPROXY.format(threads=said, tcp=tcp, unix=unix, directory=directory, port=port)
+            _HAPROXY.format(threads=output, tcp=tcp, unix=unix, directory=directory, port=port)
         )
         with subprocess.Popen(["haproxy", "-db", "-q", "-f", str(conf)]) as process:
             try:
@@ -131,11 +131,11 @@ def _uri(port: int) -> str:
 
 def by_pgbench(program: str, arguments: Sequence[str], port: int) -> float:
     """Transactions a second, without the time in which the clients connect."""
-    said = subprocess.run(
+    output = subprocess.run(
         [program, "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", *arguments, "bench"],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    found = re.search(r"^tps = ([\d.]+)", said, re.M)
+    found = re.search(r"^tps = ([\d.]+)", output, re.M)
     return float(found[1]) if found is not None else 0.0
 
 
@@ -163,14 +163,14 @@ def copy_in(megabytes: int, port: int) -> float:
 def compare(
     title: str, ways: Ways, rounds: int, sample: Callable[[int], float]
 ) -> tuple[Table, dict[str, str]]:
-    """Take samples of all ways in turn, and print their rates.
+    """Take samples of all methods in alternation, and print their rates.
 
     Returns:
-        A table of the better of each kind of way; which that is.
+        A table of the better variant of each method, and the names of these variants.
     """
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(rounds):
-        # The order turns round, so that nobody is always behind the same one.
+        # The order alternates, so that no method always follows the same one.
         for way in list(ways) if turn % 2 == 0 else reversed(list(ways)):
             rates[way].append(sample(ways[way]))
     print(f"\n{title}")
@@ -213,9 +213,9 @@ def main() -> int:
         return 2
     programs = search.find(None, given.version)
     program = str(programs.program("pgbench"))
-    what = given.only.split(",")
-    told = machine("bench.relay", programs.version)
-    print(told)
+    loads = given.only.split(",")
+    description = machine("bench.relay", programs.version)
+    print(description)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
     with ExitStack() as until_the_end:
@@ -223,25 +223,25 @@ def main() -> int:
         ways = {DIRECT: server}
         for threads in (1, None):
             tcp, unix = until_the_end.enter_context(haproxy(directory, server, threads))
-            behind = f", {threads or os.cpu_count()} thr."
-            ways |= {HAPROXY + behind: tcp, HAPROXY_UNIX + behind: unix}
+            suffix = f", {threads or os.cpu_count()} thr."
+            ways |= {HAPROXY + suffix: tcp, HAPROXY_UNIX + suffix: unix}
         ways[DAEMON] = port
         by_pgbench(program, ["-i", "-q", "-s", str(given.scale)], server)
         measured: list[tuple[str, str, str, Callable[[int], float]]] = []
         for name, kind in (("select", ["-S"]), ("tpc-b", [])):
-            for clients in given.clients.split(",") if name in what else ():
+            for clients in given.clients.split(",") if name in loads else ():
                 load = [*kind, "-n", "-M", "simple", "-j", "1"]
                 load += ["-c", clients, "-T", str(given.seconds)]
                 title = f"The relay, pgbench {kind[0] if kind else 'TPC-B'}, {clients} clients: "
                 sample = partial(by_pgbench, program, load)
                 measured.append((f"{name}-{clients}", title + PER_SECOND, HAPROXY, sample))
-        for way, copy in (("out", copy_out), ("in", copy_in)) if "copy" in what else ():
+        for way, copy in (("out", copy_out), ("in", copy_in)) if "copy" in loads else ():
             title = f"The relay, COPY {way}, {given.megabytes} MB: megabytes a second"
             measured.append((f"copy-{way}", title, DIRECT, partial(copy, given.megabytes)))
         for name, title, base, sample in measured:
             table, best = compare(title, ways, given.rounds, sample)
             if given.keep is not None:
-                table.keep(given.keep, f"relay-{name}", best[base], told)
+                table.save(given.keep, f"relay-{name}", best[base], description)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A table of measurements: medians, spread, and ratios to one of them; printed or kept."""
+"""A table of measurements: medians, spread, and ratios to a base; printed or saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 class Failed(Exception):  # noqa: N818
-    """Why something could not be measured, in one line."""
+    """The reason why a measurement failed, in one line."""
 
 
 def machine(module: str, release: str) -> str:
-    """What is told of the machine, and how a run was started.
+    """A description of the machine, and the command line of the run.
 
     Args:
-        release: PostgreSQL's.
+        release: of PostgreSQL.
     """
     return (
         f"{os.cpu_count()} cores, Linux {platform.release()}, PostgreSQL {release}, "
@@ -30,7 +30,7 @@ def machine(module: str, release: str) -> str:
 
 
 class Table:
-    """Samples by name, in milliseconds where nothing else is said; a way that failed says why."""
+    """Samples by name, in milliseconds unless the title says otherwise, and failed measurements."""
 
     def __init__(self, title: str, *, more_is_better: bool = False) -> None:
         self.title = title
@@ -45,7 +45,7 @@ class Table:
             self._samples.setdefault(name, []).append(sample)
 
     def show(self, base: str) -> None:
-        """Print it; the ratio is how many times as long as `base` a way takes."""
+        """Print it. The ratio is the time relative to `base`."""
         print(f"\n{self.title}\n{'':40}{'median':>9}{'min':>8}{'max':>8}{'ratio':>8}")
         unit = statistics.median(self._samples[base]) if base in self._samples else None
         for name, samples in self._samples.items():
@@ -55,18 +55,18 @@ class Table:
         for name, reason in self._failed.items():
             print(f"{name:40} did not work: {' '.join(reason.split())[:120]}")
 
-    def keep(self, directory: Path, name: str, base: str, told: str) -> None:
+    def save(self, directory: Path, name: str, base: str, description: str) -> None:
         """Write it to a file, for docs/peers.py.
 
         Args:
-            told: of the machine, and how the run was started.
+            description: of the machine, and the command line of the run.
         """
-        said = {
-            "told": told,
+        content = {
+            "told": description,
             "title": self.title,
             "more is better": self._more_is_better,
             "base": base,
             "samples": {way: [round(one, 3) for one in s] for way, s in self._samples.items()},
             "failed": self._failed,
         }
-        (directory / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Two checkouts of pgtemp against each other, in one run: did a change make anything slower?
+"""Compare the speed of two checkouts of pgtemp in one run.
 
-    git worktree add ../before REVISION
+git worktree add ../before REVISION
     python -m bench.revisions ../before
 
-Both take turns, each sample in processes of its own, with this environment's packages.
+The two alternate; each sample runs in its own processes, with this environment's packages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ for _ in range(STARTS):
             connection.execute("SELECT 1").fetchone()
             print((time.perf_counter() - start) * 1000)
 """
-# As the daemon's clients are measured elsewhere: a client that computes before it connects again.
+# As in bench.connections: the client pauses before it connects again.
 _DAEMON = """
 import statistics, sys, time, psycopg
 uri = sys.argv[1]
@@ -62,22 +62,22 @@ def main() -> None:
     warm = Table(f"warm start to the first row, {options.starts} starts a sample")
     rested = Table(f"connect to first row through the daemon, {options.leases} leases a sample")
     sustained = Table("sustained: milliseconds for each lease, one client")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         for number in range(options.rounds + 1):
             for name, tree in [*trees.items()][:: 1 if number % 2 else -1]:
-                os.chmod(place, 0o755)
-                cache = Path(place, name)
+                os.chmod(directory, 0o755)
+                cache = Path(directory, name)
                 cache.mkdir(exist_ok=True)
                 environment = {
                     **os.environ, "PYTHONPATH": str(tree / "src"), "PGTEMP_CACHE_DIR": str(cache),
                 }  # fmt: skip
                 script = _WARM_START.replace("STARTS", str(options.starts))
                 starts = sorted(float(line) for line in _run(script, [], environment))
-                told = _through_a_daemon(environment, options.leases)
-                if number > 0:  # the first builds images
+                medians = _through_a_daemon(environment, options.leases)
+                if number > 0:  # the first round builds images
                     warm.add(name, starts[len(starts) // 2])
-                    rested.add(name, told[0])
-                    sustained.add(name, told[1])
+                    rested.add(name, medians[0])
+                    sustained.add(name, medians[1])
     for table in (warm, rested, sustained):
         table.show("before")
 
@@ -95,11 +95,11 @@ def _through_a_daemon(environment: dict[str, str], leases: int) -> tuple[float, 
         assert daemon.stdout is not None
         daemon.stdout.readline()
         try:
-            said = _run(_DAEMON.replace("LEASES", str(leases)), [uri], environment)
+            output = _run(_DAEMON.replace("LEASES", str(leases)), [uri], environment)
         finally:
             daemon.terminate()
             daemon.stdout.read()
-    return float(said[0]), float(said[1])
+    return float(output[0]), float(output[1])
 
 
 if __name__ == "__main__":

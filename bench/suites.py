@@ -1,14 +1,14 @@
 """Suites of tests with a fresh database each: milliseconds a test, pytest's own share included.
 
-    python -m bench.suites [--tests 100] [--rounds 10] [--kind trivial|computing|waiting] [--way …]
+python -m bench.suites [--tests 100] [--rounds 10] [--kind trivial|computing|waiting] [--way …]
                            [--keep DIR]
 
 Each test gets a database of fifty tables with two hundred indexes, inserts a row and reads it; the
-kinds with work of their own compute, or wait, for 25 ms more. Each suite is a pytest process of its
-own that loads no plugin but the one it is about; the first test, which sets everything up, is not
-counted. The base is a bare loop of two connections that make and drop such databases.
+computing and waiting kinds compute or wait for 25 ms more. Each suite is its own pytest process
+that loads only the plugin under test. The first test, which sets everything up, is not counted. The
+base is a loop of two connections that create and drop such databases.
 
-pytest-postgresql gets a server started with its own options; the hand-written fixtures get one with
+pytest-postgresql uses a server started with its own options; the hand-written fixtures use one with
 pgtemp's settings. py-pglite has one database, in which it empties all tables before each test.
 """
 
@@ -40,7 +40,7 @@ COUNT = 40  # databases in a sample of the bare loop
 WORK_SECONDS = 0.025
 ROOT = Path(__file__).parents[1]
 
-# Writes when each test ended.
+# Writes the time at which each test ended.
 _CLOCK = """
 import json, os, time
 
@@ -131,9 +131,9 @@ from bench.databases import tables
 def load(host, port, user, dbname, password, **rest):
     tables(f"postgresql://{user}@{host}:{port}/{dbname}")
 
-said = dict(word.split("=") for word in SERVER.split())
+parts = dict(part.split("=") for part in SERVER.split())
 running = factories.postgresql_noproc(
-    host=said["host"], port=int(said["port"]), user="postgres", load=[load])
+    host=parts["host"], port=int(parts["port"]), user="postgres", load=[load])
 db = factories.postgresql("running")
 """,
     "py-pglite (empties its tables)": """
@@ -171,12 +171,12 @@ _PLUGINS = {
 
 
 def suite(way: str, kind: str, tests: int, server: str) -> float:
-    """Milliseconds a test."""
+    """Milliseconds per test."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        place = Path(folder)
-        (place / "conftest.py").write_text(dedent(CONFTESTS[way]) + _CLOCK)
+        directory = Path(folder)
+        (directory / "conftest.py").write_text(dedent(CONFTESTS[way]) + _CLOCK)
         body = _TESTS.format(kind=kind, seconds=WORK_SECONDS, tests=tests + 1)
-        (place / "test_suite.py").write_text(body)
+        (directory / "test_suite.py").write_text(body)
         plugins = [part for name in _PLUGINS if way.startswith(name) for part in _PLUGINS[name]]
         argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         for plugin in plugins:
@@ -188,16 +188,16 @@ def suite(way: str, kind: str, tests: int, server: str) -> float:
             "BENCH_SERVER": server,
         }
         result = subprocess.run(
-            argv, cwd=place, env=environment, capture_output=True, text=True, check=False
+            argv, cwd=directory, env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode != 0:
             raise RuntimeError(f"{way}: {result.stdout[-2000:]}{result.stderr[-500:]}")
-        ends = json.loads((place / "ends.json").read_text())
+        ends = json.loads((directory / "ends.json").read_text())
     return float((ends[-1] - ends[0]) * 1000 / tests)
 
 
 def two_creators(cluster: Cluster, dbname: str) -> float:
-    """Milliseconds a database: two connections that make and drop."""
+    """Milliseconds per database: two connections create and drop databases."""
 
     def loop(which: int) -> None:
         with psycopg.connect(cluster.info.uri, autocommit=True) as connection:
@@ -218,9 +218,9 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
     """A server with the options that pytest-postgresql gives its own."""
     owner = identity.choose(None)
     programs = search.find(None, version).within_reach(owner)
-    place = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
-    os.chown(place, owner.uid, owner.gid)
-    data, port = place / "data", ports.free_port("127.0.0.1")
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
+    os.chown(directory, owner.uid, owner.gid)
+    data, port = directory / "data", ports.free_port("127.0.0.1")
     control = programs.program("pg_ctl")
     processes.run(
         [control, "initdb", "--pgdata", data, "-o", "--username=postgres --auth=trust"],
@@ -228,9 +228,9 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
     )
     options = (
         f"-F -p {port} -c log_destination=stderr -c logging_collector=off "
-        f"-c unix_socket_directories={place}"
+        f"-c unix_socket_directories={directory}"
     )
-    log = place / "log"
+    log = directory / "log"
     try:
         started = processes.run(
             [control, "start", "-D", data, "-l", log, "-w", "-o", options], identity=owner
@@ -240,7 +240,7 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
         yield f"host=127.0.0.1 port={port} user=postgres"
     finally:
         processes.run([control, "stop", "-D", data, "-m", "immediate"], identity=owner)
-        subprocess.run(["rm", "-rf", place], check=True)
+        subprocess.run(["rm", "-rf", directory], check=True)
 
 
 def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: int) -> Table:
@@ -282,8 +282,10 @@ def main() -> None:
     given = parser.parse_args()
     elsewhere = paths.filesystem_type(Path(tempfile.gettempdir()))
     release = search.find(None, given.version).version
-    told = f"{machine('bench.suites', release)} What has a place of its own is on {elsewhere}."
-    print(told)
+    description = (
+        f"{machine('bench.suites', release)} The directory of `its own place` is on {elsewhere}."
+    )
+    print(description)
     if given.keep is not None:
         given.keep.mkdir(parents=True, exist_ok=True)
     os.environ["PGTEMP_VERSION"] = given.version
@@ -291,7 +293,7 @@ def main() -> None:
         ways = given.way or list(CONFTESTS)
         table = measure(given.version, kind, ways, given.tests, given.rounds)
         if given.keep is not None:
-            table.keep(given.keep, f"pytest-{kind}", BASE, told)
+            table.save(given.keep, f"pytest-{kind}", BASE, description)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What it costs that nothing outlives its owner, and how soon all is gone.
+"""The cost of supervision, and the time until everything is cleaned up.
 
-    python -m bench.supervision [--rounds 20]
+python -m bench.supervision [--rounds 20]
 
-The first start of a process with its warden still to be started, against one whose warden runs
-already, alternating, each in a process of its own; the warden's memory; the time from SIGKILL of an
-owner, its server idle or busy, until no process and no directory is left; what a daemon needs until
-it leases again when a backend, or the postmaster, was killed; and to end, as process 1 too.
-Milliseconds, megabytes.
+Measured are: the first start of a process, with and without a running supervisor, alternating, each
+in its own process; the supervisor's memory; the time from SIGKILL of an owner, with an idle or busy
+server, until no process and no directory is left; the time until a daemon leases again after a
+backend or the postmaster was killed; and the time until the daemon exits, also as process 1. The
+units are milliseconds and megabytes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ db = PgTempDB().start()
 print((time.perf_counter() - start) * 1000)
 db.stop()
 """
-# Asked something, so that it is known to wait for work.
-_WARDEN_FIRST = "supervision.current().hold([], keep=False, lease=0, log=0).halt()"
+# One request, so that the supervisor is known to wait for work.
+_SUPERVISOR_FIRST = "supervision.current().hold([], keep=False, lease=0, log=0).halt()"
 _OWNER = """
 import signal
 from pgtemp import PgTempDB
@@ -58,15 +58,15 @@ _BUSY = "print(flush=True); connection.execute('DO $$ BEGIN LOOP END LOOP; END $
 
 
 def first_start(before: str) -> float:
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", _START.format(before=before)],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    return float(said)
+    return float(output)
 
 
 def after_kill(then: str) -> tuple[float, float]:
-    """Milliseconds until all is gone, and megabytes that the warden had."""
+    """Milliseconds until everything is cleaned up, and the supervisor's memory in megabytes."""
     owner = subprocess.Popen(
         [sys.executable, "-c", _OWNER.format(then=then)], stdout=subprocess.PIPE, text=True
     )
@@ -77,7 +77,7 @@ def after_kill(then: str) -> tuple[float, float]:
         owner.stdout.readline()
     start = time.perf_counter()
     owner.send_signal(signal.SIGKILL)
-    while Path(data_dir).parent.exists() or _lives(pid) or postgres_in(data_dir):
+    while Path(data_dir).parent.exists() or _is_running(pid) or postgres_in(data_dir):
         time.sleep(0.001)
     elapsed = (time.perf_counter() - start) * 1000
     owner.wait()
@@ -86,7 +86,7 @@ def after_kill(then: str) -> tuple[float, float]:
 
 
 class Served:
-    """A daemon, for a block."""
+    """A daemon for a block."""
 
     def __init__(self, before: Sequence[str] = ()) -> None:
         self.uri = f"postgresql://me@localhost:{ports.free_port('127.0.0.1')}/app"
@@ -114,10 +114,10 @@ class Served:
         return elapsed
 
 
-def after_crash(number: int, whom: str) -> float:
-    """Milliseconds from a kill within one lease until the next has its first row."""
+def after_crash(number: int, target: str) -> float:
+    """Milliseconds from a kill within one lease until the next lease's first row."""
     with Served() as served, psycopg.connect(served.uri, autocommit=True) as victim:
-        row = victim.execute(f"SELECT {whom}").fetchone()  # type: ignore[arg-type]
+        row = victim.execute(f"SELECT {target}").fetchone()  # type: ignore[arg-type]
         assert row is not None
         start = time.perf_counter()
         os.kill(int(row[0]), number)
@@ -147,7 +147,7 @@ def _resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def _lives(pid: str) -> bool:
+def _is_running(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -158,29 +158,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
-    first_start("")  # may run initdb
+    first_start("")  # this may run initdb
     starts = Table("first start of a process, ms")
-    gone = Table("from SIGKILL of the owner until nothing is left, ms")
+    removal = Table("from SIGKILL of the owner until nothing is left, ms")
     crashes = Table("from a kill within a lease until the next lease's first row, ms")
-    ends = Table("from SIGTERM until the daemon has ended, ms")
+    ends = Table("from SIGTERM until the daemon has exited, ms")
     memory = 0.0
     for _ in range(rounds):
-        starts.add("its warden runs already", first_start(_WARDEN_FIRST))
-        starts.add("its warden is started with it", first_start(""))
+        starts.add("with a running supervisor", first_start(_SUPERVISOR_FIRST))
+        starts.add("with the start of the supervisor", first_start(""))
         for name, then in (("an idle client", ""), ("a busy loop", _BUSY)):
             elapsed, used = after_kill(then)
             memory = max(memory, used)
-            gone.add(name, elapsed)
-        for name, number, whom in CRASHES:
-            crashes.add(name, after_crash(number, whom))
+            removal.add(name, elapsed)
+        for name, number, target in CRASHES:
+            crashes.add(name, after_crash(number, target))
         ends.add("a daemon with a busy client", end_of_daemon([]))
         if os.geteuid() == 0:
             ends.add("the same as process 1", end_of_daemon(PROCESS_1))
-    starts.show(base="its warden runs already")
-    gone.show(base="an idle client")
+    starts.show(base="with a running supervisor")
+    removal.show(base="an idle client")
     crashes.show(base=CRASHES[0][0])
     ends.show(base="a daemon with a busy client")
-    print(f"\nthe warden's resident memory: {memory:.1f} MB at the most")
+    print(f"\nthe supervisor's resident memory: at most {memory:.1f} MB")
 
 
 if __name__ == "__main__":

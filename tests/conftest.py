@@ -1,4 +1,4 @@
-"""Fixtures: a cache of the session's own, each PostgreSQL, and a look at what is left."""
+"""Fixtures: a cache for the session, each PostgreSQL version, and a check for leftovers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VERSIONS = (15, 16, 17, 18)
 
 @pytest.fixture(scope="session", autouse=True)
 def cache() -> Iterator[Path]:
-    """A cache that starts empty, and that the user PostgreSQL runs as can reach."""
+    """A cache that is empty at first, and that the server user can read."""
     path = Path(tempfile.mkdtemp(prefix="test-of-cache-"))
     path.chmod(0o755)
     os.environ["PGTEMP_CACHE_DIR"] = str(path)
@@ -36,9 +36,9 @@ def cache() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def signals() -> None:
-    """A shell's background jobs ignore Ctrl-C, those of nohup a lost terminal.
+    """Background jobs of a shell ignore SIGINT, and jobs of nohup ignore SIGHUP.
 
-    And so would whatever the tests start.
+    Without this fixture, all processes of the tests would ignore them too.
     """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -48,17 +48,18 @@ def signals() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left(cache: Path) -> Iterator[None]:
-    """The suite leaves no directory and no server process of pgtemp behind."""
+    """The suite leaves no run directory and no server process."""
     before, objects = homes(), _kernel_objects()
     yield
-    # What is locked has an owner that lives: somebody else's, since ours have ended.
+    # A locked directory belongs to a running owner, which is not of this suite: its owners have
+    # exited.
     assert eventually(lambda: not _abandoned(before)), f"left behind: {_abandoned(before)}"
     assert not _orphans(), "servers run whose directory is gone"
     assert eventually(lambda: _kernel_objects() <= objects), _kernel_objects() - objects
 
 
 def _kernel_objects() -> set[str]:
-    """Shared memory that nobody is attached to any more."""
+    """Shared memory segments to which no process is attached."""
     with open("/proc/sysvipc/shm") as table:
         rows = [line.split() for line in table][1:]
     posix = {path.name for path in Path("/dev/shm").glob("PostgreSQL.*")}
@@ -66,13 +67,13 @@ def _kernel_objects() -> set[str]:
 
 
 def _abandoned(before: set[Path]) -> set[Path]:
-    return {home for home in homes() - before if not _is_held(home)}
+    return {home for home in homes() - before if not _is_locked(home)}
 
 
-def _is_held(home: Path) -> bool:
+def _is_locked(home: Path) -> bool:
     try:
         return locks.is_locked(home / LEASE)
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
 
 
@@ -104,18 +105,18 @@ def need_version(major: int) -> int:
 
 @pytest.fixture
 def programs() -> Installation:
-    """The newest PostgreSQL there is, where the user it is run as can reach it."""
+    """The newest installed PostgreSQL, in a directory that the server user can read."""
     newest = max(search.available(), key=lambda one: one.release)
     return newest.within_reach(identity.choose(None))
 
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory like /tmp, which the user PostgreSQL runs as can enter, unlike pytest's own."""
+    """A directory like /tmp that, unlike pytest's own, the server user can enter."""
     path = Path(tempfile.mkdtemp(prefix="test-of-open-"))
     path.chmod(0o1777)
     yield path
-    # What was removed behind the test's back may be gone while it is looked at.
+    # A directory that is removed in the background may disappear during this check.
     eventually(lambda: not [name for name in os.listdir(path) if name.endswith(".gone")])
     shutil.rmtree(path, ignore_errors=True)
     assert not path.exists()
@@ -123,22 +124,22 @@ def open_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """A directory with tests of its own, and with a template; no databases are kept."""
+    """A directory with its own tests and a template; no databases are persisted."""
     made = Project(tmp_path)
     made.write("conftest.py", MIGRATE)
     return made
 
 
 @pytest.fixture
-def keeping(project: Project, open_dir: Path) -> Project:
-    """The same, with a place where databases of failed tests are kept."""
-    project.kept = open_dir
+def persisting(project: Project, open_dir: Path) -> Project:
+    """The same, with a directory in which databases of failed tests are persisted."""
+    project.persist_dir = open_dir
     return project
 
 
 @pytest.fixture
 def other_user() -> Iterator[str]:
-    """A second ordinary user, made for the test."""
+    """A second ordinary user, created for the test."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a user")
     name = f"pgtemptest{os.getpid()}"
@@ -150,12 +151,12 @@ def other_user() -> Iterator[str]:
 
 @pytest.fixture
 def daemon() -> Iterator[type[Daemon]]:
-    """Starts daemons; ends those that the test has not ended."""
+    """Starts daemons; stops those that the test has not stopped."""
     yield Daemon
     for one in list(Daemon.running):
         one.end()
 
 
 def leftovers(data_dir: Path) -> list[object]:
-    """What is left of a server: its directory, its processes."""
+    """Everything that is left of a server: its directory and its processes."""
     return [*([data_dir] if data_dir.exists() else []), *postgres_in(str(data_dir))]

@@ -1,4 +1,4 @@
-"""Small disks of three kinds, mounted for a test, that can be filled and cleared again."""
+"""Small disks of three kinds, which a test mounts, fills and clears."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SMALLEST = 512
 
 @dataclass
 class Disk:
-    """A filesystem of its own.
+    """A mounted file system.
 
     Attributes:
-        kind: tmpfs, ext4, or inodes: a tmpfs on which no more than some files can be made.
+        kind: tmpfs, ext4, or inodes: a tmpfs that allows only a number of files.
         path: where it is mounted.
         size: in megabytes.
     """
@@ -36,7 +36,7 @@ class Disk:
     _loop: str = ""
 
     def mount(self) -> None:
-        """Make it, or skip the test where that is not allowed."""
+        """Mount it, or skip the test if that is not allowed."""
         if os.geteuid() != 0:
             pytest.skip("only root can mount a small disk")
         if self.kind == "ext4":
@@ -61,7 +61,7 @@ class Disk:
             argv = ["losetup", "--find", "--show", str(image)]
             found = subprocess.run(argv, check=False, capture_output=True, text=True)
         finally:
-            image.unlink()  # it lives as long as the device
+            image.unlink()  # it exists as long as the device
         if found.returncode != 0:
             pytest.skip(f"there is no loop device: {found.stderr.strip()}")
         self._loop = found.stdout.strip()
@@ -75,16 +75,16 @@ class Disk:
             subprocess.run(["losetup", "--detach", self._loop], check=True)
 
     def unmount(self) -> None:
-        """Take it away; nobody may hold anything on it."""
+        """Unmount it; no process may use it."""
         argv = ["umount", str(self.path)]
         free = eventually(lambda: subprocess.run(argv, check=False).returncode == 0)
         if not free:
             subprocess.run([*argv, "--lazy"], check=True)
         self._detach()
-        assert free, f"somebody holds {self.path}"
+        assert free, f"a process uses {self.path}"
 
     def fill(self, *, leave_little: bool = False) -> None:
-        """Leave nothing, or a little: enough for some rows, not for a server or a database."""
+        """Leave no space, or a little: enough for some rows, not for a server or a database."""
         if self.kind == "inodes":
             room = os.statvfs(self.path).f_favail - (_LITTLE_FILES if leave_little else 0)
             with suppress(OSError):
@@ -108,15 +108,15 @@ class Disk:
 
     @contextmanager
     def kept_full(self) -> Iterator[None]:
-        """Fill it, and whatever is freed meanwhile; clear it in the end."""
+        """Fill it, and fill space that becomes free meanwhile; clear it at the end."""
         over = threading.Event()
 
-        def go_on() -> None:
+        def fill_again() -> None:
             while not over.wait(0.001):
                 self.fill()
 
         self.fill()
-        thread = threading.Thread(target=go_on)
+        thread = threading.Thread(target=fill_again)
         thread.start()
         try:
             yield
@@ -126,7 +126,7 @@ class Disk:
             self.clear()
 
     def clear(self) -> None:
-        """Make room again."""
+        """Free the space again."""
         if self.ballast.is_dir():
             shutil.rmtree(self.ballast)
         else:
@@ -143,5 +143,5 @@ class Disk:
 
     @property
     def homes(self) -> list[Path]:
-        """The directories of servers that are on it."""
+        """The run directories on it."""
         return list(self.path.glob(f"{PREFIX}*"))

@@ -1,4 +1,4 @@
-"""A project with tests of its own, which pytest runs as for any user."""
+"""A project with its own tests, which pytest runs as for any user."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MIGRATE = """
 
 @dataclass
 class Result:
-    """What a run of pytest came to."""
+    """The result of a pytest run."""
 
     status: int
     output: str
 
     def count(self, outcome: str) -> int:
-        """How many tests came out so."""
+        """How many tests had this outcome."""
         words = self.output.splitlines()[-1].replace(",", "").replace("=", "").split()
         found = [int(n) for n, word in itertools.pairwise(words) if word == outcome]
         return sum(found)
@@ -43,10 +43,10 @@ class Result:
 
 @dataclass
 class Project:
-    """A directory with a conftest.py that has a template."""
+    """A directory with a conftest.py that defines a template."""
 
     root: Path
-    kept: Path | None = None  # where servers live, and databases of failed tests stay
+    persist_dir: Path | None = None  # for servers, and databases of failed tests
     plugins: list[str] = field(default_factory=lambda: ["pgtemp.pytest_plugin"])
 
     def write(self, name: str, text: str) -> None:
@@ -54,8 +54,12 @@ class Project:
 
     def argv(self, *arguments: str) -> list[str]:
         flags = [part for plugin in self.plugins for part in ("-p", plugin)]
-        keep = f"--pgtemp-data-dir-prefix={self.kept}" if self.kept else "--pgtemp-keep=none"
-        flags += ["-p", "no:cacheprovider", keep]
+        option = (
+            f"--pgtemp-data-dir-prefix={self.persist_dir}"
+            if self.persist_dir
+            else "--pgtemp-keep=none"
+        )
+        flags += ["-p", "no:cacheprovider", option]
         return [sys.executable, "-m", "pytest", *flags, *arguments]
 
     @property
@@ -63,7 +67,7 @@ class Project:
         return {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(self, *arguments: str, text: str | None = None, **env: str) -> Result:
-        """Run pytest to its end, on a test file with this text."""
+        """Run pytest on a test file with this text."""
         if text is not None:
             self.write("test_it.py", text)
         result = subprocess.run(
@@ -72,11 +76,11 @@ class Project:
         )  # fmt: skip
         return Result(result.returncode, result.stdout + result.stderr)
 
-    def kept_databases(self) -> dict[str, str]:
-        """The databases that were kept, with the tests they are of."""
-        assert self.kept is not None
+    def persisted_databases(self) -> dict[str, str]:
+        """The persisted databases, with the test of each."""
+        assert self.persist_dir is not None
         return {
             name: of
-            for note in self.kept.glob(f"pgtemp-failed/*/*/{NOTE}")
+            for note in self.persist_dir.glob(f"pgtemp-failed/*/*/{NOTE}")
             for name, of in json.loads(note.read_text())["databases"].items()
         }

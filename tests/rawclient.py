@@ -1,8 +1,8 @@
-"""A client of the daemon that sees every byte: what it was told, and that it was told at all.
+"""A client of the daemon that checks every byte: which answers it gets, and that it gets one.
 
-Each wait has a deadline. What no client of PostgreSQL may ever meet is a ViolationError; what may
-happen to one while servers are killed around it is a GoneError, and for what PostgreSQL or the
-daemon say there are two more.
+Each wait has a deadline. A ViolationError is an event that no client of PostgreSQL may see. A
+GoneError may happen to a client while servers are killed. Two more errors are for the messages of
+PostgreSQL and of the daemon.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Self
 from pgtemp.host import ports
 from pgtemp.wire.messages import TERMINATE, Frames, cancel_request, frame, startup_message
 
-SECONDS = 60.0  # for whatever a client waits for
+SECONDS = 60.0  # the deadline of every wait of a client
 CANCELED = "57014"
 Row = tuple[str | None, ...]
 
 
 class ViolationError(AssertionError):
-    """Something that must not happen to any client."""
+    """An event that must not happen to any client."""
 
 
 class HangError(ViolationError):
-    """Nothing came for so long that nothing will."""
+    """No answer arrived before the deadline."""
 
 
 class GoneError(Exception):
-    """The connection has ended after it was served; with the SQLSTATE, where there was one."""
+    """The connection was closed after the login; with the SQLSTATE, if there was one."""
 
 
 class RefusedError(Exception):
-    """An ErrorResponse in place of a login."""
+    """An ErrorResponse instead of a login."""
 
     def __init__(self, fields: dict[str, str]) -> None:
         super().__init__(f"{fields['C']} {fields['M']}")
@@ -51,18 +51,18 @@ class SqlError(Exception):
 
 
 def error_fields(payload: bytes) -> dict[str, str]:
-    """The fields of an ErrorResponse, which has to have those that every client reads."""
+    """The fields of an ErrorResponse, which must include those that every client reads."""
     if not payload.endswith(b"\0\0"):
-        raise ViolationError(f"an ErrorResponse that does not end: {payload!r}")
+        raise ViolationError(f"an ErrorResponse without terminator: {payload!r}")
     parts = payload[:-2].split(b"\0")
     fields = {part[:1].decode(): part[1:].decode() for part in parts}
     if not {"S", "V", "C", "M"} <= fields.keys() or len(fields["C"]) != 5 or not fields["M"]:
-        raise ViolationError(f"an ErrorResponse without what belongs into it: {fields}")
+        raise ViolationError(f"an ErrorResponse without required fields: {fields}")
     return fields
 
 
 def dial(address: tuple[str, int] | str) -> socket.socket:
-    """A connection over TCP, or by a unix socket's path; without a word so far."""
+    """Connect by TCP or by a unix socket's path, and send nothing."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     made = socket.socket(family)
     made.settimeout(SECONDS)
@@ -75,7 +75,7 @@ def dial(address: tuple[str, int] | str) -> socket.socket:
 
 
 def from_port(port: int, server: int) -> socket.socket:
-    """A client from a port that another client may just have left."""
+    """Connect from a port that another client may just have used."""
     made = socket.socket()
     made.settimeout(SECONDS)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,7 +85,7 @@ def from_port(port: int, server: int) -> socket.socket:
 
 
 def unused_port() -> int:
-    """One that the kernel gives to no other client meanwhile, as it gives those from 32768 on."""
+    """A free port that the kernel assigns to no client, as it assigns those from 32768 on."""
     while True:
         port = random.randrange(12000, 22000)
         if ports.bind_error("127.0.0.1", port) is None:
@@ -93,32 +93,32 @@ def unused_port() -> int:
 
 
 def reset(connection: socket.socket) -> None:
-    """Close without a word, so that the other side reads a reset."""
+    """Close with a reset."""
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def read_to_the_end(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
-    said = bytearray()
+    """All bytes until the other side closes."""
+    received = bytearray()
     try:
         while data := connection.recv(65536):
-            said += data
+            received += data
     except TimeoutError as error:
-        raise HangError(f"left hanging after {bytes(said[-80:])!r}") from error
+        raise HangError(f"no more data arrived after {bytes(received[-80:])!r}") from error
     except ConnectionError:
         pass
-    return bytes(said)
+    return bytes(received)
 
 
 def cancel(address: tuple[str, int] | str, key: bytes) -> None:
-    """Send a cancel request, and wait until it was taken."""
+    """Send a cancel request, and wait until it was processed."""
     with dial(address) as connection:
         with suppress(ConnectionError):
             connection.sendall(cancel_request(key))
-        if said := read_to_the_end(connection):
-            raise ViolationError(f"a cancel request was answered: {said!r}")
+        if answer := read_to_the_end(connection):
+            raise ViolationError(f"a cancel request was answered: {answer!r}")
 
 
 class Client:
@@ -126,11 +126,11 @@ class Client:
 
     Attributes:
         asked: when it began to connect, by time.monotonic().
-        canceled: whether it may be told that its statement was canceled.
+        canceled: whether its statement may be canceled.
     """
 
     def __init__(self, address: tuple[str, int] | str, **parameters: str) -> None:
-        """Raises RefusedError; ViolationError where the daemon hangs up without a word."""
+        """Raises RefusedError, or ViolationError if the daemon closes without an error message."""
         self.asked = time.monotonic()
         self.canceled = False
         self.key = b""
@@ -138,7 +138,7 @@ class Client:
         self._frames = Frames()
         self._pending: list[tuple[bytes, bytes]] = []
         try:
-            with suppress(ConnectionError):  # a refusal may be there before all was sent
+            with suppress(ConnectionError):  # a refusal may arrive before all is sent
                 self.socket.sendall(startup_message(parameters))
             self._log_in()
         except BaseException:
@@ -156,7 +156,9 @@ class Client:
                 elif kind == b"E":
                     raise RefusedError(error_fields(payload))
         except GoneError as error:
-            raise ViolationError("hung up on without a word before it was served") from error
+            raise ViolationError(
+                "closed without an error message before the login was complete"
+            ) from error
 
     def next(self) -> tuple[bytes, bytes]:
         """The next message."""
@@ -164,7 +166,7 @@ class Client:
             try:
                 data = self.socket.recv(65536)
             except TimeoutError as error:
-                raise HangError("left hanging") from error
+                raise HangError("no message arrived") from error
             except ConnectionError as error:
                 raise GoneError(str(error)) from error
             if not data:
@@ -176,12 +178,12 @@ class Client:
         try:
             self.socket.sendall(frame(kind, payload))
         except TimeoutError as error:
-            raise HangError("left hanging while it spoke") from error
+            raise HangError("the daemon did not read in time") from error
         except ConnectionError as error:
             raise GoneError(str(error)) from error
 
     def ask(self, statement: str) -> None:
-        """Send a statement, and do not wait for the answer."""
+        """Send a statement without waiting for the answer."""
         self.send(b"Q", statement.encode() + b"\0")
 
     def query(self, statement: str) -> list[Row]:
@@ -190,7 +192,7 @@ class Client:
         return self.answer()
 
     def answer(self) -> list[Row]:
-        """The rows of what was asked, until the server is ready again or wants to be copied to."""
+        """The rows of the answer, until the server is ready again or expects COPY data."""
         rows, failed = [], None
         while True:
             kind, payload = self._next_or(failed)
@@ -212,7 +214,7 @@ class Client:
             raise GoneError(str(failed or error)) from error
 
     def close(self) -> None:
-        """Say goodbye, and wait until it was heard."""
+        """Send Terminate, and wait until the daemon closes the connection."""
         with suppress(OSError):
             self.socket.sendall(TERMINATE)
             self.socket.shutdown(socket.SHUT_WR)

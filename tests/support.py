@@ -1,4 +1,4 @@
-"""What several tests need: waiting without sleeping blindly, and a daemon as a real process."""
+"""Helpers of several tests: waiting with a deadline, and a daemon as a real process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pgtemp.supervisor.leftovers import PREFIX
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether a condition comes true within a deadline."""
+    """Whether a condition becomes true within a deadline."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while not condition():
@@ -34,16 +34,16 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def homes() -> set[Path]:
-    """The directories of servers that there are, in the usual places."""
+    """The existing run directories, in the usual base directories."""
     return {home for base in paths.sweep_bases() for home in base.glob(f"{PREFIX}*")}
 
 
-STRANGER = 54321  # the uid of a user that runs nothing here
+OTHER_UID = 54321  # the uid of a user that runs no process
 
 
 @contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """What this thread makes in the block belongs to another user: sockets, files (setfsuid(2))."""
+    """In the block, this thread creates sockets and files as another user (setfsuid(2))."""
     if os.geteuid() != 0:
         pytest.skip("only root can act as another user")
     libc = ctypes.CDLL(None)
@@ -56,7 +56,7 @@ def acting_as(uid: int) -> Iterator[None]:
 
 @contextmanager
 def many_files() -> Iterator[None]:
-    """This process may have as many files open as the system allows."""
+    """In the block, this process may open as many files as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -69,21 +69,24 @@ def children(pid: int) -> dict[int, str]:
     """The child processes of a process, with their names."""
     found = {}
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread, or a child, that is over
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread or a child that has exited
             for child in task.read_text().split():
                 found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
     return found
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of memory that a process has written; a file's become its own when others end."""
+    """Bytes of memory that only this process has written.
+
+    A page that it shares becomes its own when the other processes exit.
+    """
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     (line,) = (line for line in rollup.splitlines() if line.startswith("Private_Dirty:"))
     return int(line.split()[1]) << 10
 
 
 class Daemon:
-    """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` as a process of its own."""
+    """`pgtemp ARGUMENTS postgresql://localhost:PORT/test` in its own process."""
 
     running: ClassVar[set[Self]] = set()
 
@@ -104,7 +107,7 @@ class Daemon:
             text=True,
         )
         Daemon.running.add(self)
-        self.said = self._await_line("Ctrl-C")
+        self.output = self._await_line("Ctrl-C")
 
     def _await_line(self, word: str) -> list[str]:
         assert self.process.stdout is not None
@@ -121,7 +124,7 @@ class Daemon:
         return lines
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; the exit status, and what was said on standard error."""
+        """Send a signal; return the exit status and the standard error."""
         Daemon.running.discard(self)
         with closing(self.process.stdout), closing(self.process.stderr):  # type: ignore[type-var]
             self.process.send_signal(number)
@@ -132,7 +135,7 @@ class Daemon:
 def run_pgtemp(
     *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`pgtemp ARGUMENTS` to its end."""
+    """Run `pgtemp ARGUMENTS` and wait until it exits."""
     return subprocess.run(
         [sys.executable, "-m", "pgtemp", *arguments],
         capture_output=True,
@@ -144,12 +147,12 @@ def run_pgtemp(
 
 
 def at(served: Daemon, dbname: str, user: str = "postgres") -> str:
-    """The URL of a database at a daemon."""
+    """The URL of a database of a daemon."""
     return f"postgresql://{user}@127.0.0.1:{served.port}/{dbname}"
 
 
 def one(uri: str, query: str) -> object:
-    """The first value of a query, through a connection of its own."""
+    """The first value of a query, through a new connection."""
     with psycopg.connect(uri, autocommit=True) as connection:
         row = connection.execute(query).fetchone()  # type: ignore[arg-type]
         assert row is not None

@@ -1,4 +1,4 @@
-"""The asyncio door: the same server, and nothing left behind when cancelled."""
+"""The asyncio classes: the same servers, and nothing is left after a cancellation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import eventually, homes
 
 
 def test_a_server_for_asyncio() -> None:
-    """Any driver by its URL, psycopg through connect(), and gone afterwards."""
+    """Any driver can use its URL, psycopg also connect(); the server is removed afterwards."""
 
     async def use() -> Path:
         async with aio.PgTempDB(dbname="app") as db:
@@ -32,7 +32,7 @@ def test_a_server_for_asyncio() -> None:
 
 @pytest.mark.parametrize("turns", [0, 1, 5, 20, 80])
 def test_a_start_that_is_cancelled_leaves_nothing(turns: int) -> None:
-    """At whatever moment of a start the task is cancelled, no server stays."""
+    """No server stays, at whatever moment of a start the task is cancelled."""
     before = homes()
 
     async def cancel_it() -> None:
@@ -52,8 +52,8 @@ def test_a_start_that_is_cancelled_leaves_nothing(turns: int) -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def test_whole_undoes_what_was_done_when_cancelled() -> None:
-    """The work is finished, undone, and only then the task is cancelled."""
+def test_whole_undoes_its_work_when_cancelled() -> None:
+    """The work is finished and undone, and only then the task is cancelled."""
     done: list[str] = []
 
     async def run() -> None:
@@ -69,7 +69,7 @@ def test_whole_undoes_what_was_done_when_cancelled() -> None:
         await begun.wait()
         task.cancel()
         await asyncio.sleep(0)
-        task.cancel()  # impatience changes nothing
+        task.cancel()  # a second cancellation changes nothing
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -132,7 +132,7 @@ def test_a_cluster_for_asyncio(tmp_path: Path) -> None:
 
 
 def test_a_template_from_a_second_event_loop() -> None:
-    """A cluster outlives a loop; the same coroutine function is the same build."""
+    """A cluster outlives an event loop; the same coroutine function is the same build."""
 
     async def migrate(uri: str) -> None:
         driver = await asyncpg.connect(uri)
@@ -150,8 +150,8 @@ def test_a_template_from_a_second_event_loop() -> None:
         asyncio.run(use(cluster))
 
 
-def test_a_claim_that_is_cancelled_gives_its_database_back() -> None:
-    """Cancelled at whatever moment, no clone stays that nobody holds."""
+def test_a_cancelled_claim_returns_its_database() -> None:
+    """At whatever moment it is cancelled, no unused clone stays."""
 
     async def use() -> None:
         async with aio.Cluster() as cluster:
@@ -173,7 +173,7 @@ def test_a_claim_that_is_cancelled_gives_its_database_back() -> None:
                     assert row is not None
                     return int(row[0])
 
-                # the one in use, and those kept ready
+                # the one in use, and those in the pool
                 assert eventually(lambda: left() <= 1 + 2 + 1)
 
     asyncio.run(use())

@@ -1,4 +1,4 @@
-"""The floors: an import goes down only, and what must stay free of something does."""
+"""The layers: imports go down only, and restricted modules follow their restrictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import pgtemp
 
 ROOT = Path(pgtemp.__file__).parent
-# From the ground up; a module may import from its own floor and from those before it.
+# From the bottom up; a module may import from its own layer and from those before it.
 LOWER = [
     "errors",
     "host",
@@ -29,11 +29,11 @@ LOWER = [
 ]
 HANDLES = ["pgtempdb", "database", "template", "cluster", "aio", "doctor"]
 DOORS = ["testing", "django", "pytest_plugin", "daemon", "cli", "__main__"]
-FLOORS = [*LOWER, *HANDLES, *DOORS]
+LAYERS = [*LOWER, *HANDLES, *DOORS]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
-def floor_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -49,22 +49,22 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_only(path: Path) -> None:
-    """No module imports from a floor above its own."""
-    own = FLOORS.index(floor_of(path))
+    """No module imports from a layer above its own."""
+    own = LAYERS.index(layer_of(path))
     for name in imports_of(path):
-        if name.startswith("pgtemp.") and (floor := name.split(".")[1]) in FLOORS:
-            assert FLOORS.index(floor) <= own, f"{path.name} imports {name}"
+        if name.startswith("pgtemp.") and (layer := name.split(".")[1]) in LAYERS:
+            assert LAYERS.index(layer) <= own, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "wire").glob("*.py")), ids=lambda path: path.name)
 def test_the_wire_is_sans_io(path: Path) -> None:
-    """Protocol code imports neither sockets nor an event loop nor processes."""
+    """Protocol code imports no sockets, no event loop and no processes."""
     forbidden = {"socket", "asyncio", "subprocess", "os", "threading"}
     assert not {name.split(".")[0] for name in imports_of(path)} & forbidden
 
 
 def test_only_processes_spawns() -> None:
-    """One module runs programs; the warden's process alone starts postmasters."""
+    """One module runs programs; only the supervisor's process starts postmasters."""
     spawning = {
         path.relative_to(ROOT).as_posix()
         for path in MODULES
@@ -89,8 +89,8 @@ _FILE_CALLS = {
     "fwalk", "copyfile", "copytree", "copy2", "move",
 }  # fmt: skip
 # Receivers whose methods of these names do nothing with a path of the file system.
-_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "image"}
-# The modules of which every function works on descriptors, or as the user of the files.
+_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "place"}
+# The modules in which every function uses descriptors, or runs as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
     "host/reach.py": "walks the path that an option names, by descriptors",
@@ -99,7 +99,7 @@ _MECHANISM = {
     "supervisor/recycle_files.py": "runs in a process of the server's user",
     "programs/nameless_user.py": "copies programs within the cache",
 }
-# The functions that use paths, and of what: never below a data directory, nor in an image.
+# The functions that use paths, and which: never below a data directory, nor in an image.
 _PATHS = {
     "allocation/shared_server.py:SharedServer.now": "a run directory itself, which is the owner's",
     "cli/main.py:_open_standard_streams": "/dev/null",
@@ -168,19 +168,19 @@ _PATHS = {
 
 
 def test_one_module_works_with_files_that_another_user_can_change() -> None:
-    """A function that uses paths is in the list above, with what they are; a new one fails."""
+    """A function that uses paths must be in the list above, with the kind of the paths."""
     found = {
         f"{path.relative_to(ROOT).as_posix()}:{name}"
         for path in MODULES
         if path.relative_to(ROOT).as_posix() not in _MECHANISM
         for name in _with_file_calls(ast.parse(path.read_text()), "")
     }
-    assert found - _PATHS.keys() == set(), "use host/tree.py, or say which paths these are"
+    assert found - _PATHS.keys() == set(), "use host/tree.py, or add the kind of these paths"
     assert _PATHS.keys() - found == set(), "these no longer use paths"
 
 
-def test_no_module_hides_what_it_calls() -> None:
-    """Functions of os and shutil are called by their modules' names, which the test above knows."""
+def test_functions_of_os_are_called_by_their_modules_names() -> None:
+    """The test above recognizes functions of os and shutil by the names of their modules."""
     for path in MODULES:
         hidden = {name for name in imports_of(path) if name.split(".")[0] in ("os", "shutil")}
         assert hidden <= {"os", "shutil"}, path

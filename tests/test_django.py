@@ -1,4 +1,4 @@
-"""Django's test databases: migrated once, cloned from then on, by its own runner and pytest's."""
+"""Django's test databases: migrated once, then cloned, with its own runner and with pytest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIGRATES = "Creating test database"
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A copy of the example, whose template nobody has built yet."""
+    """A copy of the example, whose template has not been built yet."""
     copy = tmp_path / "shop"
     shutil.copytree(SHOP, copy, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
@@ -37,14 +37,14 @@ def manage(shop: Path, *arguments: str, fails: bool = False) -> str:
 
 @pytest.mark.slow
 def test_migrations_run_once(shop: Path) -> None:
-    """Until one of them, or a model, changes; nothing is left."""
+    """They run again when a migration or a model changes; nothing is left."""
     before = homes()
-    said = manage(shop, "manage.py", "test")
-    assert "Ran 3 tests" in said
-    assert MIGRATES in said
-    said = manage(shop, "manage.py", "test")
-    assert "Ran 3 tests" in said
-    assert MIGRATES not in said
+    output = manage(shop, "manage.py", "test")
+    assert "Ran 3 tests" in output
+    assert MIGRATES in output
+    output = manage(shop, "manage.py", "test")
+    assert "Ran 3 tests" in output
+    assert MIGRATES not in output
     models = shop / "shop" / "models.py"
     models.write_text(models.read_text() + "\n# changed\n")
     assert MIGRATES in manage(shop, "manage.py", "test")
@@ -57,9 +57,9 @@ def test_in_parallel(shop: Path) -> None:
     tests = (shop / "shop" / "tests.py").read_text()
     (shop / "shop" / "test_more.py").write_text(tests)
     (shop / "shop" / "tests.py").rename(shop / "shop" / "test_some.py")
-    said = manage(shop, "manage.py", "test", "--parallel", "2")
-    assert "Ran 6 tests" in said
-    assert said.count("Cloning test database") == 2
+    output = manage(shop, "manage.py", "test", "--parallel", "2")
+    assert "Ran 6 tests" in output
+    assert output.count("Cloning test database") == 2
 
 
 @pytest.mark.slow
@@ -69,8 +69,8 @@ def test_with_pytest(shop: Path) -> None:
         assert "3 passed" in manage(shop, "-m", "pytest", "-q", *plugins, *more)
 
 
-def test_a_migration_that_fails_says_so(shop: Path) -> None:
-    """In Django's words; and the next run tries again."""
+def test_a_failing_migration(shop: Path) -> None:
+    """The error is Django's own, and the next run tries again."""
     migration = shop / "shop" / "migrations" / "0002_wrong.py"
     migration.write_text(
         "from django.db import migrations\n"
@@ -83,8 +83,8 @@ def test_a_migration_that_fails_says_so(shop: Path) -> None:
     assert "Ran 3 tests" in manage(shop, "manage.py", "test")
 
 
-def test_again_and_by_another_alias(shop: Path) -> None:
-    """Two runs in one process, a mirror; afterwards the settings are what they were."""
+def test_two_runs_and_a_mirror(shop: Path) -> None:
+    """Two runs in one process, with a mirror; afterwards the settings are as before."""
     (shop / "run.py").write_text(
         "import os, django\n"
         "os.environ['DJANGO_SETTINGS_MODULE'] = 'settings'\n"
@@ -104,14 +104,14 @@ def test_again_and_by_another_alias(shop: Path) -> None:
         "    teardown_databases(made, verbosity=0)\n"
         "    print(connections['default'].settings_dict['HOST'])\n"
     )
-    said = manage(shop, "run.py")
-    assert said.count(MIGRATES) == 1
-    assert said.count("default (0,)") == said.count("mirror (0,)") == 2
-    assert said.count("db.example.org") == 2
+    output = manage(shop, "run.py")
+    assert output.count(MIGRATES) == 1
+    assert output.count("default (0,)") == output.count("mirror (0,)") == 2
+    assert output.count("db.example.org") == 2
 
 
 def test_settings() -> None:
-    """Other engines stay; where there is nothing to do, that is said."""
+    """Other engines are unchanged; without a PostgreSQL engine, there is an error."""
     given = {
         "default": {"ENGINE": "django.db.backends.postgresql", "TEST": {"MIGRATE": False}},
         "maps": {"ENGINE": "django.contrib.gis.db.backends.postgis"},

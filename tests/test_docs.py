@@ -1,4 +1,4 @@
-"""The documentation is true: tables are current, commands and snippets run."""
+"""The documentation is correct: tables are current, and commands and snippets run."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def test_the_snippets_of_the_readme_run(snippet: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_cheat_sheet_is_understood(
-    daemon: type[Daemon], tmp_path: Path
-) -> None:
+def test_every_command_of_the_cheat_sheet_works(daemon: type[Daemon], tmp_path: Path) -> None:
     """Each line `pgtemp … URI` of the table starts a daemon."""
     (tmp_path / "dump.sql").write_text("CREATE TABLE t ();")
     (tmp_path / "password").write_text("geheim\n")

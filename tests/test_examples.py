@@ -1,4 +1,4 @@
-"""The examples: each is run as a user would run it, in a copy."""
+"""The examples: each runs in a copy, as a user would run it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pgtemp.programs.installation import Installation
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOVED = EXAMPLES / "moved_from_pytest_postgresql"
-# How many tests pass, and the plugins that they need; the file or folder is the key.
+# How many tests pass, and the plugins that they need; the key is the file or directory.
 WITH_PYTEST = {
     "fixture_pytest.py": (6, ("pgtemp",)),
     "psycopg_sync_async": (4, ("pgtemp", "asyncio")),
@@ -29,13 +29,13 @@ WITH_PYTEST = {
     "moved_from_pytest_postgresql/after": (5, ("pgtemp",)),
 }
 WITH_UNITTEST = {"unittest_case": 2, "moved_from_testing_postgresql/after": 3}
-# What pytest tells its own processes; these ones are to be nobody's.
+# Variables of pytest's own processes, which the processes of the examples must not inherit.
 _OF_PYTEST = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_")
 
 
-def copy_of(example: str, place: Path) -> Path:
-    """A copy of an example, in a folder of its own, so that the repository stays as it is."""
-    source, copy = EXAMPLES / example, place / "example"
+def copy_of(example: str, directory: Path) -> Path:
+    """A copy of an example in its own directory, so that the repository does not change."""
+    source, copy = EXAMPLES / example, directory / "example"
     if source.is_dir():
         shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
     else:
@@ -45,7 +45,7 @@ def copy_of(example: str, place: Path) -> Path:
 
 
 def run(argv: list[str], cwd: Path, **more: str) -> str:
-    """What a program says; its failure is the test's."""
+    """Run a program and return its output. The test fails if the program fails."""
     env = {name: text for name, text in os.environ.items() if not name.startswith(_OF_PYTEST)}
     env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **more}
     result = subprocess.run(
@@ -64,10 +64,10 @@ def with_pytest(*arguments: str, plugins: tuple[str, ...]) -> list[str]:
     ]  # fmt: skip
 
 
-def passed(said: str) -> int:
-    """How many tests passed, as pytest or unittest says."""
-    found = re.search(r"^(\d+) passed|^Ran (\d+) tests", said, re.M)
-    assert found is not None, said
+def passed(output: str) -> int:
+    """How many tests passed, in the output of pytest or unittest."""
+    found = re.search(r"^(\d+) passed|^Ran (\d+) tests", output, re.M)
+    assert found is not None, output
     return int(found[1] or found[2])
 
 
@@ -88,38 +88,36 @@ def test_with_pytest_in_two_processes(example: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", WITH_UNITTEST)
 def test_with_unittest(example: str, tmp_path: Path) -> None:
-    said = run([sys.executable, "-m", "unittest"], copy_of(example, tmp_path))
-    assert passed(said) == WITH_UNITTEST[example]
+    output = run([sys.executable, "-m", "unittest"], copy_of(example, tmp_path))
+    assert passed(output) == WITH_UNITTEST[example]
 
 
 def test_a_program(tmp_path: Path) -> None:
-    said = run([sys.executable, "app_asyncio.py"], copy_of("app_asyncio.py", tmp_path))
-    assert said == "hello\n"
+    output = run([sys.executable, "app_asyncio.py"], copy_of("app_asyncio.py", tmp_path))
+    assert output == "hello\n"
 
 
-def test_before_it_was_moved_from_pytest_postgresql(open_dir: Path, programs: Installation) -> None:
-    """The suite that was moved is one that passes with pytest-postgresql."""
+def test_the_original_suite_with_pytest_postgresql(open_dir: Path, programs: Installation) -> None:
+    """The suite before the move passes with pytest-postgresql."""
     copy = copy_of("moved_from_pytest_postgresql/before", open_dir)
     argv = with_pytest(
         "--basetemp", str(open_dir / "base"),
         "--postgresql-exec", str(programs.program("pg_ctl")),
         plugins=("pytest_postgresql",),
     )  # fmt: skip
-    assert passed(run(_as_owner(argv), copy, TMPDIR=str(open_dir))) == 5
+    assert passed(run(_as_server_user(argv), copy, TMPDIR=str(open_dir))) == 5
 
 
-def test_before_it_was_moved_from_testing_postgresql(
-    open_dir: Path, programs: Installation
-) -> None:
-    """The suite that was moved is one that passes with testing.postgresql."""
+def test_the_original_suite_with_testing_postgresql(open_dir: Path, programs: Installation) -> None:
+    """The suite before the move passes with testing.postgresql."""
     copy = copy_of("moved_from_testing_postgresql/before", open_dir)
-    argv = _as_owner([sys.executable, "-m", "unittest"])
+    argv = _as_server_user([sys.executable, "-m", "unittest"])
     path = f"{programs.bin_dir}{os.pathsep}{os.environ['PATH']}"
     assert passed(run(argv, copy, PATH=path, TMPDIR=str(open_dir))) == 3
 
 
-def test_moving_changed_no_test() -> None:
-    """Of the suite on pytest-postgresql only conftest.py is another one."""
+def test_the_move_changed_no_test() -> None:
+    """Only conftest.py of the suite for pytest-postgresql differs."""
     before, after = MOVED / "before", MOVED / "after"
     names = {path.name for path in before.iterdir() if path.is_file()}
     assert names == {path.name for path in after.iterdir() if path.is_file()}
@@ -134,10 +132,10 @@ def test_every_example_is_in_the_table() -> None:
             assert f"`{path.name}" in table
 
 
-def _as_owner(argv: list[str]) -> list[str]:
-    """The command as the user that PostgreSQL is run as: the old suites run it as they are run.
+def _as_server_user(argv: list[str]) -> list[str]:
+    """The command as the server user: the old suites run PostgreSQL as their own user.
 
-    Root's interpreter may be where only root can read, hence the capability.
+    Root's interpreter may be readable only by root, hence the capability.
     """
     owner = identity.choose(None)
     if not owner.switch:

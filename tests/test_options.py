@@ -35,8 +35,8 @@ from pgtemp.options.server import ServerOptions
         ({"pg_hba_conf": "/nowhere/hba"}, "/nowhere/hba"),
     ],
 )
-def test_a_bad_value_is_one_line_with_a_remedy(given: dict[str, Any], word: str) -> None:
-    """Each bad value is refused before anything is started, with cause and remedy."""
+def test_an_invalid_value_is_one_line_with_a_remedy(given: dict[str, Any], word: str) -> None:
+    """It is refused before anything starts, with cause and remedy."""
     with pytest.raises(OptionError) as caught:
         ServerOptions(**given)
     assert word in str(caught.value)
@@ -44,8 +44,8 @@ def test_a_bad_value_is_one_line_with_a_remedy(given: dict[str, Any], word: str)
     assert "\n" not in str(caught.value)
 
 
-def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment variable beats the default and yields to what is given."""
+def test_the_environment_sets_options_that_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable takes precedence over the default, and an argument over the variable."""
     monkeypatch.setenv("PGTEMP_VERSION", "17")
     assert ServerOptions().version == "17"
     assert ServerOptions(version="16").version == "16"
@@ -57,13 +57,13 @@ def test_describe_leaves_the_password_out() -> None:
 
 
 def test_the_handle_takes_exactly_the_options() -> None:
-    """PgTempDB's signature shows every option, so that help() and editors do."""
+    """PgTempDB's signature shows every option, so that help() and editors show them."""
     names = [spec.name for spec in fields(ServerOptions)]
     assert list(inspect.signature(PgTempDB.__init__).parameters)[1:] == names
 
 
 def test_every_option_reaches_the_command_line() -> None:
-    """All but what the URI says are flags of the daemon, each with a help text."""
+    """All options that the URI does not contain are flags of the daemon with a help text."""
     flags = {param.name: param for param in serve.params if isinstance(param, click.Option)}
     in_uri = {"host", "port", "user", "password", "dbname"}
     for spec in fields(DaemonOptions):
@@ -96,8 +96,8 @@ def test_paths_may_be_path_objects(tmp_path: Path) -> None:
         {"config": {"Listen_Addresses": "*"}},
     ],
 )
-def test_a_value_of_another_kind_is_said(given: dict[str, Any]) -> None:
-    """A wrong type, or a setting that is pgtemp's to decide, is an error of ours."""
+def test_a_value_of_a_wrong_type_is_refused(given: dict[str, Any]) -> None:
+    """A wrong type, or a setting that pgtemp itself decides, is an OptionError."""
     with pytest.raises(OptionError):
         ServerOptions(**given)
 

@@ -1,4 +1,4 @@
-"""`pgtemp run` and `pgtemp shell`: a server for one command, which notices nothing else of us."""
+"""`pgtemp run` and `pgtemp shell`: a server for one command, which is otherwise not affected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIABLES = ("DATABASE_URL", "PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATA
 
 
 def test_a_command_finds_its_server() -> None:
-    """By the URL and by libpq's variables; and the server is gone afterwards."""
+    """By the URL and by libpq's variables. The server is removed afterwards."""
     before = homes()
     script = (
         "import os, psycopg\n"
@@ -27,11 +27,11 @@ def test_a_command_finds_its_server() -> None:
         "assert a == psycopg.connect('').info.dsn\n"
         f"print(*[os.environ[name] for name in {VARIABLES!r}], sep='\\n')"
     )
-    strays = {"PGSSLMODE": "verify-full", "PGHOSTADDR": "192.0.2.1", "PGSERVICE": "nowhere"}
+    unrelated = {"PGSSLMODE": "verify-full", "PGHOSTADDR": "192.0.2.1", "PGSERVICE": "nowhere"}
     result = run_pgtemp(
         *("run", "--dbname", "shop", "--user", "me", "--"),
         *(sys.executable, "-W", "ignore", "-c", script),
-        env=strays,
+        env=unrelated,
     )
     assert result.returncode == 0, result.stderr
     url, _, port, user, password, dbname = result.stdout.split()
@@ -42,7 +42,7 @@ def test_a_command_finds_its_server() -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def test_its_words_and_its_status_are_its_own() -> None:
+def test_output_and_status_of_the_command_are_unchanged() -> None:
     result = run_pgtemp("run", "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (result.returncode, result.stdout, result.stderr) == (7, "out\n", "err\n")
 
@@ -55,21 +55,21 @@ def test_a_loaded_dump(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "message"),
     [
         (["no-such-command"], 127, "there is no command 'no-such-command'"),
         (["/etc/passwd"], 126, "cannot be run: Permission denied"),
         ([], 2, "Missing argument"),
     ],
 )
-def test_what_cannot_be_run(words: list[str], status: int, said: str) -> None:
+def test_a_command_that_cannot_run(words: list[str], status: int, message: str) -> None:
     result = run_pgtemp("run", "--", *words)
     assert result.returncode == status
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-_TELLS = """
+_REPORTS_SIGNALS = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: (print("got", number, flush=True), sys.exit(9)))
@@ -81,10 +81,10 @@ while True:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_reaches_the_command(number: signal.Signals) -> None:
-    """Without a terminal, which would send it to both."""
+    """There is no terminal, which would send it to both processes."""
     before = homes()
     process = subprocess.Popen(
-        [*PGTEMP, "run", "--", sys.executable, "-c", _TELLS],
+        [*PGTEMP, "run", "--", sys.executable, "-c", _REPORTS_SIGNALS],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -99,7 +99,7 @@ def test_a_signal_reaches_the_command(number: signal.Signals) -> None:
 
 
 def test_ctrl_c_reaches_the_command_once() -> None:
-    """In a terminal, which sends it to the command itself."""
+    """A terminal sends it to the command itself."""
     counts = (
         "import signal\n"
         "times = []\n"
@@ -111,25 +111,25 @@ def test_ctrl_c_reaches_the_command_once() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [*PGTEMP, "run", "--", sys.executable, "-c", counts])
-    said = b""
+    output = b""
     try:
         for word, then in ((b"ready", b"\x03"), (b"caught", b"go on\n"), (b"of them", b"")):
-            while word not in said:
-                said += os.read(terminal, 1000)
+            while word not in output:
+                output += os.read(terminal, 1000)
             os.write(terminal, then)
     finally:
         os.waitpid(pid, 0)
         os.close(terminal)
-    assert b"got 1 of them" in said
+    assert b"got 1 of them" in output
 
 
-def test_a_command_that_was_killed_ends_pgtemp_alike() -> None:
-    """So that a shell, make or tox sees the signal."""
+def test_pgtemp_exits_with_the_signal_of_a_killed_command() -> None:
+    """A shell, make or tox then sees the signal."""
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV):
         assert run_pgtemp("run", "sh", "-c", f"kill -{int(number)} $$").returncode == -number
 
 
-def test_who_kills_pgtemp_ends_the_server_too() -> None:
+def test_killing_pgtemp_stops_the_server() -> None:
     before = homes()
     process = subprocess.Popen(
         [*PGTEMP, "run", "--", "sh", "-c", "echo $$; exec sleep 60"],
@@ -144,7 +144,7 @@ def test_who_kills_pgtemp_ends_the_server_too() -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def test_a_server_that_cannot_be_made_is_said() -> None:
+def test_a_server_that_cannot_start_is_an_error() -> None:
     result = run_pgtemp("run", "--pg-version", "99", "--", "true")
     assert result.returncode == 2
     assert "99" in result.stderr

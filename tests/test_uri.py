@@ -15,31 +15,31 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 @given(user=names, password=names, dbname=names)
 def test_any_name_survives_the_url(user: str, password: str, dbname: str) -> None:
-    """libpq reads back from the URL what was put into it."""
+    """libpq reads the original values back from the URL."""
     info = ConnectionInfo(host="127.0.0.1", port=5432, user=user, password=password, dbname=dbname)
-    said = conninfo_to_dict(info.uri)
-    assert (said["user"], said["password"], said["dbname"]) == (user, password, dbname)
+    parsed = conninfo_to_dict(info.uri)
+    assert (parsed["user"], parsed["password"], parsed["dbname"]) == (user, password, dbname)
 
 
 @given(user=names, password=names, dbname=names)
-def test_parse_reads_what_uri_writes(user: str, password: str, dbname: str) -> None:
-    """Our own parser agrees, and a repr never shows the password."""
+def test_parse_is_the_inverse_of_uri(user: str, password: str, dbname: str) -> None:
+    """pgtemp's own parser agrees, and a repr does not show the password."""
     info = ConnectionInfo(host="::1", port=1, user=user, password=password, dbname=dbname)
-    said = parse(info.uri)
-    assert (said.host, said.port, said.user, said.dbname) == ("::1", 1, user, dbname)
-    assert said.password == password
+    parsed = parse(info.uri)
+    assert (parsed.host, parsed.port, parsed.user, parsed.dbname) == ("::1", 1, user, dbname)
+    assert parsed.password == password
     assert "password" not in repr(info)
 
 
-def test_a_socket_directory_goes_into_the_query() -> None:
-    """A host that is a directory is written so that every driver understands it."""
+def test_a_socket_directory_is_part_of_the_query() -> None:
+    """A host that is a directory is written in a form that every driver accepts."""
     info = ConnectionInfo(host="/tmp/x y", port=5433, user="me", dbname="app")
-    said = conninfo_to_dict(info.uri)
-    assert (said["host"], said["port"]) == ("/tmp/x y", "5433")
+    parsed = conninfo_to_dict(info.uri)
+    assert (parsed["host"], parsed["port"]) == ("/tmp/x y", "5433")
 
 
 def test_conninfo_has_no_password() -> None:
-    """What goes on a command line never holds the password."""
+    """A string for a command line does not contain the password."""
     info = ConnectionInfo(host="h", port=1, user="u", password="geheim", dbname="d")
     assert "geheim" not in info.conninfo
     assert info.environment()["PGPASSWORD"] == "geheim"
@@ -57,8 +57,8 @@ def test_conninfo_has_no_password() -> None:
         "postgresql://[::1/x",
     ],
 )
-def test_a_bad_uri_is_one_line_with_a_remedy(uri: str) -> None:
-    """The error names the URL without its password, and says how to write one."""
+def test_an_invalid_uri_is_one_line_with_a_remedy(uri: str) -> None:
+    """The error has the URL without its password, and an example of a valid URL."""
     with pytest.raises(OptionError) as caught:
         parse(uri)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The examples in Go, with Go's own tests."""
+"""The examples in Go, run with Go's own tests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.slow
 
 
 def passed(example: Path, uri: str) -> int:
-    """How many of its tests pass."""
-    said = run("go", "test", "-count=1", "-v", "./...", cwd=example, DATABASE_URL=uri)
-    assert "--- SKIP" not in said
-    return said.count("\n--- PASS: ")
+    """How many tests of the example pass."""
+    output = run("go", "test", "-count=1", "-v", "./...", cwd=example, DATABASE_URL=uri)
+    assert "--- SKIP" not in output
+    return output.count("\n--- PASS: ")
 
 
 def test_pgx(daemon: type[Daemon], tmp_path: Path) -> None:
-    """Pools, contexts and errors of pgx, on a template made from migrations."""
+    """Pools, contexts and errors of pgx, on a template built from migrations."""
     need("go")
     example = copy_of("go_pgx", tmp_path)
     served = daemon("--template", f"app={example / 'migrations'}", dbname="app")
@@ -29,7 +29,7 @@ def test_pgx(daemon: type[Daemon], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dbname", ["test", "app"])
 def test_database_sql(dbname: str, daemon: type[Daemon], tmp_path: Path) -> None:
-    """The same through database/sql and lib/pq, migrated by each test, or once by the daemon."""
+    """The same with database/sql and lib/pq, migrated by each test or once by the daemon."""
     need("go")
     example = copy_of("go_database_sql", tmp_path)
     served = daemon("--template", f"app={example / 'migrations'}", dbname=dbname)

@@ -15,10 +15,10 @@ MIGRATIONS = "src/main/resources/db/migration"
 
 
 def test_junit_with_hikari(daemon: type[Daemon], tmp_path: Path) -> None:
-    """Pools, cancelled statements and errors of the JDBC driver."""
+    """Pools, canceled statements and errors of the JDBC driver."""
     need("mvn", "javac")
     example = copy_of("java_hikari", tmp_path)
     served = daemon("--template", f"test={example / MIGRATIONS}")
-    said = run("mvn", "--batch-mode", "test", cwd=example, DATABASE_URL=served.uri)
-    totals = re.findall(r"Tests run: (\d+), Failures: 0, Errors: 0, Skipped: 0$", said, re.M)
+    output = run("mvn", "--batch-mode", "test", cwd=example, DATABASE_URL=served.uri)
+    totals = re.findall(r"Tests run: (\d+), Failures: 0, Errors: 0, Skipped: 0$", output, re.M)
     assert totals == ["9"]

@@ -1,4 +1,4 @@
-"""The example in Python: a project that has the daemon's URL, and nothing of pgtemp."""
+"""The example in Python: a project that uses the daemon's URL and does not import pgtemp."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PLUGINS = ("asyncio", "django")
 
 
 def passed(example: Path, uri: str, *arguments: str) -> int:
-    """How many of its tests pass, without the plugins that happen to be installed here."""
+    """How many tests of the example pass, without other installed plugins."""
     named = [word for plugin in PLUGINS for word in ("-p", plugin)]
-    said = run(
+    output = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error",
         *named, *arguments, cwd=example, DATABASE_URL=uri, PYTEST_ADDOPTS="",
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTHONDONTWRITEBYTECODE="1",
     )  # fmt: skip
-    found = re.search(r"^(\d+) passed in ", said, re.M)
-    assert found is not None, said
+    found = re.search(r"^(\d+) passed in ", output, re.M)
+    assert found is not None, output
     return int(found[1])
 
 
@@ -32,14 +32,14 @@ def passed(example: Path, uri: str, *arguments: str) -> int:
 def test_drivers_and_frameworks(
     at_once: tuple[str, ...], daemon: type[Daemon], tmp_path: Path
 ) -> None:
-    """psycopg, asyncpg, pg8000, SQLAlchemy and Django; also in two processes at once."""
+    """psycopg, asyncpg, pg8000, SQLAlchemy and Django, in one process and in two."""
     example = copy_of("daemon_python", tmp_path)
     served = daemon("--template", f"app={example / 'migrations'}", dbname="app")
     assert passed(example, served.uri, *at_once) == 28
 
 
 def test_django_migrates_the_template(daemon: type[Daemon], tmp_path: Path) -> None:
-    """What `manage.py migrate` did to the template, no session has to do again."""
+    """After `manage.py migrate` on the template, no session needs to migrate."""
     example = copy_of("daemon_python", tmp_path)
     served = daemon("--template", f"app={example / 'migrations'}", dbname="app")
     manage = [sys.executable, "manage.py", "migrate"]
@@ -50,6 +50,6 @@ def test_django_migrates_the_template(daemon: type[Daemon], tmp_path: Path) -> N
 
 
 def test_nothing_of_pgtemp_is_imported() -> None:
-    """The daemon's URL is all that the project knows."""
+    """The project knows only the daemon's URL."""
     for path in (EXAMPLES / "daemon_python").rglob("*.py"):
         assert not re.search(r"^\s*(?:import|from) pgtemp", path.read_text(), re.M), path

@@ -1,7 +1,7 @@
 """The examples in Rust.
 
-They are run where they are, since cargo builds anew what lies at another path: their lock files are
-kept to, and what is built goes to the user's cache, so that only the first run takes minutes.
+They run in the repository, since cargo builds again at a different path. Their lock files are used
+unchanged, and build results are stored in the user's cache, so only the first run takes minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIGRATE = ("cargo", "run", "--locked", "--quiet", "--bin", "migrate")
 
 @pytest.fixture(params=TESTS)
 def example(request: pytest.FixtureRequest) -> Path:
-    """One of the examples, with all that it depends on built."""
+    """One of the examples, with all its dependencies built."""
     return built(request.param)
 
 
@@ -38,21 +38,24 @@ def built(name: str) -> Path:
     found = re.match(r"cargo (\d+\.\d+)", version.stdout)
     if found is None or _numbers(found[1]) < _numbers(needed):
         pytest.skip(f"{name} needs Rust {needed}, and there is {version.stdout or version.stderr}")
-    said = run("cargo", "build", "--locked", "--all-targets", cwd=example, **env(example))
-    assert "warning:" not in said
+    output = run("cargo", "build", "--locked", "--all-targets", cwd=example, **env(example))
+    assert "warning:" not in output
     return example
 
 
 def env(example: Path) -> dict[str, str]:
-    """Each has a place of its own, since their programs have the same names."""
+    """The environment.
+
+    Each example has its own directory, as their programs have the same names.
+    """
     return {"CARGO_TARGET_DIR": str(CACHE / example.name), "CARGO_TERM_COLOR": "never"}
 
 
 def passed(example: Path, served: Daemon, *more: str) -> int:
     """How many tests pass."""
     settings = env(example) | {"DATABASE_URL": served.uri}
-    said = run("cargo", "test", "--locked", *more, cwd=example, **settings)
-    return sum(map(int, re.findall(r"^test result: ok\. (\d+) passed", said, re.M)))
+    output = run("cargo", "test", "--locked", *more, cwd=example, **settings)
+    return sum(map(int, re.findall(r"^test result: ok\. (\d+) passed", output, re.M)))
 
 
 def migrated(served: Daemon) -> bool:
@@ -67,7 +70,7 @@ def test_tests_that_migrate_their_databases(daemon: type[Daemon], example: Path)
 
 
 def test_the_daemon_migrates_a_template(daemon: type[Daemon], example: Path) -> None:
-    """The command is run where the daemon is, and its databases have what it made."""
+    """The command runs in the daemon's working directory; all databases have its result."""
     template = ("--template", f"test=cmd:{' '.join(MIGRATE)}", "--watch", "test=migrations/")
     served = daemon(*template, before=("env", "-C", str(example)), env=env(example))
     assert migrated(served)
@@ -81,8 +84,8 @@ def test_a_template_is_migrated_through_its_url(daemon: type[Daemon], example: P
     assert passed(example, served) == TESTS[example.name]
 
 
-def test_sqlx_makes_databases_by_itself(daemon: type[Daemon]) -> None:
-    """In a daemon that is one server, `#[sqlx::test]` works as it is."""
+def test_sqlx_creates_its_own_databases(daemon: type[Daemon]) -> None:
+    """With a daemon for a single server, `#[sqlx::test]` works unchanged."""
     example = built("rust_sqlx")
     assert passed(example, daemon("--single"), "--", "--ignored") == 2
 

@@ -11,25 +11,25 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _MADE = ("__pycache__", "node_modules", "target")
-_SECONDS = 900  # the first build fetches and compiles what the example depends on
+_SECONDS = 900  # the first build downloads and compiles the example's dependencies
 
 
 def need(*programs: str) -> None:
-    """Skip, by name, where a program is not installed."""
+    """Skip the test, with the name, if a program is not installed."""
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
 
 
-def copy_of(example: str, place: Path) -> Path:
-    """A copy of an example, so that the repository stays as it is."""
-    copy = place / example
+def copy_of(example: str, directory: Path) -> Path:
+    """A copy of an example, so that the repository does not change."""
+    copy = directory / example
     shutil.copytree(EXAMPLES / example, copy, ignore=shutil.ignore_patterns(*_MADE))
     return copy
 
 
 def run(*argv: str | Path, cwd: Path, **env: str) -> str:
-    """A program's output; its failure is the test's."""
+    """Run a program and return its output. The test fails if the program fails."""
     result = subprocess.run(
         argv, cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=False, timeout=_SECONDS,

@@ -1,4 +1,4 @@
-"""Cancels under load: each hits the statement that it was meant for, and no other, ever."""
+"""Cancel requests under load: each cancels the statement it was sent for, and no other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = pytest.mark.parametrize(
 
 @contextmanager
 def clients(address: Address, number: int) -> Iterator[list[Client]]:
-    """Clients, each in a lease of its own."""
+    """Clients, each with its own lease."""
     with ExitStack() as connected, ThreadPoolExecutor(16) as threads:
         yield list(
             threads.map(
@@ -45,53 +45,58 @@ def activity(client: Client) -> Path:
     return Path(f"/proc/{int.from_bytes(client.key[:4], 'big')}/cmdline")
 
 
-def run_forever(asked: list[Client]) -> None:
-    """Let them run a statement each, and wait until all do."""
-    for client in asked:
+def run_forever(running: list[Client]) -> None:
+    """Start one long statement per client, and wait until all of them run."""
+    for client in running:
         client.ask(FOREVER)
-    assert eventually(lambda: all(b"SELECT" in activity(one).read_bytes() for one in asked), 60)
+    assert eventually(lambda: all(b"SELECT" in activity(one).read_bytes() for one in running), 60)
 
 
-def hit(client: Client) -> None:
-    """A client's statement was canceled, once, and what it asks next is answered."""
+def expect_canceled(client: Client) -> None:
+    """Check that a client's statement was canceled once, and that its next one is answered."""
     client.canceled = True
     with pytest.raises(SqlError, match=CANCELED):
         client.answer()
-    client.canceled = False  # from now on it would be a violation
+    client.canceled = False  # another cancellation from now on is a violation
     assert client.query("SELECT 42") == [("42",)]
 
 
 @KINDS
-def test_a_hundred_cancels_at_once(daemon: DaemonType, isolation: str, number: int) -> None:
-    """Two at each second client: those are hit, once, and their neighbours never."""
+def test_a_hundred_simultaneous_cancels(daemon: DaemonType, isolation: str, number: int) -> None:
+    """Every second client gets two cancel requests.
+
+    Each of these clients is canceled once, the other clients never.
+    """
     served = daemon("--isolation", isolation)
     address = ("127.0.0.1", served.port)
-    with clients(address, number) as crowd, ThreadPoolExecutor(number) as threads:
+    with clients(address, number) as connected_clients, ThreadPoolExecutor(number) as threads:
         for turn in range(4):
-            run_forever(crowd)
-            aimed_at = crowd[turn % 2 :: 2]
-            others = [client for client in crowd if client not in aimed_at]
-            together = threading.Barrier(2 * len(aimed_at))
+            run_forever(connected_clients)
+            targets = connected_clients[turn % 2 :: 2]
+            others = [client for client in connected_clients if client not in targets]
+            barrier = threading.Barrier(2 * len(targets))
 
-            def shoot(client: Client, together: threading.Barrier = together) -> None:
-                together.wait()
+            def send_cancel(client: Client, barrier: threading.Barrier = barrier) -> None:
+                barrier.wait()
                 cancel(address, client.key)
 
-            for _ in threads.map(shoot, [*aimed_at, *aimed_at]):
+            for _ in threads.map(send_cancel, [*targets, *targets]):
                 pass
-            for _ in threads.map(hit, aimed_at):
+            for _ in threads.map(expect_canceled, targets):
                 pass
             answered, _, _ = select.select([one.socket for one in others], [], [], 0)
             assert not answered
             for _ in threads.map(lambda one: cancel(address, one.key), others):
                 pass
-            for _ in threads.map(hit, others):
+            for _ in threads.map(expect_canceled, others):
                 pass
 
 
 @KINDS
-def test_what_follows_a_cancel_is_not_hit(daemon: DaemonType, isolation: str, number: int) -> None:
-    """The cancel of a statement that may be over by then does nothing after it has returned."""
+def test_a_late_cancel_does_not_affect_the_next_statement(
+    daemon: DaemonType, isolation: str, number: int
+) -> None:
+    """A cancel request that arrives after its statement has ended has no effect."""
     served = daemon("--isolation", isolation)
     address = ("127.0.0.1", served.port)
 
@@ -110,57 +115,60 @@ def test_what_follows_a_cancel_is_not_hit(daemon: DaemonType, isolation: str, nu
             assert client.query("SELECT sum(n) FROM generate_series(1, 2000) n") == [("2001000",)]
         return hits
 
-    with clients(address, number) as crowd, ThreadPoolExecutor(8) as threads:
-        run_forever(crowd[:1])
-        assert sum(threads.map(race, crowd[1:])) > 0
-        assert not select.select([crowd[0].socket], [], [], 0)[0]
+    with clients(address, number) as connected_clients, ThreadPoolExecutor(8) as threads:
+        run_forever(connected_clients[:1])
+        assert sum(threads.map(race, connected_clients[1:])) > 0
+        assert not select.select([connected_clients[0].socket], [], [], 0)[0]
 
 
 @pytest.mark.slow
-def test_cancels_while_leases_come_and_go(daemon: DaemonType) -> None:
-    """For clients that leave at that moment, or have just come: those who stay are not hit."""
+def test_cancels_while_clients_connect_and_disconnect(daemon: DaemonType) -> None:
+    """Cancel requests for clients that connect or leave do not affect other clients."""
     served = daemon()
     address = ("127.0.0.1", served.port)
 
-    def come_and_go(number: int) -> None:
+    def connect_and_leave(number: int) -> None:
         for turn in range(10):
             with Client(address, user="postgres", database="test") as client:
                 client.ask(FOREVER)
-                shooting = threading.Thread(target=cancel, args=(address, client.key))
-                shooting.start()
+                sending = threading.Thread(target=cancel, args=(address, client.key))
+                sending.start()
                 if (turn + number) % 2:
                     client.reset()
-                shooting.join()
+                sending.join()
 
-    with clients(address, 10) as stay, ThreadPoolExecutor(8) as threads:
-        run_forever(stay)
-        for _ in threads.map(come_and_go, range(8)):
+    with clients(address, 10) as staying, ThreadPoolExecutor(8) as threads:
+        run_forever(staying)
+        for _ in threads.map(connect_and_leave, range(8)):
             pass
-        assert not select.select([one.socket for one in stay], [], [], 0)[0]
+        assert not select.select([one.socket for one in staying], [], [], 0)[0]
     assert "Traceback" not in served.end()[1]
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
-def test_the_key_of_a_lease_that_is_over_is_nobodys(daemon: DaemonType, isolation: str) -> None:
-    """Nor is it with the process id of another lease's backend, which may be the same one day."""
+def test_the_key_of_an_ended_lease_is_invalid(daemon: DaemonType, isolation: str) -> None:
+    """It is invalid also with the process id of another lease's backend.
+
+    The kernel may assign a process id again.
+    """
     served = daemon("--isolation", isolation, "--log-level", "info")
     address = ("127.0.0.1", served.port)
-    with Client(address, user="postgres", database="test") as gone:
-        gone.query("SELECT 1")
-        gone.close()
-    with clients(address, 3) as crowd:
-        run_forever(crowd)
-        for client in crowd:
-            for key in (gone.key, client.key[:4] + gone.key[4:], gone.key[:4] + client.key[4:]):
+    with Client(address, user="postgres", database="test") as ended:
+        ended.query("SELECT 1")
+        ended.close()
+    with clients(address, 3) as connected_clients:
+        run_forever(connected_clients)
+        for client in connected_clients:
+            for key in (ended.key, client.key[:4] + ended.key[4:], ended.key[:4] + client.key[4:]):
                 cancel(address, key)
-        assert not select.select([one.socket for one in crowd], [], [], 0)[0]
-        cancel(address, crowd[1].key)
-        hit(crowd[1])
+        assert not select.select([one.socket for one in connected_clients], [], [], 0)[0]
+        cancel(address, connected_clients[1].key)
+        expect_canceled(connected_clients[1])
     assert served.end()[1].count("an unknown key") == 9
 
 
-def test_who_cancels_hears_the_end_when_the_cancel_was_taken(daemon: DaemonType) -> None:
-    """Also who hangs up on the daemon at once, and who says more than was asked for."""
+def test_a_cancel_connection_is_closed_once_the_cancel_was_processed(daemon: DaemonType) -> None:
+    """A cancel also works if its client closes at once or sends more than the request."""
     served = daemon()
     address = ("127.0.0.1", served.port)
     with Client(address, user="postgres", database="test") as client:
@@ -170,12 +178,12 @@ def test_who_cancels_hears_the_end_when_the_cancel_was_taken(daemon: DaemonType)
                 request = b"\0\0\0\x10\x04\xd2\x16\x2e" + client.key
                 canceller.sendall(request + behind)
                 assert read_to_the_end(canceller) == b""
-            hit(client)
+            expect_canceled(client)
         run_forever([client])
-        dial_and_go(address, client.key)
-        hit(client)
+        cancel_and_close(address, client.key)
+        expect_canceled(client)
 
 
-def dial_and_go(address: Address, key: bytes) -> None:
+def cancel_and_close(address: Address, key: bytes) -> None:
     with dial(address) as canceller:
         canceller.sendall(b"\0\0\0\x10\x04\xd2\x16\x2e" + key)

@@ -1,4 +1,4 @@
-"""The command line: what a user sees, most of all when something is wrong."""
+"""The command line: its output, and above all its error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support import Daemon, run_pgtemp
 
 
 def check_error(*arguments: str, word: str, env: dict[str, str] | None = None) -> None:
-    """One line with a remedy on standard error, status 2."""
+    """Check for one line with a remedy on standard error, and exit status 2."""
     result = run_pgtemp(*arguments, env=env)
     assert result.returncode == 2, result
     assert "Traceback" not in result.stderr
@@ -28,7 +28,7 @@ def check_error(*arguments: str, word: str, env: dict[str, str] | None = None) -
 
 
 def test_two_daemons_on_one_port(daemon: type[Daemon]) -> None:
-    """The second says who has the port, and starts nothing."""
+    """The second daemon names the process that uses the port, and starts nothing."""
     served = daemon("--pool", "0")
     check_error(served.uri, word=f"port {served.port}")
     assert f"pid {served.process.pid}" in run_pgtemp(served.uri).stderr
@@ -75,7 +75,7 @@ def test_two_daemons_on_one_port(daemon: type[Daemon]) -> None:
         (["other"], "begins with postgresql://"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> None:
+def test_invalid_input_gives_one_line_and_status_2(arguments: list[str], word: str) -> None:
     named = any("://" in argument for argument in arguments) or arguments[0] in (
         "open",
         "sevre",
@@ -85,8 +85,8 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> 
     check_error(*arguments, *([] if named else [f"postgresql://localhost:{port}/x"]), word=word)
 
 
-def test_a_read_only_prefix(open_dir: Path) -> None:
-    """A directory that cannot be written is named, and nothing is made."""
+def test_a_prefix_that_cannot_be_written(open_dir: Path) -> None:
+    """The error names the directory, and nothing is created."""
     prefix = Path("/sys/kernel") if os.geteuid() == 0 else open_dir / "closed"
     if os.geteuid() != 0:
         prefix.mkdir(mode=0o500)
@@ -96,8 +96,8 @@ def test_a_read_only_prefix(open_dir: Path) -> None:
     )
 
 
-def test_no_postgresql_lists_every_place(open_dir: Path) -> None:
-    """The error lists what was looked at, and the commands that would fix it."""
+def test_a_missing_postgresql_lists_the_searched_directories(open_dir: Path) -> None:
+    """The error lists the directories that were searched and the commands that fix it."""
     result = run_pgtemp("--bin-dir", str(open_dir), "postgresql://localhost:6999/x")
     assert result.returncode == 2
     assert str(open_dir) in result.stderr and "holds postgres and initdb" in result.stderr
@@ -106,15 +106,15 @@ def test_no_postgresql_lists_every_place(open_dir: Path) -> None:
     assert "/usr/lib/postgresql" in result.stderr and "apt-get install postgresql" in result.stderr
 
 
-def test_a_bad_setting_is_told_at_the_start() -> None:
+def test_an_invalid_setting_is_an_error_at_the_start() -> None:
     port = ports.free_port("127.0.0.1")
     result = run_pgtemp("-o", "max_connections=lots", f"postgresql://localhost:{port}/x")
     assert result.returncode == 2
     assert "max_connections" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_bad_dump_is_told_at_the_start_with_its_line(tmp_path: Path) -> None:
-    """psql's own message and line reach the user."""
+def test_an_invalid_dump_is_an_error_at_the_start(tmp_path: Path) -> None:
+    """The error has psql's own message and the line of the dump."""
     dump = tmp_path / "bad.sql"
     dump.write_text("CREATE TABLE t (n int);\nINSERT INTO t VALUES ('x');\n")
     port = ports.free_port("127.0.0.1")
@@ -124,7 +124,7 @@ def test_a_bad_dump_is_told_at_the_start_with_its_line(tmp_path: Path) -> None:
 
 
 def test_the_environment_names_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PGTEMP_URI is taken before DATABASE_URL."""
+    """PGTEMP_URI takes precedence over DATABASE_URL."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     result = run_pgtemp(env={"PGTEMP_URI": "nonsense", "DATABASE_URL": "other"})
     assert "nonsense" in result.stderr
@@ -152,11 +152,11 @@ def test_settings_and_dump_of_the_original_command_line(
     assert "42" in (tmp_path / "out.sql").read_text()
 
 
-def test_help_teaches() -> None:
-    """--help of the whole shows how to start; that of a command every option."""
+def test_help_explains_how_to_start() -> None:
+    """`pgtemp --help` shows how to start; the help of a command shows every option."""
     assert "pgtemp postgresql://localhost:6543/mytestdb" in run_pgtemp("--help").stdout
-    said = run_pgtemp("serve", "--help").stdout
-    assert "--data-dir-prefix" in said and "PGTEMP_VERSION" in said
+    output = run_pgtemp("serve", "--help").stdout
+    assert "--data-dir-prefix" in output and "PGTEMP_VERSION" in output
     assert run_pgtemp("--version").stdout.startswith("pgtemp, version ")
 
 
@@ -164,19 +164,19 @@ def test_help_teaches() -> None:
     "error",
     [ClusterError("c\x1b]0;x\x07", remedy="r", details=["a\x1b[2J", "b\tc"]), OSError("\x1b[")],
 )
-def test_what_controls_a_terminal_is_escaped_in_errors(
+def test_control_characters_are_escaped_in_errors(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tenant may write anything to a server's log, which an error quotes, a line each."""
+    """A tenant may write anything to a server's log. An error quotes the log line by line."""
 
     def fail(**_: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "main", fail)
     assert main._run() == 2
-    said = capsys.readouterr().err
-    assert said.replace("\n", "").isprintable()
-    assert "\\x1b[" in said
+    output = capsys.readouterr().err
+    assert output.replace("\n", "").isprintable()
+    assert "\\x1b[" in output
     if isinstance(error, ClusterError):
-        assert said.splitlines()[1].strip() == "a\\x1b[2J"
-        assert len(said.splitlines()) == 3
+        assert output.splitlines()[1].strip() == "a\\x1b[2J"
+        assert len(output.splitlines()) == 3

@@ -1,4 +1,4 @@
-"""Clients that are many, silent, deaf or gone: the daemon goes on, and holds nothing for them."""
+"""Many, silent, unresponsive or vanished clients: the daemon keeps serving and leaks nothing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def files(served: Daemon) -> int:
     return len(list(Path(f"/proc/{served.process.pid}/fd").iterdir()))
 
 
-def limited(option: str, number: int) -> tuple[str, ...]:
-    """What limits the files that a command may have open."""
+def with_file_limit(option: str, number: int) -> tuple[str, ...]:
+    """A command prefix that limits the number of files a program may have open."""
     return ("sh", "-c", f'ulimit {option} -n {number}; exec "$@"', "sh")
 
 
@@ -36,8 +36,11 @@ def serves(served: Daemon) -> bool:
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
 def test_more_clients_than_files(daemon: DaemonType, isolation: str) -> None:
-    """Who is too many is told so, with a remedy; who is there can cancel; later all is well."""
-    served = daemon("--isolation", isolation, before=limited("", 96))
+    """A client over the limit gets an error with a remedy; the connected ones can still cancel.
+
+    When they have disconnected, the daemon serves new clients.
+    """
+    served = daemon("--isolation", isolation, before=with_file_limit("", 96))
     address = ("127.0.0.1", served.port)
     usual = files(served)
     with ExitStack() as connected:
@@ -61,26 +64,26 @@ def test_more_clients_than_files(daemon: DaemonType, isolation: str) -> None:
             clients[0].answer()
         assert all(one.query("SELECT 1") == [("1",)] for one in clients)
     assert eventually(lambda: serves(served))
-    # The pool may keep some more ready for a while.
+    # For a while, the pool may have some more databases ready.
     assert eventually(lambda: files(served) <= usual + 20, 60), (usual, files(served))
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
 
 
 def test_silent_clients_that_take_all_files(daemon: DaemonType) -> None:
-    """More than there are files for: the last are told, and when they go all is well."""
-    served = daemon("--pool", "1", before=limited("", 96))
+    """The last of them get an error. When all have disconnected, the daemon serves new clients."""
+    served = daemon("--pool", "1", before=with_file_limit("", 96))
     with ExitStack() as held:
-        crowd = [held.enter_context(dial(("127.0.0.1", served.port))) for _ in range(200)]
-        assert b"C53300\0" in crowd[-1].recv(1000)
+        silent = [held.enter_context(dial(("127.0.0.1", served.port))) for _ in range(200)]
+        assert b"C53300\0" in silent[-1].recv(1000)
     assert eventually(lambda: serves(served))
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
 
 
-def test_as_many_files_as_the_system_allows(daemon: DaemonType) -> None:
-    """The usual soft limit is not what decides."""
-    served = daemon(before=limited("-S", 96))
+def test_the_daemon_raises_its_file_limit(daemon: DaemonType) -> None:
+    """The daemon may open as many files as the hard limit allows."""
+    served = daemon(before=with_file_limit("-S", 96))
     with ExitStack() as connected:
         for _ in range(60):
             client = Client(("127.0.0.1", served.port), user="postgres", database="test~s")
@@ -89,8 +92,8 @@ def test_as_many_files_as_the_system_allows(daemon: DaemonType) -> None:
 
 
 @pytest.mark.slow
-def test_idle_clients_take_little(daemon: DaemonType) -> None:
-    """Of the daemon, 32 kB each; also after megabytes have gone through their connections."""
+def test_idle_clients_use_little_memory(daemon: DaemonType) -> None:
+    """The daemon uses less than 32 kB per client, even after it has relayed megabytes for it."""
     served = daemon()
     with ExitStack() as connected:
         before = own_memory(served.process.pid)
@@ -108,10 +111,11 @@ def test_idle_clients_take_little(daemon: DaemonType) -> None:
         assert eventually(lambda: (own_memory(served.process.pid) - before) / 300 < 32 << 10)
 
 
-def test_clients_that_are_gone_at_any_moment(daemon: DaemonType) -> None:
-    """Reset before, while and after they are given a database: each is given back."""
+def test_clients_that_disconnect_at_any_moment(daemon: DaemonType) -> None:
+    """A client resets before, while or after it gets a database; each database is returned."""
     served = daemon("--max-databases", "3", "--wait", "30")
-    assert all(serves(served) for _ in range(12))  # so that it has what it keeps open
+    # until the daemon has opened its permanent connections
+    assert all(serves(served) for _ in range(12))
     usual = files(served)
     begin = frame(b"Q", b"BEGIN; SELECT 1\0")
     for turn in range(60):
@@ -131,39 +135,39 @@ def test_clients_that_are_gone_at_any_moment(daemon: DaemonType) -> None:
 
 
 @pytest.mark.slow
-def test_who_never_reads_is_given_up(daemon: DaemonType) -> None:
-    """At its time limit the lease ends at once, and some time later its socket is closed, too."""
+def test_a_client_that_never_reads_is_closed(daemon: DaemonType) -> None:
+    """At its time limit the lease ends at once; some time later its socket is closed, too."""
     served = daemon("--ttl", "2", "--log-level", "info")
     assert serves(served)
     usual = files(served)
-    much = frame(b"Q", b"SELECT repeat('x', 1000) FROM generate_series(1, 1000000)\0")
+    large_query = frame(b"Q", b"SELECT repeat('x', 1000) FROM generate_series(1, 1000000)\0")
     with ExitStack() as held:
         for _ in range(20):
-            deaf = held.enter_context(dial(("127.0.0.1", served.port)))
-            deaf.sendall(HELLO + much)
+            not_reading = held.enter_context(dial(("127.0.0.1", served.port)))
+            not_reading.sendall(HELLO + large_query)
         assert eventually(lambda: files(served) >= usual + 40)
-        assert eventually(lambda: files(served) <= usual + 30)  # their databases are given back
+        assert eventually(lambda: files(served) <= usual + 30)  # their databases are returned
         assert eventually(lambda: files(served) <= usual + 6, 90)
     assert served.end()[1].count("lived_s") == 21
 
 
-def test_the_time_of_who_is_gone_unseen_ends_too(daemon: DaemonType) -> None:
-    """One who has sent more than a busy backend reads, and is gone, holds a database no longer."""
+def test_a_vanished_client_is_subject_to_the_time_limit(daemon: DaemonType) -> None:
+    """A client that sent more than a busy backend reads, and vanished, loses its database."""
     served = daemon("--max-databases", "1", "--wait", "60", "--ttl", "3")
-    _leave_behind(served, 50_000)
+    _reset_with_queries(served, 50_000)
     assert serves(served)
 
 
 @pytest.mark.slow
-def test_who_is_gone_is_not_waited_for(daemon: DaemonType) -> None:
-    """What a reset client has sent is passed on, but not for as long as its last query takes."""
+def test_a_vanished_client_is_not_waited_for(daemon: DaemonType) -> None:
+    """Data of a reset client is passed on, but not for as long as its last query takes."""
     served = daemon("--max-databases", "1", "--wait", "90")
-    _leave_behind(served, 22_000)
+    _reset_with_queries(served, 22_000)
     assert serves(served)
 
 
-def _leave_behind(served: Daemon, queries: int) -> None:
-    """A query that takes long, and others behind it, of somebody who resets."""
+def _reset_with_queries(served: Daemon, queries: int) -> None:
+    """A client sends a long query and many others after it, and resets the connection."""
     busy = Client(("127.0.0.1", served.port), user="postgres", database="test")
     busy.ask("SELECT pg_sleep(600)")
     activity = Path(f"/proc/{int.from_bytes(busy.key[:4], 'big')}/cmdline")

@@ -1,4 +1,4 @@
-"""Real clients through the daemon: psql, pgbench. Those of examples/ are in tests/clients."""
+"""Real clients through the daemon: psql and pgbench. tests/clients tests the examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import Daemon
 
 
 def run(*argv: str | Path, **env: str) -> str:
-    """A program's output; its failure is the test's."""
+    """Run a program and return its output. The test fails if the program fails."""
     result = subprocess.run(
         argv, capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=300
     )
@@ -23,7 +23,7 @@ def run(*argv: str | Path, **env: str) -> str:
 
 
 def test_psql(daemon: type[Daemon], programs: Installation) -> None:
-    """Several statements, COPY both ways, an error and a notification in one session."""
+    """One session runs several statements, COPY in both directions, and a notification."""
     served = daemon()
     script = (
         "CREATE TABLE t (n int);\nCOPY t FROM stdin;\n1\n2\n\\.\n"
@@ -42,19 +42,19 @@ def test_psql(daemon: type[Daemon], programs: Installation) -> None:
 
 @pytest.mark.slow
 def test_pgbench_at_scale_10(daemon: type[Daemon], programs: Installation) -> None:
-    """A million rows loaded and used through the daemon, with and without reconnecting."""
+    """pgbench loads and uses a million rows, with and without reconnecting."""
     served = daemon("--single")
     pgbench = programs.program("pgbench")
     run(pgbench, "-i", "-s", "10", "-q", served.uri)
     once = run(pgbench, "-c", "4", "-j", "2", "-t", "100", served.uri)
     again = run(pgbench, "-C", "-c", "4", "-j", "2", "-t", "25", served.uri)
     assert "400/400" in once and "100/100" in again
-    for said in (once, again):
-        assert re.search(r"failed transactions: 0 ", said)
+    for output in (once, again):
+        assert re.search(r"failed transactions: 0 ", output)
 
 
-def test_large_values_both_ways(daemon: type[Daemon]) -> None:
-    """What is bigger than every buffer arrives byte for byte."""
+def test_large_values_in_both_directions(daemon: type[Daemon]) -> None:
+    """A value larger than every buffer arrives byte for byte."""
     import psycopg
 
     served = daemon()

@@ -1,4 +1,4 @@
-"""What `pgtemp ls` asks daemons, and what it does with the answers of those that are none."""
+"""The queries of `pgtemp ls` to daemons, and invalid answers to them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ FAKES = 200
 
 
 @contextmanager
-def held_home(base: Path, name: str) -> Iterator[Path]:
-    """A directory that looks like that of an owner that lives."""
-    home = base / f"pgtemp-{name}"
-    (home / SOCKET).mkdir(parents=True)
-    lease = locks.create_locked(home / LEASE, b"discard\n1 1\n")
+def locked_run_directory(base: Path, name: str) -> Iterator[Path]:
+    """A directory that looks like the run directory of a running owner."""
+    run_dir = base / f"pgtemp-{name}"
+    (run_dir / SOCKET).mkdir(parents=True)
+    lease = locks.create_locked(run_dir / LEASE, b"discard\n1 1\n")
     try:
-        yield home
+        yield run_dir
     finally:
         os.close(lease)
 
 
-def listen_in(home: Path) -> socket.socket:
-    """A control socket, by a path that is short enough."""
-    directory = os.open(home / SOCKET, os.O_RDONLY)
+def listen_in(run_dir: Path) -> socket.socket:
+    """A listening control socket, bound by a path that is short enough."""
+    directory = os.open(run_dir / SOCKET, os.O_RDONLY)
     try:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(f"/proc/self/fd/{directory}/{control_socket.NAME}")
@@ -48,8 +48,8 @@ def listen_in(home: Path) -> socket.socket:
 
 
 @contextmanager
-def answering(home: Path, answer: bytes, times: int = 1) -> Iterator[None]:
-    """A daemon in `home` that says `answer` to one client, `times` times."""
+def answering(run_dir: Path, answer: bytes, times: int = 1) -> Iterator[None]:
+    """A daemon in a directory that sends `answer` to one client, `times` times."""
 
     def serve() -> None:
         with suppress(OSError):
@@ -58,33 +58,36 @@ def answering(home: Path, answer: bytes, times: int = 1) -> Iterator[None]:
                 for _ in range(times):
                     client.sendall(answer)
 
-    with listen_in(home) as listening:
+    with listen_in(run_dir) as listening:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
             yield
         finally:
             with socket.socket(socket.AF_UNIX) as last, suppress(OSError):
-                last.connect(f"{home}/{SOCKET}/{control_socket.NAME}")
+                last.connect(f"{run_dir}/{SOCKET}/{control_socket.NAME}")
             thread.join()
-            (home / SOCKET / control_socket.NAME).unlink()
+            (run_dir / SOCKET / control_socket.NAME).unlink()
 
 
-def said_by(home: Path, answer: bytes, times: int = 1) -> control_socket.Answer | None:
-    with answering(home, answer, times):
-        return control_socket.ask([home]).get(home)
+def answer_of(run_dir: Path, answer: bytes, times: int = 1) -> control_socket.Answer | None:
+    with answering(run_dir, answer, times):
+        return control_socket.ask([run_dir]).get(run_dir)
 
 
-def test_all_are_asked_at_once(open_dir: Path) -> None:
-    """Daemons that accept and are silent, or trickle, hold up neither each other nor an answer.
+def test_all_daemons_are_queried_at_once(open_dir: Path) -> None:
+    """Silent or slow daemons delay neither each other nor an answer.
 
-    Each is silent until all have been asked; asked one after the other, the last never would be.
+    Each daemon is silent until all have been queried; queried one after the other, the last one
+    never would be.
     """
     with ExitStack() as stack:
-        honest = stack.enter_context(held_home(open_dir, "zz-honest"))
+        honest = stack.enter_context(locked_run_directory(open_dir, "zz-honest"))
         stack.enter_context(answering(honest, json.dumps(HONEST).encode()))
-        homes = [stack.enter_context(held_home(open_dir, f"{n}")) for n in range(FAKES)]
-        sockets = [stack.enter_context(listen_in(home)) for home in homes]
+        run_dirs = [
+            stack.enter_context(locked_run_directory(open_dir, f"{n}")) for n in range(FAKES)
+        ]
+        sockets = [stack.enter_context(listen_in(run_dir)) for run_dir in run_dirs]
         asked: list[socket.socket] = []
 
         def accept() -> None:
@@ -96,7 +99,7 @@ def test_all_are_asked_at_once(open_dir: Path) -> None:
 
         accepting = threading.Thread(target=accept, daemon=True)
         accepting.start()
-        answers = control_socket.ask([*homes, honest])
+        answers = control_socket.ask([*run_dirs, honest])
         accepting.join(30)
         assert not accepting.is_alive()
         assert list(answers) == [honest]
@@ -120,10 +123,10 @@ def test_all_are_asked_at_once(open_dir: Path) -> None:
     ],
     ids=range(9),
 )
-def test_an_answer_that_is_none(open_dir: Path, answer: bytes) -> None:
-    """Another structure, too deep, not text: as if there were no daemon."""
-    with held_home(open_dir, "x") as home:
-        assert said_by(home, answer) is None
+def test_an_invalid_answer(open_dir: Path, answer: bytes) -> None:
+    """Another structure, deep nesting or binary data: treated as if there were no daemon."""
+    with locked_run_directory(open_dir, "x") as run_dir:
+        assert answer_of(run_dir, answer) is None
 
 
 @pytest.mark.parametrize(
@@ -134,44 +137,47 @@ def test_an_answer_that_is_none(open_dir: Path, answer: bytes) -> None:
     ],
     ids=range(7),
 )  # fmt: skip
-def test_a_fact_that_is_none(open_dir: Path, value: str) -> None:
-    """It is left out, whether a number without end or a structure in which one gets lost."""
+def test_an_invalid_value_in_an_answer(open_dir: Path, value: str) -> None:
+    """An excessive number or structure is left out."""
     answer = f'{{"uri": "x", "leases": [{{"lease": 1, "user": {value}}}, 5, [], null]}}'
-    with held_home(open_dir, "x") as home:
-        said = said_by(home, answer.encode())
-    assert said is not None
-    assert said.leases == [{"lease": 1}]
+    with locked_run_directory(open_dir, "x") as run_dir:
+        received = answer_of(run_dir, answer.encode())
+    assert received is not None
+    assert received.leases == [{"lease": 1}]
 
 
-def test_what_is_answered_is_shown_as_valid_json(open_dir: Path) -> None:
-    """Half characters, control characters and markup come out as JSON escapes them."""
+def test_answers_are_shown_as_valid_json(open_dir: Path) -> None:
+    """Surrogates, control characters and markup are printed as JSON escapes."""
     name = "\ud800\u202e\x1b[31m\n[red]\x9b"
     answer = json.dumps({"uri": name, "leases": [{"user": name, name: 1}]}).encode()
-    with held_home(open_dir, "x") as home:
-        with answering(home, answer):
-            said = run_pgtemp("ls", "--json", str(open_dir))
-        assert said.returncode == 0, said.stderr
-        assert said.stdout.isascii()
-        (owner,) = (one for one in json.loads(said.stdout)["owners"] if one["uri"] == name)
+    with locked_run_directory(open_dir, "x") as run_dir:
+        with answering(run_dir, answer):
+            listed = run_pgtemp("ls", "--json", str(open_dir))
+        assert listed.returncode == 0, listed.stderr
+        assert listed.stdout.isascii()
+        (owner,) = (one for one in json.loads(listed.stdout)["owners"] if one["uri"] == name)
         assert owner["leases"] == [{"user": name, name: 1}]
-        with answering(home, answer):
+        with answering(run_dir, answer):
             table = run_pgtemp("ls", str(open_dir))
     assert table.returncode == 0
     assert table.stdout.replace("\n", "").isprintable()
 
 
-def test_an_answer_without_end(open_dir: Path) -> None:
-    """It is given up, not kept in memory."""
-    with held_home(open_dir, "x") as home:
-        assert said_by(home, b" " * (1 << 16), times=(control_socket._MAX_BYTES >> 16) + 8) is None
+def test_an_endless_answer(open_dir: Path) -> None:
+    """`pgtemp ls` stops reading it and does not store it."""
+    with locked_run_directory(open_dir, "x") as run_dir:
+        assert (
+            answer_of(run_dir, b" " * (1 << 16), times=(control_socket._MAX_BYTES >> 16) + 8)
+            is None
+        )
 
 
 def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other_user: str) -> None:
-    """What one user's daemons say too much is not taken from the others' share."""
+    """An excessive answer of one user's daemons does not reduce the share of other users."""
     uid = pwd.getpwnam(other_user).pw_uid
     with ExitStack() as stack:
-        theirs = stack.enter_context(held_home(open_dir, "theirs"))
-        honest = stack.enter_context(held_home(open_dir, "zz-honest"))
+        theirs = stack.enter_context(locked_run_directory(open_dir, "theirs"))
+        honest = stack.enter_context(locked_run_directory(open_dir, "zz-honest"))
         for path in (theirs, theirs / SOCKET):
             os.chown(path, uid, uid)
         reading, writing = os.pipe()
@@ -196,7 +202,7 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
         def answer_last() -> None:
             client, _ = listening.accept()
             with client:
-                os.waitpid(child, 0)  # it has been hung up on
+                os.waitpid(child, 0)  # its connection has been closed
                 client.sendall(json.dumps(HONEST).encode())
 
         answering_last = threading.Thread(target=answer_last)
@@ -206,29 +212,29 @@ def test_another_users_endless_answers_cost_only_that_user(open_dir: Path, other
     assert list(answers) == [honest]
 
 
-def test_what_is_no_socket(open_dir: Path) -> None:
-    """A pipe, a file, a directory, a link that leads to itself: no answer, and no waiting."""
+def test_a_file_that_is_not_a_socket(open_dir: Path) -> None:
+    """A pipe, a file, a directory, a link to itself: no answer, and no waiting."""
     for name in ("pipe", "file", "directory", "loop"):
-        with held_home(open_dir, name) as home:
-            there = home / SOCKET / control_socket.NAME
+        with locked_run_directory(open_dir, name) as run_dir:
+            socket_path = run_dir / SOCKET / control_socket.NAME
             if name == "pipe":
-                os.mkfifo(there)
+                os.mkfifo(socket_path)
             elif name == "file":
-                there.write_text(json.dumps(HONEST))
+                socket_path.write_text(json.dumps(HONEST))
             elif name == "directory":
-                there.mkdir()
+                socket_path.mkdir()
             else:
-                there.symlink_to(there)
-            assert control_socket.ask([home]) == {}
+                socket_path.symlink_to(socket_path)
+            assert control_socket.ask([run_dir]) == {}
 
 
 def test_a_link_to_another_socket(open_dir: Path) -> None:
-    """Nothing is connected to, even if the user may; root would reach every socket so."""
+    """`pgtemp ls` does not follow the link; otherwise it would reach any socket as root."""
     private = open_dir / "private"
     (private / SOCKET).mkdir(parents=True)
-    with listen_in(private) as victim, held_home(open_dir, "link") as home:
-        (home / SOCKET / control_socket.NAME).symlink_to(private / SOCKET / control_socket.NAME)
-        assert control_socket.ask([home]) == {}
+    with listen_in(private) as victim, locked_run_directory(open_dir, "link") as run_dir:
+        (run_dir / SOCKET / control_socket.NAME).symlink_to(private / SOCKET / control_socket.NAME)
+        assert control_socket.ask([run_dir]) == {}
         (open_dir / "pgtemp-whole").symlink_to(private)
         assert control_socket.ask([open_dir / "pgtemp-whole"]) == {}
         victim.setblocking(False)
@@ -237,33 +243,40 @@ def test_a_link_to_another_socket(open_dir: Path) -> None:
 
 
 def test_a_socket_of_another_user(open_dir: Path, other_user: str) -> None:
-    """An answer counts only if the user of the directory gives it."""
-    with held_home(open_dir, "x") as home:
-        assert said_by(home, json.dumps(HONEST).encode()) is not None
-        os.chown(home, pwd.getpwnam(other_user).pw_uid, -1)
-        os.chown(home / SOCKET, pwd.getpwnam(other_user).pw_uid, -1)
-        assert said_by(home, json.dumps(HONEST).encode()) is None
+    """An answer counts only if the process that sends it runs as the owner of the directory."""
+    with locked_run_directory(open_dir, "x") as run_dir:
+        assert answer_of(run_dir, json.dumps(HONEST).encode()) is not None
+        os.chown(run_dir, pwd.getpwnam(other_user).pw_uid, -1)
+        os.chown(run_dir / SOCKET, pwd.getpwnam(other_user).pw_uid, -1)
+        assert answer_of(run_dir, json.dumps(HONEST).encode()) is None
 
 
-def test_a_crowded_socket(open_dir: Path) -> None:
-    """A daemon whose queue is full is not waited for."""
-    with held_home(open_dir, "x") as home, listen_in(home) as listening, ExitStack() as stack:
+def test_a_socket_with_a_full_queue(open_dir: Path) -> None:
+    """`pgtemp ls` does not wait for a daemon whose queue is full."""
+    with (
+        locked_run_directory(open_dir, "x") as run_dir,
+        listen_in(run_dir) as listening,
+        ExitStack() as stack,
+    ):
         listening.listen(0)
         full = False
         while not full:
             filling = stack.enter_context(socket.socket(socket.AF_UNIX))
             filling.setblocking(False)
             try:
-                filling.connect(f"{home}/{SOCKET}/{control_socket.NAME}")
+                filling.connect(f"{run_dir}/{SOCKET}/{control_socket.NAME}")
             except BlockingIOError:
                 full = True
-        assert control_socket.ask([home]) == {}
+        assert control_socket.ask([run_dir]) == {}
 
 
-def test_homes_without_an_owner_are_not_thrown_together(open_dir: Path, other_user: str) -> None:
-    """What another user's directory answers is not said to be of ours."""
-    with held_home(open_dir, "ours") as ours, held_home(open_dir, "theirs") as theirs:
+def test_run_directories_of_unknown_owners_are_separate(open_dir: Path, other_user: str) -> None:
+    """The answer from another user's directory is not shown for a directory of this user."""
+    with (
+        locked_run_directory(open_dir, "ours") as ours,
+        locked_run_directory(open_dir, "theirs") as theirs,
+    ):
         os.chown(theirs, pwd.getpwnam(other_user).pw_uid, -1)
-        homes = inventory.run_directories([open_dir])
-        found = running_owners.of(one for one in homes if one.path in (ours, theirs))
+        run_dirs = inventory.run_directories([open_dir])
+        found = running_owners.of(one for one in run_dirs if one.path in (ours, theirs))
         assert {one.user for one in found} == {pwd.getpwuid(os.geteuid()).pw_name, other_user}

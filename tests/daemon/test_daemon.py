@@ -1,4 +1,4 @@
-"""The daemon as users run it: a process, real clients, real signals."""
+"""The daemon as users run it: a real process, real clients, real signals."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ DaemonType = type[Daemon]
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
-def test_each_connection_gets_its_own(daemon: DaemonType, any_version: str, isolation: str) -> None:
-    """Two connections at once see different databases, as the user they named."""
+def test_each_connection_gets_its_own_database(
+    daemon: DaemonType, any_version: str, isolation: str
+) -> None:
+    """Two simultaneous connections see different databases, as the user they named."""
     served = daemon("--pg-version", any_version, "--isolation", isolation)
     with psycopg.connect(served.uri) as one, psycopg.connect(served.uri) as two:
         one.execute("CREATE TABLE t AS SELECT 1 AS n")
@@ -42,7 +44,7 @@ def test_each_connection_gets_its_own(daemon: DaemonType, any_version: str, isol
 
 
 def test_single_is_one_server_for_all(daemon: DaemonType) -> None:
-    """What one connection commits the next one sees; CREATE DATABASE works as it stands."""
+    """Connections see each other's committed data; CREATE DATABASE works as in PostgreSQL."""
     served = daemon("--single")
     with psycopg.connect(served.uri, autocommit=True) as one:
         one.execute("CREATE TABLE t AS SELECT 1 AS n")
@@ -57,7 +59,10 @@ def test_single_is_one_server_for_all(daemon: DaemonType) -> None:
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
 def test_any_user_and_any_database(daemon: DaemonType, isolation: str) -> None:
-    """Whatever a client calls itself, it is let in; a server of its own has its database's name."""
+    """A client may name any user and any database.
+
+    A lease that is a server has a database of the requested name.
+    """
     served = daemon("--isolation", isolation)
     uri = f"postgresql://any%20one:secret@localhost:{served.port}/some%22thing"
     with psycopg.connect(uri) as connection:
@@ -67,7 +72,7 @@ def test_any_user_and_any_database(daemon: DaemonType, isolation: str) -> None:
 
 
 def test_many_connections_at_once(daemon: DaemonType) -> None:
-    """Each of many simultaneous clients gets a server of its own."""
+    """Each of many simultaneous clients gets its own server."""
     served = daemon("--pool", "2", "--isolation", "cluster")
 
     def use(number: int) -> int:
@@ -83,7 +88,7 @@ def test_many_connections_at_once(daemon: DaemonType) -> None:
 
 
 def test_asyncpg_and_its_cancel(daemon: DaemonType) -> None:
-    """A driver that is not libpq; its timeout cancels the right query through the daemon."""
+    """A driver without libpq: its timeout cancels the right query through the daemon."""
     served = daemon()
 
     async def use() -> None:
@@ -111,14 +116,14 @@ def test_psycopg_cancels_its_own_query(daemon: DaemonType) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_signals_end_everything(daemon: DaemonType, number: int, status: int) -> None:
-    """With a client connected and a pool full, a signal leaves no process and no directory."""
+def test_signals_stop_everything(daemon: DaemonType, number: int, status: int) -> None:
+    """A signal leaves no process and no directory, even with a client and a full pool."""
     before = homes()
     served = daemon()
     with psycopg.connect(served.uri) as connection:
         connection.execute("SELECT 1")
-        got, errors = served.end(number)
-        assert (got, errors) == (status, "")
+        exit_status, errors = served.end(number)
+        assert (exit_status, errors) == (status, "")
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT 1")
         connection.close()
@@ -136,7 +141,7 @@ def test_a_killed_daemon_leaves_nothing(daemon: DaemonType) -> None:
 
 
 def test_a_signal_while_starting_leaves_nothing() -> None:
-    """Ctrl-C at any moment of the start-up."""
+    """Ctrl-C at any moment of the daemon's start."""
     before = homes()
     for seconds in (0.1, 0.3, 0.5, 0.7):
         process = subprocess.Popen(
@@ -153,44 +158,45 @@ def test_a_signal_while_starting_leaves_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_persist_keeps_what_was_used_and_open_shows_it(daemon: DaemonType, open_dir: Path) -> None:
-    """Each database that was used is kept, and `pgtemp open` serves it again and leaves it."""
+def test_open_serves_a_persisted_server(daemon: DaemonType, open_dir: Path) -> None:
+    """`--persist` persists each used database; `pgtemp open` serves it and does not change it."""
     served = daemon("--isolation", "cluster", "--persist", "--data-dir-prefix", str(open_dir))
     with psycopg.connect(served.uri) as connection:
         connection.execute("CREATE TABLE t AS SELECT 42 AS answer")
-    psycopg.connect(served.uri).close()  # unused: not kept
+    psycopg.connect(served.uri).close()  # unused: not persisted
     assert eventually(lambda: len(list(open_dir.glob("*/pgtemp.json"))) == 1)
     _, errors = served.end()
-    (kept,) = open_dir.glob(f"{PREFIX}*")
-    assert f"persisted {kept}" in errors
+    (persisted,) = open_dir.glob(f"{PREFIX}*")
+    assert f"persisted {persisted}" in errors
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-m", "pgtemp", "open", str(kept)],
+            [sys.executable, "-m", "pgtemp", "open", str(persisted)],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
-        with psycopg.connect(said[1].strip()) as connection:
+        output = [process.stdout.readline() for _ in range(3)]
+        with psycopg.connect(output[1].strip()) as connection:
             assert connection.execute("SELECT answer FROM t").fetchone() == (42,)
-            refused = run_pgtemp("open", str(kept))
+            refused = run_pgtemp("open", str(persisted))
             assert refused.returncode == 2 and "a server is running on" in refused.stderr
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
-        assert (kept / "data" / "PG_VERSION").exists()
+        assert (persisted / "data" / "PG_VERSION").exists()
 
 
-def test_persist_keeps_databases_of_the_shared_server(daemon: DaemonType, open_dir: Path) -> None:
+def test_persist_with_databases_of_a_shared_server(daemon: DaemonType, open_dir: Path) -> None:
     """Each lease's database gets a readable name, and all are in one directory."""
     served = daemon("--persist", "--data-dir-prefix", str(open_dir))
     for number in (1, 2):
         with psycopg.connect(served.uri) as connection:
             connection.execute(f"CREATE TABLE t AS SELECT {number} AS n")
     _, errors = served.end()
-    (kept,) = open_dir.glob(f"{PREFIX}*")
-    assert f"persisted {kept}" in errors and f"persisted database test_1 in {kept}" in errors
+    (persisted,) = open_dir.glob(f"{PREFIX}*")
+    assert f"persisted {persisted}" in errors
+    assert f"persisted database test_1 in {persisted}" in errors
     process = subprocess.Popen(
-        [sys.executable, "-m", "pgtemp", "open", str(kept)],
+        [sys.executable, "-m", "pgtemp", "open", str(persisted)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -203,7 +209,7 @@ def test_persist_keeps_databases_of_the_shared_server(daemon: DaemonType, open_d
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
-def test_persist_keeps_nothing_that_nobody_used(
+def test_persist_ignores_unused_databases(
     daemon: DaemonType, open_dir: Path, isolation: str
 ) -> None:
     served = daemon("--isolation", isolation, "--persist", "--data-dir-prefix", str(open_dir))
@@ -220,9 +226,9 @@ def test_ttl_ends_a_lease_with_a_clear_error(daemon: DaemonType) -> None:
     connection.close()
 
 
-def test_the_unix_socket_works_too(daemon: DaemonType) -> None:
+def test_clients_connect_over_the_unix_socket(daemon: DaemonType) -> None:
     served = daemon("--no-tcp")
-    uri = served.said[1].strip()
+    uri = served.output[1].strip()
     assert "host=" in uri
     with psycopg.connect(uri) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
@@ -230,8 +236,8 @@ def test_the_unix_socket_works_too(daemon: DaemonType) -> None:
         socket.create_connection(("127.0.0.1", served.port)).close()
 
 
-def test_passwords_asked_by_the_servers_own_rules(daemon: DaemonType, tmp_path: Path) -> None:
-    """With a pg_hba.conf that asks for passwords the exchange goes through, both ways."""
+def test_a_pg_hba_conf_that_requires_passwords(daemon: DaemonType, tmp_path: Path) -> None:
+    """The password exchange of a server with its own pg_hba.conf is relayed in both directions."""
     hba = tmp_path / "hba.conf"
     hba.write_text("local all joe scram-sha-256\nlocal all all trust\n")
     served = daemon("--single", "--pg-hba-conf", str(hba))
@@ -244,8 +250,8 @@ def test_passwords_asked_by_the_servers_own_rules(daemon: DaemonType, tmp_path: 
         assert connection.execute("SELECT current_user").fetchone() == ("joe",)
 
 
-def test_a_dead_single_server_ends_the_daemon(daemon: DaemonType) -> None:
-    """Its data is gone, so going on as if nothing were would hide it."""
+def test_the_daemon_exits_when_the_single_server_is_killed(daemon: DaemonType) -> None:
+    """Its data is lost, and a new server would hide that."""
     served = daemon("--single")
     with psycopg.connect(served.uri) as connection:
         row = connection.execute("SHOW data_directory").fetchone()
@@ -256,32 +262,32 @@ def test_a_dead_single_server_ends_the_daemon(daemon: DaemonType) -> None:
     assert status == 2 and "was killed by signal 9" in errors and "Traceback" not in errors
 
 
-def test_a_daemon_outlives_its_warden(daemon: DaemonType) -> None:
-    """A warden that is killed takes the servers of the moment; the daemon leases new ones."""
+def test_a_daemon_survives_its_supervisor(daemon: DaemonType) -> None:
+    """A supervisor that is killed stops the current servers; the daemon leases new ones."""
     served = daemon("--pool", "1")
-    (warden,) = children(served.process.pid)
-    os.kill(warden, signal.SIGKILL)
+    (supervisor,) = children(served.process.pid)
+    os.kill(supervisor, signal.SIGKILL)
     for _ in range(4):
         with psycopg.connect(served.uri) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
     assert served.end()[0] == 0
 
 
-def test_the_socket_outlives_the_warden_too(daemon: DaemonType) -> None:
-    """The sweep of the next warden takes what the killed one left, not the daemon's own door."""
+def test_the_daemons_socket_survives_the_supervisor(daemon: DaemonType) -> None:
+    """The next supervisor sweeps directories of the killed one, but not the daemon's own."""
     served = daemon("--pool", "1")
-    directory = served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    directory = served.output[-1].partition("socket is in ")[2].partition(";")[0]
     by_socket = f"host={directory} port={served.port} user=postgres dbname=test"
-    (warden,) = children(served.process.pid)
+    (supervisor,) = children(served.process.pid)
     with psycopg.connect(served.uri) as connection:
         row = connection.execute("SHOW data_directory").fetchone()
         assert row is not None
-        os.kill(warden, signal.SIGKILL)
+        os.kill(supervisor, signal.SIGKILL)
         with pytest.raises(psycopg.OperationalError):
             while True:
                 connection.execute("SELECT 1")
     abandoned = Path(row[0]).parent
-    psycopg.connect(served.uri).close()  # begins the sweep
+    psycopg.connect(served.uri).close()  # starts the sweep
     assert eventually(lambda: not abandoned.exists())
     with psycopg.connect(by_socket) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
@@ -289,8 +295,8 @@ def test_the_socket_outlives_the_warden_too(daemon: DaemonType) -> None:
     assert not Path(directory).exists()
 
 
-def test_a_stop_while_a_dump_is_loaded_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM does not wait for psql."""
+def test_sigterm_while_a_dump_is_loaded(tmp_path: Path) -> None:
+    """SIGTERM does not wait for psql, and nothing is left."""
     before = homes()
     dump = tmp_path / "slow.sql"
     dump.write_text("SELECT pg_sleep(600);\n")
@@ -306,8 +312,10 @@ def test_a_stop_while_a_dump_is_loaded_is_quick_and_leaves_nothing(tmp_path: Pat
     assert eventually(lambda: homes() <= before)
 
 
-def test_a_client_that_leaves_at_once_is_nobody(daemon: DaemonType, other_user: str) -> None:
-    """Rows of closed sockets belong to root in the kernel's table; they let nobody in."""
+def test_a_client_that_disconnects_at_once_is_not_identified(
+    daemon: DaemonType, other_user: str
+) -> None:
+    """The kernel's table lists closed sockets under root's uid; they admit no client."""
     served = daemon("--log-level", "info")
     mark = Path("/tmp") / f"test-of-mark-{os.getpid()}"
     program = (
@@ -330,9 +338,9 @@ def test_a_client_that_leaves_at_once_is_nobody(daemon: DaemonType, other_user: 
 
 
 def test_another_local_user_is_refused(daemon: DaemonType, other_user: str) -> None:
-    """Over TCP and through the socket's directory only the user who runs the daemon comes in."""
+    """Only the user who runs the daemon may connect by TCP or by the socket's directory."""
     served = daemon()
-    directory = served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    directory = served.output[-1].partition("socket is in ")[2].partition(";")[0]
     for host in ("127.0.0.1", directory):
         command = ["psql", "-X", "-h", host, "-p", str(served.port), "-U", "postgres", "test"]
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""One end of a connection, on asyncio's own loop and on uvloop."""
+"""One end of a connection, on asyncio's own event loop and on uvloop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
 
 async def accepted() -> tuple[Endpoint, socket.socket]:
-    """An end, and a client that is connected to it."""
+    """An endpoint, and a client that is connected to it."""
     arrived: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
     server = await asyncio.get_running_loop().create_server(
         lambda: Endpoint(arrived.set_result), "127.0.0.1", 0
@@ -31,8 +31,10 @@ async def accepted() -> tuple[Endpoint, socket.socket]:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_reset_that_was_not_seen_yet(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """Saying goodbye to who is gone is no error."""
+def test_closing_a_connection_that_was_just_reset(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Closing politely raises no error if the peer has reset the connection."""
 
     async def part() -> None:
         end, client = await accepted()
@@ -46,10 +48,10 @@ def test_a_reset_that_was_not_seen_yet(loop: Callable[[], asyncio.AbstractEventL
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_word_before_the_handshake_is_over(
+def test_a_message_before_the_tls_handshake_ends(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """Who cannot read it yet is not told, and hears the end."""
+    """A client that cannot decrypt the message yet gets only the end of the connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(context)
 
@@ -67,10 +69,10 @@ def test_a_word_before_the_handshake_is_over(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_only_what_passes_the_inspection_is_passed_on(
+def test_only_inspected_bytes_are_passed_on(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """Of what had arrived before the two ends were joined, and of what arrives later."""
+    """This holds for bytes that arrived before the two ends were joined, and for later ones."""
 
     async def part() -> None:
         (end, client), (peer, server) = await accepted(), await accepted()
@@ -78,8 +80,8 @@ def test_only_what_passes_the_inspection_is_passed_on(
         client.sendall(b"sEcRet ")
         while not end._arrived:
             await asyncio.sleep(0)
-        heard: list[bytes] = []
-        end.inspect, end.observe = bytes.lower, heard.append
+        observed: list[bytes] = []
+        end.inspect, end.observe = bytes.lower, observed.append
         end.join(peer, eof=True)
         client.sendall(b"WORDS")
         client.close()
@@ -88,7 +90,7 @@ def test_only_what_passes_the_inspection_is_passed_on(
             arrived += data
         for one in (end, peer, server):
             one.close()
-        assert arrived == b"secret words" == b"".join(heard)
+        assert arrived == b"secret words" == b"".join(observed)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(part())

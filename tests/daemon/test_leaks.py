@@ -1,4 +1,4 @@
-"""What a lease leaves in a shared server, and is hard to see: the next gets another server."""
+"""Leaks of a lease into a shared server that are hard to find: the next lease gets a new server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inside(
     encoding: str = "UTF8",
     replication: str = "false",
 ) -> Iterator[psycopg.Connection]:
-    """A connection past the daemon to a database of a lease's server, as its programs have it."""
+    """A direct connection to a database of a lease's server, as a lease's program can open."""
     where = [str(one_of(lease, f"SHOW {name}")) for name in ("unix_socket_directories", "port")]
     with psycopg.connect(
         host=where[0], port=where[1], user="postgres", dbname=dbname,
@@ -44,8 +44,10 @@ def one_of(connection: psycopg.Connection, query: str) -> object:
     return row[0]
 
 
-def leave(served: Daemon, dbname: str, *statements: bytes | str, encoding: str = "UTF8") -> bool:
-    """Whether the next lease gets another server, after one executed these past the daemon."""
+def get_new_server_after(
+    served: Daemon, dbname: str, *statements: bytes | str, encoding: str = "UTF8"
+) -> bool:
+    """Whether the next lease gets a new server after a lease executed these statements directly."""
     with psycopg.connect(at(served, "app"), autocommit=True) as lease:
         server = one_of(lease, SERVER)
         with inside(lease, dbname, encoding) as connection:
@@ -56,11 +58,11 @@ def leave(served: Daemon, dbname: str, *statements: bytes | str, encoding: str =
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Daemon]:
-    """A daemon of many tests; none of them left a traceback in its log."""
+    """A daemon for many tests; it must not have logged a traceback."""
     served = Daemon(
         "--log-level", "info", "-o", "wal_level=logical", "-o", "max_prepared_transactions=9"
     )
-    Daemon.running.discard(served)  # the other fixture's are ended with each test
+    Daemon.running.discard(served)  # otherwise the other fixture would stop it with each test
     yield served
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors and "never retrieved" not in errors
@@ -93,12 +95,15 @@ def shared() -> Iterator[Daemon]:
     ],
     ids=lambda statements: statements[-1],
 )
-def test_what_is_left_in_the_maintenance_database(shared: Daemon, statements: list[str]) -> None:
-    """Objects, privileges, comments, rows; also if counters are off, reset or a view hides it."""
+def test_leaks_in_the_maintenance_database(shared: Daemon, statements: list[str]) -> None:
+    """Objects, privileges, comments and rows are found.
+
+    Counters that are off or reset, or a view that hides them, make no difference.
+    """
     if statements[-1].startswith("CREATE EVENT TRIGGER"):
         body = "LANGUAGE plpgsql AS 'BEGIN END'"
         statements = [f"CREATE FUNCTION f() RETURNS event_trigger {body}", *statements]
-    assert leave(shared, "postgres", *statements)
+    assert get_new_server_after(shared, "postgres", *statements)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +116,8 @@ def test_what_is_left_in_the_maintenance_database(shared: Daemon, statements: li
         b"SELECT lo_create(0)",
     ],
 )
-def test_what_a_walsender_leaves_in_the_maintenance_database(
-    shared: Daemon, statement: bytes
-) -> None:
-    """The server's counters know neither the session nor its rows."""
+def test_leaks_of_a_walsender_in_the_maintenance_database(shared: Daemon, statement: bytes) -> None:
+    """The server's counters include neither the session nor its rows."""
     with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
         server = one_of(lease, SERVER)
         with inside(lease, replication="database") as walsender:
@@ -124,17 +127,17 @@ def test_what_a_walsender_leaves_in_the_maintenance_database(
     assert one(at(shared, "app"), SERVER) != server
 
 
-def test_a_visit_to_the_maintenance_database_leaves_nothing(shared: Daemon) -> None:
-    """A session that changed nothing there does not cost a server."""
+def test_a_session_in_the_maintenance_database_without_changes(shared: Daemon) -> None:
+    """A session that changed nothing there does not make the server stale."""
     one(at(shared, "app"), SERVER)
-    assert not leave(shared, "postgres", "SELECT count(*) FROM pg_proc")
-    assert not leave(shared, "postgres", "BEGIN; CREATE TABLE t (n int); ROLLBACK")
+    assert not get_new_server_after(shared, "postgres", "SELECT count(*) FROM pg_proc")
+    assert not get_new_server_after(shared, "postgres", "BEGIN; CREATE TABLE t (n int); ROLLBACK")
 
 
 def test_template1_accepts_no_connections(shared: Daemon) -> None:
-    """But CREATE DATABASE takes it for its template, and a client gets a lease by that name."""
+    """CREATE DATABASE uses it as its template, and a client can request a lease by that name."""
     with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
-        leave(shared, "template1", "CREATE TABLE t (n int)")
+        get_new_server_after(shared, "template1", "CREATE TABLE t (n int)")
     with psycopg.connect(at(shared, "template1"), autocommit=True) as lease:
         assert str(one_of(lease, "SELECT current_database()")).startswith("lease_")
         lease.execute("CREATE DATABASE made_by_hand")
@@ -165,7 +168,7 @@ def test_a_template_that_was_opened_changed_and_closed_again(shared: Daemon, dbn
     ],
 )
 def test_names_that_are_not_utf8(shared: Daemon, statement: bytes) -> None:
-    """Such a name, made in a SQL_ASCII database, is found, and so is what is left after it."""
+    """Such a name, made in a SQL_ASCII database, is found, and so are the leaks after it."""
     with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
         server = one_of(lease, SERVER)
         lease.execute(
@@ -188,8 +191,8 @@ def test_names_that_are_not_utf8(shared: Daemon, statement: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["n" * 64, "n" * 200, "ä" * 40, "n" * 62 + "ä" + "n"])
-def test_users_with_long_names_cost_no_server(shared: Daemon, name: str) -> None:
-    """Such a client is the role that PostgreSQL truncates the name to; the server stays."""
+def test_users_with_long_names_keep_the_server(shared: Daemon, name: str) -> None:
+    """PostgreSQL truncates the role's name; the client gets that role, and the server stays."""
     clipped = name.encode()[:63].decode(errors="ignore")
     server = one(at(shared, "app"), SERVER)
     for _ in range(3):
@@ -200,7 +203,7 @@ def test_users_with_long_names_cost_no_server(shared: Daemon, name: str) -> None
 
 
 def test_databases_and_sessions_with_long_names(daemon: DaemonType, shared: Daemon) -> None:
-    """A database's name is truncated, a session's is not."""
+    """A database's name is truncated; a session's is not."""
     long = "d" * 80
     with Client(("127.0.0.1", shared.port), user="me", database=f"{long}~{long}1") as first:
         first.query("CREATE TABLE t (n int)")
@@ -212,7 +215,7 @@ def test_databases_and_sessions_with_long_names(daemon: DaemonType, shared: Daem
 
 
 def test_a_user_whose_name_is_not_utf8_is_refused(shared: Daemon) -> None:
-    """With the reason, and before anything is made for it."""
+    """The error has the reason; no role and no database is created."""
     server = one(at(shared, "app"), SERVER)
     for parameters in ({"user": "r\udcff"}, {"user": "me", "database": "d\udcff"}):
         with pytest.raises(RefusedError) as refused:
@@ -221,8 +224,8 @@ def test_a_user_whose_name_is_not_utf8_is_refused(shared: Daemon) -> None:
     assert one(at(shared, "app"), SERVER) == server
 
 
-def test_a_file_whose_size_and_time_are_as_before(shared: Daemon) -> None:
-    """A program can set a file's modification time; its change time it cannot."""
+def test_a_changed_file_with_the_same_size_and_time(shared: Daemon) -> None:
+    """A program can set a file's modification time, but not its change time."""
     with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
         server = one_of(lease, SERVER)
         path = Path(str(one_of(lease, "SHOW hba_file")))
@@ -234,8 +237,8 @@ def test_a_file_whose_size_and_time_are_as_before(shared: Daemon) -> None:
     assert one(at(shared, "app"), SERVER) != server
 
 
-def test_a_lease_whose_rest_cannot_be_looked_for_in_time(shared: Daemon) -> None:
-    """While a lock keeps pgtemp from the catalogs, the next client gets another server."""
+def test_a_leak_check_that_is_blocked(shared: Daemon) -> None:
+    """While a lock keeps pgtemp from reading the catalogs, the next client gets another server."""
     with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
         server = one_of(lease, SERVER)
         with inside(lease) as connection:
@@ -249,17 +252,17 @@ def test_a_lease_whose_rest_cannot_be_looked_for_in_time(shared: Daemon) -> None
 
 
 def test_a_role_of_a_client_is_not_adopted(daemon: DaemonType) -> None:
-    """A login as a role that another client made does not make it one that should be there."""
+    """A login as a role that another client created does not make that role permanent."""
     served = daemon("--pool", "1")
     bob = served.uri.replace("postgres@", "bob@")
     with psycopg.connect(served.uri, autocommit=True) as attacker:
         attacker.execute("CREATE ROLE bob NOLOGIN CONNECTION LIMIT 0")
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(bob)
-    assert eventually(lambda: _lets_in(bob))
+    assert eventually(lambda: _admits(bob))
 
 
-def _lets_in(uri: str) -> bool:
+def _admits(uri: str) -> bool:
     try:
         psycopg.connect(uri).close()
     except psycopg.OperationalError:
@@ -268,7 +271,7 @@ def _lets_in(uri: str) -> bool:
 
 
 def test_settings_of_the_stub_reach_no_database(daemon: DaemonType) -> None:
-    """Databases from recycled directories get the settings of their template alone."""
+    """Databases with recycled directories get only the settings of their template."""
     served = daemon("--pool", "1")
     with psycopg.connect(served.uri + "~template", autocommit=True) as edit:
         (dbname,) = edit.execute("SELECT current_database()").fetchone() or ("",)
@@ -284,7 +287,7 @@ def test_settings_of_the_stub_reach_no_database(daemon: DaemonType) -> None:
 
 
 def test_a_login_with_a_library_counts_as_use(daemon: DaemonType) -> None:
-    """Settings of a login may run code before the first statement, so its lease was used."""
+    """Settings of a login can run code before the first statement, so the lease counts as used."""
     served = daemon("--pool", "1", "--log-level", "info")
     psycopg.connect(served.uri, options="-c session_preload_libraries=auto_explain").close()
     psycopg.connect(served.uri).close()

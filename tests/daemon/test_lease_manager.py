@@ -1,4 +1,4 @@
-"""Sessions, templates and limits through the daemon: what the URL says, and what becomes of it."""
+"""Sessions, templates and limits of the daemon: the effect of each part of the URL."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
 def test_names_that_every_server_has(
     daemon: DaemonType, isolation: str, dbname: str, tmp_path: Path
 ) -> None:
-    """The daemon's own database may be called so; with a dump, too."""
+    """The daemon's own database may have such a name, also with a dump."""
     (tmp_path / "a.sql").write_text("CREATE TABLE a (n int)")
     for arguments in ([], ["--load-from", str(tmp_path / "a.sql")]):
         served = daemon("--isolation", isolation, *arguments, dbname=dbname)
@@ -49,19 +49,21 @@ def test_names_that_every_server_has(
 
 
 @BOTH
-def test_a_session_is_one_database_for_all_who_name_it(daemon: DaemonType, isolation: str) -> None:
-    """Twenty connections of a pool on one session see one database, twenty private ones twenty."""
+def test_connections_that_name_a_session_share_a_database(
+    daemon: DaemonType, isolation: str
+) -> None:
+    """Twenty pooled connections share a session's database; without one, each gets its own."""
     served = daemon("--isolation", isolation, "--pool", "1")
 
     async def use(dbname: str) -> list[int]:
         pool = await asyncpg.create_pool(at(served, dbname), min_size=20, max_size=20)
         await pool.execute("CREATE TABLE IF NOT EXISTS t (n int)")
-        everybody = [await pool.acquire() for _ in range(20)]
-        for number, connection in enumerate(everybody):
+        acquired = [await pool.acquire() for _ in range(20)]
+        for number, connection in enumerate(acquired):
             await connection.execute("CREATE TABLE IF NOT EXISTS t (n int)")
             await connection.execute("INSERT INTO t VALUES ($1)", number)
-        rows = [await connection.fetchval("SELECT count(*) FROM t") for connection in everybody]
-        for connection in everybody:
+        rows = [await connection.fetchval("SELECT count(*) FROM t") for connection in acquired]
+        for connection in acquired:
             await pool.release(connection)
         await pool.close()
         return rows
@@ -93,14 +95,14 @@ def test_a_session_may_be_named_in_options(daemon: DaemonType, isolation: str) -
     assert one(at(served, "test~other"), TABLES) == 0
 
 
-def test_two_that_open_a_session_at_once_get_one_database(daemon: DaemonType) -> None:
+def test_clients_that_open_a_session_at_once_get_one_database(daemon: DaemonType) -> None:
     served = daemon("--pool", "0")
-    together = threading.Barrier(8)
+    barrier = threading.Barrier(8)
 
     def enter(_: int) -> object:
-        together.wait()
+        barrier.wait()
         with psycopg.connect(at(served, "test~new")) as connection:
-            together.wait()
+            barrier.wait()
             row = connection.execute("SELECT current_database()").fetchone()
             assert row is not None
             return row[0]
@@ -109,33 +111,34 @@ def test_two_that_open_a_session_at_once_get_one_database(daemon: DaemonType) ->
         assert len(set(threads.map(enter, range(8)))) == 1
 
 
-def test_a_session_lingers_and_then_is_gone(daemon: DaemonType) -> None:
-    """It outlives its last connection by `linger` seconds, and then begins anew."""
+def test_a_session_lingers_and_then_ends(daemon: DaemonType) -> None:
+    """It outlives its last connection by `linger` seconds; the next one gets a new database."""
     served = daemon("--linger", "0.2")
     do(at(served, "test~s"), "CREATE TABLE t (n int)")
     assert one(at(served, "test~s"), TABLES) == 1
     assert eventually(lambda: one(at(served, "test~s-other"), TABLES) == 0)
     pause = threading.Event()
 
-    def anew() -> bool:
-        pause.wait(0.5)  # a look at it is a connection, after which it lingers again
+    def starts_again() -> bool:
+        pause.wait(0.5)  # each check is a connection, after which the session lingers again
         return one(at(served, "test~s"), TABLES) == 0
 
-    assert eventually(anew)
+    assert eventually(starts_again)
 
 
 @BOTH
-def test_the_template_itself_is_migrated_by_whatever_tool(
-    daemon: DaemonType, isolation: str
-) -> None:
-    """Sealed when its last connection ends; later clones have it; it can be continued."""
+def test_any_tool_can_migrate_the_template_itself(daemon: DaemonType, isolation: str) -> None:
+    """It is sealed when its last connection ends.
+
+    Later clones have the changes, and a client can open it again.
+    """
     served = daemon("--isolation", isolation)
     do(at(served, "app"), "CREATE TABLE before (n int)")
     for number in (1, 2):
         command = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", at(served, "app~template", "me")]
         sql = f"CREATE TABLE t{number} AS SELECT {number} AS n"
         subprocess.run([*command, "-c", sql], check=True)
-        # At once: whoever comes now waits until it is sealed.
+        # At once: a client that connects now waits until the template is sealed.
         for name in ("app", f"app~session{number}"):
             assert one(at(served, name), TABLES) == number
         assert one(at(served, "other"), TABLES) == 0
@@ -143,7 +146,7 @@ def test_the_template_itself_is_migrated_by_whatever_tool(
     assert one(at(served, "app"), "SELECT n FROM t1") == 1
 
 
-def test_a_template_in_which_nothing_was_said_is_none(daemon: DaemonType) -> None:
+def test_a_template_without_statements_is_not_sealed(daemon: DaemonType) -> None:
     served = daemon()
     psycopg.connect(at(served, "app~template")).close()
     do(at(served, "app~template"), "CREATE TABLE t (n int)")
@@ -151,8 +154,8 @@ def test_a_template_in_which_nothing_was_said_is_none(daemon: DaemonType) -> Non
     assert one(at(served, "app"), TABLES) == 1
 
 
-def test_who_wants_a_template_that_is_being_edited_is_told(daemon: DaemonType) -> None:
-    """Rather than handed something half-made."""
+def test_a_template_that_is_being_edited_is_refused(daemon: DaemonType) -> None:
+    """The client gets an error, not an unfinished database."""
     served = daemon("--wait", "0.3")
     with psycopg.connect(at(served, "app~template")):
         with pytest.raises(psycopg.OperationalError, match="is still being edited") as refused:
@@ -163,7 +166,7 @@ def test_who_wants_a_template_that_is_being_edited_is_told(daemon: DaemonType) -
 
 @BOTH
 def test_templates_on_the_command_line(daemon: DaemonType, isolation: str, tmp_path: Path) -> None:
-    """From SQL, a directory, a command, upon another; and the default one, which has the dump."""
+    """From SQL, a directory, a command or another template; the default one has the dump."""
     (tmp_path / "a.sql").write_text("CREATE TABLE a (n int);")
     (tmp_path / "dir").mkdir()
     for number in (1, 2):
@@ -188,10 +191,10 @@ def test_templates_on_the_command_line(daemon: DaemonType, isolation: str, tmp_p
         assert one(at(served, dbname), "SELECT 'A'::citext = 'a'") is True
 
 
-def test_a_kept_template_is_not_built_again_by_the_next_daemon(
+def test_a_cached_template_is_not_built_again_by_the_next_daemon(
     daemon: DaemonType, tmp_path: Path
 ) -> None:
-    """Where the files that decide are watched, a command is run when they change."""
+    """With `--watch`, a command runs again only when the watched files change."""
     (tmp_path / "schema.txt").write_text("1")
     log = tmp_path / "log"
     command = f"cmd:echo built >> {log}; psql $DATABASE_URL -qc 'CREATE TABLE t (n int)'"
@@ -207,8 +210,8 @@ def test_a_kept_template_is_not_built_again_by_the_next_daemon(
             (tmp_path / "schema.txt").write_text("2")
 
 
-def test_a_database_made_by_hand_is_refused_with_a_hint(daemon: DaemonType) -> None:
-    """Never an empty clone in its place; and what was made goes when its lease ends."""
+def test_a_database_created_within_a_lease_is_refused_with_a_hint(daemon: DaemonType) -> None:
+    """The client does not get an empty clone. The database is dropped when its lease ends."""
     served = daemon()
     with psycopg.connect(at(served, "postgres"), autocommit=True) as maker:
         maker.execute("CREATE DATABASE test_app")
@@ -218,14 +221,14 @@ def test_a_database_made_by_hand_is_refused_with_a_hint(daemon: DaemonType) -> N
             assert "--single" in str(refused.value) and "pgtemp.session" in str(refused.value)
         own = one(at(served, "x~s"), "SELECT current_database()")
         with pytest.raises(psycopg.OperationalError, match="created within a lease"):
-            psycopg.connect(at(served, str(own)))  # somebody else's
+            psycopg.connect(at(served, str(own)))  # another lease's database
     names = "SELECT count(*) FROM pg_database WHERE datname = 'test_app'"
     assert one(at(served, "x"), names) == 0
 
 
 @BOTH
-def test_tools_that_make_their_own_database(daemon: DaemonType, isolation: str) -> None:
-    """As Django, Rails and sqlx do: to `postgres`, CREATE DATABASE, to that, and DROP DATABASE."""
+def test_tools_that_create_their_own_database(daemon: DaemonType, isolation: str) -> None:
+    """As Django, Rails and sqlx do: CREATE DATABASE from `postgres`, use it, DROP DATABASE."""
     served = daemon(*(["--isolation", "cluster"] if isolation == "cluster" else ["--single"]))
     session = "?options=-c%20pgtemp.session%3Dtools" if isolation == "cluster" else ""
     for _ in range(2):
@@ -237,7 +240,7 @@ def test_tools_that_make_their_own_database(daemon: DaemonType, isolation: str) 
             psycopg.connect(at(served, "test_app") + session)
 
 
-RESIDUE = [
+LEAKS = [
     ["CREATE ROLE left_behind LOGIN"],
     ["CREATE ROLE left_behind", "CREATE TABLE t (n int)", "ALTER TABLE t OWNER TO left_behind"],
     ["CREATE ROLE a", "CREATE ROLE b", "GRANT a TO b"],
@@ -264,18 +267,19 @@ RESIDUE = [
         "CREATE TABLE t (n int) TABLESPACE left_behind",
     ],
 ]
-FEW = 8  # that an ordinary run has
+FEW = 8  # that an ordinary test run includes
 
 
 @pytest.mark.parametrize(
     "statements",
-    [*RESIDUE[:FEW], *(pytest.param(one, marks=pytest.mark.slow) for one in RESIDUE[FEW:])],
+    [*LEAKS[:FEW], *(pytest.param(one, marks=pytest.mark.slow) for one in LEAKS[FEW:])],
     ids=lambda statements: statements[0],
 )
-def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
-    daemon: DaemonType, statements: list[str]
-) -> None:
-    """At once after it, from the pool and rehearsed; alone, and with another lease there."""
+def test_leaks_of_a_lease_do_not_reach_the_next(daemon: DaemonType, statements: list[str]) -> None:
+    """The next lease starts at once, from the pool or with a warm connection.
+
+    The server has no other lease, or one.
+    """
     served = daemon("-o", "wal_level=logical", "-o", "max_prepared_transactions=9")
     state = (
         "SELECT md5((SELECT string_agg(a::text, ',' ORDER BY oid) FROM pg_authid a) ||"
@@ -291,19 +295,19 @@ def test_what_a_lease_leaves_in_the_server_the_next_does_not_see(
         " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')::text ||"
         " (SELECT count(*) FROM pg_database WHERE datname = 'byhand')::text)"
     )
-    for _ in range(4):  # so that connections like these are rehearsed
+    for _ in range(4):  # so that there are warm connections for such clients
         before = one(at(served, "test"), state)
     do(at(served, "test"), *statements)
     assert one(at(served, "test"), state) == before
     with psycopg.connect(at(served, "test~neighbour"), autocommit=True) as neighbour:
         do(at(served, "test"), *statements)
         assert one(at(served, "test"), state) == before
-        assert neighbour.execute("SELECT 1").fetchone() == (1,)  # who was there stays
+        assert neighbour.execute("SELECT 1").fetchone() == (1,)  # existing leases stay
 
 
 @pytest.mark.slow
-def test_five_hundred_connections_that_are_left(daemon: DaemonType) -> None:
-    """Clients that vanish without a word, each in a transaction with a lock: the next is alone."""
+def test_five_hundred_connections_that_are_reset(daemon: DaemonType) -> None:
+    """Each client resets in a transaction that holds a lock: the next client finds none of them."""
     served = daemon("--linger", "0.1")
     hello = startup_message({"user": "postgres", "database": "test~crowd"})
     begin = frame(b"Q", b"BEGIN; SELECT pg_advisory_lock_shared(1)\0")
@@ -322,7 +326,7 @@ def test_five_hundred_connections_that_are_left(daemon: DaemonType) -> None:
 
 
 def test_a_role_of_a_template_keeps_its_rights(daemon: DaemonType, tmp_path: Path) -> None:
-    """Whoever connects as a role that migrations made is that role, not a superuser."""
+    """A client that connects as a role of the template is that role, not a superuser."""
     (tmp_path / "a.sql").write_text(
         "CREATE ROLE reader LOGIN; CREATE TABLE t AS SELECT 1 AS n; GRANT SELECT ON t TO reader;"
     )
@@ -334,7 +338,7 @@ def test_a_role_of_a_template_keeps_its_rights(daemon: DaemonType, tmp_path: Pat
 
 @BOTH
 def test_role_attributes(daemon: DaemonType, isolation: str) -> None:
-    """An ordinary user owns the database it got, and is no superuser; the daemon's own is one."""
+    """An ordinary user owns its database and is not a superuser; the daemon's own user is one."""
     served = daemon("--role-attributes", "NOSUPERUSER CREATEDB", "--isolation", isolation)
     for _ in range(4):
         with psycopg.connect(at(served, "test", "joe"), autocommit=True) as connection:
@@ -350,8 +354,8 @@ def test_role_attributes(daemon: DaemonType, isolation: str) -> None:
     assert one(at(served, "app", "joe"), "SELECT n FROM t") == 1
 
 
-def test_as_many_leases_as_there_may_be(daemon: DaemonType) -> None:
-    """Further clients wait in the order in which they came; then they are told, with a hint."""
+def test_the_limit_of_leases(daemon: DaemonType) -> None:
+    """Further clients wait in the order of their arrival; then they get an error with a hint."""
     served = daemon("--max-databases", "2", "--wait", "1")
     first, second = (psycopg.connect(at(served, "test")) for _ in range(2))
     with ThreadPoolExecutor(1) as thread:
@@ -367,17 +371,17 @@ def test_as_many_leases_as_there_may_be(daemon: DaemonType) -> None:
     assert one(at(served, "test"), TABLES) == 0
 
 
-def test_as_many_connections_of_a_session_as_there_may_be(daemon: DaemonType) -> None:
+def test_the_limit_of_connections_per_session(daemon: DaemonType) -> None:
     served = daemon("--max-connections-per-lease", "2")
     held = [psycopg.connect(at(served, "test~s")) for _ in range(2)]
     with pytest.raises(psycopg.OperationalError, match="has 2 connections, which is the limit"):
         psycopg.connect(at(served, "test~s"))
     held[0].close()
-    assert eventually(lambda: _enters(at(served, "test~s")))
+    assert eventually(lambda: _connects(at(served, "test~s")))
     held[1].close()
 
 
-def _enters(uri: str) -> bool:
+def _connects(uri: str) -> bool:
     try:
         psycopg.connect(uri).close()
     except psycopg.OperationalError:
@@ -386,21 +390,21 @@ def _enters(uri: str) -> bool:
 
 
 def test_an_idle_lease_ends(daemon: DaemonType) -> None:
-    """One in which something is said goes on; one that is silent is told and ended."""
+    """A lease with activity continues; a silent one gets an error and ends."""
     served = daemon("--idle-ttl", "0.5")
     with psycopg.connect(at(served, "test"), autocommit=True) as busy:
         idle = psycopg.connect(at(served, "test"), autocommit=True)
 
-        def ended() -> bool:
+        def is_ended() -> bool:
             busy.execute("SELECT 1")
-            return _ended(idle)
+            return _is_closed(idle)
 
-        assert eventually(ended)
+        assert eventually(is_ended)
         busy.execute("SELECT 1")
 
 
-def _ended(connection: psycopg.Connection) -> bool:
-    """Whether the server has hung up; asked without a word to it."""
+def _is_closed(connection: psycopg.Connection) -> bool:
+    """Whether the server has closed the connection; checked without sending anything."""
     try:
         connection.pgconn.consume_input()
     except psycopg.OperationalError:
@@ -409,19 +413,19 @@ def _ended(connection: psycopg.Connection) -> bool:
 
 
 @pytest.mark.parametrize("dbname", ["~", "test~", "~s"])
-def test_a_name_that_says_nothing(daemon: DaemonType, dbname: str) -> None:
+def test_an_incomplete_database_name(daemon: DaemonType, dbname: str) -> None:
     served = daemon("--pool", "0")
     with pytest.raises(psycopg.OperationalError, match="write /DBNAME, /DBNAME~SESSION"):
         psycopg.connect(at(served, dbname))
 
 
-def test_the_log_has_a_line_a_lease(daemon: DaemonType) -> None:
+def test_the_log_has_one_line_per_lease(daemon: DaemonType) -> None:
     served = daemon("--log-level", "info", "--log-json")
     do(at(served, "test~s", "me"), "SELECT 1")
     do(at(served, "test"), "SELECT 1")
     _, errors = served.end()
-    said = [json.loads(line) for line in errors.splitlines()]
-    leases = {line["lease"]: line for line in said if "lease" in line}
+    entries = [json.loads(line) for line in errors.splitlines()]
+    leases = {line["lease"]: line for line in entries if "lease" in line}
     assert leases[1]["session"] == "s" and leases[1]["user"] == "me"
     assert leases[2]["session"] is None and leases[2]["database"] == "test"
     assert all(line["bytes_in"] > 0 and line["bytes_out"] > 0 for line in leases.values())
@@ -430,7 +434,7 @@ def test_the_log_has_a_line_a_lease(daemon: DaemonType) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_leases_at_once(daemon: DaemonType) -> None:
-    """Each sees its own row alone, and nothing is left of them."""
+    """Each sees only its own row, and nothing is left of them."""
     before = homes()
     served = daemon("--pool", "4")
 
@@ -450,17 +454,17 @@ def test_two_hundred_leases_at_once(daemon: DaemonType) -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def test_a_crash_of_the_shared_server_is_got_over(daemon: DaemonType) -> None:
-    """Leases go on in a new one; by a crash of a backend, and of the postmaster."""
+def test_leases_continue_after_a_crash_of_the_shared_server(daemon: DaemonType) -> None:
+    """New leases get a new server after a crash of a backend or of the postmaster."""
     served = daemon()
     pid_file = "SELECT (string_to_array(pg_read_file('postmaster.pid'), E'\\n'))[1]"
-    for signalled in ("SELECT pg_backend_pid()", pid_file):
+    for pid_query in ("SELECT pg_backend_pid()", pid_file):
         for _ in range(3):
             one(at(served, "test"), "SELECT 1")
         with psycopg.connect(at(served, "test")) as connection:
-            row = connection.execute(signalled).fetchone()  # type: ignore[arg-type]
+            row = connection.execute(pid_query).fetchone()  # type: ignore[arg-type]
             assert row is not None
-            subprocess.run(["kill", "-SEGV" if "backend" in signalled else "-KILL", str(row[0])],
+            subprocess.run(["kill", "-SEGV" if "backend" in pid_query else "-KILL", str(row[0])],
                            check=True)  # fmt: skip
             with pytest.raises(psycopg.OperationalError):
                 while True:
@@ -478,7 +482,7 @@ def _works(uri: str) -> bool:
 
 @pytest.mark.slow
 def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
-    """The daemon's memory stays what it was after the first thousand, and nothing is left."""
+    """The daemon's memory stays at its size after the first thousand, and nothing is left."""
     before = homes()
     served = daemon()
     hello = startup_message({"user": "postgres", "database": "test"})
@@ -486,8 +490,8 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
 
     def lease() -> None:
         with socket.create_connection(("127.0.0.1", served.port)) as client:
-            for said in (hello, query):
-                client.sendall(said)
+            for message in (hello, query):
+                client.sendall(message)
                 answer = b""
                 while not answer.endswith(b"Z\0\0\0\5I"):
                     arrived = client.recv(65536)
@@ -510,7 +514,7 @@ def test_five_thousand_leases_in_a_row(daemon: DaemonType) -> None:
 
 @pytest.mark.parametrize("clients", [1, 4])
 def test_many_leases_in_one_server(daemon: DaemonType, clients: int) -> None:
-    """That of one is taken back while another is looked at: neither is something that was left."""
+    """One lease's database is dropped during the leak check of another: it is not a leak."""
     served = daemon()
 
     def server(_: int) -> object:

@@ -1,4 +1,4 @@
-"""The ways in: TLS, passwords, addresses; and who stays outside."""
+"""How clients connect: TLS, passwords and addresses, and which clients are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def password_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def certified(tmp_path: Path) -> list[str]:
-    """A certificate for localhost, as options; `root.crt` beside it vouches for it."""
+    """Options for a localhost certificate; its issuer is in `root.crt` of the same directory."""
     authority = trustme.CA()
     made = authority.issue_cert("localhost")
     authority.cert_pem.write_to_path(tmp_path / "root.crt")
@@ -51,7 +51,7 @@ def connect(served: Daemon, **more: str) -> psycopg.Connection[tuple[object, ...
 
 
 def socket_of(served: Daemon) -> str:
-    return served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    return served.output[-1].partition("socket is in ")[2].partition(";")[0]
 
 
 # TLS
@@ -61,7 +61,10 @@ def socket_of(served: Daemon) -> str:
 def test_tls_with_a_certificate(
     daemon: type[Daemon], certified: list[str], tmp_path: Path, form: str
 ) -> None:
-    """Checked by libpq in full; plain clients come in beside, the unix socket has none."""
+    """libpq verifies it in full.
+
+    Clients without TLS connect as well, and the unix socket has no TLS.
+    """
     served = daemon(*certified)
     checked = f"{served.uri}?sslmode=verify-full&sslrootcert={tmp_path}/root.crt&{form}"
     with psycopg.connect(checked) as connection:
@@ -75,10 +78,10 @@ def test_tls_with_a_certificate(
         assert not connection.pgconn.ssl_in_use
 
 
-def test_tls_for_the_run(daemon: type[Daemon]) -> None:
-    """A certificate of its own, and a file that vouches for it; a stranger's does not."""
+def test_a_generated_tls_certificate(daemon: type[Daemon]) -> None:
+    """The daemon generates a certificate and a root file that verifies it; other roots do not."""
     served = daemon("--tls", "auto")
-    root = served.said[-2].partition("sslrootcert=")[2].strip()
+    root = served.output[-2].partition("sslrootcert=")[2].strip()
     with connect(served, sslmode="verify-full", sslrootcert=root) as connection:
         assert connection.pgconn.ssl_in_use
     with pytest.raises(psycopg.OperationalError, match="certificate"):
@@ -87,10 +90,8 @@ def test_tls_for_the_run(daemon: type[Daemon]) -> None:
     assert not Path(root).exists()
 
 
-def test_tls_by_a_driver_that_is_not_libpq(
-    daemon: type[Daemon], certified: list[str], tmp_path: Path
-) -> None:
-    """asyncpg, with a cancel under way, which has to be over when it says so."""
+def test_tls_with_asyncpg(daemon: type[Daemon], certified: list[str], tmp_path: Path) -> None:
+    """asyncpg uses TLS and cancels a query; the cancel is complete when asyncpg returns."""
     served = daemon(*certified)
     context = ssl.create_default_context(cafile=tmp_path / "root.crt")
 
@@ -106,7 +107,7 @@ def test_tls_by_a_driver_that_is_not_libpq(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cancel_under_tls(daemon: type[Daemon], form: str) -> None:
-    """libpq sends it encrypted, too, and takes a connection that just closes for an error."""
+    """libpq encrypts it, too, and reports a connection that just closes as an error."""
     served = daemon("--tls", "auto")
     with psycopg.connect(f"{served.uri}?sslmode=require&{form}") as one:
         pid = one.info.backend_pid
@@ -132,14 +133,14 @@ def test_copy_through_tls_with_a_slow_reader(daemon: type[Daemon]) -> None:
 
 
 def test_half_close_under_tls(daemon: type[Daemon], certified: list[str], tmp_path: Path) -> None:
-    """A client that says that nothing more comes still gets its answer."""
+    """A client that sends close_notify still gets its answer."""
     served = daemon(*certified)
     context = ssl.create_default_context(cafile=tmp_path / "root.crt")
     context.set_alpn_protocols([ALPN])
     query = b"SELECT 'the answer'\0"
     arrived, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(arrived, to_send, server_hostname="localhost")
-    heard = b""
+    received = b""
     with socket.create_connection(("127.0.0.1", served.port)) as client:
         client.settimeout(30)
         while True:
@@ -157,16 +158,16 @@ def test_half_close_under_tls(daemon: type[Daemon], certified: list[str], tmp_pa
             arrived.write(data)
         try:
             while part := tls.read(65536):
-                heard += part
+                received += part
         except (ssl.SSLZeroReturnError, ssl.SSLWantReadError):
             pass
-    assert b"the answer" in heard
+    assert b"the answer" in received
 
 
-def test_direct_tls_needs_the_protocols_name(
+def test_direct_tls_requires_alpn(
     daemon: type[Daemon], certified: list[str], tmp_path: Path
 ) -> None:
-    """PostgreSQL refuses it without ALPN as well; it costs no lease, and others are served."""
+    """PostgreSQL also refuses it without ALPN. It uses no lease, and other clients are served."""
     served = daemon(*certified, "--log-level", "info")
     context = ssl.create_default_context(cafile=tmp_path / "root.crt")
     with (
@@ -182,7 +183,7 @@ def test_direct_tls_needs_the_protocols_name(
 
 
 def test_direct_tls_without_a_certificate(daemon: type[Daemon]) -> None:
-    """The client is told by an alert rather than by an end of file."""
+    """The client gets a TLS alert, not just an end of file."""
     served = daemon("--pool", "0")
     with pytest.raises(psycopg.OperationalError, match="handshake failure"):
         connect(served, sslmode="require", sslnegotiation="direct")
@@ -190,7 +191,7 @@ def test_direct_tls_without_a_certificate(daemon: type[Daemon]) -> None:
         connect(served, sslmode="require")
 
 
-def test_garbage_after_the_request(daemon: type[Daemon], certified: list[str]) -> None:
+def test_plain_text_after_the_request_for_tls(daemon: type[Daemon], certified: list[str]) -> None:
     served = daemon(*certified, "--pool", "0", "--log-level", "info")
     with socket.create_connection(("127.0.0.1", served.port)) as client:
         client.settimeout(30)
@@ -211,13 +212,13 @@ def test_garbage_after_the_request(daemon: type[Daemon], certified: list[str]) -
     [[], ["--isolation", "cluster"], ["--single"]],
     ids=["database", "cluster", "single"],
 )
-def test_everybody_needs_the_password(
+def test_every_client_needs_the_password(
     daemon: type[Daemon], password_file: Path, arguments: list[str]
 ) -> None:
-    """Whatever the user is called; PostgreSQL itself asks, by SCRAM, each time anew."""
+    """It does not depend on the user name. PostgreSQL itself requires SCRAM for each connection."""
     served = daemon("--password-file", str(password_file), *arguments)
     for user in ("postgres", "somebody"):
-        for _ in range(3):  # also once such clients are known
+        for _ in range(3):  # even if the daemon knows such clients
             with connect(served, user=user, password=PASSWORD, require_auth="scram-sha-256") as one:
                 assert one.execute("SELECT current_user").fetchone() == (user,)
             with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
@@ -231,7 +232,7 @@ def test_everybody_needs_the_password(
 def test_the_password_for_sessions_and_templates(
     daemon: type[Daemon], password_file: Path, tmp_path: Path
 ) -> None:
-    """A role that a template makes with a password of its own keeps that one."""
+    """A role that a template creates with its own password keeps that password."""
     schema = tmp_path / "schema.sql"
     schema.write_text(
         "CREATE ROLE clerk LOGIN PASSWORD 'own'; CREATE ROLE guest LOGIN; CREATE TABLE t (n int);"
@@ -249,7 +250,7 @@ def test_the_password_for_sessions_and_templates(
 
 
 def test_the_password_over_tls(daemon: type[Daemon], password_file: Path) -> None:
-    """The two go together; and the directory of the socket is as good as a password."""
+    """Password and TLS work together. The socket's directory replaces the password."""
     served = daemon("--password-file", str(password_file), "--tls", "auto")
     with connect(served, password=PASSWORD, sslmode="require") as connection:
         assert connection.pgconn.ssl_in_use
@@ -260,7 +261,7 @@ def test_the_password_over_tls(daemon: type[Daemon], password_file: Path) -> Non
 def test_another_local_user_without_the_password(
     daemon: type[Daemon], password_file: Path, other_user: str
 ) -> None:
-    """A stranger comes in by no door, finds no password, and is let in by whoever tells it."""
+    """Another user can connect nowhere, cannot find the password, and is admitted with it."""
     served = daemon("--password-file", str(password_file), "--log-level", "debug", "--tls", "auto")
     with connect(served, password=PASSWORD) as connection:
         row = connection.execute("SHOW port").fetchone()
@@ -293,11 +294,11 @@ def test_another_local_user_without_the_password(
         log = "".join(path.read_text() for path in home.glob("*log*"))
         assert "sesame" not in log
     _, errors = served.end()
-    assert "sesame" not in errors and "sesame" not in "".join(served.said)
+    assert "sesame" not in errors and "sesame" not in "".join(served.output)
 
 
 def as_user(user: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """What a program says that another user runs."""
+    """Run a program as another user."""
     return subprocess.run(
         argv, user=user, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True,
         check=False, env={"PATH": os.environ["PATH"], **env}, errors="replace",
@@ -307,20 +308,20 @@ def as_user(user: str, *argv: str, **env: str) -> subprocess.CompletedProcess[st
 # addresses
 
 
-def test_beyond_this_machine_there_is_a_password(daemon: type[Daemon], password_file: Path) -> None:
-    """On every address, of which this one is not what localhost stands for."""
+def test_a_password_is_required_on_every_address(daemon: type[Daemon], password_file: Path) -> None:
+    """The daemon listens on every address; the one used here is not localhost's."""
     served = daemon("--listen", "*", "--password-file", str(password_file))
     with connect(served, host="127.0.0.9", password=PASSWORD) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         connect(served, host="127.0.0.9")
-    assert "localhost" in served.said[1]
+    assert "localhost" in served.output[1]
 
 
-def test_another_loopback_address_needs_none(daemon: type[Daemon]) -> None:
+def test_another_loopback_address_needs_no_password(daemon: type[Daemon]) -> None:
     served = daemon("--listen", "127.0.0.9")
-    assert "127.0.0.9" in served.said[1]
-    with psycopg.connect(served.said[1].strip()) as connection:
+    assert "127.0.0.9" in served.output[1]
+    with psycopg.connect(served.output[1].strip()) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(psycopg.OperationalError):
         connect(served, host="127.0.0.1")
@@ -348,8 +349,8 @@ def test_another_loopback_address_needs_none(daemon: type[Daemon]) -> None:
         (["--tls-cert", "{cert}", "--tls-key", "{locked}"], "passphrase"),
     ],
 )
-def test_what_cannot_be_served(tmp_path: Path, arguments: list[str], word: str) -> None:
-    """One line, with a remedy; nothing has been started."""
+def test_invalid_listener_options(tmp_path: Path, arguments: list[str], word: str) -> None:
+    """The error is one line with a remedy, and nothing has been started."""
     authority = trustme.CA()
     made, other = authority.issue_cert("localhost"), authority.issue_cert("localhost")
     files = {
@@ -373,7 +374,7 @@ def test_what_cannot_be_served(tmp_path: Path, arguments: list[str], word: str) 
     assert ";" in result.stderr
 
 
-def test_a_password_in_the_uri_that_is_another(password_file: Path) -> None:
+def test_a_uri_with_a_different_password_is_refused(password_file: Path) -> None:
     result = run_pgtemp(
         "--password-file", str(password_file), "postgresql://me:other@localhost:6599/x"
     )
@@ -381,21 +382,21 @@ def test_a_password_in_the_uri_that_is_another(password_file: Path) -> None:
     assert "other@" not in result.stderr and "sesame" not in result.stderr
 
 
-def test_a_password_file_that_is_open_to_others(daemon: type[Daemon], password_file: Path) -> None:
+def test_a_password_file_that_others_can_read(daemon: type[Daemon], password_file: Path) -> None:
     password_file.chmod(0o644)
     served = daemon("--password-file", str(password_file))
     _, errors = served.end()
     assert "chmod 600" in errors
 
 
-# who has not said the password yet
+# before a client has authenticated
 
 
 @pytest.mark.parametrize("hurry", [False, True], ids=["waits", "leaves at once"])
-def test_who_has_no_password_uses_nothing(
+def test_a_client_without_the_password_uses_no_database(
     daemon: type[Daemon], password_file: Path, tmp_path: Path, hurry: bool
 ) -> None:
-    """What it says instead of the password leaves no dump, and no changed template."""
+    """Messages that it sends instead of the password cause no dump and no changed template."""
     served = daemon(
         "--password-file", str(password_file), "--dump", str(tmp_path / "out.sql"),
         "--log-level", "info",
@@ -415,10 +416,10 @@ def test_who_has_no_password_uses_nothing(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_lease_that_wants_no_password(
+def test_a_lease_that_disables_the_password(
     daemon: type[Daemon], password_file: Path, shared: bool
 ) -> None:
-    """A pg_hba.conf that somebody wrote in a lease lets nobody in by the daemon's door."""
+    """A pg_hba.conf that a client wrote in a lease admits no client of the daemon."""
     isolation = [] if shared else ["--isolation", "cluster"]
     served = daemon("--password-file", str(password_file), *isolation)
     dbname = "test" if shared else "test~one"
@@ -433,14 +434,18 @@ def test_a_lease_that_wants_no_password(
             return "does not ask for the password" in str(caught.value)
 
         assert eventually(is_refused)
-        assert is_refused() is not shared  # a new server, where there is one for the next
+        # the next client gets a new server, if it is not in the session
+        assert is_refused() is not shared
     for _ in range(2):
         with connect(served, password=PASSWORD, dbname="test") as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_a_password_through_a_named_pipe(daemon: type[Daemon], tmp_path: Path) -> None:
-    """It is opened once, and read by nobody else; who waits for it can be ended."""
+    """The daemon reads the pipe once, without its child processes.
+
+    SIGTERM stops a daemon that waits for it.
+    """
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
     with ThreadPoolExecutor(1) as thread:
@@ -451,7 +456,7 @@ def test_a_password_through_a_named_pipe(daemon: type[Daemon], tmp_path: Path) -
     command = [sys.executable, "-m", "pgtemp", "--password-file", str(pipe)]
     waiting = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with open(pipe, "w"):  # from here on it reads
+        with open(pipe, "w"):  # the daemon reads from here on
             waiting.terminate()
             assert waiting.wait(30) == -signal.SIGTERM
     finally:

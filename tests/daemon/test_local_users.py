@@ -1,6 +1,6 @@
-"""Other users of the machine: none is served over TCP, and none keeps the owner's clients out.
+"""Other users of the machine: none is served over TCP, and none blocks the owner's clients.
 
-The tests act as another user by setfsuid(2): the kernel reports the user that made a socket.
+The tests act as another user by setfsuid(2): the kernel reports the user that created a socket.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pgtemp.host.peer_credentials import OVERFLOW_UID, Peers
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.messages import SSL_CODE, frame, startup_message, untyped
 from rawclient import SECONDS, dial, from_port, read_to_the_end, reset, unused_port
-from support import STRANGER, Daemon, acting_as, eventually, many_files
+from support import OTHER_UID, Daemon, acting_as, eventually, many_files
 
 DaemonType = type[Daemon]
 Loop = Callable[[], asyncio.AbstractEventLoop]
@@ -43,7 +43,7 @@ def dial_as(uid: int, port: int) -> socket.socket:
 
 @contextmanager
 def stopped(served: Daemon) -> Iterator[None]:
-    """The daemon sees nothing of what happens in the block before its end."""
+    """Stop the daemon during the block, so that it processes its events only afterwards."""
     served.process.send_signal(signal.SIGSTOP)
     state = Path(f"/proc/{served.process.pid}/stat")
     assert eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
@@ -57,9 +57,9 @@ def stopped(served: Daemon) -> Iterator[None]:
 def test_a_client_port_that_is_used_again(
     daemon: DaemonType, open_dir: Path, accepted: bool
 ) -> None:
-    """A reset connection's statement never runs, although the owner's next one has its port.
+    """A reset connection's statement never runs, even if the owner's next one has its port.
 
-    The daemon is stopped in between, so that in each round it asks the kernel too late.
+    The daemon is stopped in between, so that in each round it queries the kernel too late.
     """
     served = daemon("--log-level", "info")
     mark = open_dir / "mark"
@@ -68,12 +68,12 @@ def test_a_client_port_that_is_used_again(
         port = unused_port()
         with ExitStack() as held:
             if accepted:
-                with acting_as(STRANGER):
+                with acting_as(OTHER_UID):
                     strangers = from_port(port, served.port)
-                assert serves(served)  # so that it has accepted the one before
+                assert serves(served)  # so that the daemon has accepted the earlier connection
             held.enter_context(stopped(served))
             if not accepted:
-                with acting_as(STRANGER):
+                with acting_as(OTHER_UID):
                     strangers = from_port(port, served.port)
             strangers.sendall(attack)
             reset(strangers)
@@ -81,10 +81,10 @@ def test_a_client_port_that_is_used_again(
             held.close()
         with owners:
             owners.sendall(startup_message({"user": "postgres", "database": "test"}))
-            said = b""
-            while not said.endswith(b"Z\0\0\0\x05I"):
-                said += owners.recv(1 << 16)
-                assert said[:1] == b"R"
+            answer = b""
+            while not answer.endswith(b"Z\0\0\0\x05I"):
+                answer += owners.recv(1 << 16)
+                assert answer[:1] == b"R"
     _, errors = served.end()
     assert not mark.exists()
     assert "intruder" not in errors, errors
@@ -92,10 +92,10 @@ def test_a_client_port_that_is_used_again(
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("others", [True, False])
-def test_the_door_checks_the_connection_that_is_served(loop: Loop, others: bool) -> None:
-    """On both loops, of which neither reads a peer's name again after it was reset."""
+def test_the_listener_checks_the_connection_that_is_served(loop: Loop, others: bool) -> None:
+    """Neither event loop reads a peer's address again after the connection was reset."""
 
-    async def knock(held: ExitStack) -> None:
+    async def check_connections(held: ExitStack) -> None:
         arrived: asyncio.Queue[Endpoint] = asyncio.Queue()
         server = await asyncio.get_running_loop().create_server(
             lambda: Endpoint(arrived.put_nowait), "127.0.0.1", 0
@@ -104,47 +104,47 @@ def test_the_door_checks_the_connection_that_is_served(loop: Loop, others: bool)
         target = server.sockets[0].getsockname()
         peers = Peers()
         held.callback(peers.close)
-        door = listeners.of_tcp(DaemonOptions(), peers, None)
+        listener = listeners.of_tcp(DaemonOptions(), peers, None)
         port = unused_port()
-        with acting_as(STRANGER) if others else nullcontext():
+        with acting_as(OTHER_UID) if others else nullcontext():
             client = from_port(port, target[1])
         first = await arrived.get()
         held.callback(first.abort)
-        assert (door.refusal(first) is not None) == others
+        assert (listener.refusal(first) is not None) == others
         reset(client)
         held.enter_context(from_port(port, target[1]))  # the loop has not seen the reset yet
         assert not first.transport.is_closing()
-        refused = door.refusal(first)
+        refused = listener.refusal(first)
         assert refused is not None and "does not identify" in str(refused)
         second = await arrived.get()
         held.callback(second.abort)
-        assert door.refusal(second) is None
+        assert listener.refusal(second) is None
         second.abort()
-        assert door.refusal(second) is not None, "its descriptor may be another connection's"
+        assert listener.refusal(second) is not None, "its descriptor may be another connection's"
 
     async def within_time() -> None:
         with ExitStack() as held:
             async with asyncio.timeout(SECONDS):
-                await knock(held)
+                await check_connections(held)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(within_time())
 
 
-@pytest.mark.parametrize("uid", [STRANGER, OVERFLOW_UID])
+@pytest.mark.parametrize("uid", [OTHER_UID, OVERFLOW_UID])
 def test_another_user_is_refused(daemon: DaemonType, uid: int) -> None:
-    """With a remedy; the overflow uid identifies no user."""
+    """The error has a remedy. The overflow uid identifies no user."""
     served = daemon()
     with dial_as(uid, served.port) as client:
         client.sendall(HELLO)
-        said = read_to_the_end(client)
-    assert b"C28000\0" in said and b"--password-file" in said
-    assert (b"does not identify" in said) == (uid == OVERFLOW_UID)
+        answer = read_to_the_end(client)
+    assert b"C28000\0" in answer and b"--password-file" in answer
+    assert (b"does not identify" in answer) == (uid == OVERFLOW_UID)
     assert serves(served)
 
 
 def test_a_daemon_of_the_overflow_uid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot tell its own clients from others, so it does not listen over TCP; one error."""
+    """It cannot distinguish its own clients from others, so it refuses to listen over TCP."""
     monkeypatch.setattr("os.geteuid", lambda: OVERFLOW_UID)
     with pytest.raises(OptionError, match="cannot identify its clients") as caught:
         listeners.listen(DaemonOptions())
@@ -161,15 +161,18 @@ SILENCE = {
 }
 
 
-@pytest.mark.parametrize("said", SILENCE.values(), ids=SILENCE)
-def test_silent_clients_of_another_user(daemon: DaemonType, said: bytes) -> None:
-    """They get a quarter of the room; the next are refused at accept, and the owner is served."""
+@pytest.mark.parametrize("sent", SILENCE.values(), ids=SILENCE)
+def test_silent_clients_of_another_user(daemon: DaemonType, sent: bytes) -> None:
+    """They get a quarter of the daemon's capacity.
+
+    Further ones are refused when they connect, and the owner's clients are served.
+    """
     served = daemon()
     with many_files(), ExitStack() as held:
         for number in range(1, 1011):
-            client = held.enter_context(dial_as(STRANGER, served.port))
-            with suppress(ConnectionError):  # it is refused already
-                client.sendall(said)
+            client = held.enter_context(dial_as(OTHER_UID, served.port))
+            with suppress(ConnectionError):  # the daemon has refused it already
+                client.sendall(sent)
             if number % 200 == 0:
                 assert serves(served)
         assert b"C28000\0" in client.recv(1000)
@@ -179,22 +182,22 @@ def test_silent_clients_of_another_user(daemon: DaemonType, said: bytes) -> None
 
 
 def test_silent_clients_of_another_user_and_few_files(daemon: DaemonType) -> None:
-    """A quarter is one of the files the daemon may open, if those are fewer."""
+    """If the daemon may open few files, the quarter is one of these files."""
     served = daemon("--pool", "1", before=("sh", "-c", 'ulimit -n 96; exec "$@"', "sh"))
     with ExitStack() as held:
         for _ in range(100):
-            client = held.enter_context(dial_as(STRANGER, served.port))
+            client = held.enter_context(dial_as(OTHER_UID, served.port))
         assert b"C28000\0" in client.recv(1000)
         assert serves(served)
 
 
 def test_silent_clients_of_the_owner(daemon: DaemonType) -> None:
-    """They may hold more than a quarter of the room: none is refused."""
+    """They may use more than a quarter of the capacity: none is refused."""
     served = daemon()
     with many_files(), ExitStack() as held:
-        crowd = [held.enter_context(dial(("127.0.0.1", served.port))) for _ in range(400)]
+        silent = [held.enter_context(dial(("127.0.0.1", served.port))) for _ in range(400)]
         assert serves(served)
-        for client in crowd:
+        for client in silent:
             client.setblocking(False)
             with pytest.raises(BlockingIOError):
                 client.recv(1)

@@ -1,8 +1,9 @@
-"""The front door, packet by packet: what the daemon does with each thing that may arrive.
+"""The daemon's protocol, packet by packet: its reaction to each message that may arrive.
 
-Requests for encryption, versions, cancels, parameters, what is no start at all, slowness, what
-follows, refusals. Encryption that is had, and passwords, have tests of their own; so have cancels
-under load (test_cancels.py), the relay (test_relay.py), and full disks (test_full_disks.py).
+The tests cover requests for encryption, versions, cancels, parameters, invalid start-ups, slow
+clients, messages after the start-up, and refusals. Working encryption and passwords have their own
+tests (test_listeners.py), as have cancels under load (test_cancels.py), the relay (test_relay.py),
+and full disks (test_full_disks.py).
 """
 
 from __future__ import annotations
@@ -48,49 +49,49 @@ SSL, GSS = untyped(SSL_CODE), untyped(GSSENC_CODE)
 CLUSTER = ("--isolation", "cluster", "--pool", "0")
 
 
-def door(served: Daemon) -> socket.socket:
+def connect_raw(served: Daemon) -> socket.socket:
     return dial(("127.0.0.1", served.port))
 
 
-def answer(served: Daemon, *said: bytes) -> bytes:
-    """All that the daemon answers to a client that says this, and that it will say nothing more."""
-    with door(served) as client:
+def answer(served: Daemon, *pieces: bytes) -> bytes:
+    """The complete answer of the daemon to a client that sends this and closes its side."""
+    with connect_raw(served) as client:
         with suppress(ConnectionError):
-            for piece in said:
+            for piece in pieces:
                 client.sendall(piece)
             client.shutdown(socket.SHUT_WR)
         return read_to_the_end(client)
 
 
-def messages(said: bytes) -> list[tuple[bytes, bytes]]:
-    return list(Frames().feed(said))
+def messages(data: bytes) -> list[tuple[bytes, bytes]]:
+    return list(Frames().feed(data))
 
 
-def refused(said: bytes) -> dict[str, str]:
-    """The one ErrorResponse that an answer has to be."""
-    ((kind, payload),) = messages(said)
+def refused(data: bytes) -> dict[str, str]:
+    """The fields of an answer that consists of one ErrorResponse."""
+    ((kind, payload),) = messages(data)
     assert kind == b"E"
     fields = error_fields(payload)
     assert fields["S"] == fields["V"] == "FATAL"
     return fields
 
 
-def leases(errors: str) -> int:
-    """How many there were, by the log."""
+def count_leases(errors: str) -> int:
+    """The number of leases in the daemon's log."""
     return errors.count("lived_s")
 
 
 def serves(served: Daemon) -> bool:
-    """Whether whoever comes next is served."""
+    """Whether the next client is served."""
     with psycopg.connect(served.uri) as connection:
         return connection.execute("SELECT 1").fetchone() == (1,)
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Daemon]:
-    """A daemon of many tests; what went through it left no traceback."""
+    """A daemon for many tests; it must not have logged a traceback."""
     served = Daemon("--log-level", "info")
-    Daemon.running.discard(served)  # the other fixture's are ended with each test
+    Daemon.running.discard(served)  # otherwise the other fixture would stop it with each test
     yield served
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
@@ -101,8 +102,11 @@ def shared() -> Iterator[Daemon]:
 
 @pytest.mark.parametrize("asked", [[SSL], [GSS], [SSL, GSS], [GSS, SSL]])
 def test_encryption_is_refused_in_one_byte_each(shared: Daemon, asked: list[bytes]) -> None:
-    """N for either, in either order, and who goes on without is served, byte by byte too."""
-    with door(shared) as client:
+    """Each request is answered N, in either order, even if it arrives byte by byte.
+
+    A client that continues without encryption is served.
+    """
+    with connect_raw(shared) as client:
         for request in asked:
             for byte in request:
                 client.sendall(bytes([byte]))
@@ -114,22 +118,22 @@ def test_encryption_is_refused_in_one_byte_each(shared: Daemon, asked: list[byte
 
 @pytest.mark.parametrize("request_", [SSL, GSS])
 def test_encryption_is_refused_once(shared: Daemon, request_: bytes) -> None:
-    with door(shared) as client:
+    with connect_raw(shared) as client:
         client.sendall(request_)
         assert client.recv(100) == b"N"
         client.sendall(request_)
         assert refused(read_to_the_end(client))["C"] == "08P01"
 
 
-def test_bytes_behind_a_request_for_encryption(daemon: DaemonType) -> None:
-    """Somebody in between could have put them there: an error, and nothing of them is done."""
+def test_bytes_after_a_request_for_encryption(daemon: DaemonType) -> None:
+    """An attacker between client and daemon could have added them: they cause an error."""
     served = daemon("--pool", "0", "--log-level", "info")
     for request in (SSL, GSS):
         assert refused(answer(served, request + HELLO + WHICH))["C"] == "08P01"
-    assert leases(served.end()[1]) == 0
+    assert count_leases(served.end()[1]) == 0
 
 
-def test_who_insists_on_encryption_gets_its_librarys_own_words(shared: Daemon) -> None:
+def test_a_client_that_requires_encryption_gets_its_librarys_error(shared: Daemon) -> None:
     with pytest.raises(psycopg.OperationalError, match="server does not support SSL"):
         psycopg.connect(shared.uri, sslmode="require")
     with pytest.raises(psycopg.OperationalError, match="GSS"):
@@ -139,32 +143,32 @@ def test_who_insists_on_encryption_gets_its_librarys_own_words(shared: Daemon) -
 # versions
 
 
-def test_minor_versions_and_extensions_are_the_servers_business(
+def test_the_server_negotiates_minor_versions_and_extensions(
     daemon: DaemonType, any_version: str
 ) -> None:
-    """What it does not know it names back, as it would without a daemon; then all goes on."""
+    """The client gets the server's NegotiateProtocolVersion message, and then the login goes on."""
     served = daemon("--pg-version", any_version)
     for minor, extensions in product((0, 2, 9999), ({}, {"_pq_.pgtemp": "1"})):
-        known = int(any_version) >= 18 and minor == 2  # PostgreSQL learned of 3.2 with 18
+        known = int(any_version) >= 18 and minor == 2  # PostgreSQL supports 3.2 since 18
         hello = startup_message({"user": "postgres", **extensions}, PROTOCOL_3 + minor)
-        said = messages(answer(served, hello, WHICH, TERMINATE))
-        kinds = b"".join(kind for kind, _ in said)
+        replies = messages(answer(served, hello, WHICH, TERMINATE))
+        kinds = b"".join(kind for kind, _ in replies)
         assert kinds.endswith(b"ZTDCZ")
         assert (b"v" in kinds) == bool(extensions or (minor and not known)), kinds
         if extensions:
-            (named,) = (payload for kind, payload in said if kind == b"v")
+            (named,) = (payload for kind, payload in replies if kind == b"v")
             assert named[4:] == b"\0\0\0\1_pq_.pgtemp\0"
-        (key,) = (payload for kind, payload in said if kind == b"K")
+        (key,) = (payload for kind, payload in replies if kind == b"K")
         assert len(key) == (36 if int(any_version) >= 18 and minor else 8)
 
 
 @pytest.mark.parametrize("minor", [0, 2, 9999])
-def test_a_login_that_the_daemon_answers_itself_negotiates_too(shared: Daemon, minor: int) -> None:
+def test_the_daemon_negotiates_in_logins_that_it_answers_itself(shared: Daemon, minor: int) -> None:
     probe = {"user": "me", "application_name": "pg_isready", "_pq_.pgtemp": "1"}
     hello = startup_message(probe, PROTOCOL_3 + minor)
-    said = messages(answer(shared, hello, TERMINATE))
-    assert [kind for kind, _ in said] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
-    assert int.from_bytes(said[0][1][:4], "big") == PROTOCOL_3 + min(minor, 2)
+    replies = messages(answer(shared, hello, TERMINATE))
+    assert [kind for kind, _ in replies] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
+    assert int.from_bytes(replies[0][1][:4], "big") == PROTOCOL_3 + min(minor, 2)
 
 
 @pytest.mark.parametrize("version", [1, 2, 4])
@@ -177,10 +181,10 @@ def test_other_protocols_are_refused(shared: Daemon, version: int) -> None:
 
 
 def test_a_cancel_reaches_the_backend_that_has_the_key(daemon: DaemonType) -> None:
-    """Keys of 4 bytes and of 32 (protocol 3.2), also behind a refused request for encryption."""
+    """Keys have 4 bytes, or 32 with protocol 3.2. A refused request for encryption may precede."""
     served = daemon("--pg-version", str(need_version(max(VERSIONS))))
     for minor, before in product((0, 2), (b"", SSL, GSS)):
-        with door(served) as client:
+        with connect_raw(served) as client:
             client.sendall(startup_message({"user": "postgres"}, PROTOCOL_3 + minor))
             client.sendall(frame(b"Q", b"SELECT pg_sleep(600)\0"))
             frames = Frames()
@@ -188,7 +192,7 @@ def test_a_cancel_reaches_the_backend_that_has_the_key(daemon: DaemonType) -> No
             assert len(key) == (36 if minor else 8)
             activity = Path(f"/proc/{int.from_bytes(key[:4], 'big')}/cmdline")
             assert eventually(lambda at=activity: b"SELECT" in at.read_bytes())  # type: ignore[misc]
-            with door(served) as canceller:
+            with connect_raw(served) as canceller:
                 if before:
                     canceller.sendall(before)
                     assert canceller.recv(1) == b"N"
@@ -198,15 +202,15 @@ def test_a_cancel_reaches_the_backend_that_has_the_key(daemon: DaemonType) -> No
 
 
 def _next(client: socket.socket, frames: Frames, wanted: bytes) -> bytes:
-    """The payload of the next message of a type; what comes in one piece with it is left out."""
+    """The payload of the next message of a type; other messages that arrive with it are dropped."""
     while True:
         for kind, payload in frames.feed(client.recv(65536)):
             if kind == wanted:
                 return payload
 
 
-def test_a_key_that_nobody_has_is_closed_on_silently(daemon: DaemonType) -> None:
-    """Of whatever size; one that cannot be a key, too."""
+def test_an_unknown_cancel_key_gets_no_answer(daemon: DaemonType) -> None:
+    """The daemon closes the connection, whatever the size of the key, valid or not."""
     served = daemon("--pool", "0", "--log-level", "info")
     for size in (8, 36, 260, 0, 7, 261, 5000):
         assert answer(served, untyped(CANCEL_CODE, b"\xff" * size)) == b""
@@ -218,24 +222,24 @@ def test_a_key_that_nobody_has_is_closed_on_silently(daemon: DaemonType) -> None
 # replication
 
 
-def test_physical_replication_is_not_for_a_shared_server(daemon: DaemonType) -> None:
-    """A base backup would have everybody's databases in it."""
+def test_physical_replication_from_a_shared_server_is_refused(daemon: DaemonType) -> None:
+    """A base backup would contain the databases of all clients."""
     served = daemon("--pool", "0", "--log-level", "info")
     for value in ("true", "t", "on", "1", "yes", "y", "TRUE"):
         hello = startup_message({"user": "postgres", "replication": value})
         fields = refused(answer(served, hello))
         assert fields["C"] == "0A000" and "--isolation cluster" in fields["H"]
-    assert leases(served.end()[1]) == 0
+    assert count_leases(served.end()[1]) == 0
 
 
-def test_physical_replication_is_for_a_server_of_ones_own(daemon: DaemonType) -> None:
+def test_physical_replication_from_a_server_per_lease_works(daemon: DaemonType) -> None:
     served = daemon(*CLUSTER)
     with psycopg.connect(served.uri, replication="true", autocommit=True) as connection:
         assert connection.execute("IDENTIFY_SYSTEM").fetchone() is not None
 
 
 @pytest.mark.parametrize("arguments", [(), CLUSTER])
-def test_replication_of_a_database_is_as_any_connection(
+def test_replication_of_a_database_works_like_any_connection(
     daemon: DaemonType, arguments: tuple[str, ...]
 ) -> None:
     served = daemon(*arguments)
@@ -249,7 +253,7 @@ def test_replication_of_a_database_is_as_any_connection(
 
 
 def test_options_and_settings_are_passed_through(shared: Daemon) -> None:
-    """Whatever stands in them, it is a value, and never SQL; what is wrong the server says."""
+    """A parameter is a value and never SQL; the server itself reports an invalid one."""
     odd = 'it\'s "quoted"; DROP DATABASE test; -- \\ $$ \u00e4'
     with psycopg.connect(
         shared.uri, application_name=odd, options="-c work_mem=5MB --lock-timeout=7s"
@@ -258,7 +262,7 @@ def test_options_and_settings_are_passed_through(shared: Daemon) -> None:
             "SELECT current_setting('work_mem'), current_setting('lock_timeout'),"
             " current_setting('application_name')"
         ).fetchone()
-        # PostgreSQL replaces what is not ASCII there, before 18 with question marks.
+        # PostgreSQL replaces characters there that are not ASCII, before 18 with question marks.
         assert row is not None and row[:2] == ("5MB", "7s")
         assert row[2].startswith(odd[:45].rstrip("\u00e4"))
     with Client(("127.0.0.1", shared.port), user=odd, database=odd) as client:
@@ -268,25 +272,25 @@ def test_options_and_settings_are_passed_through(shared: Daemon) -> None:
 
 
 def refused_by_server(served: Daemon, more: dict[str, str]) -> dict[str, str]:
-    said = messages(answer(served, startup_message({"user": "postgres", **more})))
-    assert [kind for kind, _ in said] == [b"R", b"E"]
-    return error_fields(said[1][1])
+    replies = messages(answer(served, startup_message({"user": "postgres", **more})))
+    assert [kind for kind, _ in replies] == [b"R", b"E"]
+    return error_fields(replies[1][1])
 
 
 @pytest.mark.parametrize("arguments", [(), CLUSTER])
-def test_of_a_database_given_twice_neither_reaches_the_server(
+def test_a_database_given_twice_reaches_the_server_once(
     daemon: DaemonType, arguments: tuple[str, ...]
 ) -> None:
-    """The last one counts, as for PostgreSQL; the server is told one name, which is ours."""
+    """The last name counts, as in PostgreSQL. The server gets one name: the allocation's."""
     served = daemon(*arguments)
     both = b"user\0postgres\0database\0postgres\0database\0two\0\0"
-    said = dict(messages(answer(served, untyped(PROTOCOL_3, both), WHICH, TERMINATE)))
-    name = said[b"D"][6:].decode()
+    replies = dict(messages(answer(served, untyped(PROTOCOL_3, both), WHICH, TERMINATE)))
+    name = replies[b"D"][6:].decode()
     assert name.startswith("lease_") if not arguments else name == "two"
 
 
 def of_size(size: int, dbname: str = "d") -> bytes:
-    """A StartupMessage of so many bytes."""
+    """A StartupMessage of a given number of bytes."""
     parameters = {"user": "postgres", "database": dbname, "application_name": ""}
     missing = size - len(startup_message(parameters))
     made = startup_message({**parameters, "application_name": "x" * missing})
@@ -295,46 +299,50 @@ def of_size(size: int, dbname: str = "d") -> bytes:
 
 
 def test_a_packet_over_10000_bytes(daemon: DaemonType) -> None:
-    """Refused as soon as its length is there; so is one that gets too long by the real name."""
+    """The daemon refuses it as soon as it has its length.
+
+    It also refuses a packet that becomes too long with the allocation's database name.
+    """
     served = daemon("--log-level", "info")
     assert b"Z" in dict(messages(answer(served, of_size(9900), TERMINATE)))
     assert refused(answer(served, of_size(10_001)))["C"] == "08P01"
     assert refused(answer(served, (10_001).to_bytes(4, "big")))["C"] == "08P01"
     assert refused(answer(served, of_size(10_000)))["C"] == "08P01"
-    with door(served) as waits:  # for its answer, and has not hung up
+    with connect_raw(served) as waits:  # it waits for its answer and does not close its side
         waits.sendall(of_size(10_000))
         assert refused(read_to_the_end(waits))["C"] == "08P01"
     assert serves(served)
     assert "Traceback" not in served.end()[1]
 
 
-def test_memory_is_taken_for_what_has_arrived_alone(daemon: DaemonType) -> None:
-    """Hundreds of clients that announce the longest packet there is, and send a part of it."""
+def test_memory_is_used_only_for_bytes_that_arrived(daemon: DaemonType) -> None:
+    """Hundreds of clients announce the longest allowed packet and send only a part of it."""
     served = daemon("--pool", "0")
     before = own_memory(served.process.pid)
     with ExitStack() as held:
         for _ in range(500):
-            held.enter_context(client := door(served)).sendall((10_000).to_bytes(4, "big"))
-        with door(served) as last:
+            held.enter_context(client := connect_raw(served)).sendall((10_000).to_bytes(4, "big"))
+        with connect_raw(served) as last:
             last.sendall(cancel_request(bytes(8)))
-            assert read_to_the_end(last) == b""  # all before it have been read, too
+            # so the daemon has read all earlier connections, too
+            assert read_to_the_end(last) == b""
         assert (own_memory(served.process.pid) - before) / 500 < 8_000
         assert client.fileno() > 0
 
 
-# what is no start
+# invalid start-ups
 
 
-def test_garbage_is_closed_on_with_a_line_in_the_log(daemon: DaemonType) -> None:
+def test_a_foreign_protocol_is_closed_with_a_line_in_the_log(daemon: DaemonType) -> None:
     served = daemon("--pool", "0", "--log-level", "info")
-    absurd = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"*1\r\n$4\r\nPING\r\n"]
-    absurd += [b"\0\0\0\4", bytes(8), b"\xff" * 20, (1 << 20).to_bytes(4, "big"), b"\r\n\r\n"]
-    for said in absurd:
-        with door(served) as client:
-            client.sendall(said)
+    foreign = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"*1\r\n$4\r\nPING\r\n"]
+    foreign += [b"\0\0\0\4", bytes(8), b"\xff" * 20, (1 << 20).to_bytes(4, "big"), b"\r\n\r\n"]
+    for data in foreign:
+        with connect_raw(served) as client:
+            client.sendall(data)
             assert read_to_the_end(client) == b""
     lines = served.end()[1].splitlines()
-    assert len(lines) == len(absurd)
+    assert len(lines) == len(foreign)
     assert all("not PostgreSQL's protocol" in line for line in lines)
 
 
@@ -345,7 +353,7 @@ def test_garbage_is_closed_on_with_a_line_in_the_log(daemon: DaemonType) -> None
         (b"user\0me", "08P01"),
         (b"", "08P01"),
         (b"user\0\0", "08P01"),  # a name without a value
-        (b"user\0me\0\0x", "08P01"),  # something behind the end
+        (b"user\0me\0\0x", "08P01"),  # bytes after the terminator
         (b"user\0me\0\0x\0\0", "08P01"),
         (b"\0", "28000"),  # no user
         (b"database\0x\0\0", "28000"),
@@ -353,19 +361,19 @@ def test_garbage_is_closed_on_with_a_line_in_the_log(daemon: DaemonType) -> None
         (b"user\0me\0database\0a\xff\0\0", "22021"),
     ],
 )
-def test_a_start_that_is_not_whole(shared: Daemon, body: bytes, sqlstate: str) -> None:
+def test_an_invalid_start_up_packet(shared: Daemon, body: bytes, sqlstate: str) -> None:
     assert refused(answer(shared, untyped(PROTOCOL_3, body)))["C"] == sqlstate
 
 
-# slowness
+# slow clients
 
 
 @pytest.mark.slow
-def test_a_start_has_ten_seconds_in_all(daemon: DaemonType) -> None:
-    """Silent or a byte at a time, also behind a request for encryption: no byte extends it."""
+def test_a_start_up_has_ten_seconds_in_total(daemon: DaemonType) -> None:
+    """No byte extends the time of a silent or slow client, even after a request for encryption."""
     served = daemon("--pool", "0", "--log-level", "info")
     with ExitStack() as held:
-        silent, slow, asked = (held.enter_context(door(served)) for _ in range(3))
+        silent, slow, asked = (held.enter_context(connect_raw(served)) for _ in range(3))
         asked.sendall(SSL)
         assert asked.recv(1) == b"N"
         start = time.monotonic()
@@ -378,16 +386,16 @@ def test_a_start_has_ten_seconds_in_all(daemon: DaemonType) -> None:
                 slow.send(byte)
             with suppress(OSError):
                 asked.send(byte)
-            if all(_hung_up(client) for client in (slow, asked)):
+            if all(_is_closed(client) for client in (slow, asked)):
                 break
-            time.sleep(0.1)  # the slowness that is tested
+            time.sleep(0.1)  # the slowness that the test is about
         assert time.monotonic() - start < 25
         assert read_to_the_end(silent) == b""
     _, errors = served.end()
-    assert errors.count("did not finish its start-up") == 3 and leases(errors) == 0
+    assert errors.count("did not finish its start-up") == 3 and count_leases(errors) == 0
 
 
-def _hung_up(client: socket.socket) -> bool:
+def _is_closed(client: socket.socket) -> bool:
     try:
         return client.recv(100) == b""
     except BlockingIOError:
@@ -396,13 +404,13 @@ def _hung_up(client: socket.socket) -> bool:
         return True
 
 
-def test_a_crowd_that_comes_at_once_is_not_kept_out(daemon: DaemonType) -> None:
-    """Hundreds connect while the daemon is busy; else some would try again a second later."""
+def test_many_clients_that_connect_at_once_are_accepted(daemon: DaemonType) -> None:
+    """Hundreds connect while the daemon is busy; a short queue would delay some by a second."""
     served = daemon("--pool", "0")
     served.process.send_signal(signal.SIGSTOP)
     with ExitStack() as held:
         try:
-            crowd = [held.enter_context(door(served)) for _ in range(500)]
+            crowd = [held.enter_context(connect_raw(served)) for _ in range(500)]
         finally:
             served.process.send_signal(signal.SIGCONT)
         for client in crowd:
@@ -410,13 +418,13 @@ def test_a_crowd_that_comes_at_once_is_not_kept_out(daemon: DaemonType) -> None:
         assert [client.recv(2) for client in crowd] == [b"N"] * 500
 
 
-def test_as_many_are_starting_as_may_be(daemon: DaemonType) -> None:
-    """Further ones are told so, and read it; with one that leaves there is room again."""
+def test_the_limit_of_clients_that_are_starting_up(daemon: DaemonType) -> None:
+    """Further clients get an error and can read it; a client that leaves makes room for another."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 3 * STARTING:
         pytest.skip("too few open files are allowed here")
     served = daemon("--pool", "0", "--log-level", "info")
     with ExitStack() as held:
-        starting = [held.enter_context(door(served)) for _ in range(STARTING)]
+        starting = [held.enter_context(connect_raw(served)) for _ in range(STARTING)]
         for _ in range(20):
             assert refused(answer(served, HELLO, WHICH))["C"] == "53300"
         starting[0].close()
@@ -425,32 +433,32 @@ def test_as_many_are_starting_as_may_be(daemon: DaemonType) -> None:
     assert served.end()[0] == 0
 
 
-# what follows the start
+# after the start-up
 
 
 @pytest.mark.parametrize("arguments", [(), CLUSTER])
-def test_what_is_sent_behind_the_start_arrives_in_order(
+def test_statements_sent_with_the_start_up_packet_arrive_in_order(
     daemon: DaemonType, arguments: tuple[str, ...]
 ) -> None:
-    """In one piece with it, before there is a server, and with the goodbye at once."""
+    """They arrive in one piece with it, before the server exists, followed by Terminate."""
     served = daemon(*arguments)
     queries = [f"SELECT {number}" for number in range(2000)]
     sent = b"".join(frame(b"Q", query.encode() + b"\0") for query in queries)
-    said = messages(answer(served, HELLO + sent + TERMINATE))
-    rows = [payload[6:].decode() for kind, payload in said if kind == b"D"]
+    replies = messages(answer(served, HELLO + sent + TERMINATE))
+    rows = [payload[6:].decode() for kind, payload in replies if kind == b"D"]
     assert rows == [str(number) for number in range(2000)]
 
 
-def test_who_shuts_down_writing_gets_the_answer_first(shared: Daemon) -> None:
-    """A half-close is passed on, and the other direction drains; then both are closed."""
+def test_a_half_closed_client_gets_its_answer(shared: Daemon) -> None:
+    """A half-close is passed on; both sides are closed after the other direction has drained."""
     query = frame(b"Q", b"SELECT repeat('x', 10000000), pg_sleep(0.2)\0")
-    said = messages(answer(shared, HELLO, query))
-    assert [len(payload) > 10_000_000 for kind, payload in said if kind == b"D"] == [True]
-    assert said[-1] == (b"Z", b"I")
+    replies = messages(answer(shared, HELLO, query))
+    assert [len(payload) > 10_000_000 for kind, payload in replies if kind == b"D"] == [True]
+    assert replies[-1] == (b"Z", b"I")
 
 
-def test_probes_cost_nothing(daemon: DaemonType, programs: Installation) -> None:
-    """pg_isready, load balancers' empty connects, and one that is reset, are answered or closed."""
+def test_probes_use_no_lease(daemon: DaemonType, programs: Installation) -> None:
+    """pg_isready, empty connections of load balancers and reset ones are answered or closed."""
     served = daemon("--log-level", "info")
     isready = programs.bin_dir / "pg_isready"
     if isready.exists():
@@ -460,27 +468,27 @@ def test_probes_cost_nothing(daemon: DaemonType, programs: Installation) -> None
     assert [kind for kind, _ in messages(answer(served, probe, TERMINATE))][-1] == b"Z"
     assert answer(served) == answer(served, HELLO[:5]) == b""
     assert answer(served, SSL) == b"N"
-    with door(served) as client:
+    with connect_raw(served) as client:
         client.sendall(HELLO[:5])
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     status, errors = served.end()
-    assert status == 0 and leases(errors) == 0
+    assert status == 0 and count_leases(errors) == 0
     assert "Traceback" not in errors
 
 
-def test_who_only_logs_in_has_used_nothing(daemon: DaemonType) -> None:
-    """Terminate or the end as the first thing after the login: the next gets the same database."""
+def test_a_client_that_only_logs_in_uses_no_database(daemon: DaemonType) -> None:
+    """If a client sends Terminate or closes right after the login, the next gets its database."""
     served = daemon("--pool", "1", "--log-level", "info")
     for _ in range(2):
         psycopg.connect(served.uri).close()
         answer(served, HELLO)
         answer(served, HELLO + TERMINATE)
     _, errors = served.end()
-    assert errors.count("used False") == leases(errors) == 6
+    assert errors.count("used False") == count_leases(errors) == 6
 
 
-def test_a_client_that_looks_for_a_kind_of_server(shared: Daemon) -> None:
-    """What the server reports of itself is passed on, from which libpq tells what it is."""
+def test_target_session_attrs(shared: Daemon) -> None:
+    """The daemon passes on the server's parameters, by which libpq recognizes a primary."""
     for wanted in ("any", "read-write", "primary", "prefer-standby"):
         with psycopg.connect(shared.uri, target_session_attrs=wanted) as connection:
             assert connection.info.parameter_status("in_hot_standby") == "off"
@@ -491,7 +499,7 @@ def test_a_client_that_looks_for_a_kind_of_server(shared: Daemon) -> None:
 # refusals
 
 
-def test_the_name_of_anothers_database_opens_nothing(shared: Daemon) -> None:
+def test_the_name_of_another_clients_database_is_refused(shared: Daemon) -> None:
     with psycopg.connect(shared.uri) as owner:
         row = owner.execute("SELECT current_database()").fetchone()
         assert row is not None
@@ -508,22 +516,22 @@ def test_the_name_of_anothers_database_opens_nothing(shared: Daemon) -> None:
         (("--single",), "nowhere", "3D000", None),
     ],
 )
-def test_who_can_get_nothing_is_told_why_in_full(
+def test_a_refused_client_gets_the_complete_reason(
     daemon: DaemonType, arguments: tuple[str, ...], dbname: str, sqlstate: str, hint: str | None
 ) -> None:
-    """With a hint that drivers show; also to who has sent much already, which nobody has read."""
+    """The error has a hint that drivers show, even if the client has already sent much data."""
     served = daemon(*arguments)
-    where = dbname if sqlstate == "53300" else "test"
+    used_dbname = dbname if sqlstate == "53300" else "test"
     uri = served.uri.replace("/test", f"/{dbname}")
 
     async def use() -> None:
         await asyncpg.connect(uri)
 
-    with psycopg.connect(served.uri.replace("/test", f"/{where}")):
+    with psycopg.connect(served.uri.replace("/test", f"/{used_dbname}")):
         hello = startup_message({"user": "postgres", "database": dbname})
         for behind in (b"", WHICH, WHICH * 30_000):
-            said = messages(answer(served, hello + behind))
-            (fields,) = (error_fields(payload) for kind, payload in said if kind == b"E")
+            replies = messages(answer(served, hello + behind))
+            (fields,) = (error_fields(payload) for kind, payload in replies if kind == b"E")
             assert fields["C"] == sqlstate
             assert hint is None or hint in fields["H"]
         with pytest.raises(psycopg.OperationalError) as by_libpq:
@@ -535,17 +543,17 @@ def test_who_can_get_nothing_is_told_why_in_full(
         assert hint in str(by_libpq.value) and hint in (by_asyncpg.value.hint or "")
 
 
-def test_who_is_being_served_when_the_daemon_stops_is_told(daemon: DaemonType) -> None:
+def test_connected_clients_get_an_error_when_the_daemon_stops(daemon: DaemonType) -> None:
     served = daemon()
     with Client(("127.0.0.1", served.port), user="postgres") as client:
         assert client.query("SELECT 1") == [("1",)]
         assert served.end() == (0, "")
-        said = messages(read_to_the_end(client.socket))
-        assert said and error_fields(said[0][1])["C"] == "57P01"
+        replies = messages(read_to_the_end(client.socket))
+        assert replies and error_fields(replies[0][1])["C"] == "57P01"
 
 
-def test_a_refused_user_reads_why(shared: Daemon) -> None:
-    """The server's own refusal, whole, through a client that checks every field."""
+def test_the_servers_own_refusal_reaches_the_client(shared: Daemon) -> None:
+    """The error arrives complete, as a client sees that checks every field."""
     with pytest.raises(RefusedError, match="22023"):
         Client(("127.0.0.1", shared.port), user="postgres", work_mem="none")
     with Client(("127.0.0.1", shared.port), user="postgres") as client:

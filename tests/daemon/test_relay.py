@@ -1,4 +1,4 @@
-"""Bytes through the daemon: all of them, in order, both ways, and few of them held."""
+"""The relay: all bytes arrive in order in both directions, and the daemon buffers few of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rawclient import Client, SqlError, dial, error_fields, read_to_the_end
 from support import Daemon, eventually, own_memory
 
 DaemonType = type[Daemon]
-ROOM = 16 << 20  # bytes that the daemon may take for whatever goes through it
+ROOM = 16 << 20  # bytes that the daemon may use for the data it relays
 ROWS = 33_600  # of 32,001 bytes each: more than 1 GB
 CLUSTER = ("--isolation", "cluster", "--pool", "0")
 SYNC = frame(b"S")
@@ -29,9 +29,9 @@ SYNC = frame(b"S")
 
 @pytest.fixture(scope="module", params=[15, 18])
 def shared(request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """A daemon of many tests; what went through it left no traceback."""
+    """A daemon for many tests; it must not have logged a traceback."""
     served = Daemon("--log-level", "info", "--pg-version", str(need_version(request.param)))
-    Daemon.running.discard(served)  # the other fixture's are ended with each test
+    Daemon.running.discard(served)  # otherwise the other fixture would stop it with each test
     yield served
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
@@ -47,7 +47,7 @@ def raw(served: Daemon, dbname: str = "test", **parameters: str) -> Client:
 
 
 def waits(looker: psycopg.Connection, event: str) -> bool:
-    """Whether a backend is held up by its client, as the server sees it."""
+    """Whether the server reports that a backend waits for its client."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = %s"
     row = looker.execute(query, [event]).fetchone()
     return row == (1,)
@@ -57,12 +57,12 @@ def row(number: int) -> bytes:
     return hashlib.md5(str(number).encode()).hexdigest().encode() * 1000 + b"\n"
 
 
-# much, and slowly
+# large amounts, slowly
 
 
 @pytest.mark.slow
-def test_a_gigabyte_out_to_a_slow_reader(daemon: DaemonType) -> None:
-    """All bytes arrive; while the reader pauses the server waits, and the daemon holds little."""
+def test_a_gigabyte_to_a_slow_client(daemon: DaemonType) -> None:
+    """All bytes arrive. While the client pauses, the server waits and the daemon buffers little."""
     served = daemon()
     with psycopg.connect(served.uri, autocommit=True) as looker, raw(served) as client:
         before = own_memory(served.process.pid)
@@ -85,8 +85,8 @@ def test_a_gigabyte_out_to_a_slow_reader(daemon: DaemonType) -> None:
 
 
 @pytest.mark.slow
-def test_a_gigabyte_in_to_a_slow_server(daemon: DaemonType) -> None:
-    """The server compares each row as it comes; while it waits so does the client."""
+def test_a_gigabyte_to_a_slow_server(daemon: DaemonType) -> None:
+    """The server compares each row on arrival; while it waits, the client waits too."""
     served = daemon()
     with (
         psycopg.connect(at(served, "test~s"), autocommit=True) as holder,
@@ -98,20 +98,20 @@ def test_a_gigabyte_in_to_a_slow_server(daemon: DaemonType) -> None:
                        " n % 8000 = 1 THEN pg_advisory_xact_lock_shared(1)::text END'")  # fmt: skip
         holder.execute("SELECT pg_advisory_lock(1)")
         before = own_memory(served.process.pid)
-        # What is as expected is not stored.
+        # Rows that are as expected are not stored.
         client.ask("COPY wrong FROM STDIN WHERE pause(n) = 'never'"
                    " OR n <> nextval('counted') OR line <> repeat(md5(n::text), 1000)")  # fmt: skip
         assert client.next()[0] == b"G"
         paused = False
         for number in range(1, ROWS + 1):
-            said = frame(b"d", b"%d\t" % number + row(number))
-            if not paused and (said := _until_held_up(client.socket, said)):
+            data = frame(b"d", b"%d\t" % number + row(number))
+            if not paused and (data := _send_until_blocked(client.socket, data)):
                 paused = True
                 assert eventually(lambda: waits(holder, "advisory"))
                 assert own_memory(served.process.pid) - before < ROOM
                 holder.execute("SELECT pg_advisory_unlock(1)")
-            if said:
-                client.socket.sendall(said)
+            if data:
+                client.socket.sendall(data)
         client.send(b"c")
         assert client.answer() == []
         assert own_memory(served.process.pid) - before < ROOM
@@ -120,18 +120,18 @@ def test_a_gigabyte_in_to_a_slow_server(daemon: DaemonType) -> None:
         assert client.query("SELECT count(*) FROM wrong") == [("0",)]
 
 
-def _until_held_up(connection: socket.socket, said: bytes) -> bytes:
-    """Send; what is left where nobody has taken more for a while."""
-    while said:
+def _send_until_blocked(connection: socket.socket, data: bytes) -> bytes:
+    """Send data; return the rest once the daemon has accepted nothing for a second."""
+    while data:
         _, able, _ = select.select([], [connection], [], 1.0)
         if not able:
-            return said
-        said = said[connection.send(said, socket.MSG_DONTWAIT) :]
+            return data
+        data = data[connection.send(data, socket.MSG_DONTWAIT) :]
     return b""
 
 
 @pytest.mark.slow
-def test_a_value_of_256_megabytes_both_ways(shared: Daemon) -> None:
+def test_a_value_of_256_megabytes_in_both_directions(shared: Daemon) -> None:
     value = bytes(range(256)) * (1 << 20)
     before = own_memory(shared.process.pid)
     with psycopg.connect(shared.uri) as connection:
@@ -143,20 +143,20 @@ def test_a_value_of_256_megabytes_both_ways(shared: Daemon) -> None:
     assert own_memory(shared.process.pid) - before < ROOM
 
 
-def test_one_byte_at_a_time_both_ways(shared: Daemon) -> None:
-    """Hundreds of statements sent so, thousands of rows read so."""
+def test_one_byte_at_a_time_in_both_directions(shared: Daemon) -> None:
+    """The client sends hundreds of statements, and reads thousands of rows, byte by byte."""
     query = frame(b"Q", b"SELECT 1\0")
     with dial(("127.0.0.1", shared.port)) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in startup_message({"user": "postgres"}) + query * 300 + TERMINATE:
             client.send(bytes([byte]))
-        said = read_to_the_end(client)
-    assert said.count(b"SELECT 1\0Z\0\0\0\5I") == 300
+        answer = read_to_the_end(client)
+    assert answer.count(b"SELECT 1\0Z\0\0\0\5I") == 300
     with dial(("127.0.0.1", shared.port)) as client:
         client.sendall(startup_message({"user": "postgres"}))
         client.sendall(frame(b"Q", b"SELECT n FROM generate_series(1, 3000) n\0") + TERMINATE)
-        said = b"".join(iter(lambda: client.recv(1), b""))
-    assert said.endswith(frame(b"D", b"\0\1\0\0\0\0043000") + frame(b"C", b"SELECT 3000\0")
+        answer = b"".join(iter(lambda: client.recv(1), b""))
+    assert answer.endswith(frame(b"D", b"\0\1\0\0\0\0043000") + frame(b"C", b"SELECT 3000\0")
                          + frame(b"Z", b"I"))  # fmt: skip
 
 
@@ -168,10 +168,10 @@ def test_a_row_of_1600_columns(shared: Daemon) -> None:
         assert connection.execute("SELECT * FROM wide").fetchone() == tuple(range(1600))
 
 
-# half-closed, and broken off
+# half-closed and interrupted connections
 
 
-def test_who_says_no_more_still_gets_all(shared: Daemon) -> None:
+def test_a_half_closed_client_receives_everything(shared: Daemon) -> None:
     """A client that has shut down writing reads megabytes slowly, to the last byte."""
     query = "SELECT repeat('x', 1000) FROM generate_series(1, 50000)"
     with dial(("127.0.0.1", shared.port)) as client:
@@ -179,13 +179,13 @@ def test_who_says_no_more_still_gets_all(shared: Daemon) -> None:
         client.shutdown(socket.SHUT_WR)
         with psycopg.connect(shared.uri, autocommit=True) as looker:
             assert eventually(lambda: waits(looker, "ClientWrite"))
-        said = read_to_the_end(client)
-    assert said.endswith(frame(b"C", b"SELECT 50000\0") + frame(b"Z", b"I"))
-    assert said.count(b"x" * 1000) == 50000
+        answer = read_to_the_end(client)
+    assert answer.endswith(frame(b"C", b"SELECT 50000\0") + frame(b"Z", b"I"))
+    assert answer.count(b"x" * 1000) == 50000
 
 
-def test_what_the_server_says_last_is_heard_by_who_goes_on_writing(shared: Daemon) -> None:
-    """A backend that ends while its client sends: the client reads why, and then the end."""
+def test_a_client_that_keeps_writing_reads_the_servers_last_error(shared: Daemon) -> None:
+    """If a backend exits while its client sends, the client reads the reason and then the end."""
     with raw(shared, "test~end") as client, psycopg.connect(at(shared, "test~end")) as other:
         client.query("CREATE UNLOGGED TABLE t (line text)")
         client.ask("COPY t FROM STDIN")
@@ -207,18 +207,18 @@ def test_what_the_server_says_last_is_heard_by_who_goes_on_writing(shared: Daemo
         assert read_to_the_end(client.socket) == b""
 
 
-# every kind of conversation
+# each part of the protocol
 
 
-def test_an_error_in_the_middle_of_a_copy(shared: Daemon) -> None:
-    """By the data, and by the client; what was already sent behind it is skipped, as ever."""
+def test_an_error_during_copy(shared: Daemon) -> None:
+    """The data or the client causes the error; data sent after it is skipped, as usual."""
     with raw(shared) as client:
         client.query("CREATE TABLE t (n int)")
         for middle, sqlstate in ((frame(b"d", b"x\n"), "22P02"), (frame(b"f", b"no\0"), "57014")):
             client.ask("COPY t FROM STDIN")
             assert client.answer() == []
             lines = frame(b"d", b"1\n") * 50_000
-            client.canceled = True  # which is what COPY calls its client's failure
+            client.canceled = True  # COPY reports its client's failure with this SQLSTATE
             client.socket.sendall(lines + middle)
             if sqlstate == "22P02":
                 client.socket.sendall(lines + frame(b"c"))
@@ -227,8 +227,8 @@ def test_an_error_in_the_middle_of_a_copy(shared: Daemon) -> None:
             assert client.query("SELECT count(*) FROM t") == [("0",)]
 
 
-def test_notifications_reach_who_listens(shared: Daemon) -> None:
-    """Those who share a session, also a client that is silent; nobody else."""
+def test_notifications_reach_the_clients_of_a_session(shared: Daemon) -> None:
+    """A silent client of the same session gets them; a client of another session does not."""
     with (
         psycopg.connect(at(shared, "test~n"), autocommit=True) as listener,
         psycopg.connect(at(shared, "test~n"), autocommit=True) as speaker,
@@ -238,13 +238,13 @@ def test_notifications_reach_who_listens(shared: Daemon) -> None:
             connection.execute("LISTEN news")
         for number in range(1000):
             speaker.execute("SELECT pg_notify('news', %s)", [str(number) + "x" * 1000])
-        heard = list(listener.notifies(timeout=30, stop_after=1000))
-        assert [int(one.payload.rstrip("x")) for one in heard] == list(range(1000))
+        received = list(listener.notifies(timeout=30, stop_after=1000))
+        assert [int(one.payload.rstrip("x")) for one in received] == list(range(1000))
         assert list(stranger.notifies(timeout=0)) == []
 
 
 def test_pipelines(shared: Daemon) -> None:
-    """libpq's pipeline mode, with an error in the middle of it."""
+    """libpq's pipeline mode, with an error in the middle."""
     with psycopg.connect(shared.uri, autocommit=True) as connection:
         with connection.pipeline():
             cursors = [connection.execute("SELECT %s::int", [number]) for number in range(2000)]
@@ -266,7 +266,7 @@ def _extended(statement: str, *, most: int = 0) -> bytes:
 
 
 def test_messages_without_a_sync(shared: Daemon) -> None:
-    """Answers to what was flushed come before the Sync; after an error all is skipped to it."""
+    """Flushed answers arrive before the Sync; after an error, messages up to Sync are skipped."""
     with raw(shared) as client:
         for number in range(500):
             client.socket.sendall(_extended(f"SELECT {number}") + frame(b"H"))
@@ -280,7 +280,7 @@ def test_messages_without_a_sync(shared: Daemon) -> None:
 
 
 def test_portals(shared: Daemon) -> None:
-    """A cursor that is fetched from, and rows in portions by the protocol itself."""
+    """A client fetches from a cursor, and limits the rows of an Execute message."""
     with psycopg.connect(shared.uri) as connection, connection.cursor("portal") as cursor:
         cursor.itersize = 7
         cursor.execute("SELECT n FROM generate_series(1, 1000) n")
@@ -291,12 +291,12 @@ def test_portals(shared: Daemon) -> None:
         assert [client.next()[0] for _ in range(303)] == [b"1", b"2"] + [b"D"] * 300 + [b"s"]
         more = frame(b"E", b"\0" + (300).to_bytes(4, "big"))
         client.socket.sendall(more * 3 + SYNC)
-        said = [client.next()[0] for _ in range(704)]
-        assert said == ([b"D"] * 300 + [b"s"]) * 2 + [b"D"] * 100 + [b"C", b"Z"]
+        kinds = [client.next()[0] for _ in range(704)]
+        assert kinds == ([b"D"] * 300 + [b"s"]) * 2 + [b"D"] * 100 + [b"C", b"Z"]
 
 
 def test_large_objects(shared: Daemon) -> None:
-    """64 MB in pieces, by SQL and by the function call that the protocol has for it."""
+    """64 MB in pieces, by SQL and by the protocol's FunctionCall message."""
     piece = bytes(range(256)) * (1 << 14)
     with psycopg.connect(shared.uri, autocommit=True) as connection:
         row = connection.execute("SELECT lo_create(0)").fetchone()
@@ -315,8 +315,8 @@ def test_large_objects(shared: Daemon) -> None:
         assert client.next()[0] == b"Z"
 
 
-def test_a_login_that_says_much(daemon: DaemonType, tmp_path: Path) -> None:
-    """Megabytes of notices before the first query reach each client, also who is rehearsed for."""
+def test_a_login_with_large_notices(daemon: DaemonType, tmp_path: Path) -> None:
+    """Megabytes of notices during the login reach each client, even on a warm connection."""
     (tmp_path / "a.sql").write_text(
         "CREATE FUNCTION greet() RETURNS event_trigger LANGUAGE plpgsql AS"
         " $$ BEGIN RAISE NOTICE '%', repeat('x', 3000000); END $$;"
@@ -330,7 +330,7 @@ def test_a_login_that_says_much(daemon: DaemonType, tmp_path: Path) -> None:
             assert read_to_the_end(client).count(b"x" * 3_000_000) == 1
 
 
-# replication, in a server of one's own
+# replication, in a server per lease
 
 
 @contextmanager
@@ -342,7 +342,7 @@ def _replicating(uri: str) -> Iterator[pq.PGconn]:
 
 
 def test_logical_replication(daemon: DaemonType, any_version: str) -> None:
-    """A slot's changes are streamed, with an answer now and then; and it is ended by the client."""
+    """The client streams a slot's changes, acknowledges some, and ends the stream."""
     served = daemon(*CLUSTER, "--pg-version", any_version, "-o", "wal_level=logical")
     uri = at(served, "test~r")
     with psycopg.connect(uri, autocommit=True) as writer, _replicating(uri) as stream:
@@ -371,7 +371,7 @@ def test_logical_replication(daemon: DaemonType, any_version: str) -> None:
 
 
 def test_a_base_backup(daemon: DaemonType, programs: Installation, open_dir: Path) -> None:
-    """Whole, with the log of what happened meanwhile over a second connection, in a session."""
+    """A complete backup in a session; a second connection streams the WAL meanwhile."""
     backup = programs.bin_dir / "pg_basebackup"
     if not backup.exists():
         pytest.skip("this PostgreSQL has no pg_basebackup")

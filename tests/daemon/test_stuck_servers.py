@@ -1,4 +1,4 @@
-"""A tenant brings its server to a standstill: others are served, and SIGTERM ends the daemon."""
+"""A tenant blocks its server: other clients are served, and SIGTERM stops the daemon."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from support import Daemon, at, children, eventually, one
 DaemonType = type[Daemon]
 Tenant = psycopg.Connection[Any]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
-END_SECONDS = 5.0  # in which SIGTERM ends the daemon
+END_SECONDS = 5.0  # SIGTERM stops the daemon within this time
 
 
 @contextmanager
 def tenant_of(served: Daemon, dbname: str = "test~tenant") -> Iterator[Tenant]:
-    """A client, which may be in the middle of anything when its block ends."""
+    """A client that may be in the middle of a statement when its block ends."""
     with closing(psycopg.connect(at(served, dbname), autocommit=True)) as tenant:
         yield tenant
 
 
 def program(tenant: Tenant, command: str) -> None:
-    """Run a shell command as the server's user, in the data directory."""
+    """Run a shell command as the server user, in the data directory."""
     tenant.execute(f"COPY (SELECT 1) TO PROGRAM 'cat >/dev/null; {command}'")  # type: ignore[arg-type]
 
 
@@ -51,7 +51,7 @@ def data_of(tenant: Tenant) -> Path:
 
 
 def stop(*pids: int) -> None:
-    """Stop processes, and wait until they stand still."""
+    """Stop processes, and wait until they are stopped."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     assert eventually(lambda: all(procfs.is_stopped(pid) for pid in pids))
@@ -63,7 +63,7 @@ def postmaster_of(tenant: Tenant) -> int:
 
 
 def block_postmaster(tenant: Tenant) -> None:
-    """Have the postmaster read a pipe, in which it is not stopped and answers nobody."""
+    """Make the postmaster read a pipe: it is not stopped but answers no client."""
     postmaster = postmaster_of(tenant)
     program(tenant, "rm pg_hba.conf; mkfifo pg_hba.conf")
     tenant.execute("SELECT pg_reload_conf()")
@@ -90,15 +90,15 @@ STOPPED: dict[str, Callable[[Tenant], list[int]]] = {
 
 
 def is_served(served: Daemon, dbname: str = "test") -> bool:
-    """Whether a client that is new gets a database in which it can work."""
+    """Whether a new client gets a database in which it can work."""
     with psycopg.connect(at(served, dbname), autocommit=True, connect_timeout=30) as client:
         client.execute("CREATE TEMP TABLE t AS SELECT 1 AS n")
         return client.execute("SELECT n FROM t").fetchone() == (1,)
 
 
 @contextmanager
-def ended_in_time(served: Daemon, *data_dirs: Path) -> Iterator[None]:
-    """SIGTERM ends the daemon within five seconds after the block, and nothing is left."""
+def stopped_in_time(served: Daemon, *data_dirs: Path) -> Iterator[None]:
+    """SIGTERM stops the daemon within five seconds after the block, and nothing is left."""
     try:
         yield
     except BaseException:
@@ -123,14 +123,17 @@ def ended_in_time(served: Daemon, *data_dirs: Path) -> Iterator[None]:
         "ln -s ../lease postgresql.conf",
     ],
 )
-def test_other_files_in_place_of_those_that_are_read(
+def test_special_files_in_place_of_files_that_pgtemp_reads(
     daemon: DaemonType, isolation: str, command: str
 ) -> None:
-    """A pipe, a device or a link does not stop the daemon: others have and get databases."""
+    """A pipe, a device or a link does not block the daemon.
+
+    Other clients keep and get databases.
+    """
     served = daemon("--isolation", isolation)
     with tenant_of(served) as tenant, tenant_of(served, "test") as other:
         data = data_of(tenant)
-        with ended_in_time(served, data, data_of(other)):
+        with stopped_in_time(served, data, data_of(other)):
             program(tenant, f"rm {command.split()[-1]}; {command}")
             assert all(is_served(served) for _ in range(4))
             assert ask(other, "SELECT 2") == 2
@@ -143,13 +146,13 @@ def test_other_files_in_place_of_those_that_are_read(
 @BOTH
 @pytest.mark.parametrize("what", STOPPED)
 def test_stopped_processes(daemon: DaemonType, isolation: str, what: str) -> None:
-    """Whatever a tenant stops, new clients are served, from a new server if need be."""
+    """Whichever process a tenant stops, new clients are served, if necessary from a new server."""
     served = daemon("--isolation", isolation)
-    for _ in range(6):  # until pgtemp has connections of its own, and directories to use again
+    for _ in range(6):  # until pgtemp has its own connections and directories to recycle
         assert is_served(served)
     with tenant_of(served) as tenant:
         data = data_of(tenant)
-        with ended_in_time(served, data):
+        with stopped_in_time(served, data):
             stop(*STOPPED[what](tenant))
             assert all(is_served(served) for _ in range(8))
 
@@ -159,11 +162,11 @@ def test_stopped_processes(daemon: DaemonType, isolation: str, what: str) -> Non
 def test_a_lease_that_ends_in_a_stopped_server(
     daemon: DaemonType, isolation: str, what: str
 ) -> None:
-    """What a lease left cannot be looked at: its server is replaced, and ended."""
+    """The leak check is impossible: the server is replaced and stopped."""
     served = daemon("--isolation", isolation)
     with tenant_of(served) as tenant:
         data = data_of(tenant)
-        with ended_in_time(served, data):
+        with stopped_in_time(served, data):
             stop(*STOPPED[what](tenant))
             tenant.close()
             assert all(is_served(served) for _ in range(8))
@@ -175,22 +178,22 @@ def test_a_lease_that_ends_in_a_stopped_server(
 def test_a_server_that_is_not_stopped_but_does_not_answer(
     daemon: DaemonType, isolation: str, block: Callable[[Tenant], None]
 ) -> None:
-    """It is replaced once a deadline has passed, and whoever waited for it is served by another."""
+    """After a deadline it is replaced, and the clients that waited for it get another server."""
     served = daemon("--isolation", isolation)
-    with tenant_of(served) as tenant, ended_in_time(served, data_of(tenant)):
+    with tenant_of(served) as tenant, stopped_in_time(served, data_of(tenant)):
         block(tenant)
 
         assert all(is_served(served) for _ in range(10))
 
 
-def test_a_client_that_holds_a_statement(daemon: DaemonType) -> None:
-    """A backend that waits for a program obeys no signal; its server ends nevertheless."""
+def test_a_backend_that_waits_for_a_program(daemon: DaemonType) -> None:
+    """A backend that waits for a program ignores signals; its server stops nevertheless."""
     served = daemon()
     for _ in range(6):
         assert is_served(served)
     with tenant_of(served) as tenant:
         data = data_of(tenant)
-        with ended_in_time(served, data):
+        with stopped_in_time(served, data):
             tenant.execute("CREATE TABLE t (t text)")
             tenant.pgconn.send_query(b"COPY t FROM PROGRAM 'exec sleep 1000'")
             tenant.pgconn.flush()
@@ -210,9 +213,9 @@ def test_a_client_that_holds_a_statement(daemon: DaemonType) -> None:
 def test_a_program_that_leaves_the_process_group_of_its_backend(
     daemon: DaemonType, command: str, open_dir: Path, programs: Installation
 ) -> None:
-    """The end of kept data waits for no program of a tenant, and is a clean shutdown."""
+    """The shutdown of persisted data waits for no program of a tenant, and is clean."""
     served = daemon("--isolation", "cluster", "--persist", "--data-dir-prefix", str(open_dir))
-    with tenant_of(served) as tenant, ended_in_time(served):
+    with tenant_of(served) as tenant, stopped_in_time(served):
         data = data_of(tenant)
         tenant.execute("CREATE TABLE t (t text)")
         backend = int(ask(tenant, "SELECT pg_backend_pid()"))
@@ -225,7 +228,7 @@ def test_a_program_that_leaves_the_process_group_of_its_backend(
 
 
 def runs(argument: str, cwd: Path) -> bool:
-    """Whether a process with that last argument works in a directory."""
+    """Whether a process with that last argument has this working directory."""
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             argv = (place / "cmdline").read_bytes().split(b"\0")
@@ -234,15 +237,15 @@ def runs(argument: str, cwd: Path) -> bool:
     return False
 
 
-def shelf_of(served: Daemon) -> int:
-    """The process that puts directories of dropped databases in order."""
+def recycling_process_of(served: Daemon) -> int:
+    """The process that restores directories of dropped databases."""
 
     def found() -> list[int]:
-        wardens = list(children(served.process.pid))
+        supervisors = list(children(served.process.pid))
         return [
             pid
-            for warden in wardens
-            for pid, name in children(warden).items()
+            for supervisor in supervisors
+            for pid, name in children(supervisor).items()
             if not name.startswith("postgres")
         ]
 
@@ -253,11 +256,11 @@ def shelf_of(served: Daemon) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_the_recycling_process(daemon: DaemonType, number: signal.Signals) -> None:
-    """Databases are made and dropped in the usual way if it is stopped or killed."""
+def test_a_stopped_or_killed_recycling_process(daemon: DaemonType, number: signal.Signals) -> None:
+    """Databases are created and dropped in the usual way if it is stopped or killed."""
     served = daemon()
-    with tenant_of(served) as tenant, ended_in_time(served, data_of(tenant)):
-        os.kill(shelf_of(served), number)
+    with tenant_of(served) as tenant, stopped_in_time(served, data_of(tenant)):
+        os.kill(recycling_process_of(served), number)
         assert all(is_served(served) for _ in range(12))
         server = ask(tenant, "SELECT pg_postmaster_start_time()")
         assert one(at(served, "test"), "SELECT pg_postmaster_start_time()") == server
@@ -265,19 +268,21 @@ def test_the_recycling_process(daemon: DaemonType, number: signal.Signals) -> No
 
 @pytest.mark.parametrize("stuck", ["stopped", "blocked"])
 def test_one_session_does_not_use_up_the_threads(daemon: DaemonType, stuck: str) -> None:
-    """Many connections to a session whose server stands still keep nobody else out."""
+    """Many connections to a session whose server is stuck do not exclude other clients."""
     served = daemon("--isolation", "cluster")
     with (
         tenant_of(served) as tenant,
-        ExitStack() as crowd,
-        ended_in_time(served, data_of(tenant)),
+        ExitStack() as connections,
+        stopped_in_time(served, data_of(tenant)),
     ):
         if stuck == "stopped":
             stop(postmaster_of(tenant))
         else:
             block_postmaster(tenant)
         for number in range(200):
-            one_more = crowd.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            one_more = connections.enter_context(
+                socket.create_connection(("127.0.0.1", served.port))
+            )
             parameters = {"user": f"u{number}", "database": "test~tenant"}
             one_more.sendall(startup_message(parameters))
         assert all(is_served(served) for _ in range(8))
@@ -285,12 +290,12 @@ def test_one_session_does_not_use_up_the_threads(daemon: DaemonType, stuck: str)
 
 @BOTH
 @pytest.mark.parametrize("what", ["the postmaster", "its own backend", "all"])
-def test_data_that_is_kept_is_shut_down_cleanly(
+def test_persisted_data_is_shut_down_cleanly(
     daemon: DaemonType, isolation: str, what: str, open_dir: Path, programs: Installation
 ) -> None:
-    """--persist: what was stopped is made to go on, so that no data needs a recovery."""
+    """With --persist, stopped processes are continued, so that no data needs a recovery."""
     served = daemon("--isolation", isolation, "--persist", "--data-dir-prefix", str(open_dir))
-    with tenant_of(served) as tenant, ended_in_time(served):
+    with tenant_of(served) as tenant, stopped_in_time(served):
         data = data_of(tenant)
         tenant.execute("CREATE TABLE t AS SELECT 1")
         stop(*STOPPED[what](tenant))
@@ -299,8 +304,8 @@ def test_data_that_is_kept_is_shut_down_cleanly(
 
 def cluster_state(programs: Installation, data: Path) -> str:
     """The state of a data directory that no server uses."""
-    said = subprocess.run(
+    output = subprocess.run(
         [programs.program("pg_controldata"), data], capture_output=True, text=True, check=True,
         env={"LC_ALL": "C"},
     ).stdout  # fmt: skip
-    return "".join(re.findall(r"cluster state: +(.*)\n", said))
+    return "".join(re.findall(r"cluster state: +(.*)\n", output))

@@ -1,7 +1,7 @@
-"""A tenant runs programs as the server's user: nothing that it does to files makes root act for it.
+"""A tenant runs programs as the server user; no file that it plants makes root act for it.
 
-The owner is root here, and the servers run as another user. A tenant can do what these tests do by
-COPY FROM PROGRAM, which works in the data directory.
+The owner is root here, and the servers run as another user. A tenant can do what these tests do
+with COPY FROM PROGRAM, which runs programs in the data directory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pgtemp.host import identity
 from pgtemp.sql import dump_restore
 from pgtemp.uri import ConnectionInfo
 from rawclient import unused_port
-from support import STRANGER, Daemon, acting_as, eventually
+from support import OTHER_UID, Daemon, acting_as, eventually
 
 DaemonType = type[Daemon]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the owner is root")
@@ -33,7 +33,7 @@ SECRET = "only root may read this"
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Iterator[Path]:
-    """A file of root's, which must stay as it is."""
+    """A file of root, which must not change."""
     path = tmp_path / "secret"
     path.write_text(SECRET)
     path.chmod(0o600)
@@ -45,7 +45,7 @@ def secret(tmp_path: Path) -> Iterator[Path]:
 
 
 def program(connection: psycopg.Connection[object], command: str) -> list[str]:
-    """Run a shell command as the server's user; its output."""
+    """Run a shell command as the server user and return its output."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS output (line text)")
     connection.execute("TRUNCATE output")
     quoted = f"{command}; true".replace("'", "''")
@@ -53,7 +53,7 @@ def program(connection: psycopg.Connection[object], command: str) -> list[str]:
     return [str(line) for (line,) in connection.execute("SELECT line FROM output").fetchall()]  # type: ignore[misc]
 
 
-# What a tenant plants in the data directory of a template that it edits.
+# Shell commands with which a tenant plants files in the data directory of a template it edits.
 PLANTED = {
     "in the run directory": "ln -s {target} ../warm.building; mkdir ../warm",
     "relation cache": "rm -f base/5/pg_internal.init; ln -s {target} base/5/pg_internal.init",
@@ -72,7 +72,7 @@ PLANTED = {
 def test_files_planted_in_a_template(
     daemon: DaemonType, open_dir: Path, secret: Path, planted: str
 ) -> None:
-    """Root neither reads nor writes what a link leads to; other clients are still served."""
+    """Root neither reads nor writes the target of a link; other clients are still served."""
     served = daemon("--pool", "1")
     victims = open_dir / "victims"
     victims.mkdir()
@@ -89,8 +89,8 @@ def test_files_planted_in_a_template(
     assert status == 0 and "Traceback" not in errors
 
 
-def test_a_template_with_a_link_is_refused_by_name(daemon: DaemonType, secret: Path) -> None:
-    """The error names the link, and the template stays what it was."""
+def test_a_template_with_a_link_is_refused(daemon: DaemonType, secret: Path) -> None:
+    """The error names the link, and the template stays unchanged."""
     served = daemon("--pool", "1", "--log-level", "info")
     with psycopg.connect(served.uri + "~template", autocommit=True) as edit:
         edit.execute("CREATE TABLE marked (n int)")
@@ -101,10 +101,10 @@ def test_a_template_with_a_link_is_refused_by_name(daemon: DaemonType, secret: P
     assert "base/5/link is a symbolic link" in errors
 
 
-def test_a_socket_that_leads_elsewhere(daemon: DaemonType, tmp_path: Path) -> None:
-    """Root sends nothing to a socket of another user, to which a link in the server's place leads.
+def test_a_socket_replaced_by_a_link(daemon: DaemonType, tmp_path: Path) -> None:
+    """Root sends nothing to another user's socket if a link to it replaces the server's socket.
 
-    A client of the session could speak through root to any local service otherwise.
+    Otherwise a client of the session could reach any local service with root's rights.
     """
     served = daemon("--isolation", "cluster", "--pool", "1")
     with socket.socket(socket.AF_UNIX) as service:
@@ -158,8 +158,8 @@ while os.getppid() != 1:
 
 
 @pytest.mark.slow
-def test_directories_swapped_while_a_server_starts(secret: Path, open_dir: Path) -> None:
-    """A process of the server's user that swaps each directory as it appears wins nothing."""
+def test_directories_replaced_while_a_server_starts(secret: Path, open_dir: Path) -> None:
+    """A process of the server user that replaces each new directory by a link gains nothing."""
     user = identity.choose(None)
     argv = [sys.executable, "-c", _ATTACK, str(secret), str(user.uid), str(user.gid), str(open_dir)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as attacker:
@@ -175,7 +175,7 @@ def test_directories_swapped_while_a_server_starts(secret: Path, open_dir: Path)
 
 
 def test_a_data_directory_with_links_is_not_copied(open_dir: Path, secret: Path) -> None:
-    """copy_from of another user's directory: the error names the link, and no server starts."""
+    """For copy_from of another user's directory, the error names the link and no server starts."""
     with PgTempDB(persist=True, data_dir_prefix=open_dir) as db:
         pass
     for planted in ("base/5/planted", "pg_wal/planted", "planted"):
@@ -204,13 +204,13 @@ def test_a_hard_link_to_a_file_of_root_is_not_copied(open_dir: Path) -> None:
     assert hidden.stat().st_uid == 0
 
 
-def test_kept_data_of_another_user_is_not_opened_with_root_s_rights(open_dir: Path) -> None:
-    """`pgtemp open` gives up root's rights first, or says why it cannot."""
+def test_persisted_data_of_another_user_is_not_opened_as_root(open_dir: Path) -> None:
+    """`pgtemp open` gives up root's rights first, or reports why it cannot."""
     with PgTempDB(persist=True, data_dir_prefix=open_dir) as db:
         pass
-    home = db.data_dir.parent
-    subprocess.run(["chown", "-Rh", f"{db_user().uid}", home], check=True)
-    argv = [sys.executable, "-m", "pgtemp", "open", str(home)]
+    directory = db.data_dir.parent
+    subprocess.run(["chown", "-Rh", f"{db_user().uid}", directory], check=True)
+    argv = [sys.executable, "-m", "pgtemp", "open", str(directory)]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as opened:
@@ -220,12 +220,12 @@ def test_kept_data_of_another_user_is_not_opened_with_root_s_rights(open_dir: Pa
             assert opened.wait(30) == 2
             assert "cannot enter" in opened.stderr.read()
             return
-        assert str(home) in first
+        assert str(directory) in first
         status = Path(f"/proc/{opened.pid}/status").read_text()
         assert re.search(rf"^Uid:\t{db_user().uid}\t", status, re.M)
         opened.terminate()
         assert opened.wait(30) == 0
-    assert (home / "data" / "PG_VERSION").exists()
+    assert (directory / "data" / "PG_VERSION").exists()
 
 
 def db_user() -> identity.Identity:
@@ -234,9 +234,9 @@ def db_user() -> identity.Identity:
 
 @pytest.mark.parametrize("planted", ["link", "pipe"])
 def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: str) -> None:
-    """What another user put at the name of the dump is not written; the error says so."""
+    """A file of another user at the dump's name is not written; the error names the reason."""
     path = open_dir / "dump.sql"
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         if planted == "link":
             path.symlink_to(secret)
         else:
@@ -250,9 +250,9 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
 
 @pytest.mark.parametrize("planted", ["link", "pipe", "file"])
 def test_a_log_in_a_shared_directory(open_dir: Path, secret: Path, planted: str) -> None:
-    """What another user put at the name of the log is not written; the error says so."""
+    """A file of another user at the log's name is not written; the error names the reason."""
     path = open_dir / "server.log"
-    with acting_as(STRANGER):
+    with acting_as(OTHER_UID):
         if planted == "link":
             path.symlink_to(secret)
         elif planted == "pipe":
@@ -316,8 +316,8 @@ def watched(tmp_path: Path, script: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def test_the_library_goes_by_descriptors(tmp_path: Path, open_dir: Path) -> None:
-    """Root opens, lists, makes and removes nothing by a path that the server's user can change."""
+def test_the_library_uses_descriptors(tmp_path: Path, open_dir: Path) -> None:
+    """Root opens, lists, makes and removes nothing by a path that the server user can change."""
     argv = [*watched(tmp_path, _LIBRARY), str(open_dir)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
@@ -325,11 +325,11 @@ def test_the_library_goes_by_descriptors(tmp_path: Path, open_dir: Path) -> None
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
-def test_the_daemon_goes_by_descriptors(tmp_path: Path, isolation: str) -> None:
+def test_the_daemon_uses_descriptors(tmp_path: Path, isolation: str) -> None:
     """The same for the daemon: leases, recycled databases, sessions, an edited template."""
     uri = f"postgresql://postgres@127.0.0.1:{unused_port()}/test"
     argv = [*watched(tmp_path, _DAEMON), "serve", uri, "--isolation", isolation]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as run, ended(run):
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as run, killed_at_the_end(run):
         assert eventually(lambda: serves(uri), 60)
         for name in ("", "~session", "~template", *[""] * 8):
             with psycopg.connect(uri + name) as connection:
@@ -342,7 +342,7 @@ def test_the_daemon_goes_by_descriptors(tmp_path: Path, isolation: str) -> None:
 
 
 @contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[None]:
     """Kill a process that a failed block leaves running."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Templates by the migration tools that people use, from Python and from outside it."""
+"""Templates built by common migration tools, in Python and in other languages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(*argv: str | Path, cwd: Path, **env: str) -> str:
 
 @pytest.fixture
 def alembic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with two migrations, in which the test is."""
+    """A project with two migrations, which is the test's working directory."""
     (tmp_path / "migrations" / "versions").mkdir(parents=True)
     (tmp_path / "alembic.ini").write_text("[alembic]\nscript_location = migrations\n")
     (tmp_path / "migrations" / "env.py").write_text(
@@ -146,7 +146,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_django_migrates_a_template(
     django: Path, daemon: type[Daemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a command, which gets libpq's variables as well; and through the URL."""
+    """By a command, which also gets libpq's variables, and through the URL."""
     monkeypatch.chdir(django)
     served = daemon("--template", f"app=cmd:{' '.join(MANAGE)} migrate")
     assert "shop_product" in tables(served.uri.replace("/test", "/app"))
@@ -163,16 +163,16 @@ def test_django_migrates_a_template(
 def test_djangos_own_test_runner(
     django: Path, daemon: type[Daemon], arguments: list[str], session: str
 ) -> None:
-    """It makes and drops a database of its own, as often as it is run."""
+    """Each run of it creates and drops its own database."""
     served = daemon(*arguments)
     env = {"PGHOST": "127.0.0.1", "PGPORT": str(served.port), "PGUSER": "me", "SESSION": session}
     for _ in range(2):
-        said = run(*MANAGE, "test", cwd=django, PGDATABASE="test", **env)
-        assert "Ran 2 tests" in said and "OK" in said
+        output = run(*MANAGE, "test", cwd=django, PGDATABASE="test", **env)
+        assert "Ran 2 tests" in output and "OK" in output
 
 
 def test_knex(daemon: type[Daemon], tmp_path: Path) -> None:
-    """Migrations by a tool from outside Python, through the URL."""
+    """Migrations by a tool that is not written in Python, through the URL."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     (tmp_path / "package.json").write_text('{"private": true, "dependencies": {}}')

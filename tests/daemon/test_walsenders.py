@@ -1,4 +1,4 @@
-"""Replication connections to a shared server: the client's own database, and nothing else."""
+"""Replication connections to a shared server: they reach only the client's own database."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ LOGICAL = ("--role-attributes", "NOSUPERUSER REPLICATION", "-o", "wal_level=logi
 
 
 @pytest.fixture
-def spied(daemon: DaemonType) -> Daemon:
-    """A daemon whose clients may replicate, and are no superusers."""
+def replicating(daemon: DaemonType) -> Daemon:
+    """A daemon whose clients may replicate and are not superusers."""
     return daemon(*LOGICAL)
 
 
-def refusal(said: bytes) -> dict[str, str]:
-    """The ErrorResponse at the end of an answer that has no copied data."""
-    answers = list(Frames().feed(said))
+def refusal(answer: bytes) -> dict[str, str]:
+    """The ErrorResponse at the end of an answer that contains no copied data."""
+    answers = list(Frames().feed(answer))
     assert not {kind for kind, _ in answers} & {b"H", b"W", b"d"}
     kind, payload = answers[-1]
     assert kind == b"E"
     return error_fields(payload)
 
 
-def say(served: Daemon, *pieces: bytes) -> bytes:
-    """All that is answered to a client that says this and hears the daemon out."""
+def answer(served: Daemon, *pieces: bytes) -> bytes:
+    """The daemon's complete answer to a client that sends this and closes its side."""
     with dial(("127.0.0.1", served.port)) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in pieces:
@@ -48,13 +48,13 @@ def say(served: Daemon, *pieces: bytes) -> bytes:
         return read_to_the_end(client)
 
 
-def test_a_base_backup_of_a_shared_server_is_refused(spied: Daemon) -> None:
-    """At once, behind a query, in pieces, with the start-up, and on a connection opened in advance.
+def test_a_base_backup_of_a_shared_server_is_refused(replicating: Daemon) -> None:
+    """It is refused at once, after a query, in pieces, with the start-up and on a warm connection.
 
-    The client hears why, and that a server of its own is the remedy; others are served.
+    The error has the reason and a remedy: `--isolation cluster`. Other clients are served.
     """
     hello = startup_message(SPY)
-    with psycopg.connect(at(spied, "app", "victim"), autocommit=True) as victim:
+    with psycopg.connect(at(replicating, "app", "victim"), autocommit=True) as victim:
         victim.execute("CREATE TABLE secret AS SELECT 'secret of the victim' AS s")
         for pieces in (
             [hello + BACKUP],
@@ -62,7 +62,7 @@ def test_a_base_backup_of_a_shared_server_is_refused(spied: Daemon) -> None:
             [hello + SELECT + BACKUP + SELECT],
             [hello, *(BACKUP[at : at + 1] for at in range(len(BACKUP)))],
         ):
-            fields = refusal(say(spied, *pieces))
+            fields = refusal(answer(replicating, *pieces))
             assert (fields["S"], fields["C"]) == ("FATAL", "0A000")
             assert fields["M"].startswith("BASE_BACKUP") and "--isolation cluster" in fields["H"]
         assert victim.execute("SELECT s FROM secret").fetchone() == ("secret of the victim",)
@@ -79,35 +79,40 @@ def test_a_base_backup_of_a_shared_server_is_refused(spied: Daemon) -> None:
         " base_backup",
     ],
 )
-def test_other_commands_that_read_the_whole_server_are_refused(spied: Daemon, command: str) -> None:
-    address = ("127.0.0.1", spied.port)
+def test_other_commands_that_read_the_whole_server_are_refused(
+    replicating: Daemon, command: str
+) -> None:
+    address = ("127.0.0.1", replicating.port)
     with Client(address, **SPY) as client:
         assert client.query("SELECT 1") == [("1",)]
         client.ask(command)
         assert refusal(read_to_the_end(client.socket))["C"] == "0A000"
     # The slot does not exist.
-    assert one(at(spied, "app"), "SELECT count(*) FROM pg_replication_slots") == 0
+    assert one(at(replicating, "app"), "SELECT count(*) FROM pg_replication_slots") == 0
 
 
 @pytest.mark.parametrize("arguments", [["pg_basebackup"], ["pg_receivewal", "--no-loop"]])
 def test_programs_that_copy_a_whole_server_are_refused(
-    spied: Daemon, programs: Installation, open_dir: Path, arguments: list[str]
+    replicating: Daemon, programs: Installation, open_dir: Path, arguments: list[str]
 ) -> None:
     name, *options = arguments
     if not (programs.bin_dir / name).exists():
         pytest.skip(f"this PostgreSQL has no {name}")
     done = subprocess.run(
-        [programs.bin_dir / name, "-d", at(spied, "app", "spy"), "-D", open_dir, *options],
+        [programs.bin_dir / name, "-d", at(replicating, "app", "spy"), "-D", open_dir, *options],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode != 0 and "--isolation cluster" in done.stderr
     assert not list(open_dir.iterdir())
 
 
-def test_logical_replication_shows_the_rows_of_the_own_database(
+def test_logical_replication_shows_only_the_clients_own_database(
     daemon: DaemonType, any_version: str
 ) -> None:
-    """In a session of a shared server, by SQL and by replication commands; no rows of others."""
+    """A session of a shared server reads its slot by SQL and by replication commands.
+
+    Neither shows rows of other databases.
+    """
     served = daemon(*LOGICAL, "--pg-version", any_version)
     mine, other = at(served, "app~mine", "me"), at(served, "app~other", "victim")
     with (
@@ -145,21 +150,23 @@ def test_logical_replication_shows_the_rows_of_the_own_database(
         stream.finish()
 
 
-def test_pg_recvlogical_works_in_a_shared_server(spied: Daemon, programs: Installation) -> None:
-    """It makes a slot, streams from it until a position, and drops it."""
+def test_pg_recvlogical_works_in_a_shared_server(
+    replicating: Daemon, programs: Installation
+) -> None:
+    """It creates a slot, streams from it up to a position, and drops it."""
     program = programs.bin_dir / "pg_recvlogical"
     if not program.exists():
         pytest.skip("this PostgreSQL has no pg_recvlogical")
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
-            [program, "-d", at(spied, "app~mine", "me"), "--slot", "s", *arguments],
+            [program, "-d", at(replicating, "app~mine", "me"), "--slot", "s", *arguments],
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    with psycopg.connect(at(spied, "app~mine", "me"), autocommit=True) as writer:
+    with psycopg.connect(at(replicating, "app~mine", "me"), autocommit=True) as writer:
         writer.execute("CREATE TABLE t (s text)")
         run("--create-slot", "--plugin", "test_decoding")
         writer.execute("INSERT INTO t VALUES ('mine')")

@@ -1,4 +1,4 @@
-"""Connections that are opened ahead: what clients find in them, and what nobody sees of them."""
+"""Warm connections: their state when a client gets one, and that clients do not notice them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ DaemonType = type[Daemon]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
 
 
-def test_a_rehearsed_connection_is_what_its_client_asked_for(daemon: DaemonType) -> None:
-    """Clients of several kinds, often enough to be rehearsed: settings, user, cancel, database."""
+def test_a_warm_connection_has_the_settings_its_client_requested(daemon: DaemonType) -> None:
+    """Clients of several kinds connect often enough to get warm connections.
+
+    Settings, user, cancel requests and database are right.
+    """
     served = daemon("--log-level", "debug")
     kinds = [
         ("postgres", "application_name=a", ("a", "4MB", "UTF8")),
@@ -64,17 +67,17 @@ WATCHED = {
 
 @BOTH
 @pytest.mark.parametrize("by", WATCHED)
-def test_who_watches_statements_sees_those_of_clients_alone(
+def test_statement_logging_shows_only_the_clients_statements(
     daemon: DaemonType, isolation: str, by: str
 ) -> None:
-    """What is planned ahead in a connection that is opened ahead is not kept, and not logged."""
+    """The statement that is planned in a warm connection is neither recorded nor logged."""
     arguments, options = WATCHED[by]
     served = daemon("--isolation", isolation, *arguments)
     options = (
         "-c auto_explain.log_min_duration=0 -c auto_explain.log_nested_statements=on" + options
     )
 
-    def is_rehearsed() -> bool:
+    def is_warm() -> bool:
         begun = time.time()
         with psycopg.connect(served.uri, options=options, autocommit=True) as connection:
             row = connection.execute(
@@ -92,15 +95,15 @@ def test_who_watches_statements_sees_those_of_clients_alone(
                 assert data is not None
                 seen = ((Path(data[0]).parent / "server.log").read_text(),)
         assert row is not None and seen is not None
-        assert "pg_stat_activity" in seen[0]  # the client's own
+        assert "pg_stat_activity" in seen[0]  # the client's own statement
         assert "pg_catalog.pg_seclabel" not in seen[0]
         return bool(row[0])
 
-    assert eventually(is_rehearsed)
+    assert eventually(is_warm)
 
 
-def test_an_error_at_the_login_reaches_the_client_each_time(daemon: DaemonType) -> None:
-    """What cannot be rehearsed is not; the client hears the server's own words."""
+def test_a_login_error_reaches_the_client_each_time(daemon: DaemonType) -> None:
+    """No warm connection is opened for such a login; the client gets the server's own error."""
     served = daemon()
     for _ in range(4):
         with pytest.raises(
@@ -115,7 +118,9 @@ SEEN = (
 )
 
 
-def first(served: Daemon, statement: LiteralString, values: list[object] | None = None) -> object:
+def first_value(
+    served: Daemon, statement: LiteralString, values: list[object] | None = None
+) -> object:
     """The first value of the first statement of a client, in a transaction."""
     with psycopg.connect(at(served, "t", "me")) as connection:
         row = connection.execute(statement, values).fetchone()
@@ -124,7 +129,7 @@ def first(served: Daemon, statement: LiteralString, values: list[object] | None 
 
 
 def is_doing(what: str, user: str = "me") -> bool:
-    """Whether there is a connection of a user that is said to do this."""
+    """Whether a connection of a user has this activity in its process title."""
     titles = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -136,10 +141,13 @@ def is_doing(what: str, user: str = "me") -> bool:
 @pytest.mark.parametrize(
     "begun", [("SELECT count(*) FROM t", None), ("SELECT count(*) FROM t WHERE n = %s", [1])]
 )
-def test_what_clients_begin_with_is_planned_ahead(
+def test_the_first_statement_of_earlier_clients_is_planned(
     daemon: DaemonType, isolation: str, begun: tuple[LiteralString, list[object] | None]
 ) -> None:
-    """Where two in a row have begun alike the third finds its table in the backend's caches."""
+    """Two clients in a row begin with the same statement.
+
+    The third finds its table in the backend's caches.
+    """
     served = daemon("--isolation", isolation, "--pool", "1")
     with psycopg.connect(at(served, "t~template")) as connection:
         connection.execute("CREATE TABLE t (n int)")
@@ -147,30 +155,30 @@ def test_what_clients_begin_with_is_planned_ahead(
 
     def is_planned(*beginnings: tuple[LiteralString, list[object] | None]) -> bool:
         for statement, values in 2 * beginnings:
-            assert first(served, statement, values) == 0
+            assert first_value(served, statement, values) == 0
         assert eventually(lambda: is_doing("idle"))
-        return first(served, SEEN) == 1
+        return first_value(served, SEEN) == 1
 
     assert eventually(lambda: is_planned(begun))
     other: tuple[LiteralString, None] = ("SELECT 0", None)
     assert not any(is_planned(begun, other) for _ in range(5))
 
 
-def test_what_cannot_be_planned_is_not_again(daemon: DaemonType) -> None:
-    """It is the client's mistake alone, and connections for others like it are opened ahead still.
+def test_a_statement_that_cannot_be_planned_is_not_planned_again(daemon: DaemonType) -> None:
+    """The error affects one client; warm connections are still opened for similar clients.
 
-    The server's log has it from who made it, and at most once from being planned.
+    The server log has the error once per client, and at most once from planning.
     """
     served = daemon("--pool", "1")
-    asked = 12
-    for _ in range(asked):
+    attempts = 12
+    for _ in range(attempts):
         with pytest.raises(psycopg.errors.UndefinedTable):
-            first(served, "SELECT FROM missing")
+            first_value(served, "SELECT FROM missing")
 
-    def is_ahead() -> bool:
+    def is_warm_connection() -> bool:
         begun = time.time()
         return bool(
-            first(
+            first_value(
                 served,
                 "SELECT backend_start < to_timestamp(%s) FROM pg_stat_activity"
                 " WHERE pid = pg_backend_pid()",
@@ -178,14 +186,14 @@ def test_what_cannot_be_planned_is_not_again(daemon: DaemonType) -> None:
             )
         )
 
-    assert eventually(is_ahead)
-    log = Path(str(first(served, "SHOW data_directory"))).parent / "server.log"
-    assert asked <= log.read_text().count('relation "missing" does not exist') <= asked + 1
+    assert eventually(is_warm_connection)
+    log = Path(str(first_value(served, "SHOW data_directory"))).parent / "server.log"
+    assert attempts <= log.read_text().count('relation "missing" does not exist') <= attempts + 1
 
 
 @BOTH
 def test_functions_that_the_planner_calls_leave_nothing(daemon: DaemonType, isolation: str) -> None:
-    """Stable ones may set or write something; the first client after them does not find it."""
+    """Stable functions may set or write something; the next client does not see it."""
     served = daemon("--isolation", isolation, "--pool", "1")
     with psycopg.connect(at(served, "t~template")) as connection:
         connection.execute(
@@ -199,7 +207,7 @@ def test_functions_that_the_planner_calls_leave_nothing(daemon: DaemonType, isol
 
     def is_planned() -> bool:
         for _ in range(2):
-            assert first(served, "SELECT count(*) FROM t WHERE n = sets()") == 0
+            assert first_value(served, "SELECT count(*) FROM t WHERE n = sets()") == 0
         assert eventually(lambda: is_doing("idle"))
         with psycopg.connect(at(served, "t", "me")) as connection:
             assert connection.execute("SELECT current_setting('my.own', true)").fetchone() in (
@@ -210,8 +218,8 @@ def test_functions_that_the_planner_calls_leave_nothing(daemon: DaemonType, isol
     assert eventually(is_planned)
 
 
-def test_what_takes_for_ever_to_plan_is_given_up(daemon: DaemonType) -> None:
-    """Then connections are opened ahead again, and nobody gets the database that it is in."""
+def test_planning_that_takes_too_long_is_canceled(daemon: DaemonType) -> None:
+    """Then warm connections are opened again, and no client gets the database of that planning."""
     served = daemon("--pool", "1")
     with psycopg.connect(at(served, "t~template")) as connection:
         connection.execute(
@@ -228,5 +236,5 @@ def test_what_takes_for_ever_to_plan_is_given_up(daemon: DaemonType) -> None:
             with pytest.raises(psycopg.errors.QueryCanceled):
                 asleep.result(30)
     assert eventually(lambda: is_doing("BIND"))
-    assert eventually(lambda: is_doing("idle") or first(served, "SELECT 0") != 0)
+    assert eventually(lambda: is_doing("idle") or first_value(served, "SELECT 0") != 0)
     assert eventually(lambda: not is_doing("BIND"))

@@ -1,4 +1,4 @@
-"""Users, copying, locks and places."""
+"""Users, copies, locks and directories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgtemp.host.tree import Tree
 
 
 def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
-    """Names, contents, empty files and directories; more files than one thread takes."""
+    """Names, contents, empty files and directories, with more files than one thread copies."""
     source, target = tmp_path / "source", tmp_path / "target"
     for i in range(150):
         file = source / f"d{i % 3}" / f"f{i}"
@@ -36,7 +36,7 @@ def test_a_tree_is_copied_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [9, 11])
-def test_a_file_of_another_size_is_seen(tmp_path: Path, size: int) -> None:
+def test_a_file_of_another_size_is_detected(tmp_path: Path, size: int) -> None:
     (tmp_path / "a").write_bytes(bytes(size))
     (tmp_path / "to").mkdir()
     with (
@@ -47,16 +47,16 @@ def test_a_file_of_another_size_is_seen(tmp_path: Path, size: int) -> None:
         file_copy.copy_files(source, target, [("a", 10)])
 
 
-def test_a_lock_is_seen_from_another_process(tmp_path: Path) -> None:
+def test_a_lock_is_visible_to_another_process(tmp_path: Path) -> None:
     lock = tmp_path / "lease"
     descriptor = locks.create_locked(lock, b"keep\n")
     ask = (
         "import sys, pathlib, pgtemp.host.locks as l; print(l.is_locked(pathlib.Path(sys.argv[1])))"
     )
-    asked = [sys.executable, "-c", ask, str(lock)]
-    assert subprocess.run(asked, capture_output=True, check=True).stdout == b"True\n"
+    command = [sys.executable, "-c", ask, str(lock)]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"True\n"
     os.close(descriptor)
-    assert subprocess.run(asked, capture_output=True, check=True).stdout == b"False\n"
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"False\n"
 
 
 def test_root_switches_and_others_do_not() -> None:
@@ -69,7 +69,9 @@ def test_root_switches_and_others_do_not() -> None:
         identity.choose("root")
 
 
-def test_the_directory_in_the_way_is_named(other_user: str, tmp_path: Path) -> None:
+def test_the_error_names_a_directory_that_the_user_cannot_enter(
+    other_user: str, tmp_path: Path
+) -> None:
     chosen = identity.choose(other_user)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -86,8 +88,8 @@ def test_a_user_made_for_the_test_runs_the_server(other_user: str) -> None:
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_where_things_go(tmp_path: Path) -> None:
-    """A directory asked for is taken as it is; what is kept never goes to tmpfs."""
+def test_directories_for_servers(tmp_path: Path) -> None:
+    """A requested directory is used unchanged; persisted data is never on tmpfs."""
     assert paths.scratch_base(tmp_path, keep=True) == tmp_path
     assert paths.filesystem_type(Path("/dev/shm")) == "tmpfs"
     assert paths.filesystem_type(paths.scratch_base(None, keep=True)) != "tmpfs"

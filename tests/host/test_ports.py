@@ -1,4 +1,4 @@
-"""Ports and peers, with real sockets."""
+"""Ports and local addresses, with real sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_not_this_machine(host: str) -> None:
     assert ports.loopback_addresses(host) == []
 
 
-def test_a_taken_port_has_a_holder() -> None:
+def test_the_holder_of_a_used_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert ports.bind_error("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""Programs that run as the server's user, whom that user can control."""
+"""Programs that run as the server user, and that this user can control."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OTHER = Identity(64001, 64001, "other", switch=True)
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as another user")
 
 
-def test_a_program_that_prints_without_end_is_killed() -> None:
-    """Its output does not fill the memory of the owner."""
+def test_a_program_with_endless_output_is_killed() -> None:
+    """Its output does not fill the owner's memory."""
     done = processes.run(["/usr/bin/yes"], identity=OTHER, seconds=60)
     assert done.returncode < 0
     assert len(done.stdout) < processes._OUTPUT_BYTES + (1 << 17)
 
 
-def test_a_program_has_a_session_of_its_own() -> None:
+def test_a_program_runs_in_its_own_session() -> None:
     """Its user cannot reach the owner's terminal through it."""
     script = 'read -r _ _ _ _ _ session _ < /proc/self/stat; echo "$session"'
     done = processes.run(["/bin/bash", "-c", f"{script}; echo $$"], identity=OTHER)
@@ -29,7 +29,7 @@ def test_a_program_has_a_session_of_its_own() -> None:
     assert session == pid != str(os.getsid(0))
 
 
-def test_a_program_that_does_not_end_is_killed() -> None:
+def test_a_program_that_does_not_exit_is_killed() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run(["/bin/sleep", "600"], identity=OTHER, seconds=0.2)
 

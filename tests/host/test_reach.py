@@ -1,4 +1,4 @@
-"""Paths that options name: as root, another user's links and directories lead nowhere else."""
+"""Paths in options: as root, another user's links and directories do not redirect them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER, ANOTHER = 64001, 64002  # users that need not exist
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A directory of another user beside one of the caller's, which has a file `secret`."""
+    """A directory of another user, next to one of the caller with a file `secret`."""
     for name in ("theirs", "ours"):
         (tmp_path / name).mkdir()
     (tmp_path / "ours" / "secret").write_text("only the caller may read this")
@@ -35,14 +35,14 @@ def link(path: Path, target: Path | str, owner: int = OTHER) -> Path:
 @AS_ROOT
 @pytest.mark.parametrize("target", ["../ours/secret", "/etc/hostname"])
 def test_a_link_below_another_users_directory(theirs: Path, target: str) -> None:
-    """It is neither followed nor read, as the last name and on the way."""
+    """It is neither followed nor read, as the last component or before it."""
     for path in (link(theirs / "file", target), link(theirs / "dir", "../ours") / "secret"):
         with pytest.raises(ForeignFileError, match="another user's link"):
             reach.read_file(path)
 
 
 @AS_ROOT
-def test_a_way_back_out_of_another_users_directory(theirs: Path) -> None:
+def test_a_parent_component_below_another_users_directory(theirs: Path) -> None:
     with pytest.raises(ForeignFileError, match="is above a directory of uid"):
         reach.read_file(f"{theirs}/../ours/secret")
 
@@ -66,7 +66,7 @@ def test_another_users_link_in_a_sticky_directory(tmp_path: Path) -> None:
 
 
 def test_links_of_the_caller_are_followed(theirs: Path) -> None:
-    """On the way and at the end, relative, absolute and through `..`; a loop is an error."""
+    """In every component, relative, absolute and through `..`; a loop is an error."""
     ours = theirs.parent / "ours"
     (ours / "name").symlink_to("secret")
     (theirs.parent / "way").symlink_to(ours)
@@ -95,7 +95,7 @@ def test_another_users_file_is_not_written(theirs: Path, kind: str) -> None:
 @AS_ROOT
 @pytest.mark.parametrize("option", ["postgresql_conf", "pg_hba_conf"])
 def test_a_configuration_below_another_users_directory(theirs: Path, option: str) -> None:
-    """A link there does not bring a file of root into the data directory of a server."""
+    """A link there does not bring a file of root into a server's data directory."""
     path = link(theirs / "conf", theirs.parent / "ours" / "secret")
     with pytest.raises(OptionError, match="another user's link"):
         PgTempDB(**{option: path}).start()

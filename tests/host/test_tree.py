@@ -1,4 +1,4 @@
-"""Trees that another user may change: no step follows a link, blocks, or uses a foreign file."""
+"""Trees that another user can change: no operation follows a link, blocks or uses foreign files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER, ANOTHER = 64001, 64002  # users that need not exist
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A file of the caller's outside of the tree."""
+    """A file of the caller, outside the tree."""
     path = tmp_path / "secret"
     path.write_text("the caller's own")
     return path
@@ -93,7 +93,7 @@ def test_only_a_regular_file_of_the_tree_s_user_is_used(
     plant: Callable[[Path, Path], None],
     use: Callable[[Tree], object],
 ) -> None:
-    """Anything else in its place is an error at once, and the caller's own file is unchanged."""
+    """Anything else in its place is an error at once, and the caller's file is unchanged."""
     at(theirs, "base/file").unlink()
     plant(at(theirs, "base/file"), secret)
     with pytest.raises(OSError):
@@ -102,12 +102,13 @@ def test_only_a_regular_file_of_the_tree_s_user_is_used(
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_a_listing_names_what_is_not_copied(
+def test_a_listing_names_files_that_cannot_be_copied(
     theirs: Tree, secret: Path, plant: Callable[[Path, Path], None]
 ) -> None:
     """A link, a pipe, a device or another user's file is an error that names it."""
     plant(at(theirs, "base/planted"), secret)
-    if plant in (a_socket, a_directory):  # a socket says nothing; the directory is another user's
+    # a socket is ignored; the directory belongs to another user
+    if plant in (a_socket, a_directory):
         if plant is a_directory and os.geteuid() == 0:
             with pytest.raises(ForeignFileError, match="belongs to uid 0"):
                 file_copy.list_tree(theirs)
@@ -117,10 +118,10 @@ def test_a_listing_names_what_is_not_copied(
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_what_is_swapped_after_the_listing_is_not_copied(
+def test_a_file_replaced_after_the_listing_is_not_copied(
     theirs: Tree, secret: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """The copy fails, and holds no byte of the caller's own file."""
+    """The copy fails, and no byte of the caller's file is copied."""
     listing = file_copy.list_tree(theirs)
     at(theirs, "base/file").unlink()
     plant(at(theirs, "base/file"), secret)
@@ -130,7 +131,7 @@ def test_what_is_swapped_after_the_listing_is_not_copied(
     assert b"own" not in (tmp_path / "copy" / "base" / "file").read_bytes()
 
 
-def test_a_directory_that_is_swapped_for_a_link_is_not_entered(
+def test_a_directory_replaced_by_a_link_is_not_entered(
     theirs: Tree, secret: Path, tmp_path: Path
 ) -> None:
     at(theirs, "base").rename(at(theirs, "moved"))
@@ -148,8 +149,8 @@ def test_a_directory_that_is_swapped_for_a_link_is_not_entered(
     assert secret.read_text() == "the caller's own"
 
 
-def test_a_directory_that_is_open_stays_the_one_it_was(theirs: Tree, tmp_path: Path) -> None:
-    """A file that is made in it after a swap is made in the original."""
+def test_an_open_directory_stays_the_same(theirs: Tree, tmp_path: Path) -> None:
+    """A file that is created in it after a replacement is in the original."""
     theirs.hold("base")
     at(theirs, "base").rename(at(theirs, "moved"))
     at(theirs, "base").symlink_to(tmp_path)
@@ -159,7 +160,7 @@ def test_a_directory_that_is_open_stays_the_one_it_was(theirs: Tree, tmp_path: P
 
 
 @pytest.mark.parametrize("plant", PLANTED[:3])
-def test_a_write_replaces_whatever_has_the_name(
+def test_a_write_replaces_any_file_of_that_name(
     theirs: Tree, secret: Path, plant: Callable[[Path, Path], None]
 ) -> None:
     plant(at(theirs, "new"), secret)
@@ -169,7 +170,7 @@ def test_a_write_replaces_whatever_has_the_name(
     assert secret.read_text() == "the caller's own"
 
 
-def test_a_new_file_is_never_one_that_exists(theirs: Tree, secret: Path) -> None:
+def test_creating_a_file_that_exists_fails(theirs: Tree, secret: Path) -> None:
     at(theirs, "new").symlink_to(secret.with_name("does not exist"))
     with pytest.raises(FileExistsError):
         theirs.create("new", theirs.fd)
@@ -177,7 +178,7 @@ def test_a_new_file_is_never_one_that_exists(theirs: Tree, secret: Path) -> None
 
 
 def test_a_removal_stays_in_the_tree(theirs: Tree, secret: Path, tmp_path: Path) -> None:
-    """A link is removed, and what it leads to stays."""
+    """It removes a link and keeps its target."""
     at(theirs, "base/link").symlink_to(tmp_path)
     if os.geteuid() == 0:
         os.chown(at(theirs, "base/link"), OTHER, OTHER, follow_symlinks=False)
@@ -188,7 +189,7 @@ def test_a_removal_stays_in_the_tree(theirs: Tree, secret: Path, tmp_path: Path)
 
 @AS_ROOT
 def test_new_files_belong_to_the_user_before_they_have_a_name(tmp_path: Path) -> None:
-    """A directory stays the caller's until it is handed over."""
+    """A directory belongs to the caller until it is handed over."""
     (tmp_path / "home").mkdir()
     with Tree(os.open(tmp_path / "home", tree.DIRECTORY), "", OTHER, ANOTHER) as home:
         home.make_directory("data")
@@ -203,7 +204,7 @@ def test_new_files_belong_to_the_user_before_they_have_a_name(tmp_path: Path) ->
 @AS_ROOT
 @pytest.mark.parametrize("inner", [0, ANOTHER])
 def test_a_path_does_not_lead_from_one_user_to_another(tmp_path: Path, inner: int) -> None:
-    """Below a directory of another user, that user could have put any directory."""
+    """A user could have put any directory below its own."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     os.chown(tmp_path / "a", OTHER, OTHER)
     os.chown(tmp_path / "a" / "b", inner, inner)
@@ -214,7 +215,7 @@ def test_a_path_does_not_lead_from_one_user_to_another(tmp_path: Path, inner: in
         assert reached.uid == OTHER
 
 
-def test_a_closed_tree_says_so(theirs: Tree) -> None:
+def test_a_closed_tree_raises_an_error(theirs: Tree) -> None:
     theirs.close()
     theirs.close()
     with pytest.raises(OSError, match="Bad file descriptor"):

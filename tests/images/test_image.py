@@ -1,4 +1,4 @@
-"""Images: built once, seen to be damaged, shared by processes."""
+"""Images: built once, checked for damage, shared by processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pgtemp.programs.installation import Installation
 from support import children, eventually
 
 
-def fresh(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache for this test alone, in a directory."""
+def use_empty_cache(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use an empty cache for this test, in a directory."""
     monkeypatch.setenv("PGTEMP_CACHE_DIR", str(tmp / "cache"))
 
 
@@ -29,11 +29,11 @@ def build(programs: Installation, **arguments: str) -> Image:
     return cache.Cached(programs, arguments, identity.choose(None)).resolve()
 
 
-def test_the_second_start_never_runs_initdb(
+def test_the_second_start_does_not_run_initdb(
     open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
 ) -> None:
-    """With initdb gone, a server still starts from the image."""
-    fresh(open_dir, monkeypatch)
+    """A server starts from the image even if initdb cannot run."""
+    use_empty_cache(open_dir, monkeypatch)
     with PgTempDB(bin_dir=programs.bin_dir):
         pass
     (built,) = (open_dir / "cache" / "images").glob("*/manifest.json")
@@ -59,7 +59,7 @@ def test_the_second_start_never_runs_initdb(
         ("zero", "global/pg_control"),
     ],
 )
-def test_a_damaged_image_is_rebuilt_once_and_said(
+def test_a_damaged_image_is_rebuilt_once_with_a_warning(
     open_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     programs: Installation,
@@ -67,8 +67,8 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
     damage: str,
     part: str,
 ) -> None:
-    """A file missing, shortened or grown, or another control file, is seen while copying."""
-    fresh(open_dir, monkeypatch)
+    """The copy detects a missing, shortened or extended file, or another control file."""
+    use_empty_cache(open_dir, monkeypatch)
     built = build(programs)
     file = built.path / "data" / part
     if damage == "delete":
@@ -89,10 +89,10 @@ def test_a_damaged_image_is_rebuilt_once_and_said(
 
 
 @pytest.mark.slow
-def test_processes_that_build_at_once_make_one_image(
+def test_processes_that_build_at_once_create_one_image(
     open_dir: Path, programs: Installation
 ) -> None:
-    """16 start together on an empty cache, the builder is killed; one image, the others succeed."""
+    """16 processes start on an empty cache, and the builder is killed: the others use one image."""
     script = (
         "import sys\nfrom pgtemp import PgTempDB\nprint('go', flush=True)\n"
         f"with PgTempDB(bin_dir={str(programs.bin_dir)!r}) as db: db.connect().close()\n"
@@ -121,7 +121,7 @@ def test_processes_that_build_at_once_make_one_image(
 def test_a_failed_build_leaves_nothing(
     open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
 ) -> None:
-    fresh(open_dir, monkeypatch)
+    use_empty_cache(open_dir, monkeypatch)
     with pytest.raises(ClusterError, match="initdb") as caught:
         PgTempDB(bin_dir=programs.bin_dir, initdb_args={"locale": "xx_XX"}).start()
     assert "xx_XX" in str(caught.value)
@@ -131,17 +131,17 @@ def test_a_failed_build_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["pgdata", "auth-host", "pwfile", "-x y", "U", "auth-l", "usern"])
-def test_arguments_that_are_ours_are_refused(name: str, programs: Installation) -> None:
+def test_initdb_arguments_that_pgtemp_sets_are_refused(name: str, programs: Installation) -> None:
     with pytest.raises(OptionError, match="initdb_args"):
         build(programs, **{name: "x"})
 
 
 @pytest.mark.slow
-def test_images_that_nobody_used_for_a_month_are_pruned(
+def test_images_unused_for_a_month_are_pruned(
     open_dir: Path, monkeypatch: pytest.MonkeyPatch, programs: Installation
 ) -> None:
-    """Building a new one takes the old ones along; one in use stays."""
-    fresh(open_dir, monkeypatch)
+    """Building a new image removes the old ones; one in use stays."""
+    use_empty_cache(open_dir, monkeypatch)
     old, used = (
         build(programs),
         build(programs, locale="C"),
@@ -154,7 +154,7 @@ def test_images_that_nobody_used_for_a_month_are_pruned(
 
 
 def test_files_that_a_tenant_adds_to_global(open_dir: Path) -> None:
-    """The search for the password reads small relation files alone, and 200 at most."""
+    """The search for the password reads only small relation files, and at most 200."""
     verifier = b"SCRAM-SHA-256$4096:" + b"A" * 24 + b"$" + b"B" * 44 + b":" + b"C" * 44
     directory = open_dir / "global"
     directory.mkdir()

@@ -1,4 +1,4 @@
-"""pgtemp's own connections."""
+"""pgtemp's own connections to its servers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pgtemp.sql.connection import connected
 from pgtemp.uri import ConnectionInfo
 
 
-def test_what_is_asked_again_is_planned_once() -> None:
-    """Also where databases are renamed and dropped between; whatever they are called."""
+def test_repeated_statements_are_planned_once() -> None:
+    """Databases with any name may be renamed and dropped in between."""
     names = ["plain", "it's", 'a "b"', "back\\slash", "$1; %s"]
     with PgTempDB() as db:
         to = ConnectionInfo(host=str(db.socket_dir), port=db.port, user=db.user, dbname=db.dbname)

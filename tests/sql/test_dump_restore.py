@@ -1,4 +1,4 @@
-"""Dumps in and out: a real schema, both ends of the version range, and dumps that are bad."""
+"""Dumps and restores: a real schema, both ends of the version range, and invalid dumps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checksums(db: PgTempDB) -> list[object]:
 
 @pytest.mark.parametrize(("made_by", "loaded_into"), [(15, 15), (15, 18), (18, 18), (16, 17)])
 def test_dump_then_load_gives_equal_data(made_by: int, loaded_into: int, tmp_path: Path) -> None:
-    """Every table, view, sequence and large object is the same behind a dump and a load."""
+    """A dump and a load preserve every table, view, sequence and large object."""
     need_version(made_by), need_version(loaded_into)
     with PgTempDB(version=str(made_by), dbname="one") as source:
         with source.connect() as connection:
@@ -74,7 +74,7 @@ def test_dump_then_load_gives_equal_data(made_by: int, loaded_into: int, tmp_pat
 
 @pytest.mark.parametrize("form", ["custom", "tar", "directory", "plain"])
 def test_every_format_of_pg_dump(form: str, tmp_path: Path) -> None:
-    """Archives go through pg_restore, told by how they begin."""
+    """Archives are recognized by their first bytes and restored with pg_restore."""
     with PgTempDB() as source:
         with source.connect() as connection:
             connection.execute(SCHEMA)
@@ -87,8 +87,8 @@ def test_every_format_of_pg_dump(form: str, tmp_path: Path) -> None:
         assert checksums(target) == expected
 
 
-def test_a_dump_of_the_whole_with_create(tmp_path: Path) -> None:
-    """pg_dump --create makes its own database; a new server takes it."""
+def test_a_dump_with_create(tmp_path: Path) -> None:
+    """pg_dump --create creates its own database; a new server loads it."""
     with PgTempDB(dbname="shop") as source:
         with source.connect() as connection:
             connection.execute(SCHEMA)
@@ -104,12 +104,14 @@ def test_a_dump_of_the_whole_with_create(tmp_path: Path) -> None:
         assert [connection.execute(check).fetchone() for check in CHECKS] == expected
 
 
-BAD = "CREATE TABLE t (n int);\nINSERT INTO t VALUES (1);\nINSERT INTO t VALUES ('x');\n"
+INVALID = "CREATE TABLE t (n int);\nINSERT INTO t VALUES (1);\nINSERT INTO t VALUES ('x');\n"
 
 
-def test_a_bad_dump_says_where_and_leaves_no_server(tmp_path: Path, open_dir: Path) -> None:
-    """psql's message and line are in the error; the server that was to have it is gone."""
-    (tmp_path / "bad.sql").write_text(BAD)
+def test_an_invalid_dump_names_the_line_and_leaves_no_server(
+    tmp_path: Path, open_dir: Path
+) -> None:
+    """The error has psql's message and line; the server that was to load it is removed."""
+    (tmp_path / "bad.sql").write_text(INVALID)
     with pytest.raises(TransferError) as caught:
         PgTempDB(load=tmp_path / "bad.sql", data_dir_prefix=open_dir).start()
     assert "bad.sql:3" in str(caught.value)
@@ -117,9 +119,9 @@ def test_a_bad_dump_says_where_and_leaves_no_server(tmp_path: Path, open_dir: Pa
     assert not [path for path in open_dir.iterdir() if not path.name.endswith(".gone")]
 
 
-def test_a_bad_dump_leaves_a_running_database_as_it_was(tmp_path: Path) -> None:
-    """Nothing of it is there, and what was there before still is."""
-    (tmp_path / "bad.sql").write_text(BAD)
+def test_an_invalid_dump_leaves_a_running_database_unchanged(tmp_path: Path) -> None:
+    """None of the dump's statements takes effect, and earlier data stays."""
+    (tmp_path / "bad.sql").write_text(INVALID)
     with PgTempDB() as db, db.connect() as connection:
         connection.execute("CREATE TABLE before ()")
         connection.commit()
@@ -129,20 +131,20 @@ def test_a_bad_dump_leaves_a_running_database_as_it_was(tmp_path: Path) -> None:
         assert connection.execute(found).fetchone() == (None, True)
 
 
-def test_a_missing_role_is_told_with_a_remedy(tmp_path: Path) -> None:
+def test_a_missing_role_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "owned.sql").write_text("CREATE TABLE t ();\nALTER TABLE t OWNER TO alice;\n")
     with pytest.raises(TransferError, match="--no-owner"):
         PgTempDB(load=tmp_path / "owned.sql").start()
 
 
-def test_a_broken_archive_is_told(tmp_path: Path) -> None:
+def test_a_broken_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.dump").write_bytes(b"PGDMP" + bytes(40))
     with pytest.raises(TransferError, match=r"broken\.dump"):
         PgTempDB(load=tmp_path / "broken.dump").start()
 
 
-def test_a_dump_replaces_nothing_but_files(tmp_path: Path) -> None:
-    """What is no file, as /dev/null, stays what it is; a link stays a link."""
+def test_a_dump_replaces_only_regular_files(tmp_path: Path) -> None:
+    """/dev/null or a pipe stays what it is; a link stays a link."""
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     target.write_text("old")
@@ -158,7 +160,7 @@ def test_a_dump_replaces_nothing_but_files(tmp_path: Path) -> None:
 
 
 def test_a_dump_at_the_end(tmp_path: Path) -> None:
-    """dump= writes the file when the server stops; a file of that name is replaced."""
+    """dump= writes the file when the server stops; an existing file is replaced."""
     out = tmp_path / "out.sql"
     out.write_text("old")
     with PgTempDB(dump=out) as db, db.connect() as connection:
@@ -169,7 +171,7 @@ def test_a_dump_at_the_end(tmp_path: Path) -> None:
 
 
 def test_a_table_that_another_session_locks(tmp_path: Path) -> None:
-    """A dump does not wait for its end; the error has PostgreSQL's words and a remedy."""
+    """A dump does not wait for the lock; the error has PostgreSQL's message and a remedy."""
     with PgTempDB() as db, db.connect() as connection, connection.transaction():
         connection.execute("CREATE TABLE t (n int)")
         connection.execute("COMMIT; BEGIN; LOCK TABLE t")

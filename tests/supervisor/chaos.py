@@ -1,6 +1,6 @@
-"""A storm: a daemon, clients that do their worst to it by a plan made from a seed, and what holds.
+"""A storm: a daemon, clients that follow a random plan of misbehavior, and the checks.
 
-The plan is made before anything runs, so a seed is the same storm again, but for its timing.
+The plan is made before anything runs, so a seed repeats the storm, except for its timing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ CREATE TABLE marks (lease text NOT NULL, token text NOT NULL);
 CREATE TABLE version (edit text NOT NULL);
 INSERT INTO version VALUES ('base');
 """
-# All that a lease could see of another. A name that a lease gave has its token in it.
+# Everything that a lease could see of another. Each name that a lease has chosen contains its
+# token.
 _SEEN = """
 SELECT 'row of ' || lease FROM marks
 UNION ALL SELECT 'version ' || edit FROM version
@@ -45,19 +46,19 @@ UNION ALL SELECT 'relation ' || relname FROM pg_class
 UNION ALL SELECT 'schema ' || nspname FROM pg_namespace
 UNION ALL SELECT 'comment ' || description FROM pg_shdescription
 """
-# A client that hung up without a word, or lost its server, is noticed a moment later; and whoever
-# comes waits two seconds at most for what others have left to be found (daemon/lease_manager.py).
+# The daemon notices a moment later that a client has reset its connection or lost its server. A new
+# client waits at most two seconds for the leak check of other leases (daemon/lease_manager.py).
 _NOTICED_SECONDS = 10.0
-# Disasters in which bystanders lose their connections, those in which a template that was edited
-# may be lost, too, and those in which everything takes longer.
+# Disasters in which other clients lose their connections; those in which an edited template may be
+# lost as well; and those in which everything takes longer.
 CRASH, UPHEAVAL, HOLD_UP = "crash", "upheaval", "hold-up"
-# What a server says that is about to end, that others have crashed, or that has no room.
+# SQLSTATEs of a server that is about to exit, has had a crash, or has no disk space.
 _IN_A_DISASTER = ("08", "53", "57P", "58", "XX")
 _REFUSALS = {"53100", "53300", "57P01", "57P03", "57P02", "57P05", "3D000"}
 
 
 def plan(seed: int, clients: int, steps: int) -> list[list[Step]]:
-    """What each client does, from the seed alone."""
+    """The steps of each client, from the seed alone."""
     dice = random.Random(seed)
     names, weights = list(STEPS), [weight for weight, _ in STEPS.values()]
     return [
@@ -70,8 +71,7 @@ def plan(seed: int, clients: int, steps: int) -> list[list[Step]]:
 
 
 class Served(Daemon):
-    """A daemon whose standard error is read all the time, as there may be more of it than a pipe
-    holds."""
+    """A daemon whose standard error a thread reads, since a pipe may be too small for it."""
 
     _reading: threading.Thread | None = None
 
@@ -100,10 +100,10 @@ class Storm:
     """One storm.
 
     Attributes:
-        violations: what must not be, in words.
-        outcomes: how often each step came out how.
-        over: whether the daemon has been told to end.
-        edits: what was ever begun to be written into the template.
+        violations: descriptions of errors that must not happen.
+        outcomes: how often each step had each outcome.
+        over: whether the daemon is being stopped.
+        edits: all rows that a step has begun to write into the template.
     """
 
     def __init__(self, served: Served, seed: int, place: Path, *, small_disk: bool) -> None:
@@ -119,17 +119,17 @@ class Storm:
         self._ended: Counter[str] = Counter()
         self.edits: set[str] = {"base"}
         self._sealed: dict[str, tuple[float, int]] = {}
-        # When leases ended; and where from that moment on nothing of them may be seen, how calm
-        # it was.
-        self._gone: dict[str, tuple[float, int]] = {}
-        self._segments: set[str] = set()  # shared memory of its servers
+        # When leases ended, and the state of calm() at that moment if nothing of them may be
+        # visible after it.
+        self._ended_leases: dict[str, tuple[float, int]] = {}
+        self._segments: set[str] = set()  # shared memory of the daemon's servers
         self._log: list[str] = []
         self._lock = threading.Lock()
-        said = "".join(served.said)
-        self._socket = f"{said.split('socket is in ')[1].split(';')[0]}/.s.PGSQL.{self.port}"
+        output = "".join(served.output)
+        self._socket = f"{output.split('socket is in ')[1].split(';')[0]}/.s.PGSQL.{self.port}"
 
     def run(self, clients: int, steps: int) -> None:
-        """All clients, to the end of their plans."""
+        """Run the plans of all clients to their ends."""
         self._start = time.monotonic()
         over = threading.Event()
         with ThreadPoolExecutor(clients + 1) as threads:
@@ -140,11 +140,11 @@ class Storm:
     def _note_segments(self, over: threading.Event) -> None:
         while not over.wait(0.05):
             for file in self.place.glob(f"{PREFIX}*/data/postmaster.pid"):
-                with suppress(OSError, IndexError):  # of a server that has just begun, or ended
+                with suppress(OSError, IndexError):  # the server has just started or stopped
                     self._segments.add(file.read_text().split("\n")[6].split()[1])
 
     def end_after(self, steps: int, number: int) -> tuple[int, str]:
-        """Send the daemon a signal when so many steps are done."""
+        """Send the daemon a signal after a number of steps."""
         assert eventually(lambda: self.outcomes.total() >= steps, 5 * SECONDS)
         self.over = True
         return self.served.end(number)
@@ -187,16 +187,16 @@ class Storm:
         return "done"
 
     def story(self) -> str:
-        """What is needed to look into a failure."""
+        """The information needed to investigate a failure."""
         return "\n".join([
             f"PGTEMP_CHAOS_SEED={self.seed} is this storm again",
             *self.violations, "", *self._log, "", *self.served.errors,
         ])  # fmt: skip
 
-    # what steps need
+    # used by steps
 
     def address(self, it: Step) -> tuple[str, int] | str:
-        """The daemon's port, or now and then its socket."""
+        """The daemon's port or, sometimes, its socket."""
         return self._socket if it.dice % 5 == 0 else ("127.0.0.1", self.port)
 
     def connect(self, it: Step, session: str | None = None) -> Client:
@@ -207,7 +207,7 @@ class Storm:
         )
 
     def inspect(self, client: Client, lease: str) -> None:
-        """Nothing may be seen of a lease that was gone when this one began."""
+        """Check that nothing is visible of a lease that ended before this one began."""
         seen = {str(row[0]) for row in client.query(_SEEN)}
         for what in seen:
             kind, _, name = what.rpartition(" ")
@@ -224,26 +224,26 @@ class Storm:
         }  # fmt: skip
         missing = {"base", *versions} - {what.removeprefix("version ") for what in seen}
         if missing and lease not in WORDS:
-            raise ViolationError(f"the template has not what was put into it: {missing}")
+            raise ViolationError(f"the template lacks what was written into it: {missing}")
 
     def _check_gone(self, token: str, what: str, asked: float) -> None:
-        gone, calm = self._gone.get(token, (asked, -1))
+        gone, calm = self._ended_leases.get(token, (asked, -1))
         late = 0.0 if self.calm(HOLD_UP) == calm >= 0 else _NOTICED_SECONDS
         if gone + late < asked:
             raise ViolationError(f"sees {what}, of a lease that ended {asked - gone:.2f} s before")
 
     def sealed(self, token: str, calm: int) -> None:
-        """A template was edited, and its editor has said goodbye."""
+        """Record that a template was edited, and its editor disconnected properly."""
         self._sealed[token] = time.monotonic(), calm
 
     def left(self, token: str, *, politely: bool) -> None:
-        """A lease's client has gone."""
+        """Record that a lease's client has disconnected."""
         calm = self.calm(HOLD_UP) if politely else -1
-        self._gone.setdefault(token, (time.monotonic(), calm))
+        self._ended_leases.setdefault(token, (time.monotonic(), calm))
 
     @contextmanager
     def disaster(self, kind: str = CRASH) -> Iterator[None]:
-        """While this block lasts others may lose what they have."""
+        """During this block, other clients may lose their leases."""
         kinds = {HOLD_UP} if kind == HOLD_UP else {CRASH, HOLD_UP, kind}
         with self._lock:
             self._begun.update(kinds)
@@ -261,15 +261,17 @@ class Storm:
 
     @contextmanager
     def process(self, pid: int) -> Iterator[tuple[int, Path]]:
-        """A process of this daemon's servers, as a descriptor that no other can be taken for, and
-        its data directory. Raises GoneError."""
+        """A descriptor of a process of this daemon's servers, and its data directory.
+
+        Raises GoneError.
+        """
         with self._opened(pid) as descriptor:
             try:
                 data_dir = Path(os.readlink(f"/proc/{pid}/cwd"))
             except OSError as error:
                 raise GoneError("ended already") from error
             if not data_dir.is_relative_to(self.place):
-                raise GoneError(f"{pid} is none of ours, it is in {data_dir}")
+                raise GoneError(f"{pid} is not a process of this daemon, it works in {data_dir}")
             yield descriptor, data_dir
 
     @staticmethod
@@ -278,15 +280,15 @@ class Storm:
             signal.pidfd_send_signal(descriptor, number)
 
     def siblings(self, pid: int) -> list[int]:
-        """The processes of the server that a backend belongs to, but for the first."""
+        """The other processes of a backend's server, without the postmaster."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
             return list(children(int(stat.rpartition(")")[2].split()[1])))
         except OSError as error:
             raise GoneError("ended already") from error
 
-    def wardens(self) -> list[AbstractContextManager[int]]:
-        """The processes that supervise this daemon's servers: usually one."""
+    def supervisors(self) -> list[AbstractContextManager[int]]:
+        """The supervisor of this daemon's servers; usually one."""
         return [
             self._opened(pid) for pid in children(self.served.process.pid)
             if b"reaper" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -303,10 +305,10 @@ class Storm:
         finally:
             os.close(descriptor)
 
-    # what holds when it is over
+    # checks at the end
 
-    def aftermath(self) -> None:
-        """The daemon serves as before, and holds no more than before."""
+    def check_service(self) -> None:
+        """The daemon serves clients as before the storm."""
         asked = time.monotonic()
         for word in (None, *WORDS, "template", None):
             it = Step(0, 0, f"aftermath of {word}", 1)
@@ -323,7 +325,7 @@ class Storm:
         return True
 
     def held(self) -> tuple[int, int, int]:
-        """Descriptors and threads of the daemon, and homes of its servers."""
+        """The number of descriptors and threads of the daemon, and of run directories."""
         proc = Path(f"/proc/{self.served.process.pid}")
         return (
             len(os.listdir(proc / "fd")),
@@ -331,8 +333,8 @@ class Storm:
             len(list(self.place.glob(f"{PREFIX}*"))),
         )
 
-    def remains(self) -> list[str]:
-        """What there still is of the daemon and its servers."""
+    def leftovers(self) -> list[str]:
+        """Everything that is left of the daemon and its servers."""
         found = [str(path) for path in self.place.glob("*")]
         found += [self._socket] if os.path.lexists(os.path.dirname(self._socket)) else []
         with open("/proc/sysvipc/shm") as table:

@@ -1,4 +1,4 @@
-"""What clients of a storm do: each step a function of the storm and of its own line of the plan."""
+"""The steps of a storm's clients: functions of the storm and of one line of its plan."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from chaos import Storm
 
 WORDS = ("red", "green", "blue")
-IDLE_SECONDS = 5.0  # that a lease may be idle
+IDLE_SECONDS = 5.0  # for which a lease may be idle
 _CUT_OFF_SECONDS = 0.3
-_pause = threading.Event().wait  # of a client that does something else meanwhile
+_pause = threading.Event().wait  # of a client that does something else in the meantime
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a plan; `dice` decides all that is left open."""
+    """One line of a plan; `dice` is the seed of all its random choices."""
 
     client: int
     number: int
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def token(self) -> str:
-        """What this step's lease marks everything with."""
+        """The mark that this step's lease puts on everything it creates."""
         return f"chaos_{self.client}_{self.number}"
 
     def random(self) -> random.Random:
@@ -63,14 +63,14 @@ class Step:
         return f"client {self.client}, step {self.number}: {self.name} {self.dice}"
 
 
-Do = Callable[["Storm", Step], None]
-STEPS: dict[str, tuple[int, Do]] = {}
+StepFunction = Callable[["Storm", Step], None]
+STEPS: dict[str, tuple[int, StepFunction]] = {}
 
 
-def step(weight: int) -> Callable[[Do], Do]:
-    """Let a function be drawn so often."""
+def step(weight: int) -> Callable[[StepFunction], StepFunction]:
+    """Register a function as a step; the weight decides how often it is chosen."""
 
-    def add(function: Do) -> Do:
+    def add(function: StepFunction) -> StepFunction:
         STEPS[function.__name__] = weight, function
         return function
 
@@ -79,7 +79,7 @@ def step(weight: int) -> Callable[[Do], Do]:
 
 @contextmanager
 def _private(storm: Storm, it: Step) -> Iterator[Client]:
-    """A lease of one's own, looked at and marked; ends as the block has left it."""
+    """A lease of its own, inspected and marked; ends as the block has left it."""
     client = storm.connect(it)
     try:
         storm.inspect(client, it.token)
@@ -91,7 +91,7 @@ def _private(storm: Storm, it: Step) -> Iterator[Client]:
 
 
 def _leave(storm: Storm, it: Step, client: Client) -> None:
-    """Nobody else's rows have come; then go, in one way or another."""
+    """Check that no other lease's rows are visible, then disconnect in one of two ways."""
     storm.inspect(client, it.token)
     if it.random().random() < 0.7:
         client.close()
@@ -102,7 +102,7 @@ def _leave(storm: Storm, it: Step, client: Client) -> None:
 
 @step(30)
 def work(storm: Storm, it: Step) -> None:
-    """Write, read, and go."""
+    """Write, read, and disconnect."""
     dice = it.random()
     with _private(storm, it) as client:
         for _ in range(dice.randrange(4)):
@@ -112,15 +112,15 @@ def work(storm: Storm, it: Step) -> None:
 
 
 @step(6)
-def look_in(storm: Storm, it: Step) -> None:
-    """Log in, and leave without a word."""
+def log_in_and_leave(storm: Storm, it: Step) -> None:
+    """Log in, and disconnect without a statement."""
     client = storm.connect(it)
     client.close() if it.dice % 2 else client.reset()
 
 
 @step(8)
-def impatient(storm: Storm, it: Step) -> None:
-    """Say everything at once; and then leave, or wait for all of it."""
+def send_everything_at_once(storm: Storm, it: Step) -> None:
+    """Send everything at once; then disconnect, or wait for all the answers."""
     dice = it.random()
     hello = startup_message({"user": "postgres", "database": "app"})
     mark = f"INSERT INTO marks VALUES ('{it.token}', 'impatient'); SELECT 'answer'\0".encode()
@@ -133,29 +133,29 @@ def impatient(storm: Storm, it: Step) -> None:
             reset(client)
         elif way == 1:
             client.shutdown(socket.SHUT_WR)
-            said = read_to_the_end(client)
-            if b"answer" not in said and said[:1] != b"E" and storm.calm() == calm >= 0:
-                raise ViolationError(f"who said all at once was told {said!r}")
+            answer = read_to_the_end(client)
+            if b"answer" not in answer and answer[:1] != b"E" and storm.calm() == calm >= 0:
+                raise ViolationError(f"a client that sent everything at once got {answer!r}")
     storm.left(it.token, politely=False)
 
 
 @step(1)
-def overstay(storm: Storm, it: Step) -> None:
-    """Say nothing for longer than one may."""
+def exceed_the_idle_limit(storm: Storm, it: Step) -> None:
+    """Send nothing for longer than a lease may be idle."""
     with _private(storm, it) as client:
         _pause(IDLE_SECONDS)
         try:
             client.query("SELECT pg_sleep(60)")
         except SqlError as error:
-            raise ViolationError(f"who stayed too long was told {error}") from error
+            raise ViolationError(f"a client that was idle too long got {error}") from error
         except GoneError:
             return
-    raise ViolationError("stayed longer than one may")
+    raise ViolationError("was idle longer than allowed")
 
 
 @step(20)
-def share(storm: Storm, it: Step) -> None:
-    """Write into a session that others are in."""
+def share_a_session(storm: Storm, it: Step) -> None:
+    """Write into a session that other clients use."""
     dice = it.random()
     word = dice.choice(WORDS)
     with storm.connect(it, word) as client:
@@ -164,36 +164,36 @@ def share(storm: Storm, it: Step) -> None:
             client.query(f"INSERT INTO marks VALUES ('{word}', '{it.token}')")
             mine = client.query(f"SELECT count(*) FROM marks WHERE token = '{it.token}'")
             if mine != [(str(number + 1),)]:
-                raise ViolationError(f"of {number + 1} rows of one connection there are {mine}")
+                raise ViolationError(f"one connection inserted {number + 1} rows and sees {mine}")
         storm.inspect(client, word)
         client.close() if dice.random() < 0.7 else client.reset()
 
 
 @step(6)
 def half_close(storm: Storm, it: Step) -> None:
-    """Say that nothing more comes while a statement runs; its answer comes all the same."""
+    """Half-close the connection while a statement runs; its answer must arrive nevertheless."""
     with _private(storm, it) as client:
         calm = storm.calm()
         client.ask(f"SELECT 'answer' || count(*) FROM marks, pg_sleep({it.dice % 30 / 100})")
         client.socket.shutdown(socket.SHUT_WR)
-        said = read_to_the_end(client.socket)
-        if b"answer1" not in said and storm.calm() == calm >= 0:
-            raise ViolationError(f"after a half-close came {said[:200]!r}")
+        answer = read_to_the_end(client.socket)
+        if b"answer1" not in answer and storm.calm() == calm >= 0:
+            raise ViolationError(f"the answer after a half-close was {answer[:200]!r}")
 
 
 @step(8)
-def break_off(storm: Storm, it: Step) -> None:
-    """Hang up in the middle of a statement."""
+def disconnect_during_a_statement(storm: Storm, it: Step) -> None:
+    """Disconnect in the middle of a statement."""
     with _private(storm, it) as client:
-        # Who only closes may be somebody who still listens, so the statement runs to its end.
+        # A client that only closes may still read, so the statement runs to its end.
         client.ask(f"SELECT pg_sleep({20 if it.dice % 2 else 0.5})")
         _pause(it.dice % 20 / 100)
         client.reset() if it.dice % 2 else client.socket.close()
 
 
 @step(4)
-def killed_child(storm: Storm, it: Step) -> None:
-    """A process is killed while its statement runs."""
+def kill_a_client_process(storm: Storm, it: Step) -> None:
+    """A client process is killed while its statement runs."""
     psql = shutil.which("psql")
     address = f"host=127.0.0.1 port={storm.port} user=postgres dbname=app"
     mark = f"INSERT INTO marks VALUES ('{it.token}', 'child')"
@@ -209,21 +209,21 @@ def killed_child(storm: Storm, it: Step) -> None:
         assert child.stdout is not None
         if not select.select([child.stdout], [], [], SECONDS)[0]:
             child.kill()
-            raise HangError("a client process was left hanging")
+            raise HangError("a client process got no answer")
         _pause(it.dice % 10 / 100)
         child.kill()
     storm.left(it.token, politely=False)
 
 
 @step(8)
-def cancel_busy(storm: Storm, it: Step) -> None:
-    """A statement that runs is canceled."""
+def cancel_a_running_statement(storm: Storm, it: Step) -> None:
+    """Cancel a running statement."""
     with _private(storm, it) as client:
         client.canceled = True
         client.ask("SELECT pg_sleep(600)")
         deadline = time.monotonic() + SECONDS
         while not select.select([client.socket], [], [], 0.05)[0]:
-            # One that comes before the statement has begun is none.
+            # A cancel request that arrives before the statement has started has no effect.
             cancel(storm.address(it), client.key)
             if time.monotonic() > deadline:
                 raise HangError("could not be canceled")
@@ -238,7 +238,7 @@ def cancel_busy(storm: Storm, it: Step) -> None:
 
 @step(8)
 def cancel_race(storm: Storm, it: Step) -> None:
-    """A cancel meets the end of its statement, and comes once more after the connection's end."""
+    """Cancel statements as they end, and once more after the connection has been closed."""
     dice = it.random()
     with _private(storm, it) as client:
         client.canceled = True
@@ -253,8 +253,8 @@ def cancel_race(storm: Storm, it: Step) -> None:
 
 
 @step(6)
-def cancel_nobody(storm: Storm, it: Step) -> None:
-    """A cancel with another's pid, or another secret, does nothing to anybody."""
+def cancel_with_wrong_keys(storm: Storm, it: Step) -> None:
+    """A cancel request with another pid or another secret has no effect."""
     dice = it.random()
     with _private(storm, it) as client:
         client.ask("SELECT pg_sleep(0.2)")
@@ -270,11 +270,11 @@ def cancel_nobody(storm: Storm, it: Step) -> None:
 
 
 @step(16)
-def bad_start(storm: Storm, it: Step) -> None:
-    """What is no start of a connection, or only a part of one."""
+def invalid_start_up(storm: Storm, it: Step) -> None:
+    """Send an invalid or incomplete start of a connection."""
     dice = it.random()
     whole = startup_message({"user": "postgres", "database": "app"})
-    sent, answer = dice.choice([
+    sent, expected = dice.choice([
         (whole[: dice.randrange(len(whole))], b""),
         (dice.randbytes(dice.randrange(1, 2000)), None),
         (untyped(SSL_CODE), b"N"),
@@ -301,20 +301,20 @@ def bad_start(storm: Storm, it: Step) -> None:
         if way == "end":
             with suppress(OSError):
                 probe.shutdown(socket.SHUT_WR)
-        said = read_to_the_end(probe)
-    if answer is not None and len(answer) == 5:
-        if said[:1] != b"E" or error_fields(said[5:])["C"] != answer.decode():
-            raise ViolationError(f"{sent[:40]!r} was answered with {said!r}")
-    elif answer == b"Z":
-        if not said.endswith(b"Z\0\0\0\5I"):
-            raise ViolationError(f"pg_isready was answered with {said!r}")
-    elif answer is not None and said != answer:
-        raise ViolationError(f"{sent[:40]!r} was answered with {said!r}")
+        received = read_to_the_end(probe)
+    if expected is not None and len(expected) == 5:
+        if received[:1] != b"E" or error_fields(received[5:])["C"] != expected.decode():
+            raise ViolationError(f"{sent[:40]!r} was answered with {received!r}")
+    elif expected == b"Z":
+        if not received.endswith(b"Z\0\0\0\5I"):
+            raise ViolationError(f"pg_isready was answered with {received!r}")
+    elif expected is not None and received != expected:
+        raise ViolationError(f"{sent[:40]!r} was answered with {received!r}")
 
 
 @step(6)
-def copy_broken(storm: Storm, it: Step) -> None:
-    """COPY that never comes to its end."""
+def incomplete_copy(storm: Storm, it: Step) -> None:
+    """Start a COPY that is not completed."""
     dice = it.random()
     with _private(storm, it) as client:
         client.query("COPY marks FROM STDIN")
@@ -329,7 +329,7 @@ def copy_broken(storm: Storm, it: Step) -> None:
             client.socket.shutdown(socket.SHUT_WR)
             read_to_the_end(client.socket)
         else:
-            client.canceled = True  # as PostgreSQL calls it
+            client.canceled = True  # PostgreSQL reports it with this SQLSTATE
             client.send(b"f", b"no\0")
             with suppress(SqlError):
                 client.answer()
@@ -338,8 +338,8 @@ def copy_broken(storm: Storm, it: Step) -> None:
 
 
 @step(6)
-def unread(storm: Storm, it: Step) -> None:
-    """A large result that is not read."""
+def unread_result(storm: Storm, it: Step) -> None:
+    """Request a large result and do not read it."""
     with _private(storm, it) as client:
         client.ask("SELECT repeat('x', 1000) FROM generate_series(1, 100000)")
         client.socket.recv(1 + it.dice % 1000)
@@ -348,7 +348,7 @@ def unread(storm: Storm, it: Step) -> None:
 
 
 _ALTER = "DO $$BEGIN EXECUTE format('ALTER DATABASE %%I %s', current_database()); END$$"
-LITTER = (
+LEAKS = (
     "CREATE ROLE {0} LOGIN",
     "CREATE ROLE {0};; CREATE TABLE owned (n int);; ALTER TABLE owned OWNER TO {0}",
     "CREATE ROLE {0};; GRANT {0} TO postgres;; GRANT pg_monitor TO {0}",
@@ -373,14 +373,14 @@ LITTER = (
 
 
 @step(24)
-def litter(storm: Storm, it: Step) -> None:
-    """Leave something beside one's rows."""
+def leak(storm: Storm, it: Step) -> None:
+    """Leave objects outside the table of rows."""
     dice = it.random()
     with _private(storm, it) as client:
         if dice.random() < 0.15:
             client.query(f"ALTER SYSTEM SET log_line_prefix = 'x {it.token}'")
             client.query("SELECT pg_reload_conf()")
-        for statement in dice.choice(LITTER).format(it.token).split(";; "):
+        for statement in dice.choice(LEAKS).format(it.token).split(";; "):
             client.query(statement)
         if dice.random() < 0.7:
             client.close()
@@ -390,16 +390,16 @@ def litter(storm: Storm, it: Step) -> None:
 
 
 @step(4)
-def end_oneself(storm: Storm, it: Step) -> None:
-    """A backend is told to end by its own client."""
+def terminate_own_backend(storm: Storm, it: Step) -> None:
+    """Terminate the client's own backend."""
     with _private(storm, it) as client, suppress(GoneError):
         client.query("SELECT pg_terminate_backend(pg_backend_pid())")
         raise ViolationError("went on after it was terminated")
 
 
 @step(4)
-def stand_still(storm: Storm, it: Step) -> None:
-    """A backend stops for a moment while its client waits, or leaves."""
+def stop_a_backend(storm: Storm, it: Step) -> None:
+    """Stop a backend for a moment while its client waits or disconnects."""
     with _private(storm, it) as client:
         pid = _pid_of(client)
         with storm.process(pid) as (backend, _), storm.disaster("hold-up"):
@@ -408,7 +408,7 @@ def stand_still(storm: Storm, it: Step) -> None:
                 client.ask("SELECT 1")
                 if it.dice % 2:
                     client.reset()
-                # Now and then longer than PostgreSQL itself waits for a backend to end.
+                # Sometimes longer than PostgreSQL itself waits for a backend to exit.
                 _pause(0.1 + it.dice % 10 / 20 if it.dice % 13 else 7)
             finally:
                 storm.send_signal(backend, signal.SIGCONT)
@@ -418,8 +418,8 @@ def stand_still(storm: Storm, it: Step) -> None:
 
 
 @step(3)
-def crash(storm: Storm, it: Step) -> None:
-    """A backend, or whatever else is part of a server, dies, so that everybody in it is ended."""
+def crash_a_server_process(storm: Storm, it: Step) -> None:
+    """Kill a backend or another process of a server, so that all its clients are disconnected."""
     with _private(storm, it) as client:
         pid = _pid_of(client)
         if it.dice % 3 == 0:
@@ -433,8 +433,8 @@ def crash(storm: Storm, it: Step) -> None:
 
 
 @step(3)
-def end_server(storm: Storm, it: Step) -> None:
-    """The server is killed, or told to end while others are in it, as a clean-up script would."""
+def signal_a_server(storm: Storm, it: Step) -> None:
+    """Kill the server, or shut it down while it has clients, as a clean-up script would."""
     number = it.random().choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
     with (
         _private(storm, it) as client,
@@ -442,7 +442,7 @@ def end_server(storm: Storm, it: Step) -> None:
         storm.disaster(),
     ):
         storm.send_signal(postmaster, number)
-        if number == signal.SIGTERM:  # who is in it may stay
+        if number == signal.SIGTERM:  # its clients may stay
             _pause(0.3)
             client.close()
             return
@@ -452,13 +452,13 @@ def end_server(storm: Storm, it: Step) -> None:
 
 
 @step(2)
-def freeze(storm: Storm, it: Step) -> None:
-    """A server, or the process that supervises all of them, stops for a moment."""
+def stop_a_server_or_the_supervisor(storm: Storm, it: Step) -> None:
+    """Stop a server, or the supervisor of all of them, for a moment."""
     with _private(storm, it) as client, storm.disaster("hold-up"), ExitStack() as until_then:
         if it.dice % 2:
             frozen = [until_then.enter_context(_postmaster(storm, client))]
         else:
-            frozen = [until_then.enter_context(one) for one in storm.wardens()]
+            frozen = [until_then.enter_context(one) for one in storm.supervisors()]
         for one in frozen:
             storm.send_signal(one, signal.SIGSTOP)
         _pause(it.dice % 10 / 10)
@@ -468,8 +468,8 @@ def freeze(storm: Storm, it: Step) -> None:
 
 
 @step(2)
-def end_all(storm: Storm, it: Step) -> None:
-    """Everybody in the server is told to end, pgtemp's own connections among them."""
+def terminate_all_backends(storm: Storm, it: Step) -> None:
+    """Cancel or terminate all backends of the server, including those of pgtemp."""
     with _private(storm, it) as client:
         others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
         if it.dice % 2:
@@ -481,8 +481,8 @@ def end_all(storm: Storm, it: Step) -> None:
 
 
 @step(3)
-def lock_out(storm: Storm, it: Step) -> None:
-    """Nobody can log in, or make a database, for a moment."""
+def lock_catalogs(storm: Storm, it: Step) -> None:
+    """For a moment, no client can log in and no database can be created."""
     with _private(storm, it) as client, storm.disaster("hold-up"):
         table = ["pg_database", "pg_authid", "pg_db_role_setting"][it.dice % 3]
         client.query(f"BEGIN; LOCK {table}; SELECT pg_sleep({it.dice % 10 / 10})")
@@ -494,18 +494,18 @@ def lock_out(storm: Storm, it: Step) -> None:
 
 
 @step(1)
-def kill_warden(storm: Storm, it: Step) -> None:
-    """The process that supervises all servers is killed, and they with it."""
+def kill_supervisors(storm: Storm, it: Step) -> None:
+    """Kill the supervisor of all servers, and thereby the servers."""
     with storm.disaster("upheaval"):
-        for warden in storm.wardens():
-            with warden as one:
+        for supervisor in storm.supervisors():
+            with supervisor as one:
                 storm.send_signal(one, signal.SIGKILL)
         _pause(it.dice % 10 / 20)
 
 
 @step(1)
 def fill_disk(storm: Storm, it: Step) -> None:
-    """Write until there is no room, and give up."""
+    """Write until the disk is full, and then disconnect."""
     if not storm.small_disk:
         return
     with _private(storm, it) as client, storm.disaster("upheaval"):
@@ -526,7 +526,7 @@ def fill_disk(storm: Storm, it: Step) -> None:
 
 @step(1)
 def edit_template(storm: Storm, it: Step) -> None:
-    """Change what all later leases start with."""
+    """Change the template from which all later leases start."""
     storm.edits.add(it.token)
     with storm.connect(it, "template") as client:
         calm = storm.calm("upheaval")

@@ -1,6 +1,6 @@
-"""Storms: clients that do their worst, in an order that a seed decides, and what holds after them.
+"""Storms: clients misbehave in an order that a seed decides; then the tests check the daemon.
 
-`PGTEMP_CHAOS_SEED=7` asks for the storm of another seed.
+`PGTEMP_CHAOS_SEED=7` selects the storm of another seed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from support import Daemon, eventually
 
 SEED = int(os.environ.get("PGTEMP_CHAOS_SEED", "20"))
 CLIENTS = 8
-Gather = Callable[[str, int], Storm]
+StartStorm = Callable[[str, int], Storm]
 BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
-# Descriptors, threads and homes that a daemon may hold more than before the storm: what is kept
-# ready, and opened ahead for a minute. Whatever each client or each crash would leave is more.
+# Descriptors, threads and run directories that a daemon may hold in addition to those before the
+# storm: databases in the pool, and connections that stay warm for a minute. A leak per client or
+# per crash would be more.
 MORE_AT_ONCE, MORE_LATER = (100, 40, 24), (40, 40, 6)
 
 
@@ -45,8 +46,8 @@ def disk() -> Iterator[tuple[Path, bool]]:
 
 
 @pytest.fixture
-def gather(disk: tuple[Path, bool], tmp_path: Path) -> Iterator[Gather]:
-    """Starts storms' daemons; ends those that the test has not ended."""
+def start_storm(disk: tuple[Path, bool], tmp_path: Path) -> Iterator[StartStorm]:
+    """Starts the daemons of storms; stops those that the test has not stopped."""
     path, small_disk = disk
     template = tmp_path / "template.sql"
     template.write_text(TEMPLATE)
@@ -62,49 +63,52 @@ def gather(disk: tuple[Path, bool], tmp_path: Path) -> Iterator[Gather]:
         return Storm(served, seed, path, small_disk=small_disk)
 
     yield start
-    for one in list(Daemon.running):
-        one.end()
+    for storm in list(Daemon.running):
+        storm.end()
 
 
-def weather(one: Storm, steps: int, more: tuple[int, ...] = MORE_AT_ONCE) -> None:
-    """A whole storm, and a daemon that is afterwards what it was before."""
+def run_storm(storm: Storm, steps: int, more: tuple[int, ...] = MORE_AT_ONCE) -> None:
+    """Run a whole storm; afterwards the daemon must hold no more than before."""
     try:
-        one.aftermath()
-        before = one.held()
-        one.run(CLIENTS, steps)
-        one.aftermath()
-        assert not one.violations
+        storm.check_service()
+        before = storm.held()
+        storm.run(CLIENTS, steps)
+        storm.check_service()
+        assert not storm.violations
         assert eventually(
             lambda: all(
-                now <= then + some for now, then, some in zip(one.held(), before, more, strict=True)
+                now <= then + some
+                for now, then, some in zip(storm.held(), before, more, strict=True)
             ),
             90,
-        ), f"descriptors, threads and homes: {before}, and now {one.held()}"
-        status, errors = one.served.end()
-        check_the_end(one, status, errors)
+        ), f"descriptors, threads and homes: {before}, and now {storm.held()}"
+        status, errors = storm.served.end()
+        check_nothing_left(storm, status, errors)
         assert status == 0
     except BaseException as error:
-        raise AssertionError(f"{error!r}\n{one.story()}") from error
+        raise AssertionError(f"{error!r}\n{storm.story()}") from error
 
 
-def check_the_end(one: Storm, status: int, errors: str) -> None:
+def check_nothing_left(storm: Storm, status: int, errors: str) -> None:
     assert "Traceback" not in errors
-    assert eventually(lambda: not one.remains(), 30), one.remains()
+    assert eventually(lambda: not storm.leftovers(), 30), storm.leftovers()
 
 
 @pytest.mark.slow
 @BOTH
-def test_a_storm(gather: Gather, isolation: str) -> None:
-    """Nobody hangs, nobody reads another's rows, everybody is told why, and nothing is left."""
-    weather(gather(isolation, SEED), 15)
+def test_a_storm(start_storm: StartStorm, isolation: str) -> None:
+    """No client hangs or reads another's rows; each gets a reason, and nothing is left."""
+    run_storm(start_storm(isolation, SEED), 15)
 
 
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(("more", "held"), [(1, MORE_AT_ONCE), (2, MORE_LATER)])
-def test_more_storms(gather: Gather, isolation: str, more: int, held: tuple[int, ...]) -> None:
-    """The same with other seeds, and longer; a minute later the daemon holds next to nothing."""
-    weather(gather(isolation, SEED + more), 35, held)
+def test_more_storms(
+    start_storm: StartStorm, isolation: str, more: int, held: tuple[int, ...]
+) -> None:
+    """The same with other seeds, and longer. A minute later the daemon holds almost nothing."""
+    run_storm(start_storm(isolation, SEED + more), 35, held)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +120,21 @@ def test_more_storms(gather: Gather, isolation: str, more: int, held: tuple[int,
         pytest.param("cluster", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_an_end_in_the_middle_of_a_storm(
-    gather: Gather, disk: tuple[Path, bool], isolation: str, number: int
+def test_a_daemon_that_stops_during_a_storm(
+    start_storm: StartStorm, disk: tuple[Path, bool], isolation: str, number: int
 ) -> None:
-    """However the daemon ends, nobody is left hanging, and nothing is left."""
-    one = gather(isolation, SEED + number)
+    """However the daemon ends, no client hangs, and nothing is left."""
+    storm = start_storm(isolation, SEED + number)
     try:
         with ThreadPoolExecutor(1) as thread:
-            ending = thread.submit(one.end_after, 40, number)
-            one.run(CLIENTS, 60)
+            ending = thread.submit(storm.end_after, 40, number)
+            storm.run(CLIENTS, 60)
             status, errors = ending.result()
-        assert not one.violations
+        assert not storm.violations
         if number == signal.SIGKILL:
-            # What a warden left that was killed before, the next start takes.
+            # The next start sweeps the run directories of a supervisor that was killed before.
             Daemon("--data-dir-prefix", str(disk[0])).end()
-        check_the_end(one, status, errors)
+        check_nothing_left(storm, status, errors)
         assert status == (0 if number == signal.SIGTERM else -number)
     except BaseException as error:
-        raise AssertionError(f"{error!r}\n{one.story()}") from error
+        raise AssertionError(f"{error!r}\n{storm.story()}") from error

@@ -1,4 +1,4 @@
-"""What dies on its own: wardens, postmasters, backends, clients; what is told, and what goes on."""
+"""Crashes of supervisors, postmasters, backends and clients: the errors, and the recovery."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def postmaster_of(connection: psycopg.Connection[tuple[object, ...]]) -> int:
     return int(str(row[0]))
 
 
-def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
-    """PostgreSQL goes by its death signal; a new warden serves the next server."""
+def test_a_killed_supervisor_stops_its_servers() -> None:
+    """PostgreSQL exits by its parent-death signal.
+
+    A new supervisor starts the next server, and `stop()` removes the run directory.
+    """
     db = PgTempDB().start()
     data_dir = db.data_dir
     busy = db.connect()
@@ -45,13 +48,13 @@ def test_a_killed_warden_takes_the_server_and_stop_removes_the_rest() -> None:
     busy.close()
     with PgTempDB() as another, another.connect() as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
-    assert data_dir.exists(), "its owner lives, so no sweep may take it"
+    assert data_dir.exists(), "its owner runs, so no sweep may remove it"
     db.stop()
     assert not data_dir.parent.exists()
 
 
-def test_a_killed_postmaster_leaves_no_busy_loop() -> None:
-    """A backend that computes outlives its postmaster; the error names the crash and the log."""
+def test_a_killed_postmaster_leaves_no_busy_backend() -> None:
+    """A busy backend outlives its postmaster; the error names the crash and quotes the log."""
     db = PgTempDB(config={"log_min_messages": "info"}).start()
     data_dir = db.data_dir
     busy = db.connect()
@@ -71,8 +74,8 @@ def test_a_killed_postmaster_leaves_no_busy_loop() -> None:
     assert leftovers(data_dir) == []
 
 
-def test_a_server_that_had_not_noted_its_memory_yet_leaves_none() -> None:
-    """It makes the segment first, and writes down which a moment later."""
+def test_a_server_without_a_recorded_segment_leaves_none() -> None:
+    """A server creates its shared memory segment first, and records it a moment later."""
     db = PgTempDB().start()
     notes = db.data_dir / "postmaster.pid"
     lines = notes.read_text().splitlines()
@@ -84,24 +87,24 @@ def test_a_server_that_had_not_noted_its_memory_yet_leaves_none() -> None:
     db.stop()
 
 
-def test_a_dead_server_of_a_cluster_is_told() -> None:
-    """Asking for a database names the crash, and the log's tail is there."""
+def test_a_killed_server_of_a_cluster_is_an_error() -> None:
+    """A request for a database raises an error with the crash and the end of the log."""
     with Cluster() as cluster:
         with cluster.database().connect() as connection:
             os.kill(postmaster_of(connection), signal.SIGKILL)
-            assert eventually(lambda: _dead(connection))
+            assert eventually(lambda: _is_disconnected(connection))
         assert eventually(lambda: "killed by signal 9" in _refusal(cluster))
 
 
 def _refusal(cluster: Cluster) -> str:
-    """What is said to who asks for databases, after those that were ready before."""
+    """The error of a request for a database, once no ready database is left."""
     with pytest.raises(ClusterError) as refused:
         for _ in range(100):
             cluster.database().close()
     return str(refused.value)
 
 
-def _dead(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
+def _is_disconnected(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
     try:
         connection.execute("SELECT 1")
     except psycopg.OperationalError:
@@ -110,10 +113,10 @@ def _dead(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
-def test_a_backend_that_crashes_ends_its_neighbours_clearly(
+def test_other_clients_of_a_crashed_backend_get_the_reason(
     daemon: type[Daemon], number: int
 ) -> None:
-    """They hear why; the daemon leases again, new and empty."""
+    """They get an error with the reason; the daemon then leases new, empty databases."""
     served = daemon()
     with (
         psycopg.connect(served.uri, autocommit=True) as victim,
@@ -123,29 +126,29 @@ def test_a_backend_that_crashes_ends_its_neighbours_clearly(
         row = victim.execute("SELECT pg_backend_pid()").fetchone()
         assert row is not None
         os.kill(row[0], number)
-        said: list[str] = []
-        # libpq takes a FATAL for a notice that it reads right behind the end of a query.
+        messages: list[str] = []
+        # libpq treats a FATAL that it reads right after the end of a query as a notice.
         neighbour.add_notice_handler(
-            lambda notice: said.append(f"{notice.message_primary} {notice.message_detail}")
+            lambda notice: messages.append(f"{notice.message_primary} {notice.message_detail}")
         )
-        with pytest.raises(psycopg.OperationalError) as told:
+        with pytest.raises(psycopg.OperationalError) as caught:
             assert not eventually(lambda: _answers(neighbour))
-        said.append(str(told.value))
-        assert any("after a crash" in one for one in said)
-        assert any(f"terminated by signal {number}" in one for one in said)
-    assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+        messages.append(str(caught.value))
+        assert any("after a crash" in one for one in messages)
+        assert any(f"terminated by signal {number}" in one for one in messages)
+    assert eventually(lambda: _gets_empty_database(served.uri)), "it does not lease again"
     status, errors = served.end()
     assert status == 0
     assert "Traceback" not in errors
 
 
 def _answers(connection: psycopg.Connection[tuple[object, ...]]) -> bool:
-    """Raises as soon as the connection is gone."""
+    """Always False; raises as soon as the connection is closed."""
     connection.execute("SELECT 1")
     return False
 
 
-def _fresh(uri: str) -> bool:
+def _gets_empty_database(uri: str) -> bool:
     try:
         with psycopg.connect(uri, connect_timeout=10) as connection:
             return connection.execute(TABLES).fetchone() == (0,)
@@ -154,8 +157,8 @@ def _fresh(uri: str) -> bool:
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
-def test_a_postmaster_that_is_killed(daemon: type[Daemon], isolation: str) -> None:
-    """With a busy loop in it: the loop goes, the next lease is there, the log names the crash."""
+def test_a_killed_postmaster_of_a_daemon(daemon: type[Daemon], isolation: str) -> None:
+    """Its busy backend is stopped, the next lease works, and the log names the crash."""
     before = homes()
     served = daemon("--isolation", isolation)
     with psycopg.connect(served.uri, autocommit=True) as connection:
@@ -164,23 +167,26 @@ def test_a_postmaster_that_is_killed(daemon: type[Daemon], isolation: str) -> No
         connection.pgconn.send_query(LOOP)
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not [cwd for _, cwd in all_postgres() if str(found[0]) in cwd])
-        assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+        assert eventually(lambda: _gets_empty_database(served.uri)), "it does not lease again"
         connection.close()
     _, errors = served.end()
-    if isolation == "database":  # else it is the one lease's own affair
+    if isolation == "database":  # otherwise only its own lease is affected
         assert "was killed by signal 9" in errors
     assert "Traceback" not in errors
     assert eventually(lambda: homes() <= before)
 
 
-def test_a_daemon_outlives_its_warden_and_sweeps(daemon: type[Daemon]) -> None:
-    """Its servers die with the warden; leases go on in new ones, and what was left goes."""
+def test_a_daemon_survives_its_supervisor_and_sweeps(daemon: type[Daemon]) -> None:
+    """The servers exit with the supervisor.
+
+    The daemon leases databases in new servers, and the leftovers are swept.
+    """
     before = homes()
     served = daemon()
     psycopg.connect(served.uri).close()
     (pid,) = (p for p, name in children(served.process.pid).items() if name.startswith("python"))
     os.kill(pid, signal.SIGKILL)
-    assert eventually(lambda: _fresh(served.uri)), "it does not lease again"
+    assert eventually(lambda: _gets_empty_database(served.uri)), "it does not lease again"
     assert served.end()[0] == 0
     assert eventually(lambda: homes() <= before)
 
@@ -190,7 +196,7 @@ PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 @pytest.fixture
 def namespace() -> list[str]:
-    """A command that makes what follows process 1 of a pid namespace of its own."""
+    """A command prefix that runs a command as process 1 of a new pid namespace."""
     tried = subprocess.run([*PID_1, "true"], check=False, capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"no pid namespace can be made: {tried.stderr.strip()}")
@@ -199,17 +205,18 @@ def namespace() -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_as_process_1(namespace: list[str], number: int) -> None:
-    """As in a container: signals end it, orphans are reaped, nothing is left."""
+    """As in a container: signals stop the daemon, orphans are reaped, nothing is left."""
     before = homes()
     served = Daemon(before=namespace)
     (first,) = children(served.process.pid)
     with psycopg.connect(served.uri, autocommit=True) as connection:
-        # A program that a backend starts, and whose parent ends before it does.
+        # A program that a backend starts, and whose parent exits before it.
         connection.execute("COPY (SELECT 1) TO PROGRAM '(sleep 0.2; exit 3) & exit 0'")
     pythons = [pid for pid, name in _tree(first).items() if name.startswith("python")]
-    _, _, killed = pythons  # process 1, the daemon, its warden
-    os.kill(killed, signal.SIGKILL)  # the warden: its postmasters are process 1's now
-    assert eventually(lambda: _fresh(served.uri))
+    _, _, killed = pythons  # process 1, the daemon, its supervisor
+    # the supervisor: process 1 is now the parent of its postmasters
+    os.kill(killed, signal.SIGKILL)
+    assert eventually(lambda: _gets_empty_database(served.uri))
     assert eventually(lambda: not _zombies(first)), _tree(first)
     busy = psycopg.connect(served.uri)
     busy.pgconn.send_query(LOOP)
@@ -223,10 +230,10 @@ def test_as_process_1(namespace: list[str], number: int) -> None:
 
 
 def _tree(pid: int) -> dict[int, str]:
-    """A process and all that come from it, with their names."""
+    """A process and all its descendants, with their names."""
     try:
         found = {pid: Path(f"/proc/{pid}/comm").read_text().strip()}
-    except OSError:  # over by now
+    except OSError:  # it has exited
         return {}
     for child in children(pid):
         found |= _tree(child)
@@ -234,17 +241,17 @@ def _tree(pid: int) -> dict[int, str]:
 
 
 def test_ctrl_c_in_a_container(namespace: list[str], tmp_path: Path) -> None:
-    """A terminal signals process 1 and the command; the command hears it once, and ends well."""
+    """A terminal signals process 1 and the command; the command gets it once and exits cleanly."""
     port = ports.free_port("127.0.0.1")
     argv = [sys.executable, "-m", "pgtemp", "--single", "--dump", str(tmp_path / "out.sql")]
     argv.append(f"postgresql://postgres@localhost:{port}/test")
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvp(namespace[0], [*namespace, *argv])
-    said = b""
-    while b"Ctrl-C" not in said:
-        assert select.select([terminal], [], [], 60)[0], said.decode()
-        said += os.read(terminal, 4096)
+    output = b""
+    while b"Ctrl-C" not in output:
+        assert select.select([terminal], [], [], 60)[0], output.decode()
+        output += os.read(terminal, 4096)
     with psycopg.connect(f"postgresql://postgres@localhost:{port}/test") as connection:
         connection.execute("CREATE TABLE kept (n int)")
     os.write(terminal, b"\x03")
@@ -256,14 +263,14 @@ def test_ctrl_c_in_a_container(namespace: list[str], tmp_path: Path) -> None:
     assert "CREATE TABLE public.kept" in (tmp_path / "out.sql").read_text()
 
 
-def test_a_crash_is_told_at_once(daemon: type[Daemon]) -> None:
-    """Not when what the client had was given back, which waits for a server that stands still."""
+def test_a_crash_is_reported_at_once(daemon: type[Daemon]) -> None:
+    """The client does not wait until its lease has ended, which a stopped server delays."""
     served = daemon()
     with (
         psycopg.connect(served.uri, autocommit=True) as victim,
-        psycopg.connect(served.uri, autocommit=True) as looker,
+        psycopg.connect(served.uri, autocommit=True) as observer,
     ):
-        postmaster = postmaster_of(looker)
+        postmaster = postmaster_of(observer)
         row = victim.execute("SELECT pg_backend_pid()").fetchone()
         assert row is not None
         os.kill(postmaster, signal.SIGSTOP)
@@ -271,7 +278,7 @@ def test_a_crash_is_told_at_once(daemon: type[Daemon]) -> None:
             os.kill(int(str(row[0])), signal.SIGKILL)
             with pytest.raises(psycopg.errors.CrashShutdown):
                 assert not eventually(lambda: _answers(victim))
-            assert _state(postmaster) == "T", "it was told only when the server went on"
+            assert _state(postmaster) == "T", "it was reported only when the server continued"
         finally:
             os.kill(postmaster, signal.SIGCONT)
 
@@ -284,20 +291,20 @@ def _zombies(pid: int) -> list[int]:
     return [one for one in _tree(pid) if not is_running(one)]
 
 
-def test_a_tenant_that_starts_processes_again_and_again(
+def test_a_tenant_that_keeps_starting_processes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The supervisor gives up after a second, however long each look at the processes takes."""
-    now, looks = [0.0], []
+    """The supervisor gives up after a second, even if each search for processes takes long."""
+    now, searches = [0.0], []
 
-    def look(_: int) -> list[int]:
+    def search(_: int) -> list[int]:
         now[0] += 0.3
-        looks.append(now[0])
-        return [os.getpid()]  # which does not work there, so it is not killed
+        searches.append(now[0])
+        return [os.getpid()]  # it does not work in that directory, so it is not killed
 
-    monkeypatch.setattr(crash, "_working_in", look)
-    monkeypatch.setattr(crash, "_segments_removed", lambda *_: bool(look(0)) and False)
+    monkeypatch.setattr(crash, "_working_in", search)
+    monkeypatch.setattr(crash, "_segments_removed", lambda *_: bool(search(0)) and False)
     monkeypatch.setattr(crash.time, "monotonic", lambda: now[0])
     (tmp_path / "data").mkdir()
     clear_crashed(str(tmp_path / "data"))
-    assert looks[-1] < 3.0
+    assert searches[-1] < 3.0

@@ -1,4 +1,4 @@
-"""Full disks: said with where and how much, survived by who can, and nothing half-made is left."""
+"""Full disks: errors name the disk and its free space, pgtemp recovers, and nothing is left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOO_MUCH = "CREATE TABLE t AS SELECT repeat('x', 1000) FROM generate_series(1, 1
 
 @pytest.fixture
 def disk(open_dir: Path) -> Iterator[Mount]:
-    """Mounts a small disk; in the end nothing of a server is on it, and nobody holds it."""
+    """Mounts a small disk. At the end no server's directory is on it, and no process uses it."""
     mounted: list[Disk] = []
 
     def mount(size: int, kind: str = "tmpfs") -> Disk:
@@ -56,7 +56,7 @@ def disk(open_dir: Path) -> Iterator[Mount]:
 
 @pytest.fixture
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Mount:
-    """Makes a disk the cache of this test."""
+    """Uses a disk as the cache of this test."""
 
     def use(disk: Disk) -> Disk:
         monkeypatch.setenv("PGTEMP_CACHE_DIR", str(disk.path / "cache"))
@@ -65,14 +65,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return use
 
 
-def says_where(error: BaseException | str, disk: Disk) -> bool:
-    """Whether an error names the disk and how much is free there."""
-    said = str(error)
-    return str(disk.path) in said and re.search(FREE, said) is not None
+def names_disk(error: BaseException | str, disk: Disk) -> bool:
+    """Whether an error names the disk and its free space."""
+    message = str(error)
+    return str(disk.path) in message and re.search(FREE, message) is not None
 
 
 def refusal(uri: str) -> asyncpg.PostgresError | None:
-    """Why a client is turned away, in PostgreSQL's words; None where it is not."""
+    """The error with which a client is refused; None if it is not."""
 
     async def connect() -> asyncpg.PostgresError | None:
         try:
@@ -85,7 +85,7 @@ def refusal(uri: str) -> asyncpg.PostgresError | None:
 
 
 def first_refusal(uri: str) -> tuple[list[psycopg.Connection], asyncpg.PostgresError]:
-    """Take what is ready; who comes then, and why it is turned away."""
+    """Use all ready databases; the connections, and the first refusal."""
     holding = []
     for _ in range(20):
         if (error := refusal(uri)) is not None:
@@ -94,16 +94,16 @@ def first_refusal(uri: str) -> tuple[list[psycopg.Connection], asyncpg.PostgresE
             holding.append(psycopg.connect(uri, autocommit=True))
         except psycopg.OperationalError:
             continue
-    raise AssertionError("nobody was turned away")
+    raise AssertionError("no client was refused")
 
 
-def somewhere() -> str:
-    """A URL that a daemon can serve at."""
+def free_uri() -> str:
+    """A URL at which a daemon can listen."""
     return f"postgresql://postgres@localhost:{ports.free_port('127.0.0.1')}/app"
 
 
 def crash(uri: str) -> None:
-    """Let a server write a checkpoint, which it cannot on a full disk, and ends over."""
+    """Start a checkpoint: on a full disk the server cannot write it, and exits."""
     with suppress(psycopg.Error), psycopg.connect(uri, autocommit=True) as connection:
         connection.execute("CHECKPOINT")
 
@@ -119,7 +119,7 @@ def serves(uri: str) -> bool:
 
 
 def fill_by_rows(connection: psycopg.Connection, kind: str = "") -> psycopg.Error:
-    """Insert until PostgreSQL says that there is no room; what it says."""
+    """Insert rows until PostgreSQL reports that the disk is full; return its error."""
     connection.execute(f"CREATE {kind} TABLE greedy (t text)")
     with pytest.raises(psycopg.Error) as caught:
         for _ in range(1000):
@@ -133,13 +133,13 @@ def fill_by_rows(connection: psycopg.Connection, kind: str = "") -> psycopg.Erro
 
 
 @KINDS
-def test_initdb_without_room_leaves_nothing(kind: str, disk: Mount, own_cache: Mount) -> None:
-    """One error says where and how much is free; once there is room, the image is built."""
+def test_initdb_on_a_full_disk_leaves_nothing(kind: str, disk: Mount, own_cache: Mount) -> None:
+    """One error names the disk and its free space. Once there is space, the image is built."""
     small = own_cache(disk(100, kind))
     small.fill(leave_little=True)
     with pytest.raises(DiskFullError) as caught:
         PgTempDB().start()
-    assert says_where(caught.value, small)
+    assert names_disk(caught.value, small)
     assert not list(small.path.glob("cache/images/*.building"))
     assert not list(small.path.glob("cache/programs/*.building"))
     small.clear()
@@ -148,14 +148,14 @@ def test_initdb_without_room_leaves_nothing(kind: str, disk: Mount, own_cache: M
 
 
 @KINDS
-def test_a_server_without_room_leaves_nothing(kind: str, disk: Mount) -> None:
-    """The error says where there is no room, and how much there is; and is a DiskFullError."""
+def test_a_server_on_a_full_disk_leaves_nothing(kind: str, disk: Mount) -> None:
+    """The error names the disk and its free space, and is a DiskFullError."""
     small = disk(100, kind)
-    for little in (True, False):
-        small.fill(leave_little=little)
+    for leave_little_space in (True, False):
+        small.fill(leave_little=leave_little_space)
         with pytest.raises(DiskFullError) as caught:
             PgTempDB(data_dir_prefix=small.path).start()
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         assert eventually(lambda: not small.homes)
     small.clear()
     with PgTempDB(data_dir_prefix=small.path) as db, db.connect() as connection:
@@ -163,7 +163,7 @@ def test_a_server_without_room_leaves_nothing(kind: str, disk: Mount) -> None:
 
 
 def test_a_template_too_large_for_its_disk(disk: Mount, tmp_path: Path, cache: Path) -> None:
-    """The error of a build says where; nothing of it is kept, and the cluster goes on."""
+    """The build's error names the disk; nothing is cached, and the cluster still works."""
     small = disk(120)
     dump = tmp_path / "big.sql"
     dump.write_text(TOO_MUCH)
@@ -171,20 +171,20 @@ def test_a_template_too_large_for_its_disk(disk: Mount, tmp_path: Path, cache: P
     with Cluster(data_dir_prefix=small.path) as cluster:
         with pytest.raises(TransferError) as caught:
             cluster.template("big", dump)
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         assert templates_in(cache) == before
 
         def build(uri: str) -> None:
             with psycopg.connect(uri) as connection:
                 connection.execute(TOO_MUCH)
 
-        with pytest.raises(psycopg.Error):  # its own error, as it is
+        with pytest.raises(psycopg.Error):  # PostgreSQL's own error, unchanged
             cluster.template("called", build)
         assert eventually(lambda: serves_from(cluster))
 
 
 def templates_in(cache: Path) -> set[Path]:
-    """The images of templates, those that are being built among them."""
+    """The images of templates, including those that are being built."""
     return {one for one in cache.glob("images/*-template-*") if one.suffix != ".lock"}
 
 
@@ -197,19 +197,19 @@ def serves_from(cluster: Cluster) -> bool:
 
 
 @KINDS
-def test_a_template_that_the_cache_has_no_room_for(
+def test_a_template_on_a_full_cache(
     kind: str, disk: Mount, own_cache: Mount, tmp_path: Path
 ) -> None:
-    """It is said where the image could not be published; then there is room, and it is."""
+    """The error names the disk of the image; once there is space, the template is built."""
     small = own_cache(disk(200, kind))
     schema = tmp_path / "schema.sql"
     schema.write_text("CREATE TABLE t (n int)")
     with Cluster() as cluster:
-        cluster.database().close()  # so that initdb's image is there
+        cluster.database().close()  # so that initdb's image exists
         small.fill(leave_little=True)
         with pytest.raises(DiskFullError) as caught:
             cluster.template("app", schema)
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         assert not list(small.path.glob("cache/images/*.building"))
         assert serves_from(cluster)
         small.clear()
@@ -218,8 +218,8 @@ def test_a_template_that_the_cache_has_no_room_for(
 
 
 @KINDS
-def test_copies_of_a_database_without_room(kind: str, disk: Mount) -> None:
-    """What copies a database says so before PostgreSQL ends over it, and the database goes on."""
+def test_copies_of_a_database_on_a_full_disk(kind: str, disk: Mount) -> None:
+    """A copy fails before PostgreSQL exits for lack of space, and the database still works."""
     small = disk(200, kind)
     with Cluster(data_dir_prefix=small.path) as cluster, cluster.database() as db:
         with db.connect() as connection:
@@ -230,20 +230,20 @@ def test_copies_of_a_database_without_room(kind: str, disk: Mount) -> None:
         for copy in (lambda: db.snapshot("after"), db.fork, lambda: db.restore(snapshot)):
             with pytest.raises(DiskFullError) as caught:
                 copy()
-            assert says_where(caught.value, small)
+            assert names_disk(caught.value, small)
         with cluster.database() as other, other.connect(autocommit=True) as witness:
             small.fill()
             for copy in (lambda: db.snapshot("after"), db.fork, lambda: db.restore(snapshot)):
                 with pytest.raises(DiskFullError):
                     copy()
-            assert witness.execute("SELECT 1").fetchone() == (1,), "the server went on"
+            assert witness.execute("SELECT 1").fetchone() == (1,), "the server still runs"
             small.clear()
             small.fill(leave_little=True)
         taken = []
         with pytest.raises(DiskFullError) as caught:
             for _ in range(10):
                 taken.append(cluster.database())
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         with db.connect() as connection:
             connection.execute("INSERT INTO t VALUES (2)")
         small.clear()
@@ -258,27 +258,27 @@ def test_copies_of_a_database_without_room(kind: str, disk: Mount) -> None:
 
 
 @KINDS
-def test_a_server_that_ended_over_a_full_disk_says_so(kind: str, disk: Mount) -> None:
-    """A server that cannot come back because its disk is full is found out, and taken away."""
+def test_a_server_that_exited_because_of_a_full_disk(kind: str, disk: Mount) -> None:
+    """pgtemp detects that it cannot restart because its disk is full, and removes it."""
     small = disk(100, kind)
     db = PgTempDB(data_dir_prefix=small.path).start()
 
-    def died() -> bool:
+    def has_exited() -> bool:
         crash(db.uri)
         try:
             db.check()
         except DiskFullError as error:
-            return says_where(error, small)
+            return names_disk(error, small)
         return False
 
     with small.kept_full():
-        assert eventually(died, 60)
+        assert eventually(has_exited, 60)
         db.stop()
     assert eventually(lambda: not small.homes)
 
 
-def test_a_dump_without_room_leaves_no_file(disk: Mount) -> None:
-    """Whether asked for or made at the end; the server goes on, or is ended."""
+def test_a_dump_on_a_full_disk_leaves_no_file(disk: Mount) -> None:
+    """After `dump()` the server still runs; if the dump at the end fails, the server is stopped."""
     small = disk(3)
     with PgTempDB() as db:
         with db.connect() as connection:
@@ -287,7 +287,7 @@ def test_a_dump_without_room_leaves_no_file(disk: Mount) -> None:
             )
         with pytest.raises(TransferError) as caught:
             db.dump(small.path / "out.sql")
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         assert list(small.path.iterdir()) == []
         with db.connect() as connection:
             assert connection.execute("SELECT count(*) FROM t").fetchone() == (10000,)
@@ -296,33 +296,33 @@ def test_a_dump_without_room_leaves_no_file(disk: Mount) -> None:
     data_dir = db.data_dir
     with pytest.raises(TransferError) as caught:
         db.stop()
-    assert says_where(caught.value, small)
+    assert names_disk(caught.value, small)
     assert list(small.path.iterdir()) == [small.ballast]
     assert eventually(lambda: not data_dir.exists())
 
 
-def test_kept_data_without_a_note_is_kept(disk: Mount) -> None:
-    """The disk fills up before the end: that is said, the server is ended, its data stays."""
+def test_persisted_data_on_a_full_disk(disk: Mount) -> None:
+    """If the disk is full at the end, an error reports it. The server stops, and its data stays."""
     small = disk(100, "ext4")
     db = PgTempDB(data_dir_prefix=small.path, persist=True).start()
     with db.connect(autocommit=True) as connection:
-        # Else it is in memory for a while, and a shutdown that fails on a full disk loses it.
+        # Otherwise it is in memory for a while, and a shutdown that fails on a full disk loses it.
         connection.execute("SET synchronous_commit TO on")
         connection.execute("CREATE TABLE t AS SELECT 7 AS n")
     small.fill()
     with pytest.raises(DiskFullError) as caught:
         db.stop()
-    assert says_where(caught.value, small)
-    (kept,) = small.homes
-    assert eventually(lambda: {path.name for path in kept.iterdir()} == {"data", "server.log"})
-    # On a full disk it cannot be opened, and stays as it is.
+    assert names_disk(caught.value, small)
+    (persisted,) = small.homes
+    assert eventually(lambda: {path.name for path in persisted.iterdir()} == {"data", "server.log"})
+    # On a full disk the data cannot be opened, and stays unchanged.
     small.fill()
-    refused = run_pgtemp("open", str(kept))
-    assert refused.returncode == 2 and says_where(refused.stderr, small)
+    refused = run_pgtemp("open", str(persisted))
+    assert refused.returncode == 2 and names_disk(refused.stderr, small)
     assert "Traceback" not in refused.stderr
     small.clear()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pgtemp", "open", str(kept)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pgtemp", "open", str(persisted)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -332,20 +332,20 @@ def test_kept_data_without_a_note_is_kept(disk: Mount) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    subprocess.run(["rm", "-r", str(kept)], check=True)
+    subprocess.run(["rm", "-r", str(persisted)], check=True)
 
 
 # The daemon
 
 
 @ALL
-def test_a_daemon_without_room_does_not_begin(mode: list[str], disk: Mount) -> None:
-    """One message says where; the exit status is 2, and nothing is left."""
+def test_a_daemon_on_a_full_disk_does_not_start(mode: list[str], disk: Mount) -> None:
+    """One message names the disk; the exit status is 2, and nothing is left."""
     small = disk(100)
     small.fill(leave_little=True)
-    served = run_pgtemp(*mode, "--data-dir-prefix", str(small.path), somewhere())
+    served = run_pgtemp(*mode, "--data-dir-prefix", str(small.path), free_uri())
     assert served.returncode == 2
-    assert says_where(served.stderr, small)
+    assert names_disk(served.stderr, small)
     assert "Traceback" not in served.stderr and served.stderr.count("pgtemp:") == 1
     assert eventually(lambda: not small.homes)
 
@@ -354,67 +354,71 @@ def test_a_daemon_without_room_does_not_begin(mode: list[str], disk: Mount) -> N
 def test_a_daemons_template_too_large_for_its_disk(
     isolation: str, disk: Mount, tmp_path: Path
 ) -> None:
-    """From the command line it ends the daemon; through the URL it is the editor's own error."""
+    """The daemon does not start, with an error that names the disk; nothing is left."""
     small = disk(150)
     dump = tmp_path / "big.sql"
     dump.write_text(TOO_MUCH)
     where = ["--isolation", isolation, "--data-dir-prefix", str(small.path)]
-    served = run_pgtemp(*where, "--template", f"app={dump}", somewhere())
+    served = run_pgtemp(*where, "--template", f"app={dump}", free_uri())
     assert served.returncode == 2
-    assert says_where(served.stderr, small)
+    assert names_disk(served.stderr, small)
     assert "Traceback" not in served.stderr
     assert eventually(lambda: not small.homes)
 
 
 @KINDS
 @BOTH
-def test_a_full_disk_refuses_who_is_new(
+def test_new_clients_are_refused_on_a_full_disk(
     isolation: str, kind: str, disk: Mount, daemon: DaemonType
 ) -> None:
-    """With SQLSTATE 53100, where, and a hint; who is there goes on, and with room so does all."""
+    """The error has SQLSTATE 53100, the disk and a hint.
+
+    Connected clients still work; once there is space, new clients are served.
+    """
     small = disk(250, kind)
     served = daemon("--isolation", isolation, "--data-dir-prefix", str(small.path))
-    with psycopg.connect(served.uri, autocommit=True) as here:
-        here.execute("CREATE TABLE t AS SELECT 1 AS n")
+    with psycopg.connect(served.uri, autocommit=True) as connected:
+        connected.execute("CREATE TABLE t AS SELECT 1 AS n")
         small.fill(leave_little=True)
         holding, error = first_refusal(served.uri)
         assert error.sqlstate == "53100"
-        assert says_where(error, small)
+        assert names_disk(error, small)
         assert "free some space" in error.hint
-        here.execute("INSERT INTO t VALUES (2)")
+        connected.execute("INSERT INTO t VALUES (2)")
         for one in holding:
             one.close()
         small.clear()
         assert eventually(lambda: serves(served.uri))
-        assert here.execute("SELECT count(*) FROM t").fetchone() == (2,)
+        assert connected.execute("SELECT count(*) FROM t").fetchone() == (2,)
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
 
 
 @BOTH
-def test_what_was_opened_ahead_for_others_is_given_before_anybody_is_refused(
+def test_warm_connections_are_used_up_before_a_client_is_refused(
     isolation: str, disk: Mount, daemon: DaemonType
 ) -> None:
-    """On a full disk a client of a new kind gets what waits for clients of another kind."""
+    """On a full disk, a client of a new kind gets the database of another warm connection."""
     small = disk(250)
     served = daemon("--isolation", isolation, "--data-dir-prefix", str(small.path))
     known, new = (f"{served.uri}?application_name={name}" for name in ("known", "new"))
-    with psycopg.connect(known, autocommit=True) as here:
+    with psycopg.connect(known, autocommit=True) as connected:
         psycopg.connect(known).close()
 
-        def opened_ahead() -> bool:
+        def has_warm_connections() -> bool:
             if isolation == "cluster":
-                return len(small.homes) >= 5  # one, two ready, two opened ahead
+                # one lease, two in the pool, two with warm connections
+                return len(small.homes) >= 5
             query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'known'"
-            return here.execute(query).fetchone() == (3,)
+            return connected.execute(query).fetchone() == (3,)
 
-        assert eventually(opened_ahead)
+        assert eventually(has_warm_connections)
         small.fill(leave_little=True)
         holding, error = first_refusal(new)
         assert error.sqlstate == "53100"
-        with pytest.raises(psycopg.OperationalError) as caught:  # none was left for its kind
+        with pytest.raises(psycopg.OperationalError) as caught:  # none is left for its kind
             psycopg.connect(known).close()
-        assert says_where(caught.value, small)
+        assert names_disk(caught.value, small)
         for one in holding:
             one.close()
     small.clear()
@@ -422,41 +426,41 @@ def test_what_was_opened_ahead_for_others_is_given_before_anybody_is_refused(
 
 @ALL
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-def test_one_lease_fills_the_disk_and_the_others_live_on(
+def test_one_lease_fills_the_disk_and_the_others_continue(
     mode: list[str], kind: str, disk: Mount, daemon: DaemonType
 ) -> None:
-    """It gets 53100; others read and write on, also while what filled the disk is dropped."""
+    """It gets 53100. Other leases read and write, even while its database is dropped."""
     small = disk(250, kind)
     served = daemon(*mode, "--data-dir-prefix", str(small.path))
-    with psycopg.connect(served.uri, autocommit=True) as here:
-        here.execute("CREATE TABLE t AS SELECT 1 AS n")
+    with psycopg.connect(served.uri, autocommit=True) as connected:
+        connected.execute("CREATE TABLE t AS SELECT 1 AS n")
         with psycopg.connect(served.uri, autocommit=True) as greedy:
-            # Not logged, because the log on a full disk ends the server (see the next test).
+            # Unlogged, because a server whose WAL fills the disk exits (see the next test).
             error = fill_by_rows(greedy, "UNLOGGED")
             assert error.sqlstate == "53100"
-            here.execute("INSERT INTO t VALUES (2)")
+            connected.execute("INSERT INTO t VALUES (2)")
             if mode == ["--single"]:
                 greedy.execute("DROP TABLE greedy")
         assert eventually(lambda: small.free > 20 << 20)
         assert eventually(lambda: serves(served.uri))
-        here.execute("INSERT INTO t VALUES (3)")
-        assert here.execute("SELECT count(*) FROM t").fetchone() == (3,)
+        connected.execute("INSERT INTO t VALUES (3)")
+        assert connected.execute("SELECT count(*) FROM t").fetchone() == (3,)
     status, errors = served.end()
     assert status == 0 and "Traceback" not in errors
 
 
 @ALL
-def test_a_lease_that_fills_the_disk_with_its_log_holds_nobody_up(
+def test_a_lease_that_fills_the_disk_with_wal(
     mode: list[str], disk: Mount, daemon: DaemonType
 ) -> None:
-    """PostgreSQL may end over it, with all who are in it; they hear so, and others are served."""
+    """PostgreSQL may exit with all its clients; they get an error, and new clients are served."""
     small = disk(150)
     served = daemon(*mode, "--data-dir-prefix", str(small.path))
-    with psycopg.connect(served.uri, autocommit=True) as here:
+    with psycopg.connect(served.uri, autocommit=True) as connected:
         with psycopg.connect(served.uri, autocommit=True) as greedy:
             fill_by_rows(greedy)
             with suppress(psycopg.Error):
-                here.execute("CREATE TABLE t AS SELECT 1 AS n")
+                connected.execute("CREATE TABLE t AS SELECT 1 AS n")
             with suppress(psycopg.Error):
                 greedy.execute("DROP TABLE greedy")
         assert eventually(lambda: serves(served.uri), 60)
@@ -466,10 +470,10 @@ def test_a_lease_that_fills_the_disk_with_its_log_holds_nobody_up(
 
 @KINDS
 @BOTH
-def test_a_server_that_cannot_come_back_is_replaced(
+def test_a_server_that_cannot_restart_is_replaced(
     isolation: str, kind: str, disk: Mount, daemon: DaemonType
 ) -> None:
-    """While the disk is full everybody new hears something; with room, there is a new server."""
+    """While the disk is full, new clients get an error; once there is space, a new server."""
     small = disk(250, kind)
     served = daemon("--isolation", isolation, "--data-dir-prefix", str(small.path))
     session = served.uri.replace("/test", "/test~one")
@@ -484,35 +488,37 @@ def test_a_server_that_cannot_come_back_is_replaced(
     assert status == 0 and "Traceback" not in errors
 
 
-def test_the_one_server_of_all_ends_over_a_full_disk(disk: Mount, daemon: DaemonType) -> None:
-    """With --single it cannot be replaced: the daemon ends and says why."""
+def test_a_single_server_exits_because_of_a_full_disk(disk: Mount, daemon: DaemonType) -> None:
+    """With --single it cannot be replaced: the daemon exits and reports the reason."""
     small = disk(100, "ext4")
     served = daemon("--single", "--data-dir-prefix", str(small.path))
 
-    def ended() -> bool:
+    def daemon_has_exited() -> bool:
         crash(served.uri)
         return served.process.poll() is not None
 
     with small.kept_full():
-        assert eventually(ended, 60)
+        assert eventually(daemon_has_exited, 60)
     status, errors = served.end()
     assert status == 2
-    assert says_where(errors, small)
+    assert names_disk(errors, small)
     assert "Traceback" not in errors
 
 
-# What the daemon itself writes
+# Files that the daemon itself writes
 
 
 @ALL
-def test_a_daemon_that_cannot_log_serves_on(mode: list[str], disk: Mount, open_dir: Path) -> None:
-    """Its log goes to a full disk: nothing is said, and everything is done."""
+def test_a_daemon_that_cannot_write_its_log_still_serves(
+    mode: list[str], disk: Mount, open_dir: Path
+) -> None:
+    """Its log is on a full disk: it logs nothing and does everything else."""
     small = disk(3)
     with open(small.path / "log", "w") as log:
         small.fill()
         arguments = [*mode, "--log-level", "debug"]
         with subprocess.Popen(
-            [sys.executable, "-m", "pgtemp", *arguments, somewhere()],
+            [sys.executable, "-m", "pgtemp", *arguments, free_uri()],
             stdout=subprocess.PIPE, stderr=log, text=True,
         ) as process:  # fmt: skip
             try:
@@ -525,13 +531,13 @@ def test_a_daemon_that_cannot_log_serves_on(mode: list[str], disk: Mount, open_d
         assert process.returncode == 0
 
 
-def test_a_daemon_that_cannot_say_where_it_serves_ends(disk: Mount) -> None:
+def test_a_daemon_that_cannot_print_its_url_exits(disk: Mount) -> None:
     """Standard output is on a full disk: one message, and status 2."""
     small = disk(3)
     with open(small.path / "out", "w") as out:
         small.fill()
         done = subprocess.run(
-            [sys.executable, "-m", "pgtemp", somewhere()],
+            [sys.executable, "-m", "pgtemp", free_uri()],
             stdout=out, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
         )  # fmt: skip
     assert done.returncode == 2
@@ -539,8 +545,11 @@ def test_a_daemon_that_cannot_say_where_it_serves_ends(disk: Mount) -> None:
 
 
 @ALL
-def test_a_daemons_dump_without_room(mode: list[str], disk: Mount, daemon: DaemonType) -> None:
-    """It is said and leaves no file; of a lease it is a line in the log, of all the end."""
+def test_a_daemons_dump_on_a_full_disk(mode: list[str], disk: Mount, daemon: DaemonType) -> None:
+    """It leaves no file.
+
+    A lease's dump is a warning in the log; with --single it is the exit status.
+    """
     small = disk(3)
     served = daemon(*mode, "--dump", str(small.path / "out.sql"))
     small.fill()
@@ -549,17 +558,17 @@ def test_a_daemons_dump_without_room(mode: list[str], disk: Mount, daemon: Daemo
     single = mode == ["--single"]
     status, errors = served.end()
     assert status == (2 if single else 0)
-    assert says_where(errors, small)
+    assert names_disk(errors, small)
     assert errors.count("could not be dumped") == (1 if single else 2)
     assert "Traceback" not in errors
     assert list(small.path.iterdir()) == [small.ballast]
 
 
 @ALL
-def test_a_daemon_keeps_data_on_a_full_disk(
+def test_a_daemon_persists_data_on_a_full_disk(
     mode: list[str], disk: Mount, daemon: DaemonType
 ) -> None:
-    """What cannot be written beside it is said; the data is kept, and the daemon ends."""
+    """The daemon reports files that it cannot write. It persists the data and exits."""
     small = disk(250, "ext4")
     served = daemon(*mode, "--persist", "--data-dir-prefix", str(small.path))
     with psycopg.connect(served.uri, autocommit=True) as connection:
@@ -576,10 +585,10 @@ def test_a_daemon_keeps_data_on_a_full_disk(
 # pytest
 
 
-def test_a_failed_test_that_cannot_be_kept(project: Project, disk: Mount) -> None:
-    """It is said at the end of the session, which ends as it would have."""
+def test_a_failed_test_whose_database_cannot_be_persisted(project: Project, disk: Mount) -> None:
+    """The session reports it at its end, with its usual exit status."""
     small = disk(100, "ext4")
-    project.kept = small.path
+    project.persist_dir = small.path
     result = project.run(
         text=f"""
         import os
@@ -598,8 +607,8 @@ def test_a_failed_test_that_cannot_be_kept(project: Project, disk: Mount) -> Non
     )
     assert result.status == 1, result.output
     assert result.count("failed") == 1 and result.count("passed") == 1
-    assert says_where(result.output, small), result.output
+    assert names_disk(result.output, small), result.output
     assert "INTERNALERROR" not in result.output
-    assert project.kept_databases() == {}
+    assert project.persisted_databases() == {}
     assert not list(small.path.glob("pgtemp-failed/*/*"))
     subprocess.run(["rm", "-rf", str(small.path / "pgtemp-failed")], check=True)

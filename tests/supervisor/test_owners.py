@@ -1,4 +1,4 @@
-"""However an owner ends, and whatever its servers do just then, nothing of them is left."""
+"""However an owner exits, and whatever its servers are doing, nothing of them is left."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from support import Daemon, eventually, homes
 
 START = """
 db = PgTempDB().start()
-mine(db.data_dir)
+report_server(db.data_dir)
 """
 
 
 @pytest.fixture
 def owners() -> Iterator[Callable[[str], Owner]]:
-    """Starts owners; kills those that the test has not ended."""
+    """Starts owners; kills those that the test has not stopped."""
     started = []
 
     def start(script: str) -> Owner:
@@ -46,8 +46,8 @@ def owners() -> Iterator[Callable[[str], Owner]]:
 Owners = Callable[[str], Owner]
 
 
-def gone(owner: Owner) -> bool:
-    return eventually(lambda: owner.left() == [])
+def leaves_nothing(owner: Owner) -> bool:
+    return eventually(lambda: owner.leftovers() == [])
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def gone(owner: Owner) -> bool:
     ],
 )
 def test_nothing_outlives_its_owner(owners: Owners, then: str) -> None:
-    """However a process ends, its server and its directory end with it."""
+    """However a process exits, its server and its run directory are removed."""
     owner = owners(START + then)
     owner.end()
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
 FORK = """
 if os.fork() == 0:
-    tell("child")
+    report("child")
     sys.stdin.read()
     os._exit(0)
 """
@@ -81,7 +81,7 @@ MULTIPROCESSING = """
 import multiprocessing
 inherited = os.dup(0)
 def work():
-    tell("child")
+    report("child")
     os.read(inherited, 1)
 multiprocessing.get_context("fork").Process(target=work).start()
 """
@@ -89,12 +89,14 @@ multiprocessing.get_context("fork").Process(target=work).start()
 
 @pytest.mark.parametrize("then", ["os.kill(os.getpid(), 9)", "os.execv('/bin/true', ['true'])"])
 @pytest.mark.parametrize("fork", [FORK, MULTIPROCESSING], ids=["fork", "multiprocessing"])
-def test_a_forked_child_that_lives_on_holds_nothing(owners: Owners, then: str, fork: str) -> None:
-    """It has copies of its parent's descriptors, and outlives it."""
+def test_a_surviving_forked_child_does_not_hold_the_server(
+    owners: Owners, then: str, fork: str
+) -> None:
+    """The child has copies of its parent's descriptors, and outlives it."""
     owner = owners(START + fork + then)
-    owner.hear("child")
+    owner.wait_for("child")
     owner.process.wait(timeout=60)
-    assert gone(owner)
+    assert leaves_nothing(owner)
     owner.end()
 
 
@@ -104,16 +106,16 @@ BUSY = "db.connect().execute('DO $$ BEGIN LOOP END LOOP; END $$')\n"
 
 @pytest.mark.parametrize("work", [IDLE, BUSY], ids=["idle", "busy"])
 def test_a_killed_owner_with_a_client(owners: Owners, work: str) -> None:
-    """SIGKILL, its client idle or in the middle of a loop that listens to nobody."""
-    owner = owners(START + "tell('begins')\n" + work + "tell('idle')\nsys.stdin.read()")
-    owner.hear("begins")
+    """The owner gets SIGKILL while its client is idle, or in a loop that handles no interrupt."""
+    owner = owners(START + "report('begins')\n" + work + "report('idle')\nsys.stdin.read()")
+    owner.wait_for("begins")
     (server,) = owner.servers
     if work is IDLE:
-        owner.hear("idle")
+        owner.wait_for("idle")
     else:
         assert eventually(lambda: any(map(is_computing, postgres_in(str(server.data_dir)))))
     owner.kill()
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -121,7 +123,7 @@ def test_a_killed_owner_with_a_client(owners: Owners, work: str) -> None:
 def test_an_owner_killed_while_starting_leaves_nothing(
     where: str, keep: bool, open_dir: Path
 ) -> None:
-    """At whatever step of a start its owner is killed, no half-made home stays, kept or not."""
+    """At every step of a start, no incomplete run directory stays, persisted or not."""
     script = (
         "import os\n"
         "from pgtemp import PgTempDB\n"
@@ -138,8 +140,8 @@ def test_an_owner_killed_while_starting_leaves_nothing(
     assert eventually(lambda: list(open_dir.iterdir()) == [])
 
 
-def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> None:
-    """The first start of all: initdb ends, what it made goes, its lock is free only then."""
+def test_an_owner_killed_during_initdb(open_dir: Path, programs: Installation) -> None:
+    """At the first start, initdb is stopped and its files removed; only then is its lock free."""
     script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     owner = subprocess.Popen([sys.executable, "-c", script], env=env)
@@ -150,7 +152,7 @@ def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> No
 
     assert eventually(lambda: bool(at_work()), 60)
     found = at_work()
-    for pid in found:  # so that initdb does not end before its owner
+    for pid in found:  # so that initdb does not exit before its owner
         os.kill(pid, signal.SIGSTOP)
     owner.kill()
     owner.wait()
@@ -163,8 +165,8 @@ def test_an_owner_killed_in_initdb(open_dir: Path, programs: Installation) -> No
     assert not at_work()
 
 
-def test_ctrl_c_in_initdb(open_dir: Path, programs: Installation) -> None:
-    """initdb cleans up, in the kernel too; the next start makes the image."""
+def test_ctrl_c_during_initdb(open_dir: Path, programs: Installation) -> None:
+    """initdb cleans up, including shared memory; only the lock file stays."""
     script = f"from pgtemp import PgTempDB\nPgTempDB(bin_dir={str(programs.bin_dir)!r}).start()"
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
     owner = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.DEVNULL)
@@ -183,8 +185,8 @@ def test_ctrl_c_in_initdb(open_dir: Path, programs: Installation) -> None:
     assert [path.suffix for path in images.iterdir()] == [".lock"]
 
 
-def test_an_owner_killed_while_an_image_is_kept(open_dir: Path) -> None:
-    """A template that was built, and is being copied to the cache."""
+def test_an_owner_killed_while_an_image_is_cached(open_dir: Path) -> None:
+    """The template has been built and is being copied to the cache."""
     script = """
 import os
 from pgtemp import Cluster
@@ -202,8 +204,8 @@ with Cluster() as cluster:
     assert len(list(images.glob("*/manifest.json"))) == 1
 
 
-def test_an_owner_killed_while_a_command_builds(owners: Owners, tmp_path: Path) -> None:
-    """What the command has started behind it goes too."""
+def test_an_owner_killed_while_a_template_command_runs(owners: Owners, tmp_path: Path) -> None:
+    """Background processes of the command are stopped, too."""
     pids = tmp_path / "pids"
     owner = owners(
         f"""
@@ -225,12 +227,12 @@ def build(uri):
 cluster = Cluster().start()
 template = cluster.template("big", build)
 connection = template.database().connect()
-mine(Path(connection.execute("SHOW data_directory").fetchone()[0]))
+report_server(Path(connection.execute("SHOW data_directory").fetchone()[0]))
 """
 CLONING = (
     CLUSTER
     + """
-tell("clones")
+report("clones")
 while True:
     template.database().close()
 """
@@ -241,25 +243,28 @@ while True:
     "moment", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
 )
 def test_an_owner_killed_while_cloning(owners: Owners, moment: int) -> None:
-    """In the middle of a CREATE DATABASE that copies files."""
+    """The owner is killed during a CREATE DATABASE that copies files."""
     owner = owners(CLONING)
-    owner.hear("clones")
+    owner.wait_for("clones")
     (server,) = owner.servers
     base = server.data_dir / "base"
-    for _ in range(moment + 1):  # another one begins
+    for _ in range(moment + 1):  # the next clone starts
         before = set(os.listdir(base))
         assert eventually(lambda before=before: bool(set(os.listdir(base)) - before))  # type: ignore[misc]
     owner.kill()
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_an_owner_killed_while_stopping(owners: Owners, keep: bool, open_dir: Path) -> None:
-    """After it has asked for the end, before that has come; what is to be kept stays whole."""
+    """The owner is killed after it has requested the stop and before that is complete.
+
+    Persisted data stays complete.
+    """
     owner = owners(
         f"""
         db = PgTempDB(persist={keep}, data_dir_prefix={str(open_dir)!r}).start()
-        mine(db.data_dir)
+        report_server(db.data_dir)
         with db.connect() as connection:
             connection.execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 100000) n")
         from pgtemp.supervisor.channel import Channel
@@ -270,17 +275,17 @@ def test_an_owner_killed_while_stopping(owners: Owners, keep: bool, open_dir: Pa
     assert owner.end() == -signal.SIGKILL
     (server,) = owner.servers
     if not keep:
-        assert gone(owner)
+        assert leaves_nothing(owner)
         assert eventually(lambda: list(open_dir.iterdir()) == [])
         return
-    home = server.data_dir.parent
-    assert eventually(lambda: server.left() == [home])
-    assert eventually(lambda: not (home / LEASE).exists())
+    run_dir = server.data_dir.parent
+    assert eventually(lambda: server.leftovers() == [run_dir])
+    assert eventually(lambda: not (run_dir / LEASE).exists())
     assert not (server.data_dir / "postmaster.pid").exists(), "it was not shut down cleanly"
 
 
-def test_the_end_of_a_child_is_not_the_end_of_its_parents_server(owners: Owners) -> None:
-    """`sys.exit` in a child runs destructors and atexit; the parent's server lives."""
+def test_a_child_that_exits_does_not_stop_its_parents_server(owners: Owners) -> None:
+    """`sys.exit` in a child runs destructors and atexit; the parent's server keeps running."""
     owner = owners(
         START
         + """
@@ -290,19 +295,19 @@ for end in (sys.exit, lambda: os._exit(0), lambda: db.stop(), lambda: os.kill(os
         sys.exit()
     os.wait()
     with db.connect() as connection:
-        tell("alive", connection.execute("SELECT 7").fetchone())
+        report("alive", connection.execute("SELECT 7").fetchone())
 sys.stdin.readline()
 """
     )
     for _ in range(4):
-        assert "(7,)" in owner.hear("alive")
+        assert "(7,)" in owner.wait_for("alive")
     assert owner.end() == 0
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
 @pytest.mark.parametrize("daemonic", [False, True])
 def test_a_server_outlives_the_thread_that_started_it(owners: Owners, daemonic: bool) -> None:
-    """Its death signal does not hang on that thread; and the process takes it along."""
+    """Its parent-death signal is not bound to that thread; the server stops with the process."""
     owner = owners(
         f"""
         started, begun = [], threading.Event()
@@ -310,26 +315,26 @@ def test_a_server_outlives_the_thread_that_started_it(owners: Owners, daemonic: 
             started.append(PgTempDB().start())
             begun.set()
             if {daemonic}:
-                tell("waits")
+                report("waits")
                 threading.Event().wait()  # until the process ends, which does not ask it
         thread = threading.Thread(target=work, daemon={daemonic})
         thread.start()
         thread.join(None if not {daemonic} else 0)
         begun.wait()
         (db,) = started
-        mine(db.data_dir)
+        report_server(db.data_dir)
         with db.connect() as connection:
-            tell("alive", connection.execute("SELECT 7").fetchone())
+            report("alive", connection.execute("SELECT 7").fetchone())
         sys.stdin.readline()
         """
     )
-    assert "(7,)" in owner.hear("alive")
+    assert "(7,)" in owner.wait_for("alive")
     assert owner.end() == 0
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
-def test_a_handle_that_is_dropped_in_another_thread(owners: Owners) -> None:
-    """A daemonic thread in the middle of a start, when the process ends."""
+def test_an_owner_that_exits_while_threads_start_servers(owners: Owners) -> None:
+    """Daemonic threads are in the middle of a start when the process exits."""
     owner = owners(
         START
         + """
@@ -338,20 +343,23 @@ def work():
         PgTempDB().start()
 for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
-tell("starts")
+report("starts")
 sys.stdin.readline()
 """
     )
     before = homes()
-    owner.hear("starts")
+    owner.wait_for("starts")
     assert eventually(lambda: len(homes() - before) > 3)
     owner.end()
-    assert gone(owner)
+    assert leaves_nothing(owner)
 
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal(open_dir: Path) -> None:
-    """It reaches the owner alone: its database is alive in the KeyboardInterrupt, gone after."""
+    """It reaches only the owner.
+
+    The database works in the KeyboardInterrupt handler, and is removed afterwards.
+    """
     script = """
 from pgtemp import PgTempDB
 with PgTempDB(data_dir_prefix=%r) as db:
@@ -367,30 +375,30 @@ with PgTempDB(data_dir_prefix=%r) as db:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", script % str(open_dir)])
-    said = _hear(terminal, b"waits")
+    output = _read_until(terminal, b"waits")
     os.write(terminal, b"\x03")
-    said += _hear(terminal, b"KeyboardInterrupt")
+    output += _read_until(terminal, b"KeyboardInterrupt")
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
-    assert b"(7,)" in said
+    assert b"(7,)" in output
     assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
     assert eventually(lambda: list(open_dir.iterdir()) == [])
 
 
-def _hear(terminal: int, word: bytes) -> bytes:
-    said = b""
-    while word not in said:
-        assert select.select([terminal], [], [], 60)[0], said.decode()
+def _read_until(terminal: int, word: bytes) -> bytes:
+    output = b""
+    while word not in output:
+        assert select.select([terminal], [], [], 60)[0], output.decode()
         try:
-            said += os.read(terminal, 4096)
+            output += os.read(terminal, 4096)
         except OSError:  # its other end is closed
-            raise AssertionError(said.decode()) from None
-    return said
+            raise AssertionError(output.decode()) from None
+    return output
 
 
 @pytest.mark.slow
 def test_a_killed_worker_of_xdist(project: Project) -> None:
-    """Of four, one is killed in a test: its server goes, the others' and their tests go on."""
+    """One of four workers is killed in a test: its server is removed, and the other tests pass."""
     before = homes()
     project.plugins.append("xdist")
     result = project.run(
@@ -413,23 +421,23 @@ def test_a_killed_worker_of_xdist(project: Project) -> None:
     assert eventually(lambda: homes() <= before)
 
 
-def _daemon_busy(served: Daemon) -> list[psycopg.Connection[tuple[object, ...]]]:
-    """An idle client, one in a loop that listens to nobody, and many just coming."""
+def _busy_clients(served: Daemon) -> list[psycopg.Connection[tuple[object, ...]]]:
+    """An idle client, one in a loop that handles no interrupt, and many new ones."""
     idle = psycopg.connect(served.uri)
     idle.execute("SELECT 1")
     busy = psycopg.connect(served.uri)
     busy.pgconn.send_query(b"DO $$ BEGIN LOOP END LOOP; END $$")
-    coming = [psycopg.connect(served.uri) for _ in range(12)]
-    return [idle, busy, *coming]
+    new = [psycopg.connect(served.uri) for _ in range(12)]
+    return [idle, busy, *new]
 
 
 @pytest.mark.parametrize("isolation", ["database", "cluster"])
 @pytest.mark.parametrize("first", [None, signal.SIGTERM])
 def test_a_killed_daemon(daemon: type[Daemon], isolation: str, first: int | None) -> None:
-    """With clients idle, busy and coming; also while it is stopping already."""
+    """It has idle, busy and new clients, and may already be stopping."""
     before = homes()
     served = daemon("--isolation", isolation)
-    clients = _daemon_busy(served)
+    clients = _busy_clients(served)
     found = homes() - before
     if first is not None:
         served.process.send_signal(first)
@@ -441,10 +449,10 @@ def test_a_killed_daemon(daemon: type[Daemon], isolation: str, first: int | None
 
 
 def test_a_stop_does_not_wait_for_a_busy_client(daemon: type[Daemon]) -> None:
-    """A loop that listens to nobody does not hold up the daemon's end."""
+    """A loop that handles no interrupt does not delay the daemon's exit."""
     before = homes()
     served = daemon()
-    clients = _daemon_busy(served)
+    clients = _busy_clients(served)
     assert served.end(signal.SIGTERM) == (0, "")
     assert eventually(lambda: homes() <= before)
     for client in clients:
@@ -452,19 +460,19 @@ def test_a_stop_does_not_wait_for_a_busy_client(daemon: type[Daemon]) -> None:
 
 
 ALIVE = """
-tell("waits")
+report("waits")
 sys.stdin.readline()
-tell("alive", connection.execute("SELECT 7").fetchone())
+report("alive", connection.execute("SELECT 7").fetchone())
 """
 
 
 @pytest.mark.slow
 def test_a_minute_in_a_debugger(owners: Owners, daemon: type[Daemon]) -> None:
-    """Owners that stand still for a minute find their databases as they were."""
+    """The databases of owners that are stopped for a minute are unchanged."""
     alone = owners(START + IDLE + ALIVE)
     shared = owners(CLUSTER + ALIVE)
-    alone.hear("waits")
-    shared.hear("waits")
+    alone.wait_for("waits")
+    shared.wait_for("waits")
     served = daemon()
     with psycopg.connect(served.uri) as connection:
         connection.execute("CREATE TABLE t AS SELECT 7 AS n")
@@ -472,12 +480,12 @@ def test_a_minute_in_a_debugger(owners: Owners, daemon: type[Daemon]) -> None:
         stopped = [alone.process, shared.process, served.process]
         for process in stopped:
             process.send_signal(signal.SIGSTOP)
-        assert not eventually(lambda: bool(alone.left() == [] or shared.left() == []), 60)
+        assert not eventually(lambda: bool(alone.leftovers() == [] or shared.leftovers() == []), 60)
         for process in stopped:
             process.send_signal(signal.SIGCONT)
         assert connection.execute("SELECT n FROM t").fetchone() == (7,)
     for owner in (alone, shared):
-        owner.say("go")
-        assert "(7,)" in owner.hear("alive")
+        owner.send("go")
+        assert "(7,)" in owner.wait_for("alive")
         assert owner.end() == 0
-        assert gone(owner)
+        assert leaves_nothing(owner)

@@ -1,4 +1,4 @@
-"""What the fixtures and the mark give a test."""
+"""What a test gets from the fixtures and from the mark."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from project import Project
 
 
-def test_each_test_has_a_database_of_its_own(project: Project) -> None:
-    """By each fixture, sync and async; committed work of one is not seen by another."""
+def test_each_test_has_its_own_database(project: Project) -> None:
+    """By each fixture, sync and async: no test sees the committed data of another."""
     text = """
         import asyncio
         import psycopg
@@ -69,7 +69,7 @@ def test_each_test_has_a_database_of_its_own(project: Project) -> None:
 
 
 def test_the_mark(project: Project) -> None:
-    """A template, extensions, settings, a server: what the mark says, and the others go on."""
+    """A template, extensions, settings or a server for one test; others are not affected."""
     project.write("shop.sql", "CREATE TABLE item (id int);")
     text = r"""
         import pytest
@@ -119,7 +119,7 @@ def test_the_mark(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "said"),
+    ("mark", "message"),
     [
         ("tempalte=None", "pgtemp knows no tempalte= for a test; give template, isolation"),
         ("isolation='server'", "there is no such isolation; give 'database' or 'cluster'"),
@@ -130,7 +130,7 @@ def test_the_mark(project: Project) -> None:
         ("template='nowhere.sql'", "nowhere.sql"),
     ],
 )
-def test_a_mark_that_cannot_be_used(project: Project, mark: str, said: str) -> None:
+def test_an_invalid_mark(project: Project, mark: str, message: str) -> None:
     text = f"""
         import pytest
 
@@ -140,11 +140,11 @@ def test_a_mark_that_cannot_be_used(project: Project, mark: str, said: str) -> N
     """
     result = project.run(text=text)
     assert result.count("error") == 1, result.output
-    assert said in result.output
+    assert message in result.output
 
 
-def test_rolled_back(project: Project) -> None:
-    """What a test commits is there for itself, and for nobody else; its errors are its own."""
+def test_rollback(project: Project) -> None:
+    """Only the test itself sees its commits, and its errors affect no other test."""
     text = """
         import asyncio
         import psycopg
@@ -264,7 +264,7 @@ def test_rolled_back(project: Project) -> None:
 
 @pytest.mark.slow
 def test_options(project: Project) -> None:
-    """On the command line, which beats the ini file, which beats the environment."""
+    """The command line takes precedence over the ini file, and that over the environment."""
     project.write(
         "pytest.ini",
         """
@@ -290,20 +290,20 @@ def test_options(project: Project) -> None:
     assert "shown 5MB 17 True" in result.output
     result = project.run("-s", "--pgtemp-version=18", "--pgtemp-config=work_mem=6MB")
     assert "shown 6MB 18 True" in result.output
-    for wrong, said in (
+    for wrong, message in (
         ("--pgtemp-version=99", "99"),
         ("--pgtemp-config=work_mem", "'work_mem' is not NAME=VALUE"),
     ):
         result = project.run(wrong)
         assert result.count("error") == 1, result.output
-        assert said in result.output
+        assert message in result.output
     project.write("pytest.ini", "[pytest]\npgtemp_log = some")
     result = project.run()
     assert "pgtemp_log = some in the ini file: there is no such choice" in result.output
 
 
-def test_a_template_that_cannot_be_built_is_tried_once(project: Project) -> None:
-    """Every test says why; the build is not run again for each."""
+def test_a_template_that_cannot_be_built_is_built_once(project: Project) -> None:
+    """Each test reports the reason; the build does not run again for each."""
     project.write(
         "conftest.py",
         """
@@ -330,7 +330,7 @@ def test_a_template_that_cannot_be_built_is_tried_once(project: Project) -> None
 
 
 def test_templates_of_any_kind(project: Project) -> None:
-    """A command runs where the suite is; a coroutine function, a recipe and lists are builds."""
+    """A command runs in the suite's directory; coroutine functions, recipes and lists are built."""
     project.write("conftest.py", "")
     project.write("table.sql", "CREATE TABLE from_sql ();")
     text = r"""
@@ -357,8 +357,8 @@ def test_templates_of_any_kind(project: Project) -> None:
     assert (result.status, result.count("passed")) == (0, 4), result.output
 
 
-def test_nothing_happens_unless_it_is_used(project: Project) -> None:
-    """Not an import of psycopg, not a line of output."""
+def test_an_unused_plugin_does_nothing(project: Project) -> None:
+    """It does not import psycopg, and prints nothing."""
     text = """
         import sys
 
@@ -372,8 +372,8 @@ def test_nothing_happens_unless_it_is_used(project: Project) -> None:
     assert "pgtemp:" not in result.output
 
 
-def test_overrides_in_folders(project: Project) -> None:
-    """Each folder's template is its own, as with any fixture."""
+def test_overrides_in_directories(project: Project) -> None:
+    """Each directory has its own template, as with any fixture."""
     for name in ("a", "b"):
         (project.root / name).mkdir()
         project.write(
@@ -398,8 +398,8 @@ def test_overrides_in_folders(project: Project) -> None:
     assert (result.status, result.count("passed")) == (0, 2), result.output
 
 
-def test_callables_of_one_name_are_not_taken_for_each_other(project: Project) -> None:
-    """Closures, in servers of their own, where templates are kept for the run."""
+def test_callables_of_one_name_are_different_templates(project: Project) -> None:
+    """Two closures; their templates are cached for the run, and each test has its own server."""
     text = """
         import psycopg
         import pytest
@@ -422,8 +422,11 @@ def test_callables_of_one_name_are_not_taken_for_each_other(project: Project) ->
     assert (result.status, result.count("passed")) == (0, 2), result.output
 
 
-def test_what_gets_out_of_a_rollback_is_dropped_with_its_database(project: Project) -> None:
-    """A real COMMIT, psql; and two at once do not meet."""
+def test_a_database_whose_rollback_is_incomplete_is_dropped(project: Project) -> None:
+    """After a real COMMIT or psql, the database is dropped.
+
+    Two databases of a test are separate.
+    """
     text = """
         import psycopg
         import pytest
@@ -467,8 +470,8 @@ def test_what_gets_out_of_a_rollback_is_dropped_with_its_database(project: Proje
     assert (result.status, result.count("passed")) == (0, 5), result.output
 
 
-def test_connections_opened_ahead_are_what_they_would_be_now(project: Project) -> None:
-    """Not of an earlier test's environment, and not from before this test's changes."""
+def test_connections_opened_in_advance_match_the_environment(project: Project) -> None:
+    """They do not have an earlier test's environment, or settings from before a change."""
     text = """
         import pytest
 

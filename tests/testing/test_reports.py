@@ -1,4 +1,4 @@
-"""A failing test explains itself, and its database can be looked at afterwards."""
+"""The report of a failed test explains the failure, and its database can be opened afterwards."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ FAILS = """
 
 
 def section(result: Result, title: str) -> str:
-    """The text of a section of the one report."""
+    """The text of a section of the only report."""
     found = re.search(rf"^-+ {title} -+$\n(.*?)(?=^[-=_]+ )", result.output, re.M | re.S)
     return found[1] if found else ""
 
 
 def command(result: Result) -> list[str]:
-    """The first command that opens what was kept."""
+    """The first command that opens persisted data."""
     found = re.search(r"^    (pgtemp open .*)$", result.output, re.M)
     assert found, result.output
     return found[1].split()
 
 
 def rows_of(argv: list[str], query: str) -> list[tuple[object, ...]]:
-    """What a query says in the server that a command opens."""
+    """The result of a query in the server that a command starts."""
     with subprocess.Popen(
         [sys.executable, "-m", *argv], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(2)]
+        lines = [process.stdout.readline() for _ in range(2)]
         try:
-            with psycopg.connect(said[1].strip()) as connection:
+            with psycopg.connect(lines[1].strip()) as connection:
                 return connection.execute(query).fetchall()  # type: ignore[arg-type]
         finally:
             process.send_signal(signal.SIGINT)
             process.stdout.read()
 
 
-def test_a_failing_test_explains_itself(keeping: Project) -> None:
-    """The command that opens its database works when pytest has ended; its log is its own."""
-    result = keeping.run("--pgtemp-log=statements", text=FAILS)
+def test_the_report_of_a_failed_test(persisting: Project) -> None:
+    """The command for its database works after pytest has exited. The log is only of this test."""
+    result = persisting.run("--pgtemp-log=statements", text=FAILS)
     assert (result.count("failed"), result.count("passed")) == (1, 1)
     assert "pgtemp open" in section(result, "pgtemp: database")
     log = section(result, "pgtemp: server log")
@@ -73,16 +73,16 @@ def test_a_failing_test_explains_itself(keeping: Project) -> None:
     )
     assert "VALUES (7, 7)" not in result.output
     assert statements.count("CREATE DATABASE") == 0
-    assert list(keeping.kept_databases().values()) == ["test_it.py::test_fails"]
+    assert list(persisting.persisted_databases().values()) == ["test_it.py::test_fails"]
     assert rows_of(command(result), "SELECT * FROM account") == [(1, 100)]
 
 
 @pytest.mark.slow
-def test_what_is_said_without_statements(keeping: Project) -> None:
-    result = keeping.run(text=FAILS)
+def test_reports_without_statements(persisting: Project) -> None:
+    result = persisting.run(text=FAILS)
     assert section(result, "pgtemp: server log")
     assert not section(result, "pgtemp: statements")
-    result = keeping.run("--pgtemp-log=none", "--pgtemp-keep=none")
+    result = persisting.run("--pgtemp-log=none", "--pgtemp-keep=none")
     assert result.count("failed") == 1
     assert "pgtemp:" not in result.output
 
@@ -90,7 +90,7 @@ def test_what_is_said_without_statements(keeping: Project) -> None:
 @pytest.mark.parametrize(
     "keep", ["failed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("all", "none"))]
 )
-def test_whose_databases_are_kept(keeping: Project, keep: str) -> None:
+def test_which_databases_are_persisted(persisting: Project, keep: str) -> None:
     text = """
         import pytest
 
@@ -125,8 +125,8 @@ def test_whose_databases_are_kept(keeping: Project, keep: str) -> None:
 
         def test_fails_after(after): pass
     """
-    result = keeping.run(f"--pgtemp-keep={keep}", text=text)
-    kept = {of.partition("::test_")[2] for of in keeping.kept_databases().values()}
+    result = persisting.run(f"--pgtemp-keep={keep}", text=text)
+    kept = {of.partition("::test_")[2] for of in persisting.persisted_databases().values()}
     asked = {"asks_for_it", "asks_last"}
     failed = asked | {"fails", "fails_before", "server", "fails_after"}
     expected = {"failed": failed, "all": failed | {"passes", "is_expected_to_fail"}, "none": asked}
@@ -136,16 +136,16 @@ def test_whose_databases_are_kept(keeping: Project, keep: str) -> None:
         assert f"test_it.py::test_{name}\n    pgtemp open" in result.output
 
 
-def test_no_more_are_kept_than_there_may_be(keeping: Project) -> None:
+def test_the_limit_of_persisted_databases(persisting: Project) -> None:
     text = """
         import pytest
 
         @pytest.mark.parametrize("n", range(4))
         def test_fails(pgtemp, n): assert 0
     """
-    result = keeping.run("--pgtemp-keep-most=2", text=text)
+    result = persisting.run("--pgtemp-keep-most=2", text=text)
     assert result.count("failed") == 4
-    assert len(keeping.kept_databases()) == 2
+    assert len(persisting.persisted_databases()) == 2
     assert (
         result.output.count("not persisted: 2 databases are persisted already (--pgtemp-keep-most)")
         == 2
@@ -153,15 +153,15 @@ def test_no_more_are_kept_than_there_may_be(keeping: Project) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_last_runs_stay(keeping: Project) -> None:
-    keeping.write("test_it.py", "def test_fails(pgtemp): assert 0")
-    seen = [set(keeping.kept_databases()) for _ in range(5) if keeping.run()]
+def test_only_databases_of_the_last_runs_stay(persisting: Project) -> None:
+    persisting.write("test_it.py", "def test_fails(pgtemp): assert 0")
+    seen = [set(persisting.persisted_databases()) for _ in range(5) if persisting.run()]
     assert [len(kept) for kept in seen] == [1, 2, 3, 3, 3]
     assert not seen[0] & seen[4]
 
 
-def test_what_a_test_leaves_open_is_named(project: Project) -> None:
-    """Application, state and query; and the suite goes on at once."""
+def test_connections_that_a_test_leaves_open_are_reported(project: Project) -> None:
+    """The report has the application, state and query; the suite does not wait."""
     text = """
         import psycopg
 
@@ -185,19 +185,19 @@ def test_what_a_test_leaves_open_is_named(project: Project) -> None:
     """
     result = project.run(text=text)
     assert (result.count("passed"), result.count("warnings")) == (4, 3), result.output
-    said = " ".join(result.output.split())
-    assert "test_it.py::test_leaves_a_connection left 1 connection open to its database" in said
-    assert re.search(r"shop: idle in transaction for \d+\.\d s, last query: SELECT 40 \+ 2", said)
-    assert "test_leaves_one_by_the_socket left 1 connection open" in said
-    assert re.search(r"test_it.py left 1 connection open .* pool: idle for", said)
-    assert "test_closes_all" not in said
+    output = " ".join(result.output.split())
+    assert "test_it.py::test_leaves_a_connection left 1 connection open to its database" in output
+    assert re.search(r"shop: idle in transaction for \d+\.\d s, last query: SELECT 40 \+ 2", output)
+    assert "test_leaves_one_by_the_socket left 1 connection open" in output
+    assert re.search(r"test_it.py left 1 connection open .* pool: idle for", output)
+    assert "test_closes_all" not in output
     result = project.run("-W", "error::pgtemp.PgTempWarning")
     assert (result.count("passed"), result.count("errors")) == (4, 3), result.output
     assert "INTERNALERROR" not in result.output
 
 
-def test_a_server_that_dies_is_told_with_its_log(project: Project) -> None:
-    """The test that meets it says why; the next has a server again."""
+def test_a_crashed_server_is_reported_with_its_log(project: Project) -> None:
+    """The test whose backend was killed shows the reason."""
     text = """
         import os, signal
         import psycopg
@@ -213,8 +213,8 @@ def test_a_server_that_dies_is_told_with_its_log(project: Project) -> None:
     assert "was terminated by signal 9" in section(result, "pgtemp: server log")
 
 
-def test_the_set_up_is_shown_as_what_it_is(project: Project) -> None:
-    """The template's time is the first test's set-up, once."""
+def test_the_build_of_a_template_counts_as_set_up(project: Project) -> None:
+    """The time of the build is part of the first test's set-up, and of no other."""
     project.write(
         "conftest.py",
         """
@@ -242,24 +242,24 @@ def test_the_set_up_is_shown_as_what_it_is(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_only_what_pgtemp_has_kept_is_removed(keeping: Project) -> None:
-    """Whatever else is in the place; and a place that cannot be used ends nothing."""
-    assert keeping.kept is not None
-    mine = [keeping.kept / "failed" / name for name in "abcd"]
-    mine += [keeping.kept / "pgtemp-failed" / name for name in "abcd"]
+def test_only_persisted_data_is_removed(persisting: Project) -> None:
+    """Other files in the directory stay. A directory that cannot be used does not stop the run."""
+    assert persisting.persist_dir is not None
+    mine = [persisting.persist_dir / "failed" / name for name in "abcd"]
+    mine += [persisting.persist_dir / "pgtemp-failed" / name for name in "abcd"]
     for path in mine:
         path.mkdir(parents=True)
-    result = keeping.run(text="def test_fails(pgtemp): assert 0")
+    result = persisting.run(text="def test_fails(pgtemp): assert 0")
     assert result.count("failed") == 1
     assert all(path.is_dir() for path in mine)
-    shutil.rmtree(keeping.kept / "pgtemp-failed")
-    (keeping.kept / "pgtemp-failed").write_text("")
-    result = keeping.run()
+    shutil.rmtree(persisting.persist_dir / "pgtemp-failed")
+    (persisting.persist_dir / "pgtemp-failed").write_text("")
+    result = persisting.run()
     assert result.count("failed") == 1, result.output
     assert "not persisted: " in section(result, "pgtemp: database")
 
 
-def test_a_test_that_ends_its_server(project: Project) -> None:
+def test_a_test_that_kills_its_server(project: Project) -> None:
     text = """
         import os
         import signal

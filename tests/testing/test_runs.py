@@ -1,4 +1,4 @@
-"""Whole runs: in several processes, interrupted, killed, beside other plugins."""
+"""Whole pytest runs: in several processes, interrupted, killed, together with other plugins."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def images() -> set[str]:
     return {path.name for path in Path(os.environ["PGTEMP_CACHE_DIR"], "images").glob("*-run-*")}
 
 
-def test_workers_share_what_one_has_built(project: Project) -> None:
-    """A server each, one build; its image goes with the run."""
+def test_workers_share_a_template_that_one_has_built(project: Project) -> None:
+    """One server per worker and one build; its image is removed after the run."""
     project.plugins = XDIST
     project.write("conftest.py", SLOW_BUILD)
     before, built = homes(), images()
@@ -71,22 +71,22 @@ def test_workers_that_stop_early_leave_nothing(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_databases_of_failed_tests_of_all_workers_are_kept(keeping: Project) -> None:
-    keeping.plugins = XDIST
+def test_databases_of_failed_tests_of_all_workers_are_persisted(persisting: Project) -> None:
+    persisting.plugins = XDIST
     text = """
         import pytest
 
         @pytest.mark.parametrize("n", range(4))
         def test_fails(pgtemp, n): assert 0
     """
-    result = keeping.run("-n", "2", text=text)
+    result = persisting.run("-n", "2", text=text)
     assert result.count("failed") == 4
-    assert len(keeping.kept_databases()) == 4, result.output
+    assert len(persisting.persisted_databases()) == 4, result.output
     assert result.output.count("test_fails[0]\n    pgtemp open") == 1
 
 
-def test_a_pytest_within_a_worker(project: Project) -> None:
-    """The variables of xdist are inherited by what a worker starts."""
+def test_a_pytest_process_started_by_a_worker(project: Project) -> None:
+    """It inherits the variables of xdist."""
     text = "def test_it(pgtemp): pass"
     result = project.run(text=text, PYTEST_XDIST_WORKER="gw0", PYTEST_XDIST_TESTRUNUID="x")
     assert (result.status, result.count("passed")) == (0, 1), result.output
@@ -107,7 +107,7 @@ WAITS = """
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_nothing(project: Project, workers: int) -> None:
-    """In a terminal, where it reaches all processes."""
+    """A terminal sends it to all processes."""
     project.plugins = XDIST
     project.write("test_it.py", WAITS)
     before, built = homes(), images()
@@ -119,23 +119,23 @@ def test_ctrl_c_leaves_nothing(project: Project, workers: int) -> None:
     started = max(1, workers)
     assert eventually(lambda: len(list(project.root.glob("started*"))) >= started, 60)
     os.write(terminal, b"\x03")
-    said = b""
+    output = b""
     try:
         while chunk := os.read(terminal, 1000):
-            said += chunk
-    except OSError:  # the terminal's end
+            output += chunk
+    except OSError:  # the other end of the terminal is closed
         pass
     os.close(terminal)
     os.waitpid(pid, 0)
-    assert b"KeyboardInterrupt" in said
+    assert b"KeyboardInterrupt" in output
     assert eventually(lambda: homes() <= before)
     assert eventually(lambda: images() == built)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["all", "a worker"])
-def test_killed_processes_leave_nothing(project: Project, whom: str) -> None:
-    """The workers' wardens end their servers; the other worker goes on."""
+@pytest.mark.parametrize("killed", ["all", "a worker"])
+def test_killed_processes_leave_nothing(project: Project, killed: str) -> None:
+    """The supervisors of killed workers stop their servers; the other worker continues."""
     project.plugins = XDIST
     project.write("test_it.py", WAITS.replace("60", "1"))
     before, built = homes(), images()
@@ -151,14 +151,14 @@ def test_killed_processes_leave_nothing(project: Project, whom: str) -> None:
         assert eventually(lambda: len(list(project.root.glob("started*"))) >= 2, 60)
         workers = [pid for pid, name in children(process.pid).items() if "python" in name]
         assert len(workers) == 2
-        if whom == "all":
+        if killed == "all":
             process.kill()
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
         else:
             os.kill(workers[0], signal.SIGKILL)
         output = process.stdout.read()
-    if whom == "a worker":
+    if killed == "a worker":
         assert "crashed" in output
         assert "passed" in output
         assert images() == built
@@ -166,7 +166,7 @@ def test_killed_processes_leave_nothing(project: Project, whom: str) -> None:
 
 
 @pytest.mark.slow
-def test_beside_other_plugins(project: Project) -> None:
+def test_together_with_other_plugins(project: Project) -> None:
     """With pytest-asyncio, pytest-randomly, xdist, pytest-postgresql and pytest-django loaded."""
     project.write(
         "pytest.ini",
@@ -231,8 +231,8 @@ def test_beside_other_plugins(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_the_second_run_of_a_suite_waits_for_nothing(project: Project) -> None:
-    """What is kept by its key or its files is not built again."""
+def test_the_second_run_of_a_suite_uses_the_cache(project: Project) -> None:
+    """A template that is cached by its key or its files is not built again."""
     keyed = SLOW_BUILD.replace("return migrate", "return Recipe(migrate, key='1')")
     project.write("conftest.py", keyed.replace("import os", "from pgtemp import Recipe"))
     for _ in range(2):

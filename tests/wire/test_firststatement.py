@@ -1,4 +1,4 @@
-"""What a client begins with, as drivers say it."""
+"""The first statement of a client, as drivers send it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BEGIN = query(b"BEGIN"), parse(b"begin isolation level serializable") + bind(NOT
 
 @pytest.mark.parametrize("begin", BEGIN)
 @pytest.mark.parametrize(
-    ("said", "plan"),
+    ("sent", "plan"),
     [
         (query(b" select 1 "), parse(b" select 1 ") + bind(NOTHING)),
         (query(b"SELECT 1;\n"), parse(b"SELECT 1;\n") + bind(NOTHING)),
@@ -42,39 +42,39 @@ BEGIN = query(b"BEGIN"), parse(b"begin isolation level serializable") + bind(NOT
         ),
     ],
 )  # fmt: skip
-def test_the_first_statement_is_planned_as_the_client_has_it(
-    begin: bytes, said: bytes, plan: bytes
+def test_the_first_statement_is_planned_as_the_client_sent_it(
+    begin: bytes, sent: bytes, plan: bytes
 ) -> None:
-    """The same text, types and values, under no name; a transaction's beginning is passed over."""
+    """The same text, types and values, without a name; the start of a transaction is skipped."""
     first = FirstStatement()
-    first.feed(begin + said)
+    first.feed(begin + sent)
     assert (first.done, first.plan) == (True, plan)
     first.feed(query(b"SELECT 2"))
     assert first.plan == plan
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         query(b"SET search_path = a") + query(b"SELECT 1"),
         query(b"CREATE TABLE t (n int)") + query(b"TABLE t"),
         query(b"selected"),
         query(b"SELECT 1; DROP TABLE t"),
         query(b"BEGIN; CREATE TABLE t (n int)") + query(b"TABLE t"),
-        query(b"SELECT ';'"),  # for all that is known here it might be two
+        query(b"SELECT ';'"),  # for all that the reader knows, it might be two statements
         parse(b"SET a = b") + bind(NOTHING) + parse(b"TABLE t") + bind(NOTHING),
         parse(b"TABLE t", b"s1") + parse(b"SELECT 1", b"s2") + bind(NOTHING, b"s1"),
         query(b"SELECT " + bytes(10_000)) + query(b"SELECT 1"),
         b"Q\0\0\0\0",
     ],
 )
-def test_what_cannot_be_planned_alone_ends_the_listening(said: bytes) -> None:
+def test_a_statement_that_cannot_be_planned_alone_ends_the_search(sent: bytes) -> None:
     first = FirstStatement()
-    first.feed(said)
+    first.feed(sent)
     assert (first.done, first.plan) == (True, b"")
 
 
-def test_a_name_is_that_of_what_was_prepared_last_under_it() -> None:
+def test_a_name_means_the_last_statement_prepared_under_it() -> None:
     first = FirstStatement()
     first.feed(parse(b"TABLE t") + parse(b"BEGIN") + bind(NOTHING))
     assert not first.done
@@ -82,7 +82,7 @@ def test_a_name_is_that_of_what_was_prepared_last_under_it() -> None:
     assert first.plan == parse(b"TABLE t") + bind(NOTHING)
 
 
-def test_what_is_never_executed_is_still_waited_for() -> None:
+def test_an_incomplete_bind_is_waited_for() -> None:
     first = FirstStatement()
     first.feed(parse(b"TABLE t") + SYNC + bind(NOTHING)[:-1])
     assert (first.done, first.plan) == (False, b"")

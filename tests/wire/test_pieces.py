@@ -1,4 +1,4 @@
-"""Every reader of the wire, however the bytes are cut, and however much is announced."""
+"""Every reader of the protocol, with all divisions of the bytes and all announced lengths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Outcome = tuple[object, ...]
 
 @st.composite
 def cuts(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> tuple[bytes, list[bytes]]:
-    """Bytes, and the same in pieces, of which some may be empty."""
+    """Bytes, and the same bytes in pieces, some of which may be empty."""
     data = draw(whole)
     places = sorted(draw(st.lists(st.integers(0, len(data)), max_size=10)))
     return data, [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
@@ -45,26 +45,26 @@ def one_by_one(data: bytes) -> list[bytes]:
     return [data[i : i + 1] for i in range(len(data))]
 
 
-def held(value: object) -> int:
-    """Bytes that a reader keeps."""
+def stored_bytes(value: object) -> int:
+    """The number of bytes that a reader stores."""
     if isinstance(value, bytes | bytearray):
         return len(value)
     if is_dataclass(value):
-        return sum(held(getattr(value, one.name)) for one in fields(value))
+        return sum(stored_bytes(getattr(value, one.name)) for one in fields(value))
     return 0
 
 
 def read(
     reader: Frames | ServerStart | ClientStart | FirstStatement, pieces: Iterable[bytes]
 ) -> Outcome:
-    """What a reader makes of the pieces; it never holds more than has arrived."""
+    """The result of a reader for these pieces; it never stores more than has arrived."""
     found: list[object] = []
-    arrived, before = 0, held(reader)
+    arrived, before = 0, stored_bytes(reader)
     try:
         for piece in pieces:
             arrived += len(piece)
             found += reader.feed(piece) or ()
-            assert held(reader) <= arrived + before
+            assert stored_bytes(reader) <= arrived + before
     except ProtocolError:
         found.append(FAILED)
     if isinstance(reader, ServerStart):
@@ -75,7 +75,7 @@ def read(
 
 
 def negotiate(pieces: Iterable[bytes]) -> Outcome:
-    """What a client that sends these pieces amounts to, with what came behind it."""
+    """The result of the start-up of a client that sends these pieces, with the remaining bytes."""
     negotiation, found, pieces = Negotiation(), list[object](), iter(pieces)
     arrived = 0
     for piece in pieces:
@@ -85,11 +85,11 @@ def negotiate(pieces: Iterable[bytes]) -> Outcome:
             event = negotiation.next_event()
         except ProtocolError as error:
             return *found, FAILED, error.sqlstate
-        assert held(negotiation) <= arrived
+        assert stored_bytes(negotiation) <= arrived
         if isinstance(event, Reply):
             found.append(event)
         elif isinstance(event, Startup):
-            assert held(negotiation) == 0
+            assert stored_bytes(negotiation) == 0
             rest = event.rest + b"".join(pieces)
             return *found, event.version, event.parameters, rest
         elif isinstance(event, Cancel):
@@ -97,7 +97,7 @@ def negotiate(pieces: Iterable[bytes]) -> Outcome:
     return *found, None
 
 
-# The sizes of messages are mostly right, sometimes absurd; or it is no message at all.
+# Most messages have the right length, some an absurd one, and some bytes are no message at all.
 kinds = st.sampled_from([bytes([letter]) for letter in b"RSKZENTDCpXQPB"])
 messages = st.builds(frame, kinds, st.binary(max_size=40))
 absurd = st.builds(lambda kind, size: kind + size, kinds, st.binary(min_size=4, max_size=4))
@@ -119,7 +119,10 @@ def test_pieces_do_not_matter(
     reader: Callable[[], Frames | ServerStart | ClientStart | FirstStatement],
     cut: tuple[bytes, Pieces],
 ) -> None:
-    """A stream in one piece, in some, and byte by byte is the same, and nothing else is raised."""
+    """In one piece, in several, and byte by byte, a stream has the same result.
+
+    No reader raises an error other than ProtocolError.
+    """
     data, pieces = cut
     whole = read(reader(), [data])
     assert read(reader(), pieces) == whole
@@ -144,7 +147,7 @@ requests = st.lists(st.sampled_from([SSL_CODE, GSSENC_CODE]).map(untyped), max_s
 
 @given(requests, cuts(st.builds(lambda start, rest: start + rest, starts, st.binary(max_size=20))))
 def test_a_start_in_pieces(asked: list[bytes], cut: tuple[bytes, Pieces]) -> None:
-    """A start is the same in one piece and in many, behind requests that wait for their answer."""
+    """A start-up in one piece and in many is the same, even after requests for encryption."""
     data, pieces = cut
     whole = negotiate([*asked, data])
     assert negotiate([*asked, *pieces]) == whole
@@ -152,13 +155,13 @@ def test_a_start_in_pieces(asked: list[bytes], cut: tuple[bytes, Pieces]) -> Non
 
 
 @given(st.binary(max_size=100), st.sampled_from([b"", fatal("57P01", "x"), frame(b"Z", b"I")]))
-def test_any_last_words_are_looked_at(noise: bytes, end: bytes) -> None:
+def test_any_end_of_a_stream_can_be_inspected(noise: bytes, end: bytes) -> None:
     assert ended_by_crash(noise + end) in (True, False)
     assert ended_by_crash(noise + frame(b"Z", b"I"))
 
 
-def test_what_is_announced_is_not_made_room_for() -> None:
-    """A message of 1 GB that has just begun takes no memory, whoever reads it."""
+def test_no_memory_is_allocated_for_announced_bytes() -> None:
+    """A message of 1 GB that has just begun uses no memory in any reader."""
     tracemalloc.start()
     try:
         for make in READERS:
@@ -170,32 +173,32 @@ def test_what_is_announced_is_not_made_room_for() -> None:
         tracemalloc.stop()
 
 
-def test_what_nobody_wants_is_not_kept() -> None:
-    """Megabytes of notices before a server is ready are passed over, in whatever pieces."""
+def test_unneeded_messages_are_not_stored() -> None:
+    """Megabytes of notices before a server is ready are skipped, in pieces of any size."""
     start = ServerStart()
     notice = frame(b"N", bytes(10 << 20)) + frame(b"K", b"12345678")
     for at in range(0, len(notice), 100_001):
         start.feed(notice[at : at + 100_001])
-        assert held(start) <= 5 + MAX_KEY
+        assert stored_bytes(start) <= 5 + MAX_KEY
     assert start.key == b"12345678" and not start.done
 
 
-def test_a_reader_that_has_finished_keeps_nothing() -> None:
-    """What follows the end of a login, or a client's first word, is not looked at."""
+def test_a_reader_that_has_finished_stores_nothing() -> None:
+    """Bytes after the end of a login, or after a client's first message, are ignored."""
     start = ServerStart()
     start.feed(frame(b"K", b"12345678") + frame(b"Z", b"I") + b"D" + HUGE + bytes(1000))
     start.feed(bytes(1000))
     assert (start.key, start.done) == (b"12345678", True)
-    assert held(start) - held(ServerStart()) == len(b"12345678")
+    assert stored_bytes(start) - stored_bytes(ServerStart()) == len(b"12345678")
     client = ClientStart()
     for data in (b"Q" + HUGE + bytes(1000), bytes(1000)):
         client.feed(data)
-    assert client.used and held(client) <= len(TERMINATE)
+    assert client.used and stored_bytes(client) <= len(TERMINATE)
 
 
 @pytest.mark.parametrize("size", [MAX_KEY + 1, 1 << 30])
-def test_a_key_that_no_server_has_is_an_error(size: int) -> None:
-    """The largest there are have 256 bytes behind the process id (protocol 3.2)."""
+def test_a_key_that_is_too_long_is_an_error(size: int) -> None:
+    """The longest keys have 256 bytes after the process id (protocol 3.2)."""
     with pytest.raises(ProtocolError):
         ServerStart().feed(b"K" + (size + 4).to_bytes(4, "big"))
     start = ServerStart()
@@ -203,8 +206,8 @@ def test_a_key_that_no_server_has_is_an_error(size: int) -> None:
     assert start.key == bytes(MAX_KEY)
 
 
-def test_many_small_answers_are_read_in_one_go() -> None:
-    """A piece is not copied for every byte of it, which would take hours here."""
+def test_many_small_messages_are_read_in_linear_time() -> None:
+    """The piece is not copied for every message in it, which would take hours here."""
     client = ClientStart()
     client.feed(frame(b"p") * (1 << 18))
     assert not client.used

@@ -1,4 +1,4 @@
-"""What a walsender of a shared server is sent, message by message."""
+"""The messages that a client may send to a walsender of a shared server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALLOWED = (
     b";",
     b"SELECT 'BASE_BACKUP'",
     b"-- BASE_BACKUP\nSELECT 1",
-    b"/* x */ BASE_BACKUP",  # SQL to the server, too, and an error there
+    b"/* x */ BASE_BACKUP",  # SQL for the server, too, and an error there
     b"SELECT 1; BASE_BACKUP",
     b"\"BASE_BACKUP\"",
     b"(SELECT 1)",
@@ -62,7 +62,7 @@ def query(text: bytes) -> bytes:
 
 @pytest.mark.parametrize("text", COMMANDS)
 def test_a_command_that_reads_the_whole_server_does_not_pass(text: bytes) -> None:
-    """No byte of it, and nothing that follows it."""
+    """No byte of it passes, and nothing that follows it."""
     for data in ([query(text)], [query(text)[at : at + 1] for at in range(len(query(text)))]):
         one = Inspection()
         assert b"".join(map(one.feed, [query(b"SELECT 1"), *data])) == query(b"SELECT 1")
@@ -91,14 +91,14 @@ def test_the_refusal_names_the_command() -> None:
     ],
 )
 def test_the_parameter_replication(value: str, walsender: bool, physical: bool) -> None:
-    """Only false values need no inspection; only `database` is no physical replication."""
+    """Only false values need no inspection; only `database` is not physical replication."""
     made = inspection({"user": "me", "replication": value})
     assert (made is not None, bool(made and made.refused)) == (walsender, physical)
     assert inspection({"user": "me"}) is None
 
 
 def test_a_large_statement_passes_as_it_arrives() -> None:
-    """It is not held until it ends."""
+    """It is not buffered until its end."""
     text = b"INSERT INTO t VALUES ('" + b"x" * MANY + b"')"
     one = Inspection()
     assert len(one.feed(query(text)[:100_000])) == 100_000
@@ -108,8 +108,8 @@ def test_a_large_statement_passes_as_it_arrives() -> None:
 
 @pytest.mark.parametrize("word", [b"BASE_BACKUP", b"SELECT 1"])
 @pytest.mark.parametrize("spaces", [8186, 8191, 8192, MANY])
-def test_a_command_behind_much_white_space_is_refused(word: bytes, spaces: int) -> None:
-    """Also where the word begins before the end of what is held, and ends behind it."""
+def test_a_command_after_much_white_space_is_refused(word: bytes, spaces: int) -> None:
+    """This holds even if the word starts before the end of the buffer and ends after it."""
     one = Inspection()
     data = query(b" " * spaces + word)
     passed = one.feed(data[:9000]) + one.feed(data[9000:])
@@ -126,9 +126,9 @@ def test_a_command_behind_much_white_space_is_refused(word: bytes, spaces: int) 
     st.lists(st.integers(1, 40)),
 )
 def test_pieces_make_no_difference(messages: list[bytes], cuts: list[int]) -> None:
-    """Whole messages pass, up to the first that is refused, however they arrive."""
-    bad = {query(text) for text in COMMANDS}
-    first = next((at for at, one in enumerate(messages) if one in bad), len(messages))
+    """Whole messages pass, up to the first that is refused, in pieces of any size."""
+    refused_messages = {query(text) for text in COMMANDS}
+    first = next((at for at, one in enumerate(messages) if one in refused_messages), len(messages))
     data, one, passed = b"".join(messages), Inspection(), b""
     for size in [*cuts, len(data) + 1]:
         passed += one.feed(data[:size])
@@ -138,8 +138,8 @@ def test_pieces_make_no_difference(messages: list[bytes], cuts: list[int]) -> No
 
 
 @given(st.binary(max_size=300), st.integers(1, 20))
-def test_garbage_is_passed_on_as_it_is(data: bytes, size: int) -> None:
-    """The server judges it: nothing is added or reordered, and no error is raised."""
+def test_garbage_is_passed_on_unchanged(data: bytes, size: int) -> None:
+    """The server checks it: nothing is added or reordered, and no error is raised."""
     one = Inspection()
     passed = b"".join(one.feed(data[at : at + size]) for at in range(0, len(data), size))
     assert data.startswith(passed)
@@ -154,7 +154,7 @@ def test_garbage_is_passed_on_as_it_is(data: bytes, size: int) -> None:
 def test_no_spelling_of_a_command_passes(
     space: str, word: bytes, upper: list[bool], rest: bytes
 ) -> None:
-    """Whatever the case of its letters, the white space before it and the bytes behind it."""
+    """Case, white space before the command and bytes after it make no difference."""
     letters = zip(word.decode(), upper, strict=False)
     spelled = "".join(one.upper() if up else one.lower() for one, up in letters)
     one = Inspection()

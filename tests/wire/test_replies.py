@@ -1,4 +1,4 @@
-"""What the daemon says in a server's place, read back with an independent eye."""
+"""Messages that the daemon sends in place of a server, read by independent code."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def test_a_fatal_error_carries_all_its_fields() -> None:
     }  # fmt: skip
 
 
-def test_a_greeting_negotiates_what_it_does_not_know() -> None:
-    """A newer minor version and an unknown extension are named back, then a login follows."""
-    said = list(Frames().feed(greeting(PROTOCOL_3 + 9999, {"_pq_.new": "1"}, "18.1")))
-    assert [kind for kind, _ in said] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
-    assert said[0][1] == (PROTOCOL_3 + 2).to_bytes(4, "big") + b"\0\0\0\1_pq_.new\0"
+def test_a_greeting_negotiates_unknown_versions_and_extensions() -> None:
+    """It names a newer minor version and an unknown extension, and a login follows."""
+    answer = list(Frames().feed(greeting(PROTOCOL_3 + 9999, {"_pq_.new": "1"}, "18.1")))
+    assert [kind for kind, _ in answer] == [b"v", b"R", b"S", b"S", b"K", b"Z"]
+    assert answer[0][1] == (PROTOCOL_3 + 2).to_bytes(4, "big") + b"\0\0\0\1_pq_.new\0"
     assert next(kind for kind, _ in Frames().feed(greeting(PROTOCOL_3, {}, "18.1"))) == b"R"
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"S", b"N", b"R"]), st.binary(max_size=30)), max_size=6))
-def test_the_key_is_found_wherever_it_stands(before: list[tuple[bytes, bytes]]) -> None:
-    """Byte by byte, the key of BackendKeyData is learned, and the login's end seen."""
+def test_the_key_is_found_at_any_position(before: list[tuple[bytes, bytes]]) -> None:
+    """Byte by byte, the key of BackendKeyData and the end of the login are found."""
     stream = b"".join(frame(*one) for one in before) + frame(b"K", b"12345678") + frame(b"Z", b"I")
     start = ServerStart()
     for i in range(len(stream)):
@@ -45,13 +45,13 @@ def test_a_refused_login_ends_without_a_key() -> None:
     assert start.done and start.key is None
 
 
-def test_a_length_that_cannot_be_is_a_protocol_error() -> None:
+def test_an_impossible_length_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
         list(Frames().feed(b"Z\0\0\0\3"))
 
 
 @pytest.mark.parametrize("chunks", [[], [TERMINATE], [b"X", b"\0\0", b"\0\4"], [b"X\0"]])
-def test_a_client_that_only_leaves_has_not_used_anything(chunks: list[bytes]) -> None:
+def test_a_client_that_only_disconnects_has_used_nothing(chunks: list[bytes]) -> None:
     start = ClientStart()
     for chunk in chunks:
         start.feed(chunk)
@@ -59,7 +59,7 @@ def test_a_client_that_only_leaves_has_not_used_anything(chunks: list[bytes]) ->
 
 
 @pytest.mark.parametrize("chunks", [[b"Q"], [b"X\0\0\0\5"], [TERMINATE + b"Q"], [b"X", b"Y"]])
-def test_any_other_word_is_use(chunks: list[bytes]) -> None:
+def test_any_other_message_counts_as_use(chunks: list[bytes]) -> None:
     start = ClientStart()
     for chunk in chunks:
         start.feed(chunk)
@@ -71,7 +71,7 @@ ROW = frame(b"D", b"\0\1\0\0\0\2ab")
 
 
 @pytest.mark.parametrize(
-    ("last", "broke"),
+    ("last", "closed"),
     [
         (frame(b"Z", b"I"), True),
         (ROW + frame(b"Z", b"T"), True),
@@ -79,7 +79,7 @@ ROW = frame(b"D", b"\0\1\0\0\0\2ab")
         (frame(b"Z", b"I") + NOTICE, True),
         (ROW + NOTICE, True),
         (b"", False),
-        (ROW, False),  # more may have been about to come: nothing is to be said in between
+        (ROW, False),  # more may follow, so nothing may be inserted here
         (ROW[:-1], False),
         (NOTICE[:-1], False),
         (NOTICE + ROW[:3], False),
@@ -87,6 +87,6 @@ ROW = frame(b"D", b"\0\1\0\0\0\2ab")
         (frame(b"N", b"SNOTICE\0C00000\0Mhello\0\0"), False),
     ],
 )
-def test_a_server_that_broke_off(last: bytes, broke: bool) -> None:
-    """It ended between two messages and has not said why, so that it can be said for it."""
-    assert ended_by_crash(last) is broke
+def test_a_server_that_closed_without_a_reason(last: bytes, closed: bool) -> None:
+    """It closed between two messages and sent no reason, so the daemon may add one."""
+    assert ended_by_crash(last) is closed

@@ -32,7 +32,7 @@ text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 
 
 def events(*chunks: bytes) -> list[Event]:
-    """What a client that sends these chunks, one after the other, amounts to."""
+    """The events for a client that sends these chunks one after the other."""
     negotiation, found = Negotiation(), list[Event]()
     for chunk in chunks:
         negotiation.receive(chunk)
@@ -48,7 +48,7 @@ def one_by_one(data: bytes) -> list[bytes]:
 
 
 def test_a_plain_client() -> None:
-    """A StartupMessage is read whole, with what was sent behind it."""
+    """A StartupMessage is read in full, with the bytes that were sent after it."""
     assert events(HELLO + b"Q...") == [
         Startup(PROTOCOL_3, {"user": "me", "database": "app", "application_name": "x"}, b"Q...")
     ]
@@ -61,8 +61,8 @@ def test_encryption_is_refused_once_each_in_either_order(requests: list[bytes]) 
     assert isinstance(startup, Startup)
 
 
-def test_bytes_behind_an_encryption_request_are_fatal() -> None:
-    """They could have been put there by somebody in between (CVE-2021-23222)."""
+def test_bytes_after_an_encryption_request_are_fatal() -> None:
+    """An attacker between client and daemon could have added them (CVE-2021-23222)."""
     with pytest.raises(ProtocolError) as caught:
         events(SSL + HELLO)
     assert caught.value.sqlstate == "08P01"
@@ -75,7 +75,7 @@ def test_ssl_twice_is_fatal() -> None:
 
 @pytest.mark.parametrize("size", [8, 36, 260])
 def test_cancel_keys_of_every_size(size: int) -> None:
-    """From PostgreSQL's old 4 bytes behind the pid to the 256 of protocol 3.2; also after SSL."""
+    """From 4 bytes after the pid to the 256 of protocol 3.2, with or without a request for SSL."""
     key = bytes(range(size % 256)) + bytes(size - size % 256)
     assert events(cancel_request(key)) == [Cancel(key)]
     assert events(SSL, cancel_request(key))[-1] == Cancel(key)
@@ -83,7 +83,7 @@ def test_cancel_keys_of_every_size(size: int) -> None:
 
 @given(st.dictionaries(text.filter(bool), text, max_size=8), st.binary(max_size=20))
 def test_chunk_boundaries_do_not_matter(parameters: dict[str, str], rest: bytes) -> None:
-    """Fed a byte at a time or in one piece, the parameters are the same, and survive a rebuild."""
+    """Byte by byte or in one piece, the parameters are the same, and can be sent again."""
     message = startup_message({**parameters, "user": "me"})
     (whole,) = events(message)
     (slow,) = events(*one_by_one(message))
@@ -96,7 +96,7 @@ def test_chunk_boundaries_do_not_matter(parameters: dict[str, str], rest: bytes)
 
 @given(st.binary(max_size=200))
 def test_garbage_never_raises_anything_else(data: bytes) -> None:
-    """Whatever arrives is an event or a ProtocolError, byte by byte too."""
+    """Any bytes give an event or a ProtocolError, even byte by byte."""
     for chunks in ([data], one_by_one(data)):
         try:
             events(*chunks)
@@ -129,8 +129,8 @@ def test_a_startup_with_a_garbled_body_never_raises_anything_else(body: bytes) -
         (untyped(PROTOCOL_3, b"user\0me\0\0x\0\0"), "08P01"),
     ],
 )
-def test_what_is_refused_and_how(data: bytes, sqlstate: str | None) -> None:
-    """What speaks the protocol gets an SQLSTATE; what does not gets no answer."""
+def test_invalid_start_ups(data: bytes, sqlstate: str | None) -> None:
+    """A client of the protocol gets an SQLSTATE; any other client gets no answer."""
     with pytest.raises(ProtocolError) as caught:
         events(data)
     assert caught.value.sqlstate == sqlstate
@@ -142,13 +142,13 @@ def test_protocol_3_2_and_later_minors_pass() -> None:
         assert isinstance(event, Startup) and event.version == PROTOCOL_3 + minor
 
 
-def test_of_a_name_given_twice_the_last_counts() -> None:
+def test_the_last_of_two_database_names_counts() -> None:
     body = b"user\0me\0database\0one\0database\0two\0\0"
     (event,) = events(untyped(PROTOCOL_3, body))
     assert isinstance(event, Startup) and event.dbname == "two"
 
 
-def test_without_a_database_it_is_the_users_name() -> None:
+def test_the_default_database_has_the_users_name() -> None:
     (event,) = events(startup_message({"user": "me"}))
     assert isinstance(event, Startup) and event.dbname == "me"
 
@@ -165,7 +165,10 @@ def test_without_a_database_it_is_the_users_name() -> None:
     ],
 )
 def test_a_long_name_is_truncated_as_postgresql_does_it(name: str, clipped: str) -> None:
-    """To 63 bytes of whole characters; a database's name is left, since it may name a session."""
+    """To at most 63 bytes of whole characters.
+
+    A database's name is not truncated, since it may name a session.
+    """
     (event,) = events(startup_message({"user": name, "database": name}))
     assert isinstance(event, Startup)
     assert (event.user, event.dbname) == (clipped, name)

@@ -1,4 +1,4 @@
-"""TLS as conversations between two ends in memory."""
+"""TLS conversations between two ends in memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pgtemp.wire.tls import ALPN, Tls
 HELLO = startup_message({"user": "me"})
 
 
-class Far:
-    """A client's end."""
+class ClientEnd:
+    """The client's end of a connection."""
 
     def __init__(self, authority: trustme.CA, alpn: str | None = ALPN) -> None:
         context = ssl.create_default_context()
@@ -28,24 +28,24 @@ class Far:
         self._arrived, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._arrived, self._to_send, server_hostname="localhost")
 
-    def shake(self, near: Tls, *, at_once: int) -> bytes:
-        """The handshake, in pieces of so many bytes; the plaintext that came out meanwhile."""
+    def handshake(self, server_end: Tls, *, at_once: int) -> bytes:
+        """Do the handshake in pieces; return the plaintext that was received meanwhile."""
         plain = b""
         for _ in range(5):
             try:
                 self.tls.do_handshake()
             except ssl.SSLWantReadError:
                 pass
-            plain += feed(near, self._to_send.read(), at_once)
-            self._arrived.write(near.take())
+            plain += feed(server_end, self._to_send.read(), at_once)
+            self._arrived.write(server_end.take())
         self.tls.do_handshake()
         return plain
 
-    def says(self, data: bytes) -> bytes:
+    def encrypt_data(self, data: bytes) -> bytes:
         self.tls.write(data)
         return self._to_send.read()
 
-    def hears(self, data: bytes) -> bytes:
+    def decrypt(self, data: bytes) -> bytes:
         self._arrived.write(data)
         heard = b""
         try:
@@ -55,7 +55,7 @@ class Far:
             pass
         return heard
 
-    def leaves(self) -> bytes:
+    def close_notify(self) -> bytes:
         try:
             self.tls.unwrap()
         except ssl.SSLWantReadError:
@@ -63,8 +63,8 @@ class Far:
         return self._to_send.read()
 
 
-def feed(near: Tls, data: bytes, at_once: int) -> bytes:
-    return b"".join(near.receive(data[i : i + at_once]) for i in range(0, len(data), at_once))
+def feed(server_end: Tls, data: bytes, at_once: int) -> bytes:
+    return b"".join(server_end.receive(data[i : i + at_once]) for i in range(0, len(data), at_once))
 
 
 @pytest.fixture(scope="module")
@@ -85,41 +85,45 @@ def context(authority: trustme.CA) -> ssl.SSLContext:
 def test_pieces_do_not_matter(
     authority: trustme.CA, context: ssl.SSLContext, at_once: int, direct: bool
 ) -> None:
-    """A handshake, words both ways and both goodbyes, a byte at a time or in one piece."""
-    near, far = Tls(context, direct=direct), Far(authority)
-    assert far.shake(near, at_once=at_once) == b""
-    said = bytes(range(256)) * 500
-    assert feed(near, far.says(said), at_once) == said
-    assert far.hears(near.encrypt(said)) == said
-    assert near.encrypt(b"") == b"" and not near.ended
-    assert feed(near, far.leaves(), at_once) == b"" and near.ended
-    assert far.hears(near.encrypt(b"afterwards")) == b"afterwards"
-    assert near.finish() != b""
+    """The handshake, data and close_notify in both directions, byte by byte or in one piece."""
+    server_end, client_end = Tls(context, direct=direct), ClientEnd(authority)
+    assert client_end.handshake(server_end, at_once=at_once) == b""
+    data = bytes(range(256)) * 500
+    assert feed(server_end, client_end.encrypt_data(data), at_once) == data
+    assert client_end.decrypt(server_end.encrypt(data)) == data
+    assert server_end.encrypt(b"") == b"" and not server_end.ended
+    assert feed(server_end, client_end.close_notify(), at_once) == b"" and server_end.ended
+    assert client_end.decrypt(server_end.encrypt(b"afterwards")) == b"afterwards"
+    assert server_end.finish() != b""
 
 
-def test_who_was_said_goodbye_to_may_go_on(authority: trustme.CA, context: ssl.SSLContext) -> None:
-    """It has not heard it yet; what it still says is no error."""
-    near, far = Tls(context, direct=False), Far(authority)
-    far.shake(near, at_once=1000)
-    goodbye = near.finish()
-    near.receive(far.says(b"still here"))
-    assert far.hears(goodbye) == b""
+def test_data_after_our_close_notify_is_no_error(
+    authority: trustme.CA, context: ssl.SSLContext
+) -> None:
+    """The peer may send data until it has received the close_notify."""
+    server_end, client_end = Tls(context, direct=False), ClientEnd(authority)
+    client_end.handshake(server_end, at_once=1000)
+    goodbye = server_end.finish()
+    server_end.receive(client_end.encrypt_data(b"still here"))
+    assert client_end.decrypt(goodbye) == b""
 
 
-def test_what_follows_a_goodbye_is_not_kept(authority: trustme.CA, context: ssl.SSLContext) -> None:
-    """Nor what follows garbage: the memory of the daemon is not the client's."""
+def test_data_after_the_peers_close_notify_is_discarded(
+    authority: trustme.CA, context: ssl.SSLContext
+) -> None:
+    """So is data after garbage: a client must not use up the daemon's memory."""
     for last in ("goodbye", "garbage"):
-        near, far = Tls(context, direct=False), Far(authority)
-        far.shake(near, at_once=1000)
+        server_end, client_end = Tls(context, direct=False), ClientEnd(authority)
+        client_end.handshake(server_end, at_once=1000)
         if last == "goodbye":
-            near.receive(far.leaves())
+            server_end.receive(client_end.close_notify())
         else:
             with pytest.raises(ProtocolError):
-                near.receive(b"\x17\x03\x03\x00\x30" + bytes(48))
+                server_end.receive(b"\x17\x03\x03\x00\x30" + bytes(48))
         tracemalloc.start()
         try:
             for _ in range(64):
-                assert near.receive(bytes(1 << 16)) == b"" and near.ended
+                assert server_end.receive(bytes(1 << 16)) == b"" and server_end.ended
             assert tracemalloc.get_traced_memory()[0] < 1 << 20
         finally:
             tracemalloc.stop()
@@ -128,29 +132,29 @@ def test_what_follows_a_goodbye_is_not_kept(authority: trustme.CA, context: ssl.
 @pytest.mark.parametrize(("direct", "alpn", "fits"), [
     (True, ALPN, True), (True, None, False), (False, None, True), (False, ALPN, True),
 ])  # fmt: skip
-def test_begun_directly_it_names_the_protocol(
+def test_direct_tls_requires_the_application_protocol(
     authority: trustme.CA, context: ssl.SSLContext, direct: bool, alpn: str | None, fits: bool
 ) -> None:
-    near, far = Tls(context, direct=direct), Far(authority, alpn)
+    server_end, client_end = Tls(context, direct=direct), ClientEnd(authority, alpn)
     if fits:
-        far.shake(near, at_once=1000)
+        client_end.handshake(server_end, at_once=1000)
     else:
         with pytest.raises(ProtocolError, match="application protocol"):
-            far.shake(near, at_once=1000)
+            client_end.handshake(server_end, at_once=1000)
 
 
 @given(st.binary(max_size=300))
 def test_garbage_never_raises_anything_else(context: ssl.SSLContext, data: bytes) -> None:
     for at_once in (1, 1000):
-        near = Tls(context, direct=True)
+        server_end = Tls(context, direct=True)
         try:
-            assert feed(near, data, at_once) == b""
+            assert feed(server_end, data, at_once) == b""
         except ProtocolError:
             pass
 
 
-def test_both_forms_begin_it() -> None:
-    """After SSLRequest, and with the first bytes; neither comes twice."""
+def test_both_forms_start_tls() -> None:
+    """After SSLRequest, or with the first bytes; a second request is an error."""
     hello = b"\x16\x03\x01\x02\x00"
     for chunk, event in ((untyped(SSL_CODE), Secure(b"S", b"")), (hello, Secure(b"", hello))):
         negotiation = Negotiation(tls=True)
@@ -167,15 +171,15 @@ def test_both_forms_begin_it() -> None:
                 twice.next_event()
 
 
-def test_without_a_certificate_it_is_refused() -> None:
+def test_direct_tls_without_a_certificate_is_refused() -> None:
     negotiation = Negotiation()
     negotiation.receive(b"\x16")
     with pytest.raises(NoTlsError):
         negotiation.next_event()
 
 
-def test_bytes_behind_the_request_are_fatal() -> None:
-    """Somebody in between could have put them there (CVE-2021-23222)."""
+def test_bytes_after_the_request_are_fatal() -> None:
+    """An attacker between client and daemon could have added them (CVE-2021-23222)."""
     negotiation = Negotiation(tls=True)
     negotiation.receive(untyped(SSL_CODE) + b"\x16")
     with pytest.raises(ProtocolError) as caught:

@@ -12,7 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// barePeer is the floor: two connections that make databases ahead and drop those that were used.
+// barePeer is the lower bound: two connections create databases in advance and drop used ones.
 type barePeer struct {
 	onServer
 	stocks map[string]*stock
@@ -54,14 +54,14 @@ func (p *barePeer) template(content string) error {
 	return nil
 }
 
-// serve drops what was used as soon as there is anything, and makes what is wanted otherwise.
+// serve drops used databases as soon as there are any, and otherwise creates new ones.
 func (s *stock) serve(connection *pgx.Conn, source string) {
 	defer connection.Close(ctx)
 	for {
 		name := fmt.Sprintf("bare_%d_%d", os.Getpid(), numbered.Add(1))
 		create := fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s STRATEGY file_copy", name, source)
 		for {
-			// Two connections at once may want the same source.
+			// Two connections may use the same source concurrently.
 			_, err := connection.Exec(ctx, create)
 			if err == nil {
 				break
@@ -115,7 +115,7 @@ func (p *barePeer) settle(content string) (time.Duration, error) {
 	}
 }
 
-// end drops what is ready. Nothing is made meanwhile: both creators wait for somebody to take theirs.
+// end drops the ready databases. No others are created meanwhile: both creators wait until theirs are taken.
 func (p *barePeer) end() error {
 	connection, err := pgx.Connect(ctx, os.Getenv("BENCH_SERVER"))
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// peers are those that there are.
+// peers are the available peers.
 var peers = map[string]func() peer{
 	"pgtest":            newPgtest,
 	"embedded-postgres": func() peer { return embeddedPeer{} },
@@ -21,25 +21,25 @@ var peers = map[string]func() peer{
 	"bare":              func() peer { return &barePeer{} },
 }
 
-// onServer is the part of a peer that works on a server that is there.
+// onServer is the part of a peer that uses a running server.
 type onServer struct{}
 
 func (onServer) prepare() error { return nil }
 
 func (onServer) server() (server, error) {
-	return server{}, cannot("it works on a server that is there")
+	return server{}, cannot("it uses a running server")
 }
 
 func (onServer) settle(string) (time.Duration, error) { return 0, nil }
 func (onServer) end() error                           { return nil }
 
-// urlOf is that of a database of the server.
+// urlOf is the URL of a database of the server.
 func urlOf(name string) string {
 	given := os.Getenv("BENCH_SERVER")
 	return given[:strings.LastIndex(given, "/")+1] + name
 }
 
-// makeOnce makes an old database of that content, unless there is one of that name.
+// makeOnce creates a database with that content, unless one with that name exists.
 func makeOnce(name, content string) error {
 	connection, err := pgx.Connect(ctx, os.Getenv("BENCH_SERVER"))
 	if err != nil {
@@ -57,7 +57,7 @@ func makeOnce(name, content string) error {
 	return tables(urlOf(name))
 }
 
-// directPeer has an old database.
+// directPeer uses an existing database.
 type directPeer struct{ onServer }
 
 func (directPeer) template(content string) error {
@@ -68,13 +68,13 @@ func (directPeer) database(content string) (database, error) {
 	return database{urlOf("old_" + content), func() error { return nil }}, nil
 }
 
-// rollbackPeer has one connection to an old database, and rolls back what tests do.
+// rollbackPeer has one connection to an existing database, and rolls back each test.
 type rollbackPeer struct {
 	onServer
 	connection *pgx.Conn
 }
 
-// Others clone their old databases, which nobody may be connected to then.
+// Other peers clone their databases, which must have no connections then.
 const rolledBack = "rolled_back"
 
 func (rollbackPeer) template(content string) error { return makeOnce(rolledBack, content) }
@@ -103,7 +103,7 @@ type pgtempPeer struct {
 }
 
 func (p *pgtempPeer) template(content string) error {
-	// Whoever opens a template makes a new one.
+	// Opening a template creates a new version of it.
 	if content == "fifty" && !p.made {
 		p.made = true
 		return tables(os.Getenv("BENCH_SERVER") + "~template")
@@ -127,11 +127,11 @@ func (p *pgtempPeer) settle(content string) (time.Duration, error) {
 	return standstill(one.url, "%")
 }
 
-// More than twice as long as DROP DATABASE sleeps where a connection is only just going away.
+// More than twice as long as DROP DATABASE sleeps if a connection is just being closed.
 const quiet = 300 * time.Millisecond
 
-// standstill waits until the databases of such names, in the server of that URL, stay the same; for
-// how long they have.
+// standstill waits until the databases with such names, in the server of that URL, do not change any
+// more; it returns for how long they have not changed.
 func standstill(url, names string) (time.Duration, error) {
 	watch, err := pgx.Connect(ctx, url)
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// integresqlPeer runs its server, and asks that over HTTP, as every language does.
+// integresqlPeer runs its server and uses it over HTTP, like clients in every language.
 type integresqlPeer struct {
 	onServer
 	process *exec.Cmd
@@ -42,8 +42,8 @@ func (p *integresqlPeer) prepare() error {
 		"INTEGRESQL_PGHOST="+given.Host, fmt.Sprintf("INTEGRESQL_PGPORT=%d", given.Port),
 		"INTEGRESQL_PGUSER="+given.User, "INTEGRESQL_LOGGER_LEVEL=error",
 		"INTEGRESQL_ECHO_ENABLE_LOGGER_MIDDLEWARE=false",
-		// More than the cores that it counts with on its own: 16 clients have a database each. Its tasks
-		// are one a core.
+		// More than its default, which is the number of cores: 16 clients have one database each. It runs
+		// one task per core.
 		"INTEGRESQL_TEST_INITIAL_POOL_SIZE=8", "INTEGRESQL_TEST_MAX_POOL_SIZE=32",
 	)
 	if err := p.process.Start(); err != nil {
@@ -123,13 +123,13 @@ func (p *integresqlPeer) database(content string) (database, error) {
 		return database{}, err
 	}
 	return database{one.url(), func() error {
-		// It was written to.
+		// The database was written to.
 		_, err := p.call(http.MethodPost, fmt.Sprintf("/templates/%s/tests/%d/recreate", content, one.ID), "")
 		return err
 	}}, nil
 }
 
-// settle waits for what is recreated, which it does in the background after its answer.
+// settle waits for the databases that it recreates in the background after its answer.
 func (p *integresqlPeer) settle(content string) (time.Duration, error) {
 	return standstill(os.Getenv("BENCH_SERVER"), "integresql_test_"+content+"_%")
 }
@@ -138,7 +138,7 @@ func (p *integresqlPeer) end() error {
 	if p.process == nil {
 		return nil
 	}
-	// Its databases are on a server that others work on as well.
+	// Other peers use the same server.
 	if _, err := p.call(http.MethodDelete, "/admin/templates", ""); err != nil {
 		return err
 	}

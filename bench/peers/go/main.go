@@ -1,4 +1,4 @@
-// The agent for the peers in Go: `peers PEER`. What it is asked and answers is in ../README.md.
+// The agent for the peers in Go: `peers PEER`. ../README.md describes its commands.
 package main
 
 import (
@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// Ahead of a database that is asked for alone, so that a peer that makes one ahead has it ready.
+	// Before a single database is requested, so that a peer with a pool has one ready.
 	rest     = 100 * time.Millisecond
 	work     = 25 * time.Millisecond
 	countAll = "SELECT count(*) FROM t0"
@@ -22,33 +22,33 @@ const (
 
 var ctx = context.Background()
 
-// errCannot is wrapped by what a peer has no way to do.
+// errCannot is wrapped by the error for a command that a peer does not support.
 var errCannot = errors.New("cannot")
 
 func cannot(why string) error { return fmt.Errorf("%w: %s", errCannot, why) }
 
-// A server that runs.
+// A running server.
 type server struct {
-	url   string
-	data  string
-	place string // all that it has
-	stop  func() error
+	url  string
+	data string
+	dir  string // the parent of all its files
+	stop func() error
 }
 
-// A database that somebody has.
+// A database in use.
 type database struct {
 	url    string
 	giveUp func() error
 }
 
-// What a peer can be asked. Content is "empty" or "fifty".
+// The commands of a peer. Content is "empty" or "fifty".
 type peer interface {
 	prepare() error
 	server() (server, error)
 	template(content string) error
 	database(content string) (database, error)
-	// settle waits until all that was given back is dropped, where giving back does not wait; for
-	// how long it has waited more than that.
+	// settle waits until all closed databases are dropped, if closing does not wait for that. It returns
+	// the time that it has waited in addition.
 	settle(content string) (time.Duration, error)
 	end() error
 }
@@ -59,12 +59,12 @@ type agent struct {
 }
 
 func (a *agent) answer(words []string) (map[string]any, error) {
-	said := map[string]any{}
+	reply := map[string]any{}
 	var taken time.Duration
 	var err error
 	switch words[0] {
 	case "prepare":
-		return said, a.peer.prepare()
+		return reply, a.peer.prepare()
 	case "server", "hold":
 		var one server
 		if one, taken, err = a.server(); err != nil {
@@ -75,8 +75,8 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 			break
 		}
 		a.servers = append(a.servers, one)
-		said["places"] = []string{one.place}
-		said["pid"], err = one.postmaster()
+		reply["directories"] = []string{one.dir}
+		reply["pid"], err = one.postmaster()
 	case "database":
 		taken, err = a.database()
 	case "sustained":
@@ -86,8 +86,8 @@ func (a *agent) answer(words []string) (map[string]any, error) {
 	default:
 		err = fmt.Errorf("no such command: %s", words[0])
 	}
-	said["ms"] = taken.Seconds() * 1000
-	return said, err
+	reply["ms"] = taken.Seconds() * 1000
+	return reply, err
 }
 
 func number(text string) int {
@@ -106,11 +106,11 @@ func main() {
 	one := &agent{peer: peers[os.Args[1]]()}
 	commands, answers := bufio.NewScanner(os.Stdin), json.NewEncoder(os.Stdout)
 	for commands.Scan() {
-		said, err := one.answer(strings.Fields(commands.Text()))
+		reply, err := one.answer(strings.Fields(commands.Text()))
 		if err != nil {
-			said = map[string]any{"error": strings.ReplaceAll(err.Error(), "\n", "; ")}
+			reply = map[string]any{"error": strings.ReplaceAll(err.Error(), "\n", "; ")}
 		}
-		if err := answers.Encode(said); err != nil {
+		if err := answers.Encode(reply); err != nil {
 			return
 		}
 	}

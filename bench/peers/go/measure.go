@@ -8,7 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// server starts one, until it answers.
+// server starts a server, and waits until it answers.
 func (a *agent) server() (server, time.Duration, error) {
 	begun := time.Now()
 	one, err := a.peer.server()
@@ -48,7 +48,7 @@ func (a *agent) sustained(count, clients int, content string) (time.Duration, er
 	return a.together(count, clients, content)
 }
 
-// together has and gives back so many databases, by so many clients at once; the first are not timed.
+// together opens and closes a number of databases with a number of concurrent clients; the first are not timed.
 func (a *agent) together(count, clients int, content string) (time.Duration, error) {
 	if err := a.use(2*clients+8, clients, content); err != nil {
 		return 0, err
@@ -111,7 +111,7 @@ func (a *agent) suite(count int, waiting bool) (time.Duration, error) {
 func (a *agent) test(number int, waiting bool) error {
 	if in, ok := a.peer.(interface {
 		test(func(queryer) error) error
-	}); ok { // it has no database a test
+	}); ok { // the peer has no database per test
 		return in.test(func(q queryer) error { return body(q, number, waiting) })
 	}
 	one, err := a.peer.database("fifty")

@@ -11,13 +11,13 @@ import (
 	"github.com/peterldowns/pgtestdb"
 )
 
-// pgtestdbPeer clones a template that it makes once, by its migrator's hash.
+// pgtestdbPeer clones a template that it creates once, identified by its migrator's hash.
 type pgtestdbPeer struct {
 	onServer
 	config pgtestdb.Config
 }
 
-// migrator makes the fifty tables, or nothing.
+// migrator creates the fifty tables, or nothing.
 type migrator string
 
 func (m migrator) Hash() (string, error) { return string(m), nil }
@@ -29,7 +29,7 @@ func (m migrator) Migrate(_ context.Context, _ *sql.DB, in pgtestdb.Config) erro
 	return nil
 }
 
-// test is what pgtestdb needs of a testing.T; nothing comes after Fatalf there either.
+// test is the part of testing.T that pgtestdb needs; as there, Fatalf does not return.
 type test struct{ cleanups []func() }
 
 func (t *test) Cleanup(do func())                 { t.cleanups = append(t.cleanups, do) }

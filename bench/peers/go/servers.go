@@ -14,13 +14,13 @@ import (
 	"github.com/rubenv/pgtest"
 )
 
-// startsServers is the part of a peer that has servers alone.
+// startsServers is the part of a peer that only starts servers.
 type startsServers struct{}
 
 func (startsServers) prepare() error { return nil }
 
 func (startsServers) template(string) error {
-	return cannot("each of its databases is a server of its own, and it has no templates")
+	return cannot("it has one server per database, and no templates")
 }
 
 func (startsServers) database(string) (database, error)    { return database{}, errCannot }
@@ -29,9 +29,9 @@ func (startsServers) end() error                           { return nil }
 
 type pgtestPeer struct{ startsServers }
 
-// newPgtest sees that there is the locale that it asks for, whatever the machine has.
+// newPgtest creates the locale that pgtest requires, even if the machine does not have it.
 func newPgtest() peer {
-	locales := filepath.Join(os.Getenv("BENCH_KEPT"), "locales")
+	locales := filepath.Join(os.Getenv("BENCH_CACHE"), "locales")
 	if err := os.MkdirAll(locales, 0o755); err == nil {
 		made := exec.Command("localedef", "-i", "en_US", "-f", "UTF-8", filepath.Join(locales, "en_US.UTF-8"))
 		if made.Run() == nil {
@@ -42,28 +42,28 @@ func newPgtest() peer {
 }
 
 func (pgtestPeer) server() (server, error) {
-	place, err := os.MkdirTemp(os.Getenv("BENCH_PLACE"), "")
+	dir, err := os.MkdirTemp(os.Getenv("BENCH_DATA"), "")
 	if err != nil {
 		return server{}, err
 	}
-	one, err := pgtest.New().From(os.Getenv("BENCH_BIN")).DataDir(place).Start()
+	one, err := pgtest.New().From(os.Getenv("BENCH_BIN")).DataDir(dir).Start()
 	if err != nil {
 		return server{}, err
 	}
-	// Its own connection is to a database of its own, which is the one to be used.
+	// Its own connection uses a new database, which is the one to measure.
 	url := fmt.Sprintf("postgres://%s@/%s?host=%s&sslmode=disable", one.User, one.Name, one.Host)
-	return server{url, filepath.Join(place, "data"), place, func() error {
+	return server{url, filepath.Join(dir, "data"), dir, func() error {
 		if err := one.Stop(); err != nil {
 			return err
 		}
-		return os.RemoveAll(place)
+		return os.RemoveAll(dir)
 	}}, nil
 }
 
 type embeddedPeer struct{ startsServers }
 
 func (embeddedPeer) server() (server, error) {
-	place, err := os.MkdirTemp(os.Getenv("BENCH_PLACE"), "")
+	dir, err := os.MkdirTemp(os.Getenv("BENCH_DATA"), "")
 	if err != nil {
 		return server{}, err
 	}
@@ -74,11 +74,11 @@ func (embeddedPeer) server() (server, error) {
 	one := embedded.NewDatabase(embedded.DefaultConfig().
 		Port(uint32(port)).
 		BinariesPath(filepath.Dir(os.Getenv("BENCH_BIN"))).
-		RuntimePath(filepath.Join(place, "run")).
-		DataPath(filepath.Join(place, "data")).
+		RuntimePath(filepath.Join(dir, "run")).
+		DataPath(filepath.Join(dir, "data")).
 		StartParameters(map[string]string{
 			"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off",
-			"unix_socket_directories": place,
+			"unix_socket_directories": dir,
 		}).
 		StartTimeout(30 * time.Second).
 		Logger(nil))
@@ -86,11 +86,11 @@ func (embeddedPeer) server() (server, error) {
 		return server{}, err
 	}
 	url := fmt.Sprintf("postgres://postgres:postgres@127.0.0.1:%d/postgres?sslmode=disable", port)
-	return server{url, filepath.Join(place, "data"), place, func() error {
+	return server{url, filepath.Join(dir, "data"), dir, func() error {
 		if err := one.Stop(); err != nil {
 			return err
 		}
-		return os.RemoveAll(place)
+		return os.RemoveAll(dir)
 	}}, nil
 }
 

@@ -15,7 +15,7 @@ type queryer interface {
 	QueryRow(ctx context.Context, query string, arguments ...any) pgx.Row
 }
 
-// tables makes the fifty tables; nothing where they are there.
+// tables creates the fifty tables, unless they exist.
 func tables(url string) error {
 	connection, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -37,7 +37,7 @@ func tables(url string) error {
 	return err
 }
 
-// body is what each test does.
+// body is the body of each test.
 func body(in queryer, number int, waiting bool) error {
 	if _, err := in.Exec(ctx, "INSERT INTO t0 VALUES ($1, 1, 1, 1)", number); err != nil {
 		return err
@@ -55,7 +55,7 @@ func body(in queryer, number int, waiting bool) error {
 	return nil
 }
 
-// ask connects, has a query answered, and goes.
+// ask connects, runs a query, and disconnects.
 func ask(url, query string) error {
 	connection, err := pgx.Connect(ctx, url)
 	if err != nil {

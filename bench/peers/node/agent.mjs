@@ -1,10 +1,10 @@
-// The agent for the peers in node: `agent.mjs PEER`. What it is asked and answers is in the README above.
+// The agent for the peers in Node.js: `agent.mjs PEER`. The README above describes its commands.
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { PGlite } from "@electric-sql/pglite";
 import pg from "pg";
 
-const REST_MS = 100; // ahead of a database that is asked for alone, so that one may be ready
+const REST_MS = 100; // before a single database is requested, so that one may be ready
 const WORK_MS = 25;
 const QUIET_MS = 200;
 const COUNT = "SELECT count(*) FROM t0";
@@ -33,7 +33,7 @@ async function makeTables(url) {
 
 const named = (name) => SERVER.replace(/[^/]*$/, name);
 
-/** Waits until the number of databases in the server stays what it is; for how long it has. */
+/** Waits until the number of databases in the server is stable; returns for how long it has been. */
 async function unchanged(watch) {
   let before;
   let changed = performance.now();
@@ -46,24 +46,24 @@ async function unchanged(watch) {
   return performance.now() - changed;
 }
 
-/** A peer that has nothing to wait for, since giving back waits. */
+/** A peer with nothing to wait for, since closing a database waits for its drop. */
 class Peer {
   async prepare() {}
   async server() {
-    throw new Cannot("it works on a server that is there");
+    throw new Cannot("it uses a running server");
   }
   async hold() {
-    throw new Cannot("it works on a server that is there");
+    throw new Cannot("it uses a running server");
   }
   async template() {}
-  /** What is to be watched until all is given back, if anything. */
+  /** A connection to watch until all databases are dropped, if closing does not wait for that. */
   async watch() {}
   async end() {}
 }
 
 /**
- * Instances in this process, each loaded from the dump of one that was made ahead. A `clone()` would make the dump
- * anew each time. What ships as prepopulatedfs, an empty one's dump, is guaranteed for an older version only.
+ * Instances in this process, each loaded from a dump that was made in advance. A `clone()` would make a new dump
+ * each time. The dump of an empty instance that ships as prepopulatedfs is guaranteed only for an older version.
  */
 class Lite extends Peer {
   #dumps = {};
@@ -71,12 +71,12 @@ class Lite extends Peer {
   async prepare() {
     await this.template("empty");
   }
-  /** Runs initdb where nothing was prepared. */
+  /** Runs initdb if nothing was prepared. */
   async server() {
     return await this.database("empty");
   }
   async hold() {
-    throw new Cannot("it is no server, and lives in the process");
+    throw new Cannot("it is not a server, and runs in the process");
   }
   async template(content) {
     if (this.#dumps[content]) return;
@@ -96,7 +96,7 @@ class PgTemp extends Peer {
 
   async template(content) {
     if (content !== "fifty" || this.#made) return;
-    this.#made = true; // whoever opens a template makes a new one
+    this.#made = true; // opening a template creates a new version of it
     await makeTables(`${SERVER}~template`);
   }
   async database(content) {
@@ -107,7 +107,7 @@ class PgTemp extends Peer {
   }
 }
 
-/** An old database. */
+/** An existing database. */
 class Direct extends Peer {
   async prepare() {
     const client = await connected(SERVER);
@@ -128,7 +128,7 @@ class Agent {
     this.peer = peer;
   }
 
-  async obey([command, ...words]) {
+  async runCommand([command, ...words]) {
     switch (command) {
       case "prepare":
         await this.peer.prepare();
@@ -162,11 +162,11 @@ class Agent {
   async #sustained(count, clients, content) {
     await this.peer.template(content);
     await this.#together(2 * clients + 8, clients, content);
-    return await this.#untilGivenBack(content, () => this.#together(count, clients, content));
+    return await this.#untilDropped(content, () => this.#together(count, clients, content));
   }
 
-  /** How long it takes until all is given back. What watches that is there before. */
-  async #untilGivenBack(content, work) {
+  /** The time until all databases are dropped. The watching connection is opened before. */
+  async #untilDropped(content, work) {
     const watch = await this.peer.watch(content);
     if (watch) await unchanged(watch);
     const begun = performance.now();
@@ -192,7 +192,7 @@ class Agent {
   async #suite(count, waiting) {
     await this.peer.template("fifty");
     await this.#together(10, 1, "fifty");
-    return await this.#untilGivenBack("fifty", async () => {
+    return await this.#untilDropped("fifty", async () => {
       for (let i = 0; i < count; i++) await this.#test(i, waiting);
     });
   }
@@ -214,12 +214,12 @@ class Agent {
 const PEERS = { pglite: Lite, pgtemp: PgTemp, direct: Direct };
 const agent = new Agent(new PEERS[process.argv[2]]());
 for await (const line of createInterface({ input: process.stdin })) {
-  let said;
+  let answer;
   try {
-    said = await agent.obey(line.trim().split(/\s+/));
+    answer = await agent.runCommand(line.trim().split(/\s+/));
   } catch (error) {
-    said = { error: error instanceof Cannot ? `cannot: ${error.message}` : String(error) };
+    answer = { error: error instanceof Cannot ? `cannot: ${error.message}` : String(error) };
   }
-  console.log(JSON.stringify(said));
+  console.log(JSON.stringify(answer));
 }
 await agent.end();

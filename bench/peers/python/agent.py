@@ -1,4 +1,4 @@
-"""The agent for the peers in Python: `agent.py PEER`. What it is asked is in the README above."""
+"""The agent for the peers in Python: `agent.py PEER`. ../README.md describes its commands."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PEERS = {
     **SERVERS,
     **DATABASES,
 }
-REST_SECONDS = 0.1  # ahead of a database that is asked for alone, so that one may be ready
+REST_SECONDS = 0.1  # before a single database is requested, so that one may be ready
 WORK_SECONDS = 0.025
 COUNT = "SELECT count(*) FROM t0"
 
 
 class Agent:
-    """Takes the times of one peer."""
+    """Measures the times of one peer."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
         self._held = ExitStack()
 
-    def obey(self, words: list[str]) -> dict[str, Any]:
+    def run_command(self, words: list[str]) -> dict[str, Any]:
         match words:
             case ["prepare"]:
                 self._peer.prepare()
@@ -77,12 +77,12 @@ class Agent:
         with ExitStack() as held:
             server = held.enter_context(self._peer.server())
             if server.pid is None:
-                raise Cannot("its servers are not its own to hold")
+                raise Cannot("its servers belong to another process")
             with psycopg.connect(server.uri) as connection:
                 connection.execute("SELECT 1").fetchone()
                 taken = (time.perf_counter() - begun) * 1000
             self._held.push(held.pop_all())
-        return {"ms": taken, "pid": server.pid, "places": server.places}
+        return {"ms": taken, "pid": server.pid, "directories": server.directories}
 
     def _database(self) -> float:
         begun = time.perf_counter()
@@ -106,8 +106,8 @@ class Agent:
                 raise RuntimeError("the database is not fresh")
 
 
-def conversation() -> tuple[TextIO, TextIO]:
-    """Where commands come from and answers go; nothing that a peer starts reads or writes there."""
+def command_streams() -> tuple[TextIO, TextIO]:
+    """The streams of commands and answers; processes that a peer starts do not use them."""
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -117,17 +117,17 @@ def conversation() -> tuple[TextIO, TextIO]:
 
 
 def main() -> None:
-    commands, answers = conversation()
+    commands, answers = command_streams()
     agent = Agent(PEERS[sys.argv[1]]())
     for line in commands:
         try:
-            said = agent.obey(line.split())
+            answer = agent.run_command(line.split())
         except Cannot as error:
-            said = {"error": f"cannot: {error}"}
+            answer = {"error": f"cannot: {error}"}
         except Exception as error:
             traceback.print_exc()
-            said = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(said), file=answers, flush=True)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
     agent.end()
 
 

@@ -1,4 +1,4 @@
-"""Peers that have databases on a server that is there."""
+"""Peers that create databases on a running server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def url_of(name: str) -> str:
 
 
 def make_once(name: str, content: str) -> None:
-    """A database of that content on the server, which others may have made."""
+    """Create a database with this content on the server, unless it exists."""
     with psycopg.connect(SERVER, autocommit=True) as connection:
         try:
             connection.execute(f"CREATE DATABASE {name}".encode())
@@ -33,7 +33,7 @@ def make_once(name: str, content: str) -> None:
 
 
 class Old(Peer):
-    """An old database, which is nobody's template: there may be somebody in it."""
+    """An existing database that is not a template, so it may have connections."""
 
     name = "python_old"
 
@@ -41,17 +41,17 @@ class Old(Peer):
         make_once(self.name, "fifty")
 
     def database(self, content: str) -> AbstractContextManager[str]:
-        raise Cannot("its database is an old one")
+        raise Cannot("it uses an existing database")
 
     def sustained(self, count: int, clients: int, content: str) -> float:
-        raise Cannot("its database is an old one")
+        raise Cannot("it uses an existing database")
 
     def test(self) -> AbstractContextManager[psycopg.Connection[Any]]:
-        raise Cannot("its database is an old one")
+        raise Cannot("it uses an existing database")
 
 
 class Direct(Old):
-    """A connection to it, to compare with."""
+    """A connection to the existing database, for comparison."""
 
     @contextmanager
     def database(self, content: str) -> Iterator[str]:
@@ -59,7 +59,7 @@ class Direct(Old):
 
 
 class RolledBack(Old):
-    """One connection to it, rolled back after each test."""
+    """One connection to the existing database, rolled back after each test."""
 
     def __init__(self) -> None:
         self._connection: psycopg.Connection[Any] | None = None
@@ -77,7 +77,7 @@ class RolledBack(Old):
 
 
 class Cloned(Peer):
-    """What is made of a template by CREATE DATABASE. Nobody ever stays in the template."""
+    """Databases that CREATE DATABASE clones from a template, to which no client is connected."""
 
     def __init__(self) -> None:
         self._numbers = numbers()
@@ -90,7 +90,7 @@ class Cloned(Peer):
 
 
 class Janitor(Cloned, PytestPostgresql):
-    """pytest-postgresql's way on a server that is there, as its client fixture does it."""
+    """pytest-postgresql on a running server, in the way of its client fixture."""
 
     def __init__(self) -> None:
         Cloned.__init__(self)
@@ -110,7 +110,7 @@ class Janitor(Cloned, PytestPostgresql):
 
 
 class Psql(Cloned):
-    """psql that is told to make and drop databases, in the quickest way there is."""
+    """psql that creates and drops databases in the fastest way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,34 +122,34 @@ class Psql(Cloned):
             self._running = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        """One that is connected."""
+        """A psql process that is connected."""
         running = subprocess.Popen(
             [BIN / "psql", "-qAtX", "-v", "ON_ERROR_STOP=1", SERVER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
-        self._tell(running, "")
+        self._run_statement(running, "")
         return running
 
-    def _tell(self, psql: subprocess.Popen[str], statement: str) -> None:
-        """Have a statement done."""
+    def _run_statement(self, psql: subprocess.Popen[str], statement: str) -> None:
+        """Execute a statement."""
         assert psql.stdin is not None and psql.stdout is not None
         psql.stdin.write(f"{statement}\n\\echo done\n")
         if psql.stdout.readline() != "done\n":
-            raise RuntimeError("psql has failed")
+            raise RuntimeError("psql failed")
 
     @contextmanager
     def database(self, content: str) -> Iterator[str]:
         assert self._running is not None
         name = self.name()
-        self._tell(self._running, create(name, content))
+        self._run_statement(self._running, create(name, content))
         try:
             yield url_of(name)
         finally:
-            # DROP DATABASE sleeps for 100 ms where it still finds a connection.
-            self._tell(self._running, f"{until_left(name)} {drop(name)}")
+            # DROP DATABASE sleeps for 100 ms if it finds a connection.
+            self._run_statement(self._running, f"{until_unused(name)} {drop(name)}")
 
     def sustained(self, count: int, clients: int, content: str) -> float:
-        """As many programs as clients; nobody connects to what they make."""
+        """As many psql processes as clients; no client connects to the databases."""
         scripts = [""] * clients
         for i in range(count):
             name = self.name()
@@ -160,7 +160,7 @@ class Psql(Cloned):
             list(threads.map(lambda psql, script: psql.communicate(script), running, scripts))
             taken = (time.perf_counter() - begun) * 1000
         if any(psql.returncode for psql in running):
-            raise RuntimeError("psql has failed")
+            raise RuntimeError("psql failed")
         return taken
 
     def end(self) -> None:
@@ -176,8 +176,8 @@ def drop(name: str) -> str:
     return f"DROP DATABASE {name};"
 
 
-def until_left(name: str) -> str:
-    """A statement that waits until nobody is connected to a database."""
+def until_unused(name: str) -> str:
+    """A statement that waits until no client is connected to a database."""
     return (
         f"DO $$ BEGIN WHILE EXISTS (SELECT FROM pg_stat_activity WHERE datname = '{name}') LOOP "
         "PERFORM pg_sleep(0.0005), pg_stat_clear_snapshot(); END LOOP; END $$;"

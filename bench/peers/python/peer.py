@@ -1,4 +1,4 @@
-"""What a peer can be asked, and what all of them do alike."""
+"""The commands of a peer, and code that all peers share."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from typing import Any
 import asyncpg
 import psycopg
 
-BIN, PLACE, KEPT = (Path(os.environ[f"BENCH_{name}"]) for name in ("BIN", "PLACE", "KEPT"))
+BIN, DATA, CACHE = (Path(os.environ[f"BENCH_{name}"]) for name in ("BIN", "DATA", "CACHE"))
 SERVER = os.environ.get("BENCH_SERVER", "")
 QUIET_SECONDS = 0.2
 
 
 class Cannot(Exception):  # noqa: N818
-    """A peer has no way to do something."""
+    """A peer does not support something."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs: its URL, its postmaster, and the directories that were made for it.
+    """A running server: its URL, its postmaster, and the directories created for it.
 
     Attributes:
-        pid: None where it is not the peer's to hold.
+        pid: None if the server does not belong to the peer.
     """
 
     uri: str
     pid: int | None
-    places: list[str]
+    directories: list[str]
 
 
 def pid_of(data: Path) -> int:
@@ -42,7 +42,7 @@ def pid_of(data: Path) -> int:
 
 
 def tables(uri: str) -> None:
-    """The fifty tables."""
+    """Create the fifty tables."""
     with psycopg.connect(uri) as connection:
         make_tables(connection)
 
@@ -55,23 +55,23 @@ def make_tables(connection: psycopg.Connection[Any]) -> None:
 
 
 class Peer:
-    """One of the peers; a method that is left out is something that it cannot do.
+    """One of the peers; a method that is not overridden is not supported.
 
-    What a peer has to import is imported when it is made, so that it is in no time.
+    A peer imports its library when it is constructed, so that no measured time includes that.
     """
 
     def prepare(self) -> None:
-        """Do what may be done ahead."""
+        """Do everything that may be done in advance."""
 
     def server(self) -> AbstractContextManager[Server]:
-        raise Cannot("it works on a server that is there")
+        raise Cannot("it uses a running server")
 
     def template(self, content: str) -> None:
-        """See that there is a template, unless the peer has none."""
+        """Ensure that there is a template, if the peer has templates."""
 
     def database(self, content: str) -> AbstractContextManager[str]:
-        """A fresh database; its URL."""
-        raise Cannot("each of its databases is a server of its own, and it has no templates")
+        """A fresh database; yields its URL."""
+        raise Cannot("it has one server per database, and no templates")
 
     @contextmanager
     def connection(self, content: str) -> Iterator[psycopg.Connection[Any]]:
@@ -80,11 +80,11 @@ class Peer:
             yield connection
 
     def test(self) -> AbstractContextManager[psycopg.Connection[Any]]:
-        """What a test of a suite gets."""
+        """The connection of a test of a suite."""
         return self.connection("fifty")
 
     def sustained(self, count: int, clients: int, content: str) -> float:
-        self.use(2 * clients + 8, clients, content)  # so that as many are kept ready as will be
+        self.use(2 * clients + 8, clients, content)  # so that the pool reaches its full size
         with self.watched(content) as ended:
             begun = time.perf_counter()
             self.use(count, clients, content)
@@ -92,7 +92,7 @@ class Peer:
 
     @contextmanager
     def watched(self, content: str) -> Iterator[Callable[[], float]]:
-        """For a block; what it yields waits until all is dropped, and tells when that was."""
+        """For a block. The yielded function waits until all is dropped, and returns that time."""
         uri = self.watch(content)
         if uri is None:
             yield time.perf_counter
@@ -102,11 +102,11 @@ class Peer:
             yield lambda: last_change(connection)
 
     def watch(self, content: str) -> str | None:
-        """Where to look for when all is dropped; None where giving back waits for it."""
+        """The URL of the server whose databases are watched; None if closing waits for the drop."""
         return None
 
     def use(self, count: int, clients: int, content: str) -> None:
-        """Have so many databases, and give them back, by so many clients at once."""
+        """Open a number of databases with a number of concurrent clients, and close them."""
 
         def one(_: int) -> None:
             with self.connection(content) as connection:
@@ -116,7 +116,7 @@ class Peer:
             list(threads.map(one, range(count)))
 
     def asyncpg(self, query: str) -> float:
-        """Milliseconds from asking for a fresh database to its first row, by asyncpg."""
+        """Milliseconds from the request for a fresh database to its first row, with asyncpg."""
 
         async def ask() -> float:
             begun = time.perf_counter()
@@ -130,11 +130,11 @@ class Peer:
         return asyncio.run(ask())
 
     def end(self) -> None:
-        """Take away what is there still."""
+        """Remove everything that the peer has created."""
 
 
 def last_change(connection: psycopg.Connection[Any]) -> float:
-    """When the number of databases of a server has changed last; waits until it stays."""
+    """The time of the last change of the number of databases; waits until it is stable."""
     count, changed = None, time.perf_counter()
     while time.perf_counter() - changed < QUIET_SECONDS:
         row = connection.execute("SELECT count(*) FROM pg_database").fetchone()

@@ -1,4 +1,4 @@
-"""py-pglite: PGlite in node, behind a socket that serves one connection."""
+"""py-pglite: PGlite in Node.js, behind a socket that serves one connection."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from peer import KEPT, PLACE, Cannot, Peer, Server, make_tables
+from peer import CACHE, DATA, Cannot, Peer, Server, make_tables
 
-INSTALLED = KEPT / "py-pglite"
-# As its own fixture does, but all of them at once, which is faster.
+INSTALLED = CACHE / "py-pglite"
+# As its own fixture does, but for all tables in one statement, which is faster.
 EMPTY = f"TRUNCATE {', '.join(f't{i}' for i in range(50))} RESTART IDENTITY CASCADE".encode()
 
 
 class Pglite(Peer):
-    """Its one database is emptied before each test, by its one connection."""
+    """Its only database is emptied before each test, through its only connection."""
 
     def __init__(self) -> None:
         from py_pglite import PGliteConfig, PGliteManager  # type: ignore[import-untyped]
@@ -28,13 +28,13 @@ class Pglite(Peer):
         self._connection: psycopg.Connection[Any] | None = None
 
     def prepare(self) -> None:
-        """Have it install what it needs, which it does in a directory that has nothing yet."""
+        """Let it install its dependencies, which it does in an empty directory."""
         with self._running(INSTALLED):
             pass
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        work = Path(tempfile.mkdtemp(dir=PLACE))
+        work = Path(tempfile.mkdtemp(dir=DATA))
         if (INSTALLED / "node_modules").exists():
             (work / "node_modules").symlink_to(INSTALLED / "node_modules")
         try:
@@ -50,7 +50,7 @@ class Pglite(Peer):
         try:
             with self._manager(config) as manager:
                 assert manager.process is not None
-                # What its README connects with, at once: `wait_for_ready` would only take longer.
+                # The first connection, as in its README: `wait_for_ready` would only take longer.
                 yield Server(manager.get_dsn(), manager.process.pid, [str(work), str(socket)])
         finally:
             shutil.rmtree(socket)
@@ -58,17 +58,17 @@ class Pglite(Peer):
     def template(self, content: str) -> None:
         if self._connection is None:
             uri = self._open.enter_context(self.server()).uri
-            # Its own engine has one connection, which stays, and prepares nothing.
+            # Its own engine has one permanent connection, and prepares no statements.
             connection = psycopg.connect(uri, prepare_threshold=None)
             self._connection = self._open.enter_context(connection)
             make_tables(connection)
             connection.commit()
 
     def database(self, content: str) -> AbstractContextManager[str]:
-        raise Cannot("it has one database, of one connection")
+        raise Cannot("it has one database with one connection")
 
     def sustained(self, count: int, clients: int, content: str) -> float:
-        raise Cannot("it has one database, of one connection")
+        raise Cannot("it has one database with one connection")
 
     @contextmanager
     def test(self) -> Iterator[psycopg.Connection[Any]]:

@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
-from peer import BIN, PLACE, SERVER, Peer, Server, make_tables, pid_of, tables
+from peer import BIN, DATA, SERVER, Peer, Server, make_tables, pid_of, tables
 
 from pgtemp import Cluster, PgTempDB, Template
 
 
 class Clusters(Peer):
-    """The library, with its defaults, but for the place: by itself it would choose /dev/shm."""
+    """The library with its defaults, except for the directory: the default is /dev/shm."""
 
     def __init__(self) -> None:
         self._open = ExitStack()
@@ -22,12 +22,12 @@ class Clusters(Peer):
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        with PgTempDB(bin_dir=BIN, data_dir_prefix=PLACE) as db:
+        with PgTempDB(bin_dir=BIN, data_dir_prefix=DATA) as db:
             yield Server(db.uri, pid_of(db.data_dir), [str(db.data_dir.parent)])
 
     def template(self, content: str) -> None:
         if self._cluster is None:
-            cluster = Cluster(bin_dir=BIN, data_dir_prefix=PLACE)
+            cluster = Cluster(bin_dir=BIN, data_dir_prefix=DATA)
             self._cluster = self._open.enter_context(cluster)
         if content not in self._templates:
             build = tables if content == "fifty" else lambda uri: None
@@ -52,7 +52,7 @@ class Clusters(Peer):
 
 
 class Daemon(Peer):
-    """The daemon, entered with what Python enters with."""
+    """The daemon, with the usual connections of Python."""
 
     def __init__(self) -> None:
         self._made = False
@@ -62,7 +62,7 @@ class Daemon(Peer):
         yield Server(SERVER, None, [])
 
     def template(self, content: str) -> None:
-        if content == "fifty" and not self._made:  # whoever opens a template makes a new one
+        if content == "fifty" and not self._made:  # opening a template creates a new version of it
             with psycopg.connect(f"{SERVER}~template") as connection:
                 found = connection.execute("SELECT to_regclass('t0')").fetchone()
                 if found == (None,):
@@ -74,7 +74,7 @@ class Daemon(Peer):
         yield SERVER if content == "fifty" else f"{SERVER.rpartition('/')[0]}/empty"
 
     def watch(self, content: str) -> str | None:
-        """A connection of one's own is in the same server, unless each has one."""
+        """The URL of a lease in the same server, unless each lease has its own server."""
         identifier = "SELECT system_identifier FROM pg_control_system()"
         with (
             self.database(content) as uri,

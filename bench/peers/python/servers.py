@@ -12,11 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from peer import BIN, PLACE, Cannot, Peer, Server, pid_of
+from peer import BIN, DATA, Cannot, Peer, Server, pid_of
 
 
 class TestingPostgresql(Peer):
-    """With its cache of an initialised data directory."""
+    """With its cache of an initialized data directory."""
 
     def __init__(self) -> None:
         import testing.postgresql  # type: ignore[import-untyped]
@@ -47,7 +47,7 @@ class TestingPostgresql(Peer):
 
 
 class PytestPostgresql(Peer):
-    """The executor behind its process fixture, with that fixture's options."""
+    """The executor of its process fixture, with that fixture's options."""
 
     def __init__(self) -> None:
         from port_for import get_port
@@ -57,7 +57,7 @@ class PytestPostgresql(Peer):
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        place = Path(tempfile.mkdtemp(dir=PLACE))
+        directory = Path(tempfile.mkdtemp(dir=DATA))
         port = self._get_port(None)
         assert port is not None
         try:
@@ -65,63 +65,63 @@ class PytestPostgresql(Peer):
                 executable=str(BIN / "pg_ctl"),
                 host="127.0.0.1",
                 port=port,
-                datadir=str(place / "data"),
-                unixsocketdir=str(place),
-                logfile=str(place / "log"),
+                datadir=str(directory / "data"),
+                unixsocketdir=str(directory),
+                logfile=str(directory / "log"),
                 startparams="-w",
                 dbname="tests",
             ) as running:
                 running.wait_for_postgres()
                 uri = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-                yield Server(uri, pid_of(place / "data"), [str(place)])
+                yield Server(uri, pid_of(directory / "data"), [str(directory)])
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(directory)
 
 
 class Wheel(Peer):
-    """PostgreSQL in a wheel, with pgserver's way to start it: both have begun as forks of that."""
+    """PostgreSQL in a wheel, started like pgserver, of which both are forks."""
 
     def __init__(self, module: str) -> None:
         self._get_server = import_module(module).get_server
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        place = Path(tempfile.mkdtemp(dir=PLACE))
-        one = self._get_server(place, cleanup_mode="delete")
+        directory = Path(tempfile.mkdtemp(dir=DATA))
+        one = self._get_server(directory, cleanup_mode="delete")
         try:
-            yield Server(one.get_uri(), pid_of(place), [str(place)])
+            yield Server(one.get_uri(), pid_of(directory), [str(directory)])
         finally:
             one.cleanup()
 
 
 class Ephemeralpg(Peer):
-    """A program, pg_tmp."""
+    """The program pg_tmp."""
 
     def server(self) -> AbstractContextManager[Server]:
-        raise Cannot("it cannot be had: Debian has no package of it, no registry its source")
+        raise Cannot("it is not available: Debian has no package, and no registry has its source")
 
 
 class Bare(Peer):
-    """initdb and pg_ctl, with what makes them fast."""
+    """initdb and pg_ctl, with fast options."""
 
     @contextmanager
     def server(self) -> Iterator[Server]:
-        place = Path(tempfile.mkdtemp(dir=PLACE))
-        data = place / "data"
+        directory = Path(tempfile.mkdtemp(dir=DATA))
+        data = directory / "data"
         options = ("-A", "trust", "-U", "postgres", "--no-sync", "--no-instructions")
         self._run("initdb", "-D", data, *options, "--locale=C.UTF-8")
         with open(data / "postgresql.conf", "a") as conf:
             conf.write(
                 "fsync = off\nsynchronous_commit = off\nfull_page_writes = off\n"
-                f"listen_addresses = ''\nunix_socket_directories = '{place}'\n"
+                f"listen_addresses = ''\nunix_socket_directories = '{directory}'\n"
             )
-        self._run("pg_ctl", "start", "-w", "-D", data, "-l", place / "log")
+        self._run("pg_ctl", "start", "-w", "-D", data, "-l", directory / "log")
         try:
-            uri = f"postgresql://postgres@/postgres?host={place}"
-            yield Server(uri, pid_of(data), [str(place)])
+            uri = f"postgresql://postgres@/postgres?host={directory}"
+            yield Server(uri, pid_of(data), [str(directory)])
         finally:
             self._run("pg_ctl", "stop", "-m", "immediate", "-D", data)
-            shutil.rmtree(place)
+            shutil.rmtree(directory)
 
     def _run(self, program: str, *arguments: object) -> None:
         argv = [str(BIN / program), *map(str, arguments)]

@@ -1,4 +1,4 @@
-//! A connection of the driver, and the first row that comes through it.
+//! A connection of the driver, and the first row that it returns.
 
 use std::error::Error as _;
 use std::io;
@@ -18,8 +18,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects and asks for one row, again and again while the server is still on its way: the original
-    /// pgtemp says that it has started after a fixed time, whether or not the server answers by then.
+    /// Connects and requests one row, and repeats that while the server is starting: the original pgtemp
+    /// reports a start after a fixed time, even if the server does not answer yet.
     pub async fn first_row(uri: &str) -> Result<Self> {
         let begun = Instant::now();
         loop {
@@ -43,7 +43,7 @@ impl Session {
         Ok((Self { client, driver }, row))
     }
 
-    /// Says goodbye, and waits until the socket is closed.
+    /// Sends Terminate, and waits until the socket is closed.
     pub async fn close(self) {
         drop(self.client);
         let _ = self.driver.await;

@@ -1,7 +1,7 @@
-//! The daemon of the original pgtemp: each connection gets a server of its own, gone when it ends.
+//! The daemon of the original pgtemp: each connection gets its own server, which is removed when it closes.
 //!
-//! It keeps one server ready, and makes the next one when that is taken. `server` is asked of a daemon at rest;
-//! how fast it is with no rest is what `sustained` tells.
+//! It has one server ready, and starts the next one when that is taken. `server` measures a daemon at rest, and
+//! `sustained` a daemon without rest.
 
 use std::env;
 use std::fs;
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Daemon {
     program: PathBuf,
-    /// Where its servers are, and nothing else, so that it can be seen which there are.
+    /// A directory that contains only its servers, so that they can be listed.
     servers: PathBuf,
     running: Option<Running>,
     held: Vec<Session>,
@@ -37,19 +37,19 @@ struct Running {
     child: Child,
     pid: i32,
     uri: String,
-    /// Kept open: it panics where it cannot write.
+    /// Stays open: the daemon panics if it cannot write.
     _output: Lines<BufReader<ChildStdout>>,
 }
 
 impl Daemon {
     pub fn new() -> Result<Self> {
-        // `cargo install --root TARGET` puts it at TARGET/bin, this agent is at TARGET/release. It is not looked
-        // for in PATH, where our own pgtemp may be.
+        // `cargo install --root TARGET` installs it in TARGET/bin; this agent is in TARGET/release. PATH is not
+        // searched, since it may contain our own pgtemp.
         let agent = env::current_exe()?;
         let target = agent.ancestors().nth(2).context("no target directory")?;
         Ok(Self {
             program: target.join("bin").join("pgtemp"),
-            servers: directory("BENCH_PLACE")?.join("daemon"),
+            servers: directory("BENCH_DATA")?.join("daemon"),
             running: None,
             held: Vec::new(),
         })
@@ -58,7 +58,7 @@ impl Daemon {
     async fn start(&mut self) -> Result<()> {
         fs::create_dir_all(&self.servers)?;
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-        // It takes no other name than localhost, and listens at 127.0.0.1 alone.
+        // It accepts only the name localhost, and listens only on 127.0.0.1.
         let mut child = Command::new(&self.program)
             .arg("--data-dir-prefix")
             .arg(&self.servers)
@@ -70,7 +70,7 @@ impl Daemon {
         let pid = child.id().context("no pid")?.try_into()?;
         let output = child.stdout.take().context("no output")?;
         let mut output = BufReader::new(output).lines();
-        let said = output.next_line().await?.unwrap_or_default();
+        let reply = output.next_line().await?.unwrap_or_default();
         self.running = Some(Running {
             child,
             pid,
@@ -78,22 +78,22 @@ impl Daemon {
             _output: output,
         });
         ensure!(
-            said.starts_with("starting pgtemp server"),
-            "it said: {said}"
+            reply.starts_with("starting pgtemp server"),
+            "the daemon printed: {reply}"
         );
         Ok(())
     }
 
-    /// The daemon at rest: it runs, with so many servers taken and the next one ready.
+    /// The daemon at rest: it runs, all held servers are in use and the next one is ready.
     async fn at_rest(&mut self) -> Result<&Running> {
         if self.running.is_none() {
             self.start().await?;
         }
         let begun = Instant::now();
         loop {
-            let places = self.places()?;
-            if places.len() == self.held.len() + 1
-                && places
+            let directories = self.directories()?;
+            if directories.len() == self.held.len() + 1
+                && directories
                     .iter()
                     .all(|place| server::is_ready(&place.join("pg_data_dir")))
             {
@@ -106,7 +106,7 @@ impl Daemon {
             self.check()?;
             sleep(Duration::from_millis(5)).await;
         }
-        // It lets a server rest for 100 ms before it gives it away.
+        // The daemon waits 100 ms before it hands out a server.
         sleep(Duration::from_millis(150)).await;
         self.check()
     }
@@ -117,18 +117,18 @@ impl Daemon {
             .as_mut()
             .context("the daemon was not started")?;
         if let Some(status) = running.child.try_wait()? {
-            bail!("the daemon ended: {status}");
+            bail!("the daemon exited: {status}");
         }
         Ok(running)
     }
 
-    /// The directories of its servers, one each, there from before `initdb` until after the server's end.
-    fn places(&self) -> Result<Vec<PathBuf>> {
-        let mut places = Vec::new();
+    /// The directories of its servers, one each; they exist from before `initdb` until the server has exited.
+    fn directories(&self) -> Result<Vec<PathBuf>> {
+        let mut directories = Vec::new();
         for entry in fs::read_dir(&self.servers)? {
-            places.push(entry?.path());
+            directories.push(entry?.path());
         }
-        Ok(places)
+        Ok(directories)
     }
 }
 
@@ -157,13 +157,13 @@ impl Peer for Daemon {
         let data_dir = PathBuf::from(row.get::<_, String>(0));
         self.held.push(session);
         let daemon = self.at_rest().await?.pid;
-        // The server that is ready is there for it to answer for as well.
-        let said = json!({
+        // The server that is ready also belongs to the daemon.
+        let reply = json!({
             "pid": server::postmaster(&data_dir)?,
-            "places": self.places()?,
+            "directories": self.directories()?,
             "daemon": daemon,
         });
-        Ok((taken, said))
+        Ok((taken, reply))
     }
 
     async fn sustained(&mut self, count: usize, clients: usize) -> Result<Duration> {
@@ -183,8 +183,8 @@ impl Peer for Daemon {
         for task in tasks {
             task.await??;
         }
-        // All are given back when there is none but the one that is ready.
-        while self.places()?.len() > self.held.len() + 1 {
+        // All are closed when only the server that is ready exists.
+        while self.directories()?.len() > self.held.len() + 1 {
             ensure!(begun.elapsed() < PATIENCE * 10, "servers stay");
             sleep(Duration::from_millis(2)).await;
         }
@@ -198,7 +198,7 @@ impl Peer for Daemon {
             session.close().await;
         }
         if let Some(mut running) = self.running {
-            // What a daemon that was killed has left is there to be looked at.
+            // The leftovers of a killed daemon stay, so that they can be inspected.
             if running.child.try_wait()?.is_none() {
                 kill(Pid::from_raw(running.pid), Signal::SIGINT)?;
                 running.child.wait().await?;

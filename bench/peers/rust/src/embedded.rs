@@ -1,7 +1,7 @@
 //! postgresql_embedded: a server for each test.
 //!
-//! By default it downloads PostgreSQL once and keeps it. That is not what is measured, so it is told to take
-//! programs that are installed (`trust_installation_dir`), which from then on is the same to it.
+//! By default it downloads PostgreSQL once and stores it. The download is not measured, so it is configured to use
+//! installed programs (`trust_installation_dir`); afterwards both cases are the same.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -33,20 +33,20 @@ impl Embedded {
         let settings = SettingsBuilder::new()
             .installation_dir(&self.installation)
             .trust_installation_dir(true)
-            // Its own benchmark has this one: the 5 s of the default are for an `initdb` on an idle machine.
+            // The value of its own benchmark: the default of 5 s suits an `initdb` on an idle machine.
             .timeout(Some(Duration::from_secs(30)))
             .build();
         let mut postgresql = PostgreSQL::new(settings);
         postgresql.setup().await?;
         postgresql.start().await?;
-        // The database of the new server, which nobody has used: `create_database` would only cost time.
+        // The unused database of the new server: `create_database` would only take time.
         let uri = postgresql.settings().url("postgres");
         let session = Session::first_row(&uri).await?;
         Ok((begun.elapsed(), postgresql, session))
     }
 }
 
-/// Stops a server. Its directory is removed with the value that stands for it.
+/// Stops a server. Its directory is removed when its value is dropped.
 async fn stop(postgresql: PostgreSQL, session: Session) -> Result<()> {
     session.close().await;
     Ok(postgresql.stop().await?)
@@ -62,12 +62,12 @@ impl Peer for Embedded {
     async fn hold(&mut self) -> Result<(Duration, Value)> {
         let (taken, postgresql, session) = self.start().await?;
         let settings = postgresql.settings();
-        let said = json!({
+        let answer = json!({
             "pid": server::postmaster(&settings.data_dir)?,
-            "places": [&settings.data_dir, settings.password_file.parent().unwrap_or(Path::new("/"))],
+            "directories": [&settings.data_dir, settings.password_file.parent().unwrap_or(Path::new("/"))],
         });
         self.held.push((postgresql, session));
-        Ok((taken, said))
+        Ok((taken, answer))
     }
 
     async fn end(self) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The original pgtemp as a library: a server for each test.
 //!
-//! Its defaults are its best: `initdb -N`, and a server without `fsync`, `synchronous_commit`,
-//! `full_page_writes` and autovacuum. Its database is `postgres`, which spares it a `createdb`.
+//! Its defaults are its fastest settings: `initdb -N`, and a server without `fsync`, `synchronous_commit`,
+//! `full_page_writes` and autovacuum. Its database is `postgres`, so it needs no `createdb`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ impl Library {
     pub fn new() -> Result<Self> {
         Ok(Self {
             bin: directory("BENCH_BIN")?,
-            place: directory("BENCH_PLACE")?,
+            place: directory("BENCH_DATA")?,
             held: Vec::new(),
         })
     }
@@ -33,14 +33,14 @@ impl Library {
         let builder = PgTempDBBuilder::new()
             .with_bin_path(&self.bin)
             .with_data_dir_prefix(&self.place);
-        // It panics where it cannot start. In a task of its own that is an error.
+        // It panics if it cannot start. In a separate task that is an error.
         let db = tokio::spawn(builder.start_async()).await?;
         let session = Session::first_row(&db.connection_uri()).await?;
         Ok((begun.elapsed(), db, session))
     }
 }
 
-/// Stops a server and removes its directory, for which the library blocks.
+/// Stops a server and removes its directory; the library blocks during that.
 async fn stop(db: PgTempDB, session: Session) -> Result<()> {
     session.close().await;
     Ok(tokio::task::spawn_blocking(|| db.shutdown()).await?)
@@ -56,10 +56,10 @@ impl Peer for Library {
     async fn hold(&mut self) -> Result<(Duration, Value)> {
         let (taken, db, session) = self.start().await?;
         let data_dir = db.data_dir();
-        let place = data_dir.parent().context("a data directory in nothing")?;
-        let said = json!({"pid": server::postmaster(&data_dir)?, "places": [place]});
+        let place = data_dir.parent().context("a directory without parent")?;
+        let answer = json!({"pid": server::postmaster(&data_dir)?, "directories": [place]});
         self.held.push((db, session));
-        Ok((taken, said))
+        Ok((taken, answer))
     }
 
     async fn end(self) -> Result<()> {

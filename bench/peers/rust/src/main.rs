@@ -1,4 +1,4 @@
-//! The agent for the peers in Rust: `peers PEER`. What it is asked and answers is in `../README.md`.
+//! The agent for the peers in Rust: `peers PEER`. `../README.md` describes its commands.
 
 mod client;
 mod daemon;
@@ -14,9 +14,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-/// What a peer can be asked. The times are the peer's own to take, since only it knows where asking begins.
+/// The commands of a peer. The peer measures the times, since only it knows when a request begins.
 trait Peer {
-    /// Does what may be done ahead.
+    /// Does everything that may be done in advance.
     async fn prepare(&mut self) -> Result<()> {
         Ok(())
     }
@@ -24,15 +24,15 @@ trait Peer {
     /// The time from nothing to the first row of a new server.
     async fn server(&mut self) -> Result<Duration>;
 
-    /// The same, with a server that stays, and whatever else the answer says of it.
+    /// The same, with a server that stays; the value has the other fields of the answer.
     async fn hold(&mut self) -> Result<(Duration, Value)>;
 
-    /// The time for `count` fresh, empty databases, used by `clients` at once.
+    /// The time for `count` fresh, empty databases, used by `clients` concurrently.
     async fn sustained(&mut self, _count: usize, _clients: usize) -> Result<Duration> {
-        bail!("cannot: it starts servers, and has no databases of one server to give")
+        bail!("cannot: it starts servers, and creates no databases in one server")
     }
 
-    /// Takes away all that was started.
+    /// Removes everything that was started.
     async fn end(self) -> Result<()>;
 }
 
@@ -42,9 +42,9 @@ fn directory(variable: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
+async fn run_command(peer: &mut impl Peer, command: &str) -> Result<Value> {
     let words: Vec<&str> = command.split_whitespace().collect();
-    let (taken, mut said) = match words[..] {
+    let (taken, mut answer) = match words[..] {
         ["prepare"] => {
             peer.prepare().await?;
             return Ok(json!({}));
@@ -56,22 +56,22 @@ async fn answer(peer: &mut impl Peer, command: &str) -> Result<Value> {
             (taken, json!({}))
         }
         ["database" | "sustained" | "suite", ..] => {
-            bail!("cannot: it has no templates, and each of its databases is a server of its own")
+            bail!("cannot: it has one server per database, and no templates")
         }
         _ => bail!("no such command: {command}"),
     };
-    said["ms"] = json!(taken.as_secs_f64() * 1000.0);
-    Ok(said)
+    answer["ms"] = json!(taken.as_secs_f64() * 1000.0);
+    Ok(answer)
 }
 
 async fn serve(mut peer: impl Peer) -> Result<()> {
-    // Reading blocks, but only this thread: the connections that are held have theirs.
+    // Reading blocks only this thread: the open connections have their own.
     for command in io::stdin().lock().lines() {
-        let said = match answer(&mut peer, &command?).await {
-            Ok(said) => said,
+        let answer = match run_command(&mut peer, &command?).await {
+            Ok(answer) => answer,
             Err(error) => json!({ "error": format!("{error:#}") }),
         };
-        println!("{said}");
+        println!("{answer}");
         io::stdout().flush()?;
     }
     peer.end().await

@@ -1,4 +1,4 @@
-//! What a data directory tells of its server.
+//! The state of a server, read from its data directory.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ pub fn postmaster(data_dir: &Path) -> Result<u32> {
     Ok(first.trim().parse()?)
 }
 
-/// Whether the server says that it takes connections.
+/// Whether the server reports that it accepts connections.
 pub fn is_ready(data_dir: &Path) -> bool {
     fs::read_to_string(data_dir.join("postmaster.pid")).is_ok_and(|text| {
         text.lines()

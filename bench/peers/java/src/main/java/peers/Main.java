@@ -17,9 +17,9 @@ import peers.Peer.Cannot;
 import peers.Peer.Content;
 import peers.Peer.Server;
 
-/** The agent for the peers in Java, with the peer as its argument. What it is asked is in the README above. */
+/** The agent for the peers in Java, with the peer as its argument. The README above describes its commands. */
 public final class Main {
-    /** Ahead of a database that is asked for alone, so that a peer has it ready if it makes one ahead. */
+    /** Before a single database is requested, so that a peer with a pool has one ready. */
     private static final int REST_MS = 100;
 
     private static final int TEST_WAITS_MS = 25;
@@ -55,7 +55,7 @@ public final class Main {
 
     private String answer(String command) {
         try {
-            return obey(command.strip().split("\\s+"));
+            return runCommand(command.strip().split("\\s+"));
         } catch (Cannot cannot) {
             return "\"error\": " + quoted(cannot.getMessage());
         } catch (Exception error) {
@@ -64,7 +64,7 @@ public final class Main {
         }
     }
 
-    private String obey(String[] words) throws Exception {
+    private String runCommand(String[] words) throws Exception {
         switch (words[0]) {
             case "prepare":
                 peer.prepare();
@@ -97,9 +97,9 @@ public final class Main {
         Server server = peer.server();
         String taken = since(begun);
         held.add(server);
-        String places =
-                server.places().stream().map(Path::toString).map(Main::quoted).collect(Collectors.joining(", "));
-        return "%s, \"pid\": %d, \"places\": [%s]".formatted(taken, server.pid(), places);
+        String directories =
+                server.directories().stream().map(Path::toString).map(Main::quoted).collect(Collectors.joining(", "));
+        return "%s, \"pid\": %d, \"directories\": [%s]".formatted(taken, server.pid(), directories);
     }
 
     private String database() throws Exception {

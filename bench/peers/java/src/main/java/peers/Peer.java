@@ -5,16 +5,16 @@ import java.nio.file.Path;
 import java.sql.Connection;
 import java.util.List;
 
-/** What a peer can be asked. {@link Main} takes the times. */
+/** The commands of a peer. {@link Main} measures the times. */
 interface Peer extends AutoCloseable {
-    /** What is in the databases. */
+    /** The content of the databases. */
     enum Content {
         EMPTY,
         FIFTY
     }
 
-    /** A new server with a connection that has had its first row. Closing it takes it away. */
-    record Server(long pid, List<Path> places, Connection connection, Closeable end) implements AutoCloseable {
+    /** A new server with a connection that has read its first row. Closing it removes the server. */
+    record Server(long pid, List<Path> directories, Connection connection, Closeable end) implements AutoCloseable {
         @Override
         public void close() throws Exception {
             connection.close();
@@ -22,27 +22,27 @@ interface Peer extends AutoCloseable {
         }
     }
 
-    /** What a peer says of a command that it does not have. */
+    /** The error for a command that a peer does not support. */
     final class Cannot extends Exception {
         Cannot(String reason) {
             super("cannot: " + reason);
         }
     }
 
-    /** Does what may be done ahead, for all commands. */
+    /** Does everything that may be done in advance, for all commands. */
     void prepare() throws Exception;
 
-    /** Has a template with this content, so that a database costs no more than a database. */
+    /** Ensures that there is a template with this content, so that a measured database needs no template. */
     void template(Content content) throws Exception;
 
-    /** A connection to a database that nobody has used, which is given back when the connection is closed. */
+    /** A connection to an unused database, which is returned when the connection is closed. */
     Connection database(Content content) throws Exception;
 
     default Server server() throws Exception {
         throw new Cannot("it starts no servers");
     }
 
-    /** Why `sustained` is not asked of it, or null. */
+    /** The reason why the peer does not support `sustained`, or null. */
     default String unsustained() {
         return null;
     }

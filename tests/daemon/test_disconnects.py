@@ -1,4 +1,4 @@
-"""Clients that leave without a word, templates that change under others, servers that die."""
+"""Clients that disconnect abruptly, templates that change while in use, servers that exit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BOTH = pytest.mark.parametrize("isolation", ["database", "cluster"])
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
 
 
-def test_a_reset_does_not_let_anybody_in(daemon: DaemonType, other_user: str) -> None:
-    """A client of another user whose connection is gone before it can be asked about is refused."""
+def test_a_reset_connection_of_another_user_is_refused(daemon: DaemonType, other_user: str) -> None:
+    """Another user's connection that is reset before the daemon can identify it is refused."""
     served = daemon("--log-level", "info")
     one(at(served, "test"), "SELECT 1")
     mark = Path("/tmp") / f"test-of-mark-{os.getpid()}"
@@ -49,13 +49,13 @@ def test_a_reset_does_not_let_anybody_in(daemon: DaemonType, other_user: str) ->
     assert not mark.exists()
 
 
-def test_who_comes_does_not_wait_for_a_query_that_runs_on(daemon: DaemonType) -> None:
-    """A client that has half-closed waits for its answer; nobody else does, not seconds each."""
+def test_a_new_client_does_not_wait_for_a_running_query(daemon: DaemonType) -> None:
+    """A half-closed client waits for its long query; new clients are served meanwhile."""
     served = daemon()
-    with socket.create_connection(("127.0.0.1", served.port)) as asleep:
-        asleep.sendall(startup_message({"user": "postgres", "database": "test"}))
-        asleep.sendall(frame(b"Q", b"SELECT pg_sleep(600)\0"))
-        asleep.shutdown(socket.SHUT_WR)
+    with socket.create_connection(("127.0.0.1", served.port)) as half_closed:
+        half_closed.sendall(startup_message({"user": "postgres", "database": "test"}))
+        half_closed.sendall(frame(b"Q", b"SELECT pg_sleep(600)\0"))
+        half_closed.shutdown(socket.SHUT_WR)
         busy = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
         assert eventually(lambda: one(at(served, "test~look"), busy) == 1)
         start = time.monotonic()
@@ -65,15 +65,17 @@ def test_who_comes_does_not_wait_for_a_query_that_runs_on(daemon: DaemonType) ->
 
 
 def _socket_dir(served: Daemon) -> str:
-    return served.said[-1].partition("socket is in ")[2].partition(";")[0]
+    return served.output[-1].partition("socket is in ")[2].partition(";")[0]
 
 
 @BOTH
-@pytest.mark.parametrize("door", ["tcp", "unix"])
-def test_a_statement_ends_with_its_client(daemon: DaemonType, door: str, isolation: str) -> None:
-    """It holds no database for somebody who has hung up in the middle of it."""
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_a_statement_is_canceled_when_its_client_disconnects(
+    daemon: DaemonType, transport: str, isolation: str
+) -> None:
+    """A client that disconnects during a statement holds no database any longer."""
     served = daemon("--isolation", isolation)
-    host = "127.0.0.1" if door == "tcp" else _socket_dir(served)
+    host = "127.0.0.1" if transport == "tcp" else _socket_dir(served)
     with closing(psycopg.connect(at(served, "test"), host=host)) as connection:
         backend = Path(f"/proc/{connection.info.backend_pid}")
         connection.pgconn.send_query(b"SELECT pg_sleep(600)")
@@ -81,21 +83,21 @@ def test_a_statement_ends_with_its_client(daemon: DaemonType, door: str, isolati
     assert eventually(lambda: not backend.exists(), 30)
 
 
-@pytest.mark.parametrize("door", ["tcp", "unix"])
-def test_who_says_nothing_more_hears_the_answer(daemon: DaemonType, door: str) -> None:
-    """However long the statement takes: a half-closed connection is not a closed one."""
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_a_half_closed_client_receives_the_answer(daemon: DaemonType, transport: str) -> None:
+    """A half-closed connection is not a closed one, however long the statement takes."""
     served = daemon()
-    with socket.socket(socket.AF_INET if door == "tcp" else socket.AF_UNIX) as client:
+    with socket.socket(socket.AF_INET if transport == "tcp" else socket.AF_UNIX) as client:
         path = f"{_socket_dir(served)}/.s.PGSQL.{served.port}"
-        client.connect(("127.0.0.1", served.port) if door == "tcp" else path)
+        client.connect(("127.0.0.1", served.port) if transport == "tcp" else path)
         client.sendall(startup_message({"user": "postgres", "database": "test"}))
         client.sendall(frame(b"Q", b"SELECT pg_sleep(1), 'the answer'\0"))
         client.shutdown(socket.SHUT_WR)
         assert b"the answer" in b"".join(iter(lambda: client.recv(4096), b""))
 
 
-def test_settings_that_were_undone_do_not_live_on(daemon: DaemonType) -> None:
-    """A connection opened ahead under another lease's settings is not handed to anybody."""
+def test_settings_that_were_undone_reach_no_later_client(daemon: DaemonType) -> None:
+    """A warm connection opened under another lease's settings is not used for a client."""
     served = daemon()
     read_only = "SHOW default_transaction_read_only"
     for _ in range(3):
@@ -106,15 +108,16 @@ def test_settings_that_were_undone_do_not_live_on(daemon: DaemonType) -> None:
             connection.execute("SELECT 1")
             # One that could not be opened is made up for when the next client has come.
             assert any(
-                eventually(lambda: _ahead(other) == 2, 5) or one(at(served, "test"), "SELECT 0")
+                eventually(lambda: _warm_connections(other) == 2, 5)
+                or one(at(served, "test"), "SELECT 0")
                 for _ in range(4)
             )
             other.execute("ALTER ROLE postgres RESET default_transaction_read_only")
     assert [one(at(served, "test"), read_only) for _ in range(6)] == ["off"] * 6
 
 
-def _ahead(connection: psycopg.Connection) -> int:
-    """Connections that are open and have not said a word."""
+def _warm_connections(connection: psycopg.Connection) -> int:
+    """The number of open connections that have not sent a statement."""
     row = connection.execute(
         "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND query = ''"
         " AND datname LIKE 'lease%'"
@@ -128,8 +131,8 @@ def postmaster_of(uri: str) -> int:
 
 
 @BOTH
-def test_a_session_whose_server_died_begins_anew(daemon: DaemonType, isolation: str) -> None:
-    """And names that were never heard of are served as well."""
+def test_a_session_whose_server_was_killed_starts_again(daemon: DaemonType, isolation: str) -> None:
+    """Its next connection gets a new server; names that were not used before are served as well."""
     served = daemon("--isolation", isolation, "--linger", "600")
     assert one(at(served, "test~s"), TABLES) == 0
     os.kill(postmaster_of(at(served, "test~s")), signal.SIGKILL)
@@ -144,8 +147,8 @@ def _answers(uri: str) -> bool:
         return False
 
 
-def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) -> None:
-    """Nobody who has sent a whole start-up packet is hung up on without a word."""
+def test_a_client_that_logs_in_when_the_server_is_killed_gets_an_error(daemon: DaemonType) -> None:
+    """A client that has sent a complete start-up packet gets an error, not a silent close."""
     served = daemon()
     for _ in range(5):  # so that pgtemp has its own connections, and needs no more
         one(at(served, "test"), "SELECT 1")
@@ -179,7 +182,10 @@ def test_who_is_being_let_in_when_the_server_dies_is_told(daemon: DaemonType) ->
          os.geteuid() == 0, reason="root does not let the server's user do that"))],
 )  # fmt: skip
 def test_a_server_whose_files_were_changed_is_replaced(daemon: DaemonType, command: str) -> None:
-    """A superuser may do so from SQL; one may be refused, later ones find what there was before."""
+    """A superuser can change a server's files from SQL.
+
+    One client may be refused; later clients get a server with the usual settings.
+    """
     served = daemon()
     for _ in range(5):  # so that pgtemp has its own connections, and needs no more
         one(at(served, "test"), "SELECT 1")
@@ -191,12 +197,12 @@ def test_a_server_whose_files_were_changed_is_replaced(daemon: DaemonType, comma
 
 
 @BOTH
-def test_a_server_that_was_told_to_shut_down_gets_nobody_new(
+def test_a_server_that_is_shutting_down_gets_no_new_lease(
     daemon: DaemonType, isolation: str
 ) -> None:
-    """It goes on for as long as somebody is in it, pgtemp itself included; others get another."""
+    """It runs until its last client disconnects; new clients get another server."""
     served = daemon("--isolation", isolation, "--linger", "600")
-    with psycopg.connect(at(served, "test"), autocommit=True) as stays:
+    with psycopg.connect(at(served, "test"), autocommit=True) as connected:
         one(at(served, "test~s"), "SELECT 1")
         for dbname in ("test", "test~s"):
             os.kill(postmaster_of(at(served, dbname)), signal.SIGTERM)
@@ -204,10 +210,10 @@ def test_a_server_that_was_told_to_shut_down_gets_nobody_new(
         for _ in range(5):
             assert one(at(served, "test"), "SELECT 1") == 1
             assert one(at(served, "test~s"), "SELECT 1") == 1
-        assert stays.execute("SELECT 1").fetchone() == (1,)
+        assert connected.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_without_a_pool_dead_servers_are_removed_too(daemon: DaemonType) -> None:
+def test_killed_servers_are_removed_without_a_pool(daemon: DaemonType) -> None:
     before = homes()
     served = daemon("--pool", "0")
     assert eventually(lambda: _answers(at(served, "test")))
@@ -219,10 +225,10 @@ def test_without_a_pool_dead_servers_are_removed_too(daemon: DaemonType) -> None
 
 
 @BOTH
-def test_who_waits_while_a_template_is_replaced_gets_the_new_one(
+def test_clients_that_wait_while_a_template_is_replaced_get_the_new_one(
     daemon: DaemonType, isolation: str
 ) -> None:
-    """A queue for the old one moves over; who has the old one keeps it."""
+    """Waiting clients move to the new template; a client of the old one keeps its database."""
     served = daemon("--isolation", isolation, "--pool", "1")
     with psycopg.connect(at(served, "app~template"), autocommit=True) as editor:
         editor.execute("CREATE TABLE t1 (n int)")
@@ -241,21 +247,23 @@ def test_who_waits_while_a_template_is_replaced_gets_the_new_one(
         assert keeper.execute(TABLES).fetchone() == (1,)
 
 
-def test_many_open_a_session_in_a_server_at_once(daemon: DaemonType) -> None:
+def test_several_users_open_a_session_in_a_server_at_once(daemon: DaemonType) -> None:
     served = daemon("--isolation", "cluster", "--role-attributes", "NOSUPERUSER")
     for turn in range(4):
-        together = threading.Barrier(5)
+        barrier = threading.Barrier(5)
 
-        def enter(number: int, turn: int = turn, together: threading.Barrier = together) -> object:
-            together.wait()
+        def open_session(
+            number: int, turn: int = turn, barrier: threading.Barrier = barrier
+        ) -> object:
+            barrier.wait()
             return one(at(served, f"test~s{turn}", f"user{number % 2}"), "SELECT 1")
 
         with ThreadPoolExecutor(5) as threads:
-            assert list(threads.map(enter, range(5))) == [1] * 5
+            assert list(threads.map(open_session, range(5))) == [1] * 5
 
 
 @BOTH
-def test_settings_of_a_templates_database_come_along(
+def test_clones_get_the_settings_of_the_templates_database(
     daemon: DaemonType, isolation: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.sql").write_text(
@@ -272,13 +280,13 @@ def test_settings_of_a_templates_database_come_along(
 
 
 @pytest.mark.slow
-def test_the_time_of_a_lease_begins_when_it_has_a_database(daemon: DaemonType) -> None:
-    """Waiting for one's turn does not count."""
+def test_the_time_limit_starts_when_a_lease_has_a_database(daemon: DaemonType) -> None:
+    """The time in which a client waits for a database does not count."""
     served = daemon("--max-databases", "1", "--ttl", "1.5")
     first = psycopg.connect(at(served, "test"))
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(psycopg.connect, at(served, "test"))
-        time.sleep(1)  # of a lease's time, not for something to happen
+        time.sleep(1)  # part of a lease's time limit, not a wait for an event
         first.close()
         second = waiting.result(10)
         time.sleep(0.8)
@@ -286,34 +294,34 @@ def test_the_time_of_a_lease_begins_when_it_has_a_database(daemon: DaemonType) -
         second.close()
 
 
-def test_a_client_that_waits_does_not_fill_the_memory(daemon: DaemonType) -> None:
+def test_a_waiting_client_does_not_fill_the_daemons_memory(daemon: DaemonType) -> None:
     served = daemon("--max-databases", "1", "--wait", "600")
     held = psycopg.connect(at(served, "test"))
     with socket.create_connection(("127.0.0.1", served.port)) as waiting:
         waiting.settimeout(1)
         waiting.sendall(startup_message({"user": "postgres", "database": "test"}))
-        before = _resident(served.process.pid)
+        before = _resident_bytes(served.process.pid)
         sent = 0
         with pytest.raises(TimeoutError):
             while sent < 200 << 20:
                 sent += waiting.send(bytes(1 << 20))
-        assert _resident(served.process.pid) - before < 20 << 20
+        assert _resident_bytes(served.process.pid) - before < 20 << 20
     held.close()
 
 
-def _resident(pid: int) -> int:
+def _resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_command_that_leaves_something_running_is_over_when_it_is(daemon: DaemonType) -> None:
-    """And what it left is ended with it."""
+def test_background_processes_of_a_template_command_are_stopped(daemon: DaemonType) -> None:
+    """The template is ready when the command exits; processes that it left are stopped."""
     command = f"sleep 60{os.getpid()}"
     daemon("--template", f"app=cmd:{command} & true")
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert command not in running.stdout.splitlines()
 
 
-def test_a_reset_while_connected_ends_the_lease(daemon: DaemonType) -> None:
+def test_a_reset_connection_ends_the_lease(daemon: DaemonType) -> None:
     served = daemon("--max-databases", "1")
     for _ in range(5):
         client = socket.create_connection(("127.0.0.1", served.port))

