@@ -141,7 +141,12 @@ class DatabaseAllocator:
         if shared.stale or not allocation.number:
             return None
         dbname = shared.reuse(allocation.dbname, allocation.since)
-        return self._allocation(shared, dbname) if dbname is not None else None
+        if dbname is None:
+            return None
+        allocation.dbname = dbname
+        if shared.stale:  # it became stale in the meantime
+            return None
+        return self._allocation(shared, dbname)
 
     def made_by_hand(self, dbname: str) -> bool:
         """Return whether a client that has a lease created a database of this name."""
