@@ -64,9 +64,8 @@ def test_busy_leftovers_of_all_three_killed_at_once(open_dir: Path) -> None:
     owner.wait_for("server")
     (server,) = owner.servers
     assert eventually(lambda: any(map(is_computing, postgres_in(str(server.data_dir)))))
-    os.kill(
-        server.supervisor, signal.SIGSTOP
-    )  # so that it notices nothing before it is killed itself
+    # So that the supervisor notices nothing before it is killed itself.
+    os.kill(server.supervisor, signal.SIGSTOP)
     for pid in (server.postmaster, server.supervisor):
         os.kill(pid, signal.SIGKILL)
     owner.kill()
