@@ -30,7 +30,7 @@ from bench.agents import Agent, Setup, await_removal, processes_in
 from bench.databases import tables
 from bench.report import Failed, Table, machine
 from pgtemp import Cluster, Database, PgTempDB
-from pgtemp.host import disk_space
+from pgtemp.host import disk_space, tree
 
 T = TypeVar("T")
 
@@ -289,16 +289,21 @@ def memory(run: Run) -> None:
             for name, make in (("empty", cluster.database), ("of fifty tables", fifty.database)):
                 with ExitStack() as stack:
                     _open_databases(stack, make, 10)
-                    before = disk_space.size_of(cluster.server.data_dir)
+                    before = _bytes_in(cluster.server.data_dir)
                     _open_databases(stack, make, 40)
-                    grown = disk_space.size_of(cluster.server.data_dir) - before
+                    grown = _bytes_in(cluster.server.data_dir) - before
                     table.add(f"an idle database, {name}", grown / 40 / 2**20)
     run.done(table, "memory", "an idle cluster beside another")
 
 
 def _weight(db: PgTempDB) -> float:
     home = db.data_dir.parent
-    return sum(map(connections.memory, processes_in(home))) + disk_space.size_of(home) / 2**20
+    return sum(map(connections.memory, processes_in(home))) + _bytes_in(home) / 2**20
+
+
+def _bytes_in(directory: Path) -> int:
+    with tree.Tree.open(directory) as opened:
+        return disk_space.size_of(opened.fd)
 
 
 def _open_databases(stack: ExitStack, make: Callable[[], Database], count: int) -> None:

@@ -27,7 +27,7 @@ import psycopg
 
 from bench.report import Table
 from pgtemp import PgTempDB
-from pgtemp.host import identity, paths, processes
+from pgtemp.host import disk_space, identity, paths, processes
 from pgtemp.images import cache
 from pgtemp.programs import search
 from pgtemp.server import config
@@ -133,7 +133,7 @@ def overlay_lower_bound(version: str) -> float:
     shutil.copytree(lower, directory / "lower", dirs_exist_ok=True)
     text = config.postgresql_conf(
         (directory / "lower/postgresql.conf").read_text(),
-        major=programs.major, given="", settings={}, existing_first=True,
+        major=programs.major, given="", settings={}, existing_first=True, disk=disk_space.size_bytes(SHM),
     )  # fmt: skip
     (directory / "lower/postgresql.conf").write_text(text)
     for path in [directory, *directory.rglob("*")]:

@@ -291,7 +291,7 @@ class Storm:
         """The supervisor of this daemon's servers; usually one."""
         return [
             self._opened(pid) for pid in children(self.served.process.pid)
-            if b"reaper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"pgtemp.supervisor.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]  # fmt: skip
 
     @contextmanager
