@@ -133,7 +133,8 @@ def overlay_lower_bound(version: str) -> float:
     shutil.copytree(lower, directory / "lower", dirs_exist_ok=True)
     text = config.postgresql_conf(
         (directory / "lower/postgresql.conf").read_text(),
-        major=programs.major, given="", settings={}, existing_first=True, disk=disk_space.size_bytes(SHM),
+        major=programs.major, given="", settings={}, existing_first=True,
+        disk=disk_space.size_bytes(SHM),
     )  # fmt: skip
     (directory / "lower/postgresql.conf").write_text(text)
     for path in [directory, *directory.rglob("*")]:
