@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 _log = logging.getLogger("pgtemp")
-_show: Callable[[str], AbstractContextManager[object]] | None = None
+_show: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
-def show_with(show: Callable[[str], AbstractContextManager[object]] | None) -> None:
+def show_with(show: Callable[[str], AbstractContextManager[object]]) -> None:
     """Set the context manager that displays a step while it lasts."""
     global _show
     _show = show
@@ -24,8 +24,5 @@ def show_with(show: Callable[[str], AbstractContextManager[object]] | None) -> N
 def step(text: str) -> Iterator[None]:
     """Log a slow operation, and display it while the block runs."""
     _log.info("%s", text)
-    if _show is None:
-        yield
-        return
     with _show(text):
         yield

@@ -72,9 +72,9 @@ def limited(waiting: PQGen[T], seconds: float, check: Callable[[], None]) -> PQG
         return result
 
 
-def check_running(home: Path) -> None:
+def check_running(run_dir: Path) -> None:
     """Raise NoAnswerError if a process of the server in this run directory is stopped."""
-    stopped = [pid for pid in postgres_in(str(home / DATA)) if procfs.is_stopped(pid)]
+    stopped = [pid for pid in postgres_in(str(run_dir / DATA)) if procfs.is_stopped(pid)]
     if stopped:
         pids = ", ".join(map(str, stopped))
         raise NoAnswerError(f"processes of the server are stopped (SIGSTOP): pid {pids}")

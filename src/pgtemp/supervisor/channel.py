@@ -1,6 +1,6 @@
 """The owner's end of a channel to the supervisor: one run directory, and the postmaster in it.
 
-When the channel is closed, by whichever cause, the supervisor stops the server and removes the run
+When the channel is closed, for whatever reason, the supervisor stops the server and removes the run
 directory.
 """
 

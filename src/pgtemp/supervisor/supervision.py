@@ -26,7 +26,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
     f"import sys; sys.path.append({_ROOT!r}); from pgtemp.supervisor.process import main; main()"
 )
-_END_SECONDS = 90.0
+_SHUTDOWN_SECONDS = 90.0
 
 
 class Supervisor:
@@ -74,15 +74,15 @@ class Supervisor:
             raise exited() from error
         return channel
 
-    def end(self) -> None:
+    def shut_down(self) -> None:
         """Let the supervisor stop all servers and exit, and wait for it."""
         self._control.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             pass  # it continues by itself
 
-    def forget(self) -> None:
+    def detach(self) -> None:
         """In a forked child: detach from the parent's supervisor without affecting it."""
         self._control.close()
         self._process.returncode = 0  # not this process's child, so no warning about it
@@ -98,7 +98,7 @@ def current() -> Supervisor:
     with _lock:
         if _current is None or not _current.alive:
             if _current is not None:
-                _current.end()
+                _current.shut_down()
             _current = Supervisor()
         return _current
 
@@ -137,12 +137,12 @@ def _close_channels() -> None:
 
 
 @atexit.register
-def _end() -> None:
+def _at_exit() -> None:
     global _current
     with _lock:
         if _current is not None:
             _close_channels()
-            _current.end()
+            _current.shut_down()
             _current = None
 
 
@@ -151,7 +151,7 @@ def _after_fork() -> None:
     _lock = threading.Lock()
     _close_channels()
     if _current is not None:
-        _current.forget()
+        _current.detach()
         _current = None
 
 

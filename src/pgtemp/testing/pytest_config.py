@@ -31,7 +31,7 @@ def add(parser: pytest.Parser) -> None:
             default=None,
             action="append" if several else "store",
             choices=choices or None,
-            metavar=None if choices else _metavar(default),
+            metavar=None if choices else "NAME=VALUE" if isinstance(default, dict) else "VALUE",
             type=int if isinstance(default, int) else str,
             help=text + (f" (default {default})" if default not in (None, (), {}) else ""),
         )
@@ -52,10 +52,6 @@ def chosen(config: pytest.Config) -> SuiteOptions:
             continue
         given[spec.name] = _mapping(value, name) if isinstance(default_of(spec), dict) else value
     return SuiteOptions(**given)
-
-
-def _metavar(default: object) -> str:
-    return "NAME=VALUE" if isinstance(default, dict) else "VALUE"
 
 
 def _from_ini(value: Any, name: str, spec: Field[Any]) -> Any:
