@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def own_cache(open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (cache / "images").mkdir(parents=True)
     for path in shared.glob("*"):  # initdb need not run again
         if "template" not in path.name and path.suffix != ".lock":
-            (cache / "images" / path.name).symlink_to(path)
+            shutil.copytree(path, cache / "images" / path.name, copy_function=os.link)
     monkeypatch.setenv("PGTEMP_CACHE_DIR", str(cache))
     return cache
 

@@ -7,11 +7,15 @@ they need no password.
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import secrets
+import shutil
 import stat
 import subprocess
+import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,7 @@ from pgtemp.host import disk_space, processes, reach
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
+from pgtemp.sql import extensions
 from pgtemp.sql.answer_limits import ANSWER_SECONDS
 from pgtemp.sql.connection import conninfo
 from pgtemp.uri import ConnectionInfo
@@ -30,23 +35,27 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK_WAIT = "3s"  # for each table
 _ARCHIVE = b"PGDMP"  # the first bytes of the custom format
 _TAR_TOC = b"toc.dat"  # the first member of the tar format
+_GZIP = b"\x1f\x8b"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# A command of psql that continues in another database.
+_CONNECT = re.compile(rb'^\\c(?:onnect)?[ \t]+(?!-?[ \t]*\r?$)("[^"\n]*"|[^\s;]+)', re.M)
+_WHERE = r"\echo :DBNAME"
+_ONE_DATABASE = "dump a single database, with pg_dump without --create"
 # The most common errors of psql and pg_restore, and a remedy for each.
 _HINTS = (
-    (
-        r'role ".*" does not exist',
-        "dump it with --no-owner --no-privileges, or put CREATE ROLE at its start",
-    ),
     (
         r"unrecognized configuration parameter|unsupported version",
         "it was made by a newer PostgreSQL; request that version",
     ),
     (r"canceling statement due to statement timeout", "another session locks a table; close it"),
-    (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
+    (r'role ".*" already exists|CREATE DATABASE cannot run', _ONE_DATABASE),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
         "the file may be compressed, or not be a dump; decompress it first",
     ),
 )
+_ROLE_MISSING = r'role ".*" does not exist'
+_NOT_THERE = r'(relation|table|schema|function|type|sequence|view|index) ".*" does not exist'
 
 
 def load(
@@ -56,29 +65,99 @@ def load(
 
     Args:
         to: the database; it is reached without a password.
-        dump: plain SQL, or pg_dump's custom, tar or directory format.
+        dump: plain SQL, or pg_dump's custom, tar or directory format; a file may be compressed
+            with gzip.
         all_or_nothing: load it in one transaction, so that a bad dump does not change the database.
 
     Raises:
-        TransferError: it could not be loaded; the error contains the program's message and line.
+        TransferError: it could not be loaded, or ends in another database; the error contains the
+            program's message and line.
     """
     path = Path(dump).absolute()
     if not path.exists():
         raise TransferError(f"{path} does not exist", remedy="name an existing dump")
-    argv: list[str | Path]
-    with step(f"loading {path.name}"):
-        if _is_archive(path):
+    with step(f"loading {path.name}"), _decompressed(path) as plain:
+        archive = _is_archive(plain)
+        argv: list[str | Path]
+        if archive:
             argv = [installation.program("pg_restore"), "--no-owner", "--exit-on-error"]
             argv += ["--single-transaction"] if all_or_nothing else []
-            argv += ["-d", conninfo(to), path]
+            argv += ["-d", conninfo(to), plain]
         else:
+            _check_plain(plain, path, to.dbname)
             argv = [installation.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
             argv += ["--single-transaction"] if all_or_nothing else []
             # A file that is in another encoding says so (SET client_encoding).
-            argv += ["-d", conninfo(to, client_encoding="UTF8"), "-f", path]
+            argv += ["-d", conninfo(to, client_encoding="UTF8"), "-f", plain, "-c", _WHERE]
         result = processes.run(argv, cwd=path.parent)
+    result.stderr = result.stderr.replace(str(plain), str(path))
+    cause = f"{path} could not be loaded into {to.dbname}"
     if result.returncode != 0:
-        raise _failed(f"{path} could not be loaded into {to.dbname}", result, Path(to.host))
+        remedy = _remedy_for(result.stderr, installation.major, archive=archive)
+        raise _failed(cause, result, Path(to.host), failure=remedy)
+    ended_in = result.stdout.rstrip("\n").rpartition("\n")[2]
+    if not archive and ended_in != to.dbname:
+        raise TransferError(f"{cause}: it ends in the database {ended_in!r}", remedy=_ONE_DATABASE)
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[Path]:
+    """Yield the path of the uncompressed file: `path` itself if it is not compressed by gzip."""
+    if path.is_dir() or not _head(path).startswith(_GZIP):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="pgtemp-load-") as directory:
+        plain = Path(directory) / path.name.removesuffix(".gz")
+        try:
+            with gzip.open(path) as compressed, open(plain, "wb") as file:
+                shutil.copyfileobj(compressed, file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise TransferError(
+                f"{path} cannot be decompressed: {error}", remedy="compress it again with gzip"
+            ) from error
+        yield plain
+
+
+def uncompressed(path: Path) -> bytes:
+    """Return the content of a file, uncompressed if it is compressed by gzip."""
+    with _decompressed(path) as plain:
+        return plain.read_bytes()
+
+
+def _check_plain(plain: Path, path: Path, dbname: str) -> None:
+    """Raise TransferError if psql would misread SQL, or would load it into another database.
+
+    Args:
+        path: the name of the file for messages.
+    """
+    if _head(plain).startswith(_UTF_16):
+        raise TransferError(
+            f"{path} is encoded in UTF-16",
+            remedy="save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+        )
+    content = plain.read_bytes()
+    for found in _CONNECT.finditer(content):
+        name = found[1].decode(errors="replace").strip("\"'")
+        if name != dbname:
+            line = content.count(b"\n", 0, found.start()) + 1
+            raise TransferError(
+                f"{path}:{line} continues in the database {name} (\\connect), and not in {dbname}",
+                remedy=_ONE_DATABASE,
+            )
+
+
+def _remedy_for(message: str, major: int, *, archive: bool) -> str:
+    """Return the remedy for an error of psql or pg_restore."""
+    if missing := extensions.missing_in(message, major):
+        return missing
+    if re.search(_ROLE_MISSING, message):
+        roles = "create its roles first (a list of steps can begin with SQL that creates them)"
+        first = roles if archive else "put CREATE ROLE at its start"
+        return f"{first}, or dump it with --no-owner --no-privileges"
+    if re.search(_NOT_THERE, message) and not archive:
+        return "if the dump was made with --clean, make it with --if-exists as well"
+    hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, message)]
+    return hints[0] if hints else "see the program's messages below"
 
 
 def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> None:
@@ -113,7 +192,8 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 output=output,
             )
             if result.returncode != 0:
-                raise _failed(cause, result, path.parent, "make room, or name another file")
+                remedy = _remedy_for(result.stderr, installation.major, archive=True)
+                raise _failed(cause, result, path.parent, "make room, or name another file", remedy)
             os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
         except BaseException:
             os.unlink(fresh, dir_fd=place.fd)
@@ -163,30 +243,31 @@ def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    if path.is_dir():
-        return True
+    return path.is_dir() or _head(path).startswith((_ARCHIVE, _TAR_TOC))
+
+
+def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
-        head = file.read(512)
-    return head.startswith((_ARCHIVE, _TAR_TOC))
+        return file.read(512)
 
 
 def _failed(
     cause: str,
     result: subprocess.CompletedProcess[str],
     directory: Path,
-    remedy: str = disk_space.REMEDY,
+    full: str = disk_space.REMEDY,
+    failure: str = "see the program's messages below",
 ) -> TransferError:
     """Return the error for a program that failed.
 
     Args:
         directory: the directory that the program wrote to.
-        remedy: the remedy if the disk of `directory` is full.
+        full: the remedy if the disk of `directory` is full.
+        failure: the remedy for any other failure.
     """
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     if disk_space.says_full(result.stderr):
         directory = directory.resolve()
         cause = f"{cause}: {directory} is full ({disk_space.free_text(directory)})"
-    else:
-        hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, result.stderr)]
-        remedy = hints[0] if hints else "see the program's messages below"
-    return TransferError(cause, remedy=remedy, details=lines[-10:])
+        failure = full
+    return TransferError(cause, remedy=failure, details=lines[-10:])

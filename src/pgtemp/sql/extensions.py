@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from psycopg import sql
 from pgtemp.errors import OptionError
 
 ALL = "all"
+_NOT_INSTALLED = r'extension "([^"]+)" (?:is not available|has no installation script)'
 _log = logging.getLogger("pgtemp")
 # The NAME in the package of an extension. Packages of Debian and Ubuntu are called
 # postgresql-MAJOR-NAME; the extensions of PostgreSQL itself are in postgresql-contrib on other
@@ -76,12 +78,22 @@ def _create_all(connection: psycopg.Connection[Any], available: Sequence[str]) -
             _log.info("extension %s cannot be created: %s", name, str(error).strip())
 
 
-def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
+def missing_in(message: str, major: int) -> str | None:
+    """Return the remedy if a message of PostgreSQL reports an extension that is not installed."""
+    found = re.search(_NOT_INSTALLED, message)
+    return _install(found[1], major) if found else None
+
+
+def _install(name: str, major: int) -> str:
     package = f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"
+    return f"install the extension {name} (on Debian and Ubuntu: apt-get install {package})"
+
+
+def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
     close = difflib.get_close_matches(name, available, n=1)
     remedy = f"did you mean {close[0]}? otherwise " if close else ""
     return OptionError(
         f"the extension {name!r} is not installed for this PostgreSQL {major}",
-        remedy=f"{remedy}install it (on Debian and Ubuntu: apt-get install {package})",
+        remedy=f"{remedy}{_install(name, major)}",
         details=["available: " + (", ".join(available) or "none")],
     )

@@ -31,6 +31,7 @@ from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.connection import connected
 from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
+from pgtemp.templates import migrations
 from pgtemp.uri import ConnectionInfo
 
 # A callable gets the URI of the database to build; "cmd:…" is a shell command that gets the URI in
@@ -40,6 +41,7 @@ Step = Callable[[str], object] | StrPath
 Build = Step | Sequence[Step]
 COMMAND = "cmd:"
 _COMMAND_LINES = 12
+_ENDINGS = (".sql", ".sql.gz")
 # Commands of psql and SQL that read something outside the file itself.
 _READS_MORE = re.compile(
     rb"\\(i|ir|include|include_relative|copy|lo_import|getenv|!)(?=\s|$)"
@@ -121,7 +123,7 @@ class Recipe:
                 continue
             for path in _files(Path(one)):
                 for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-                    content = file.read_bytes()
+                    content = dump_restore.uncompressed(file)
                     yield content if declared or not _reads_more(content) else None
 
     @property
@@ -195,12 +197,18 @@ def _run(command: str, cwd: str, info: ConnectionInfo) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the file itself, or the SQL files of a directory in the order of their names."""
+    """Return the file itself, or the SQL files of a directory in the order of their names.
+
+    Numbers in names are compared by value, so that 2 precedes 10.
+    """
     if not path.exists():
         raise OptionError(f"{path} does not exist", remedy="name an existing file or directory")
-    if not path.is_dir() or (path / "toc.dat").exists():
+    if path.is_dir() and (path / "toc.dat").exists():
         return [path]
-    found = sorted(path.glob("*.sql"))
+    migrations.check_plain(path)
+    if not path.is_dir():
+        return [path]
+    found = migrations.in_order(file for file in path.iterdir() if file.name.endswith(_ENDINGS))
     if not found:
         raise OptionError(f"{path} contains no .sql file", remedy="name a directory of SQL files")
     return found
