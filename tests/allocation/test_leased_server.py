@@ -55,7 +55,7 @@ def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
                     admin_sql.drop(other, name, to)
                 return False
 
-            residue = LeakCheck(db.data_dir, ours)
+            residue = LeakCheck(db.data_dir, ours, admin_sql.BASE)
             residue.accept(connection)
             admin_sql.ensure_database(connection, "goes", db.user)
             assert residue.found(connection) == []
@@ -105,7 +105,7 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
             host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
         )
         with connected(to) as connection:
-            residue = LeakCheck(db.data_dir, lambda name: name == "ascii")
+            residue = LeakCheck(db.data_dir, lambda name: name == "ascii", admin_sql.BASE)
             residue.accept(connection)
             connection.execute(
                 "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -314,3 +314,87 @@ def test_large_comments_are_not_read(daemon: DaemonType) -> None:
     with psycopg.connect(served.uri) as after:
         after.execute("SELECT 1")
     assert peak() < before + 100
+
+
+OF_READY_DATABASES = {
+    "drop": "DROP DATABASE {} WITH (FORCE)",
+    "rename": "ALTER DATABASE {} RENAME TO lease_of_another",
+    "comment": "COMMENT ON DATABASE {} IS 'left behind'",
+    "connection limit": "ALTER DATABASE {} CONNECTION LIMIT 7",
+    "no connections": "ALTER DATABASE {} ALLOW_CONNECTIONS false",
+    "setting": "ALTER DATABASE {} SET work_mem = '77MB'",
+    "setting of a role": "ALTER ROLE postgres IN DATABASE {} SET work_mem = '77MB'",
+    "privilege": "REVOKE CONNECT ON DATABASE {} FROM PUBLIC",
+    "owner": "ALTER DATABASE {} OWNER TO pg_monitor",
+}
+
+
+@pytest.mark.parametrize("statement", OF_READY_DATABASES.values(), ids=OF_READY_DATABASES)
+def test_databases_that_no_lease_had_yet(shared: Daemon, statement: str) -> None:
+    """A lease drops or changes the databases that wait for later leases."""
+    others = (
+        "SELECT format('%I', datname) FROM pg_database"
+        " WHERE datname LIKE 'lease%' AND datname <> current_database()"
+    )
+    for _ in range(3):
+        one(at(shared, "app"), "SELECT 1")
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        assert eventually(lambda: len(lease.execute(others).fetchall()) >= 2)
+        for (name,) in lease.execute(others).fetchall():
+            with suppress(psycopg.Error):  # it is dropped or renamed at this moment
+                lease.execute(statement.format(name))  # type: ignore[arg-type]
+    state = (
+        "SELECT (datconnlimit, shobj_description(oid, 'pg_database'), datacl,"
+        " current_setting('work_mem'), pg_get_userbyid(datdba))::text"
+        " FROM pg_database WHERE datname = current_database()"
+    )
+    found = [one(at(shared, "app"), state) for _ in range(6)]
+    assert one(at(shared, "app"), SERVER) != server
+    assert found == ["(-1,,,4MB,postgres)"] * 6
+
+
+def test_a_dropped_database_is_not_handed_out_twice(daemon: DaemonType) -> None:
+    """The lease that dropped it is still connected; its leak check has yet to come."""
+    served = daemon()
+    for _ in range(3):
+        one(at(served, "app"), "SELECT 1")
+    with psycopg.connect(at(served, "app"), autocommit=True) as lease:
+        others = (
+            "SELECT format('%I', datname) FROM pg_database"
+            " WHERE datname LIKE 'lease%' AND datname <> current_database()"
+        )
+        for (name,) in lease.execute(others).fetchall():
+            with suppress(psycopg.Error):  # it is dropped or renamed at this moment
+                lease.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[arg-type]
+
+        def serves() -> bool:
+            try:
+                return one(at(served, "app"), "SELECT 1") == 1
+            except psycopg.OperationalError:
+                return False
+
+        assert eventually(serves)
+        assert [serves() for _ in range(10)] == [True] * 10
+
+
+def test_a_dependency_of_a_role(shared: Daemon) -> None:
+    """Such a row would keep a role from being dropped."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        lease.execute(
+            "INSERT INTO pg_shdepend SELECT 0, 'pg_tablespace'::regclass, 1664, 0,"
+            " 'pg_authid'::regclass, oid, 'a' FROM pg_authid WHERE rolname = 'pg_monitor'"
+        )
+    assert one(at(shared, "app"), SERVER) != server
+
+
+def test_many_leaked_objects(shared: Daemon) -> None:
+    """More than the leak check lists: the server is replaced, and the log line stays short."""
+    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        lease.execute(
+            "INSERT INTO pg_replication_origin"
+            " SELECT n, 'left_' || n FROM generate_series(1, 30000) n"
+        )
+    assert one(at(shared, "app"), SERVER) != server

@@ -355,3 +355,21 @@ def test_a_process_that_does_not_answer_is_given_up(
     app._shared._clones.dispose("later")
     assert len(waits) == told
     ours[1].close()
+
+
+def test_a_forged_modification_time(app: Template) -> None:
+    """A program can set a file's modification time to that of restored files, not its ctime."""
+    begin(app)
+    for number in range(3):  # directories that were restored before
+        app._shared._clones.make(f"again_{number}")
+        app._shared._clones.dispose(f"again_{number}")
+    app._shared._clones.make("forged")
+    place = directory(app, "forged")
+    run(app, "forged", "UPDATE account SET balance = 666 WHERE id = 1", "CHECKPOINT")
+    for path in place.iterdir():
+        os.utime(path, ns=(recycle_files._MARK, recycle_files._MARK))
+    app._shared._clones.dispose("forged")
+    for number in range(6):
+        app._shared._clones.make(f"next_{number}")
+        forged = "SELECT count(*) FROM account WHERE balance = 666"
+        assert run(app, f"next_{number}", forged) == [(0,)]

@@ -81,7 +81,7 @@ class Allocation:
         """Assign the allocation to a lease."""
         self.number = number
         if self.shared is not None:
-            self.shared.occupied.add(self.dbname)
+            self.shared.lease(self.dbname)
             self.since = self.shared.now()
 
 

@@ -110,15 +110,17 @@ class DatabaseAllocator:
         try:
             if used and not shared.stale and not self._keep:
                 shared.check_leaks(allocation.dbname)
+            elif not used and not shared.stale:
+                shared.take_unused(allocation.dbname)
         except Exception as error:  # it is not known what the lease left
             shared.mark_stale()
-            if alive(shared.postmaster):
+            if not self._closed and alive(shared.postmaster):
                 _log.warning(
                     "the server is replaced, because the leak check after a lease failed: "
                     "%s: %s", type(error).__name__, printable(str(error)),
                 )  # fmt: skip
         finally:
-            shared.occupied.discard(allocation.dbname)
+            shared.end_lease(allocation.dbname)
             if not used:
                 allocation.number = 0
             if shared.stale:

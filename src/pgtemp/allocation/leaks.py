@@ -13,7 +13,7 @@ independently of their encoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,10 @@ UNION ALL
 SELECT 'subscription', subname::text, datname::text, ''
   FROM pg_subscription LEFT JOIN pg_database d ON d.oid = subdbid
 UNION ALL
+SELECT 'dependency', concat_ws(' ', classid::regclass, objid, objsubid, refclassid::regclass,
+  refobjid, deptype), datname::text, '' FROM pg_shdepend s
+  LEFT JOIN pg_database d ON classid = 'pg_database'::regclass AND d.oid = objid WHERE dbid = 0
+UNION ALL
 SELECT 'database', datname::text, datname::text, d.xmin::text FROM pg_database d
 UNION ALL
 SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_inserted,
@@ -66,8 +70,11 @@ SELECT 'counters', current_database()::text, NULL, concat_ws(' ', sessions, tup_
   (SELECT max(oid) FROM pg_type), (SELECT max(oid) FROM pg_proc),
   (SELECT max(oid) FROM pg_namespace), (SELECT max(oid) FROM pg_largeobject_metadata))
   FROM pg_stat_database WHERE datname = current_database()
-) AS shared
+) AS shared LIMIT 10001
 """
+_MOST = 10_000  # objects of a server; a lease that left more left too many to list
+# Properties of a database that a change of its row in pg_database does not show.
+_OF_DATABASES = ("comment", "security label", "setting")
 # The row version (xmin) of a database also changes if a client allows connections to it, changes it
 # and forbids connections again. VACUUM updates the row in place and does not change its xmin. The
 # xmin of an object changes with the object. Excluded are the statistics that ANALYZE writes, and
@@ -78,6 +85,9 @@ SELECT format('SELECT EXISTS (%s)', string_agg(format(
 FROM pg_class
 WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind = 'r' AND NOT relisshared
   AND relname NOT IN ('pg_statistic', 'pg_statistic_ext_data', 'pg_largeobject')
+"""
+_VERSION = """
+SELECT encode(sha256(textsend(xmin::text)), 'hex') FROM pg_database WHERE datname = $1
 """
 _ROLE, _SYSTEM, _COUNTERS = "role", "ALTER SYSTEM", "counters"
 # A superuser can write these files, if necessary by a program; the server reads them at the next
@@ -96,12 +106,16 @@ class LeakCheck:
     Attributes:
         data_dir: the data directory of the server.
         ours: returns whether pgtemp itself creates and drops a database of this name.
+        template: the database that others are cloned from.
     """
 
     data_dir: Path
     ours: Callable[[str], bool]
+    template: str
     _before: State = field(default_factory=dict)
     _setting_changes: int = 0  # the counter of changes of pg_db_role_setting
+    # The databases that no lease had yet, with the version of their rows in pg_database.
+    _ready: dict[str, str] = field(default_factory=dict)
     _began: str = ""  # the first transaction id after `accept`
     _counters: str = ""  # the counters of the maintenance database
     _objects: str = ""  # whether objects in the maintenance database were changed
@@ -112,6 +126,20 @@ class LeakCheck:
         ((self._began,),) = found.fetchall()
         self._before = self._now(connection)
         self.settings_were_touched(connection)
+
+    def add_ready(self, connection: Connection, dbname: str) -> None:
+        """Accept the current state of a database that no lease had yet."""
+        row = connection.ask(_VERSION, dbname).fetchone()
+        if row is not None:
+            self._ready[dbname] = row[0]
+
+    def remove_ready(self, dbname: str) -> None:
+        """Ignore changes of a database from now on."""
+        self._ready.pop(dbname, None)
+
+    def is_ready(self, dbname: str) -> bool:
+        """Whether changes of the database are found."""
+        return dbname in self._ready
 
     def settings_were_touched(self, connection: Connection) -> bool:
         """Return whether settings of roles or databases were changed since the last call.
@@ -165,7 +193,10 @@ class LeakCheck:
         return self.found(connection)
 
     def _now(self, connection: Connection) -> State:
+        ready = dict(self._ready)
         rows = connection.ask(_SHARED).fetchall()
+        if len(rows) > _MOST:
+            return {("objects", f"more than {_MOST}"): ""}
         state = {
             (kind, name): row
             for kind, name, database, row in rows
@@ -174,8 +205,28 @@ class LeakCheck:
         counters = state.pop((_COUNTERS, admin_sql.MAINTENANCE), "")
         if counters != self._counters:
             self._counters, self._objects = counters, self._changed(connection, counters)
+        state |= self._changes_of(ready, rows)
         state["objects in database", admin_sql.MAINTENANCE] = self._objects
         return state | {(kind, ""): self._stamp(name) for name, kind in _FILES}
+
+    def _changes_of(self, ready: Mapping[str, str], rows: Iterable[Sequence[str]]) -> State:
+        """Return an entry for each ready database that was changed or dropped."""
+        properties: dict[str, set[tuple[str, str, str]]] = {}
+        versions: dict[str, str] = {}
+        for kind, name, dbname, row in rows:
+            if kind in _OF_DATABASES and dbname is not None:
+                of = name.removesuffix(dbname) if kind == "setting" else kind
+                properties.setdefault(dbname, set()).add((kind, of, row))
+            elif kind == "database":
+                versions[dbname] = row
+        expected = {one for one in properties.get(self.template, set()) if one[0] == "setting"}
+        return {
+            ("database", dbname): "changed"
+            for dbname, version in ready.items()
+            # One that is given to a lease, or dropped, meanwhile is no longer in `_ready`.
+            if dbname in self._ready
+            and (versions.get(dbname) != version or properties.get(dbname, set()) != expected)
+        }
 
     def _changed(self, connection: Connection, counters: str) -> str:
         """Return a text that changes if an object in the maintenance database changes.

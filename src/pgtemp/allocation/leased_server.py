@@ -18,6 +18,7 @@ from pgtemp.templates import unmodified
 
 _log = logging.getLogger("pgtemp")
 _PREFIX = "lease"  # of the names of databases
+_NAMED = 10  # leaks in a message
 _SHORT_SECONDS = 2.0  # for a query whose answer only improves an error message
 
 
@@ -63,7 +64,9 @@ class LeasedServer(SharedServer):
             self._stale = False
             self._checking = threading.Lock()
             self._roles = plan.users
-            self._leaks = LeakCheck(postmaster.data_dir, self._owns)
+            self._leaks = LeakCheck(
+                postmaster.data_dir, self._owns, plan.template or admin_sql.BASE
+            )
             with self.connection() as connection:
                 if not plan.options.persist:
                     # Clients must not change template1.
@@ -107,8 +110,43 @@ class LeasedServer(SharedServer):
         if not self.answers:
             self.mark_stale()
 
+    def clone(self, dbname: str) -> None:
+        super().clone(dbname)
+        self._add_ready(dbname)
+
+    def reuse(self, dbname: str, since: int) -> str | None:
+        fresh = super().reuse(dbname, since)
+        if fresh is not None:
+            self._add_ready(fresh)
+        return fresh
+
+    def dispose(self, dbname: str) -> None:
+        self._leaks.remove_ready(dbname)
+        super().dispose(dbname)
+
+    def _add_ready(self, dbname: str) -> None:
+        with self.connection() as connection:
+            self._leaks.add_ready(connection, dbname)
+
+    def lease(self, dbname: str) -> None:
+        """Give a database to a lease."""
+        self.occupied.add(dbname)
+        self._leaks.remove_ready(dbname)
+
+    def end_lease(self, dbname: str) -> None:
+        """Take a database back from a lease."""
+        self.occupied.discard(dbname)
+
+    def take_unused(self, dbname: str) -> None:
+        """Take a database back that its client did not use; if it is missing, so may be others."""
+        if self.has(dbname):
+            self._add_ready(dbname)
+        else:
+            self.mark_stale()
+
     def persist(self, dbname: str, name: str) -> None:
         """Persist a database under another name; terminate its sessions. Raises PgTempError."""
+        self._leaks.remove_ready(dbname)
         self.persisted.add(name)
         with self.connection() as connection:
             admin_sql.disconnect_all(connection, dbname)
@@ -135,6 +173,8 @@ class LeasedServer(SharedServer):
         if owns is not None:
             with self.connection() as connection:
                 admin_sql.set_owner(connection, owns, user)
+                if self._leaks.is_ready(owns):
+                    self._leaks.add_ready(connection, owns)
 
     def has(self, dbname: str) -> bool:
         """Return whether a database of this name exists. Raises PgTempError."""
@@ -157,7 +197,9 @@ class LeasedServer(SharedServer):
             found = self._leaks.found(connection)
             if not found:
                 return
-            names = ", ".join(f"{kind} {printable(name)}".rstrip() for kind, name in found)
+            names = ", ".join(f"{kind} {printable(name)}".rstrip() for kind, name in found[:_NAMED])
+            if len(found) > _NAMED:
+                names += f" and {len(found) - _NAMED} more"
             if self.occupied <= {dbname}:
                 self._clones.dispose(dbname)  # the leaked roles may own objects in it
                 found = self._leaks.clean(connection, found)

@@ -31,7 +31,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from pgtemp.host import procfs
-from pgtemp.host.ports import tcp_rows
+from pgtemp.host.ports import hex_endpoint, tcp_rows
 
 Endpoint = tuple[str, int]
 # Other systems have no such request.
@@ -182,17 +182,9 @@ def _packed(address: str) -> bytes:
 def _search_table(peer: Endpoint, ours: Endpoint) -> int | None:
     """Look a connection up in the table of all connections."""
     forms = ("",) if ":" in peer[0] else ("", "::ffff:")
-    pairs = [[_hex_endpoint(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
+    pairs = [[hex_endpoint(form + end[0], end[1]) for end in (peer, ours)] for form in forms]
     rows = tcp_rows("6" if ":" in peer[0] else "46")
     theirs = [row for row in rows if row[1:3] in pairs and row[9] != "0"]
     if len(theirs) != 1 or int(theirs[0][3], 16) not in _CONNECTED:
         return None
     return int(theirs[0][7])
-
-
-def _hex_endpoint(address: str, port: int) -> str:
-    """An endpoint as in the table: 32-bit words in the machine's byte order, in hexadecimal."""
-    packed = _packed(address)
-    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
-    text = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-    return f"{text}:{port:04X}"

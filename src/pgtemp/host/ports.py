@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
+import sys
 from contextlib import suppress
 
 from pgtemp.errors import OptionError
@@ -39,9 +41,12 @@ def is_any(host: str) -> bool:
 
 
 def loopback_addresses(host: str) -> list[str]:
-    """The loopback addresses of `host`; empty if any of its addresses is not a loopback address."""
+    """The loopback addresses of `host`; empty if any of its addresses is not a loopback address.
+
+    An address that this machine lacks is left out: /etc/hosts may name ::1 without IPv6.
+    """
     found = addresses(host)
-    return found if all(map(is_loopback, found)) else []
+    return [one for one in found if _exists(one)] if all(map(is_loopback, found)) else []
 
 
 def bind_error(address: str, port: int) -> str | None:
@@ -55,12 +60,39 @@ def bind_error(address: str, port: int) -> str | None:
     return None
 
 
-def free_port(address: str) -> int:
-    """A port that is free now; another process may take it at any time."""
-    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _exists(address: str) -> bool:
+    try:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    return True
+
+
+def free_port(address: str, *others: str) -> int:
+    """A port that is free now on all addresses; another process may take it at any time."""
+    while True:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            port: int = probe.getsockname()[1]
+            if not any(bind_error(other, port) for other in others):
+                return port
+
+
+def listens(address: str, port: int, uid: int) -> bool:
+    """Whether a process of a user listens on (address, port); True if that is unknown."""
+    rows = tcp_rows("6" if ":" in address else "4")
+    local = hex_endpoint(address, port)
+    return not rows or any(
+        row[1] == local and row[3] == _LISTEN and row[7] == str(uid) for row in rows
+    )
+
+
+def hex_endpoint(address: str, port: int) -> str:
+    """An endpoint as in /proc/net/tcp: 32-bit words in the machine's byte order, in hexadecimal."""
+    packed = socket.inet_pton(_family(address), address.partition("%")[0])
+    words = (packed[i : i + 4] for i in range(0, len(packed), 4))
+    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words) + f":{port:04X}"
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError, WardenError
-from pgtemp.host import disk_space
+from pgtemp.host import disk_space, ports
 from pgtemp.host.background import in_background
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.openat import Closing
@@ -165,6 +165,7 @@ class Postmaster:
         deadline = time.monotonic() + seconds
         while channel.wait(_STARTING_POLL) is None:
             if self._status() == "ready":
+                self._check_listening()
                 self.home.protect_socket()
                 return
             if time.monotonic() > deadline:
@@ -174,6 +175,15 @@ class Postmaster:
         if self.spec.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
             raise _PortLostError(f"another process took port {self.port}")
         raise self._exit_error(channel)
+
+    def _check_listening(self) -> None:
+        """Check that the server listens on each address: it starts if it does on one of them.
+
+        A client that tries the addresses in turn would connect to another user's process.
+        """
+        for address in self.spec.addresses:
+            if not ports.listens(address, self.port, self.spec.owner.uid):
+                raise _PortLostError(f"another process took port {self.port} on {address}")
 
     def _undo(self, *, keep: bool) -> None:
         """Remove what a failed start has created; data that was persisted before remains."""

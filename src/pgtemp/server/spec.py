@@ -59,7 +59,7 @@ class ServerSpec:
         """The requested port, or a free one; another process may take that at any time."""
         if self.port is not None:
             return self.port
-        return ports.free_port(self.addresses[0]) if self.addresses else SOCKET_PORT
+        return ports.free_port(*self.addresses) if self.addresses else SOCKET_PORT
 
     def write_config(self, data: Tree) -> None:
         """Write the server's configuration to a copy of its source. Raises OSError."""

@@ -7,8 +7,9 @@ directory may be moved, and runs the SQL; this module handles the files:
     recycled/*/original/  the template's files, as a clone had them; they never change
     recycled/*/16412/     a database's directory, after that database was dropped
 
-Every restored file gets a fixed, artificial modification time. A file without that time has been
-written to since, by any process, and is restored again.
+Every restored file gets a fixed, artificial modification time, and the recycler remembers when it
+was last changed (ctime), which programs cannot set. A file with other times has been written to
+since, by any process, and is restored again.
 
 The recycler is a process of its own that the supervisor forks. It runs as the server user, because
 a superuser in the server can put links into the directories. It imports no module that is slow to
@@ -49,6 +50,7 @@ class Recycler:
         self._path = os.path.join(run_dir, RECYCLED)  # after `begin`, a directory in it
         self._sizes: dict[str, int] = {}
         self._taken: set[str] = set()
+        self._changed_at: dict[str, dict[str, int]] = {}  # of restored files, by directory
         self.waiting: list[str] = []  # to be restored
         self._ready: list[str] = []
         self._removals: list[Iterator[None]] = []
@@ -93,6 +95,7 @@ class Recycler:
         empty = self._on(f"{oid}.stub")
         os.rename(self._at(oid), empty)
         os.rename(self._on(restored), self._at(oid))
+        self._changed_at[oid] = self._changed_at.pop(restored)
         remove(empty)
 
     def work(self) -> None:
@@ -104,8 +107,9 @@ class Recycler:
 
     def _restore_next(self) -> None:
         oid = self.waiting.pop(0)
+        known = self._changed_at.pop(oid, {})
         try:
-            self._restore_files(self._on(oid))
+            self._changed_at[oid] = self._restore_files(self._on(oid), known)
         except OSError:  # such as a full disk
             self._removals.append(removal(self._on(oid)))
         else:
@@ -118,13 +122,19 @@ class Recycler:
         self._ready.clear()
         self.waiting.clear()
         self._taken.clear()
+        self._changed_at.clear()
 
     def leave(self, _: str) -> None:
         """Remove everything, including the original."""
         remove(self._path)
 
-    def _restore_files(self, directory: str) -> None:
-        sizes, original = self._sizes, self._on(_ORIGINAL)
+    def _restore_files(self, directory: str, known: dict[str, int]) -> dict[str, int]:
+        """Restore the files that were changed; return when each was last changed.
+
+        Args:
+            known: when each file was last changed by the recycler.
+        """
+        sizes, original, changed_at = self._sizes, self._on(_ORIGINAL), {}
         missing = set(sizes)
         for count, (name, status) in enumerate(_files(directory)):
             if count > 2 * len(sizes) + _EXTRA:
@@ -137,10 +147,16 @@ class Recycler:
                 self._removals.append(removal(moved))
             elif size is None or not stat.S_ISREG(status.st_mode):
                 remove(f"{directory}/{name}")
-            elif status.st_mtime_ns == _MARK and status.st_size == size:
+            elif (
+                status.st_mtime_ns == _MARK
+                and status.st_ctime_ns == known.get(name)
+                and status.st_size == size
+            ):
                 missing.discard(name)
+                changed_at[name] = status.st_ctime_ns
         for name in missing:
-            _copy(f"{original}/{name}", f"{directory}/{name}", sizes[name])
+            changed_at[name] = _copy(f"{original}/{name}", f"{directory}/{name}", sizes[name])
+        return changed_at
 
     def _at(self, oid: str) -> str:
         return f"{self._base}/{oid}"
@@ -155,8 +171,11 @@ def _files(directory: str) -> Iterator[tuple[str, os.stat_result]]:
             yield entry.name, entry.stat(follow_symlinks=False)
 
 
-def _copy(source: str, target: str, size: int) -> None:
-    """Copy a file into an existing one, if there is one: its blocks are allocated already."""
+def _copy(source: str, target: str, size: int) -> int:
+    """Copy a file into an existing one, if there is one: its blocks are allocated already.
+
+    Returns when the file was last changed (ctime), in nanoseconds since the epoch.
+    """
     # O_NONBLOCK: a named pipe in place of the file causes an error instead of a wait.
     careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with (
@@ -173,6 +192,7 @@ def _copy(source: str, target: str, size: int) -> None:
                 data = data[os.write(writing, data) :]
         os.ftruncate(writing, size)
         os.utime(writing, ns=(_MARK, _MARK))
+        return os.fstat(writing).st_ctime_ns
 
 
 def serve(channel: _socket.socket, run_dir: str) -> None:
