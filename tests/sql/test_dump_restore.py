@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
@@ -12,6 +14,7 @@ import pytest
 from conftest import need_version
 from pgtemp import OptionError, PgTempDB, TransferError
 from pgtemp.programs import search
+from support import children
 
 SCHEMA = """
 CREATE SCHEMA sales; CREATE SCHEMA "Odd Name";
@@ -175,3 +178,26 @@ def test_a_table_that_another_session_locks(tmp_path: Path) -> None:
             db.dump(tmp_path / "out.sql")
         assert any("LOCK TABLE public.t" in line for line in told.value.details)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_whose_backend_is_stopped_is_not_waited_for(tmp_path: Path) -> None:
+    """A client can stop the backend of pg_dump; the dump fails, and leaves no file."""
+    with PgTempDB() as db, db.connect(autocommit=True) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 1 AS n")
+        stopper = (
+            "import os, signal, sys, time\n"
+            "while True:\n"
+            "    for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+            "        try: line = open(f'/proc/{pid}/cmdline').read()\n"
+            "        except OSError: continue\n"
+            f"        if line.startswith('postgres: ') and '[local]' in line"
+            f" and os.readlink(f'/proc/{{pid}}/cwd') == '{db.data_dir}':\n"
+            "            os.kill(int(pid), signal.SIGSTOP); sys.exit()\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", stopper]) as stopping:
+            with pytest.raises(TransferError, match="are stopped"):
+                db.dump(tmp_path / "out.sql")
+            assert stopping.wait(30) == 0
+        assert list(tmp_path.iterdir()) == []
+        for pid in children(db.pid):
+            os.kill(pid, signal.SIGCONT)

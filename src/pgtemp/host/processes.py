@@ -26,6 +26,7 @@ from pgtemp.host.identity import Identity
 # Variables that a program may need to find its libraries or its user; no others are passed on.
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
 _END_SECONDS = 5.0
+_CHECK_SECONDS = 1.0
 _OUTPUT_BYTES = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
@@ -56,6 +57,7 @@ def run(
     guard: Callable[[int], None] | None = None,
     seconds: float | None = None,
     output: int = subprocess.PIPE,
+    check: Callable[[], None] = lambda: None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program, wait for it, and return its exit status and its output.
 
@@ -70,6 +72,7 @@ def run(
         seconds: the time limit.
         output: a descriptor for the standard output of a program of the caller; by default the
             output is returned.
+        check: called once a second; if it raises, a program of the caller is killed.
 
     Raises OSError if the program could not be run, subprocess.TimeoutExpired if it exceeded the
     time limit and was killed, and PgTempError if this process is about to exit.
@@ -100,7 +103,7 @@ def run(
             if become:
                 output_bytes = _communicate_limited(process, stdin.encode(), seconds)
             else:
-                output_bytes = process.communicate(stdin.encode(), seconds)
+                output_bytes = _communicate(process, stdin.encode(), seconds, check)
         except BaseException:
             if guard is not None:
                 _end_gently(process)
@@ -112,6 +115,24 @@ def run(
                 guard(0)
     stdout, stderr = ((data or b"").decode("utf-8", "replace") for data in output_bytes)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def _communicate(
+    process: subprocess.Popen[bytes],
+    stdin: bytes,
+    seconds: float | None,
+    check: Callable[[], None],
+) -> tuple[bytes, bytes]:
+    """As `Popen.communicate`, and call `check` once a second."""
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while True:
+        remaining = deadline - time.monotonic()
+        try:
+            return process.communicate(stdin, min(_CHECK_SECONDS, max(remaining, 0)))
+        except subprocess.TimeoutExpired:
+            if remaining <= _CHECK_SECONDS:
+                raise
+            check()
 
 
 def _communicate_limited(

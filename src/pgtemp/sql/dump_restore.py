@@ -27,7 +27,7 @@ from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import extensions
-from pgtemp.sql.answer_limits import ANSWER_SECONDS
+from pgtemp.sql.answer_limits import ANSWER_SECONDS, NoAnswerError, check_running
 from pgtemp.sql.connection import conninfo
 from pgtemp.uri import ConnectionInfo
 
@@ -190,11 +190,15 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 ],
                 env={"PGCONNECT_TIMEOUT": f"{ANSWER_SECONDS:.0f}"},
                 output=output,
+                check=lambda: check_running(Path(source.host).resolve().parent),
             )
             if result.returncode != 0:
                 remedy = _remedy_for(result.stderr, installation.major, archive=True)
                 raise _failed(cause, result, path.parent, "make room, or name another file", remedy)
             os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+        except NoAnswerError as error:
+            os.unlink(fresh, dir_fd=place.fd)
+            raise TransferError(f"{cause}: {error}", remedy="start a new server") from error
         except BaseException:
             os.unlink(fresh, dir_fd=place.fd)
             raise
