@@ -342,7 +342,7 @@ def leases(run: Run, most: int) -> None:
 
 def kill(run: Run) -> None:
     """SIGKILL of the owner. Leftovers after ten seconds are reported and removed."""
-    table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
+    table = Table("From SIGKILL of the owner until its server and directories are removed, ms")
     ways = {name: way for name, way in STARTS.items() if way.on == ""}
     run.take_turns(table, run.chosen(ways), lambda _, way: _killed(run, way))
     run.done(table, "kill", "pgtemp")
