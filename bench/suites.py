@@ -35,7 +35,7 @@ from pgtemp import Cluster, PgTempDB
 from pgtemp.host import identity, paths, ports, processes
 from pgtemp.programs import search
 
-BASE = "bare loop, two creators"
+BASE = "bare loop, two connections"
 COUNT = 40  # databases in a sample of the bare loop
 WORK_SECONDS = 0.025
 ROOT = Path(__file__).parents[1]
@@ -196,7 +196,7 @@ def suite(way: str, kind: str, tests: int, server: str) -> float:
     return float((ends[-1] - ends[0]) * 1000 / tests)
 
 
-def two_creators(cluster: Cluster, dbname: str) -> float:
+def two_connections(cluster: Cluster, dbname: str) -> float:
     """Milliseconds per database: two connections create and drop databases."""
 
     def loop(which: int) -> None:
@@ -244,7 +244,7 @@ def pytest_postgresql_server(version: str, folder: Path) -> Iterator[str]:
 
 
 def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: int) -> Table:
-    table = Table(f"Suites of {tests} {kind} tests in pytest, ms a test")
+    table = Table(f"Suites of {tests} {kind} tests in pytest, ms per test")
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(version=version))
         fifty = cluster.template("fifty", build=tables)
@@ -261,7 +261,7 @@ def measure(version: str, kind: str, ways: Sequence[str], tests: int, rounds: in
         }
         served = {way: servers[way]() for way in ways if way in servers}
         for _ in range(rounds):
-            table.add(BASE, two_creators(cluster, fifty.dbname))
+            table.add(BASE, two_connections(cluster, fifty.dbname))
             for way in ways:
                 try:
                     table.add(way, suite(way, kind, tests, served.get(way, by_hand)))

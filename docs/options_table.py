@@ -16,11 +16,11 @@ def table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `src/pgtemp/options/` by `make docs`. Keyword",
-        "arguments of `PgTempDB` and `Cluster`, and flags of `pgtemp serve`. What is given beats",
-        "the environment variable, which beats the default.",
+        "`make docs` generates this page from `src/pgtemp/options/`. The table lists the keyword",
+        "arguments of `PgTempDB` and `Cluster`, and the flags of `pgtemp serve`. A given value",
+        "takes precedence over the environment variable, and this over the default.",
         "",
-        "| keyword | flag | variable | default | what it is |",
+        "| keyword | flag | variable | default | meaning |",
         "|---|---|---|---|---|",
     ]
     library = {spec.name for spec in fields(ServerOptions)}
@@ -41,9 +41,10 @@ def _in_a_suite() -> list[str]:
         "",
         "## In a suite",
         "",
-        "Of the pytest plugin; in the ini file without the dashes, as in `pgtemp_keep = all`.",
+        "The options of the pytest plugin. Write them in the ini file without dashes, as in",
+        "`pgtemp_keep = all`.",
         "",
-        "| flag | variable | default | what it is |",
+        "| flag | variable | default | meaning |",
         "|---|---|---|---|",
     ]
     for name, spec in suite_fields():

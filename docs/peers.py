@@ -56,9 +56,12 @@ cannot do something, the table contains the reason. PGlite and py-pglite run a t
 and are not part of the sustained measurements. HAProxy runs with one thread or with its default
 number of threads; the table contains the faster of the two.
 
+"original pgtemp" is the Rust crate `pgtemp`, a different project with the same name.
+
 "CREATE + DROP, Go" shows how fast PostgreSQL itself is: two connections create databases in
 advance and drop the used ones. No client connects to the databases of "CREATE + DROP, psql" in the
-sustained measurements, nor to those of the bare loop with two creators.
+sustained measurements, nor to those of the bare loop, which also does not wait: in the table of
+waiting tests, it shows only how long PostgreSQL takes to create and drop a database.
 """
 
 
@@ -114,7 +117,8 @@ def text(name: str, table: dict[str, Any]) -> str:
         ratio = f"{middle / unit:.2f}" if unit else ""
         lines.append(f"| {shown} | {middle:.1f} | {min(one):.1f}-{max(one):.1f} | {ratio} |")
     for way, reason in table["failed"].items():
-        lines.append(f"| {way} | {' '.join(reason.split())[:150]} | | |".replace("\\", ""))
+        shown = " ".join(reason.split())[:150].replace("cannot: ", "not measured: ")
+        lines.append(f"| {way} | {shown} | | |".replace("\\", ""))
     return "\n".join(lines) + "\n"
 
 

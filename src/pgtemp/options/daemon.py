@@ -36,7 +36,8 @@ class DaemonOptions(ServerOptions):
     )
     tls: str | None = option(
         None,
-        "auto makes a certificate for the run, and prints the file to verify it with",
+        "auto generates a certificate for this run; the daemon prints the path of the CA file that "
+        "verifies it",
         flag="--tls",
         choices=("auto",),
     )
@@ -66,26 +67,32 @@ class DaemonOptions(ServerOptions):
         "until they change; may be given several times",
         flag="--watch",
     )
-    pool: int = option(2, "databases or servers kept ready for the next connections", flag="--pool")
+    pool: int = option(
+        2, "number of databases or servers that are ready for the next connections", flag="--pool"
+    )
     linger: float = option(
-        5.0, "seconds a session stays after its last connection", flag="--linger"
+        5.0,
+        "seconds for which the lease of a session continues after its last connection closes",
+        flag="--linger",
     )
     idle_ttl: float | None = option(
-        None, "seconds without a byte after which a lease ends", flag="--idle-ttl"
+        None, "seconds without any traffic after which a lease ends", flag="--idle-ttl"
     )
     wait: float = option(
         60.0, "seconds a client waits for a lease before it is refused", flag="--wait"
     )
     max_databases: int | None = option(
-        None, "maximum of concurrent leases; further clients wait", flag="--max-databases"
+        None, "maximum number of concurrent leases; further clients wait", flag="--max-databases"
     )
     max_connections_per_lease: int | None = option(
         None,
-        "maximum of concurrent connections per session",
+        "maximum number of concurrent connections per session",
         flag="--max-connections-per-lease",
     )
     role_attributes: str = option(
-        "SUPERUSER", "attributes of roles made for users that connect", flag="--role-attributes"
+        "SUPERUSER",
+        "attributes of roles that are created for connecting users",
+        flag="--role-attributes",
     )
 
     @property
@@ -142,7 +149,7 @@ class DaemonOptions(ServerOptions):
             )
         if self.tls is not None and (self.tls_cert is not None or self.tls_key is not None):
             raise OptionError(
-                "--tls auto makes its own certificate",
+                "--tls auto generates its own certificate",
                 remedy="leave out --tls auto, or --tls-cert and --tls-key",
             )
         if self.tls_key is not None and self.tls_cert is None:

@@ -39,10 +39,11 @@ class SuiteOptions(ServerOptions):
     )
     keep: str = option(
         "failed",
-        "the tests whose databases are persisted at the end of the run, for `pgtemp open`",
+        "the tests whose databases are persisted at the end of the run, for `pgtemp open`: "
+        "failed, all or none",
         choices=("failed", "all", "none"),
     )
-    keep_most: int = option(10, "maximum of databases that each process persists")
+    keep_most: int = option(10, "maximum number of databases that each process persists")
     log: str = option(
         "server",
         "the part of the server log in a failing test's report: the lines of the test (server), "

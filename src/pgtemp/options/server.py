@@ -23,7 +23,7 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (("port",), (int,), "a number"),
     (("ttl",), (int, float), "a number of seconds"),
     (("persist", "tcp"), (bool,), "True or False"),
-    (("user", "password", "dbname", "version", "run_as"), (str,), "a text"),
+    (("user", "password", "dbname", "version", "run_as"), (str,), "a string"),
     (("config", "initdb_args"), (Mapping,), "a mapping of names to values"),
     (("extensions",), (list, tuple), "a list of names"),
     (
@@ -37,7 +37,7 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
 _RESERVED = {
     "port": "give the port in the URI, or as `port`",
     "listen_addresses": "servers listen on this machine only; see `tcp`",
-    "unix_socket_directories": "leave it out; pgtemp makes the socket's directory",
+    "unix_socket_directories": "leave it out; pgtemp creates the socket's directory",
     "hba_file": "see `pg_hba_conf`",
     "data_directory": "see `data_dir_prefix`",
     "config_file": "see `postgresql_conf`",
@@ -62,7 +62,7 @@ def option(
         flag: the command line's flag; None if there is none.
         env: the environment variable; None if there is none.
         secret: whether repr() must not show the value.
-        choices: the values that are allowed; empty if any is.
+        choices: the allowed values; empty if any value is allowed.
     """
     metadata = {"help": help, "flag": flag, "env": env, "choices": choices}
     if callable(default):
@@ -79,9 +79,11 @@ class ServerOptions:
     """
 
     port: int | None = option(None, "TCP port; a free one is chosen by default")
-    user: str = option("postgres", "the user, a superuser")
-    password: str | None = option(None, "the user's password; a random one by default", secret=True)
-    dbname: str = option("postgres", "the database; created if it does not exist")
+    user: str = option("postgres", "name of the database superuser that is created")
+    password: str | None = option(
+        None, "password of that user; a random one by default", secret=True
+    )
+    dbname: str = option("postgres", "name of the database; created if it does not exist")
     data_dir_prefix: StrPath | None = option(
         None,
         "directory for the run directories of servers; by default a tmpfs with enough space, else "
@@ -105,14 +107,17 @@ class ServerOptions:
     )
     extensions: Sequence[str] = option(
         (),
-        "extension to create in databases; all is every available one; may be given several times",
+        "extensions to create in databases, a list of names; the name all stands for every "
+        "extension that can be created; the flag gives one name and may be repeated",
         flag="--extension",
     )
     copy_from: StrPath | None = option(
         None, "prepared data directory to start from; copied, never changed", flag="--copy-from"
     )
     config: Mapping[str, str] = option(
-        dict, "server setting as NAME=VALUE; may be given several times", flag="-o"
+        dict,
+        "server settings, a mapping; the flag gives one as NAME=VALUE and may be repeated",
+        flag="-o",
     )
     postgresql_conf: StrPath | None = option(
         None,
@@ -122,7 +127,8 @@ class ServerOptions:
     pg_hba_conf: StrPath | None = option(None, "pg_hba.conf to use", flag="--pg-hba-conf")
     initdb_args: Mapping[str, str] = option(
         dict,
-        "long option of initdb as NAME=VALUE, without dashes; may be given several times",
+        "long options of initdb without dashes, a mapping; the flag gives one as NAME=VALUE and "
+        "may be repeated",
         flag="--initdb-arg",
     )
     bin_dir: StrPath | None = option(
@@ -139,7 +145,8 @@ class ServerOptions:
     )
     ttl: float | None = option(
         None,
-        "seconds after which a server is always removed; in the daemon, a limit per connection",
+        "seconds after which a server is removed even if it is in use; in the daemon, the time "
+        "limit of each lease",
         flag="--ttl",
     )
     run_as: str | None = option(
@@ -185,7 +192,8 @@ class ServerOptions:
                 )
         if self.password is not None and (not self.password or "\0" in self.password):
             raise OptionError(
-                "the password is empty", remedy="leave it out to have a random one made"
+                "the password is empty or contains a NUL byte",
+                remedy="omit it to have a random one generated",
             )
         if self.ttl is not None and not (0 < self.ttl < float("inf")):
             raise OptionError(
@@ -208,7 +216,7 @@ class ServerOptions:
         ):
             raise OptionError(
                 f"{os.fspath(self.copy_from)} is not a data directory: it has no PG_VERSION",
-                remedy="name a directory that initdb or pgtemp made (copy_from)",
+                remedy="specify a directory created by initdb or pgtemp (copy_from)",
             )
         for name in ("dump", "log_path"):
             path = getattr(self, name)
@@ -216,15 +224,16 @@ class ServerOptions:
                 raise OptionError(
                     f"{os.fspath(path)}: the directory {Path(path).absolute().parent} does not "
                     "exist",
-                    remedy=f"create it, or name another file ({name})",
+                    remedy=f"create it, or specify another file ({name})",
                 )
             if path is not None and Path(path).is_dir():
                 raise OptionError(
-                    f"{os.fspath(path)} is a directory", remedy=f"name a file ({name})"
+                    f"{os.fspath(path)} is a directory", remedy=f"specify a file ({name})"
                 )
         if self.dump is not None and Path(self.dump).exists() and not Path(self.dump).is_file():
             raise OptionError(
-                f"{os.fspath(self.dump)} is not a regular file", remedy="name another file (dump)"
+                f"{os.fspath(self.dump)} is not a regular file",
+                remedy="specify another file (dump)",
             )
 
     def _check_readable(self, name: str) -> None:
@@ -240,7 +249,7 @@ class ServerOptions:
         except OSError as error:
             raise OptionError(
                 f"{os.fspath(path)} cannot be read: {error.strerror}",
-                remedy=f"name a file that exists and that you may read ({name})",
+                remedy=f"specify a file that exists and that you can read ({name})",
             ) from error
 
     def describe(self) -> str:

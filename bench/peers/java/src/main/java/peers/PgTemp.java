@@ -55,7 +55,7 @@ final class PgTemp implements Peer {
 
     @Override
     public String unsustained() {
-        return "its daemon does not tell a client when all is given back";
+        return "a client of the daemon cannot find out when all databases are dropped";
     }
 
     @Override
