@@ -7,10 +7,13 @@ While strangers hold a quarter of the limit, the listener checks each new client
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 from pgtemp.daemon.error_responses import RefusedError
+from pgtemp.daemon.listeners import Listener
+from pgtemp.daemon.relay import Endpoint
 from pgtemp.host import file_limits
 
 MAX_STARTING = 1000  # clients that have not completed the start-up
@@ -32,12 +35,10 @@ class ClientLimits:
         self._served = 0
         self._most = max(2, (file_limits.limit() - _OWN_FILES) // _FILES_EACH[isolation])
 
-    def enter(self, refusal: Callable[[], RefusedError | None], inside: int) -> Newcomer:
+    def enter(self, client: Endpoint, listener: Listener, inside: int) -> Newcomer:
         """Count a client that has just connected as starting.
 
         Args:
-            refusal: returns the reason why the listener does not admit the client; None if it
-                does.
             inside: the number of connected clients.
 
         Raises:
@@ -46,7 +47,7 @@ class ClientLimits:
         if self.starting >= MAX_STARTING:
             raise RefusedError("53300", "too many clients are starting", "connect again")
         _check_files(inside, self._most)
-        newcomer = Newcomer(self._strangers, refusal)
+        newcomer = Newcomer(client, listener, self._strangers)
         if len(self._strangers) > min(MAX_STARTING, self._most) // 4 and (why := newcomer.refusal):
             newcomer.leave()
             raise why
@@ -72,26 +73,19 @@ class ClientLimits:
 
 
 class Newcomer:
-    """A client that has connected; a stranger until the listener admits it."""
+    """A client that has connected; a stranger until its listener admits it."""
 
-    def __init__(
-        self, strangers: set[Newcomer], refusal: Callable[[], RefusedError | None]
-    ) -> None:
-        self._strangers = strangers
-        self._strangers.add(self)
-        self._check = refusal
-        self._checked = False
-        self._refusal: RefusedError | None = None
+    def __init__(self, client: Endpoint, listener: Listener, strangers: set[Newcomer]) -> None:
+        self.client, self.listener, self._strangers = client, listener, strangers
+        strangers.add(self)
 
-    @property
+    @cached_property
     def refusal(self) -> RefusedError | None:
         """Why the listener does not admit the client; None if it does. It is checked once."""
-        if not self._checked:
-            self._checked = True
-            self._refusal = self._check()
-            if self._refusal is None:
-                self.leave()
-        return self._refusal
+        why = self.listener.refusal(self.client)
+        if why is None:
+            self.leave()
+        return why
 
     def leave(self) -> None:
         """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
