@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.listeners import Listener
@@ -31,12 +30,12 @@ class ClientLimits:
 
     def __init__(self, isolation: str) -> None:
         self.starting = 0
-        self._strangers: set[Newcomer] = set()
+        self._strangers: set[Endpoint] = set()
         self._served = 0
         self._most = max(2, (file_limits.limit() - _OWN_FILES) // _FILES_EACH[isolation])
 
-    def enter(self, client: Endpoint, listener: Listener, inside: int) -> Newcomer:
-        """Count a client that has just connected as starting.
+    def enter(self, client: Endpoint, listener: Listener, inside: int) -> None:
+        """Count a client that has just connected as starting, and as a stranger.
 
         Args:
             inside: the number of connected clients.
@@ -47,12 +46,26 @@ class ClientLimits:
         if self.starting >= MAX_STARTING:
             raise RefusedError("53300", "too many clients are starting", "connect again")
         _check_files(inside, self._most)
-        newcomer = Newcomer(client, listener, self._strangers)
-        if len(self._strangers) > min(MAX_STARTING, self._most) // 4 and (why := newcomer.refusal):
-            newcomer.leave()
-            raise why
+        self._strangers.add(client)
+        if len(self._strangers) > min(MAX_STARTING, self._most) // 4:
+            self.check(client, listener)
+            if client.refusal is not None:
+                self.leave(client)
+                raise client.refusal
         self.starting += 1
-        return newcomer
+
+    def check(self, client: Endpoint, listener: Listener) -> None:
+        """Refuse the client, or stop counting it as a stranger; the listener is asked once."""
+        if client in self._strangers and client.refusal is None:
+            why = listener.refusal(client)
+            if why is None:
+                self.leave(client)
+            else:
+                client.refuse(why)
+
+    def leave(self, client: Endpoint) -> None:
+        """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
+        self._strangers.discard(client)
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -70,26 +83,6 @@ class ClientLimits:
             yield
         finally:
             self._served -= 1
-
-
-class Newcomer:
-    """A client that has connected; a stranger until its listener admits it."""
-
-    def __init__(self, client: Endpoint, listener: Listener, strangers: set[Newcomer]) -> None:
-        self.client, self.listener, self._strangers = client, listener, strangers
-        strangers.add(self)
-
-    @cached_property
-    def refusal(self) -> RefusedError | None:
-        """Why the listener does not admit the client; None if it does. It is checked once."""
-        why = self.listener.refusal(self.client)
-        if why is None:
-            self.leave()
-        return why
-
-    def leave(self) -> None:
-        """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
-        self._strangers.discard(self)
 
 
 def _check_files(clients: int, most: int) -> None:

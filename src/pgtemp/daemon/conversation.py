@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pgtemp.daemon import database_request
 from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.cancels import Cancels
 from pgtemp.daemon.error_responses import RefusedError, crashed
@@ -19,12 +20,6 @@ from pgtemp.wire import replication, replies
 from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.replication import Inspection
 from pgtemp.wire.startup import Startup
-
-# Parameters with which a login alone changes nothing in a server.
-_USUAL = {
-    "user", "database", "application_name", "client_encoding", "datestyle", "intervalstyle",
-    "timezone", "extra_float_digits", "geqo", "search_path", "statement_timeout",
-}  # fmt: skip
 
 
 def walsender_inspection(startup: Startup) -> Inspection | None:
@@ -54,12 +49,8 @@ class Conversation:
 
     @property
     def used(self) -> bool:
-        """Whether the client may have changed anything in its server.
-
-        A login alone may run code, for example with session_preload_libraries.
-        """
-        names = {name.lower() for name in self.startup.parameters}
-        return self._first_words.used or not names <= _USUAL
+        """Whether the client may have changed anything in its server."""
+        return self._first_words.used or database_request.may_run_code(self.startup)
 
     async def relay(self) -> None:
         """Send the greeting to the client, and relay until the client, server or lease ends.

@@ -16,7 +16,7 @@ from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request, hangups
 from pgtemp.daemon.backend import Backend, connect
 from pgtemp.daemon.cancels import Cancels
-from pgtemp.daemon.client_limits import MORE_FILES, ClientLimits, Newcomer
+from pgtemp.daemon.client_limits import MORE_FILES, ClientLimits
 from pgtemp.daemon.conversation import Conversation, walsender_inspection
 from pgtemp.daemon.error_responses import RefusedError, UnreachableError, refusal
 from pgtemp.daemon.lease import Lease
@@ -65,15 +65,15 @@ class Gateway:
         try:
             if self._closing:
                 raise RefusedError("57P03", "pgtemp is shutting down")
-            newcomer = self._limits.enter(client, listener, len(self._clients))
+            self._limits.enter(client, listener, len(self._clients))
         except RefusedError as why:
             _refuse(client, why)
             client.close()
             return
-        task = asyncio.ensure_future(self._serve(newcomer))
+        task = asyncio.ensure_future(self._serve(client, listener))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
-        task.add_done_callback(lambda _: newcomer.leave())
+        task.add_done_callback(lambda _: self._limits.leave(client))
 
     def facts(self) -> list[dict[str, Any]]:
         """Return the facts of each lease."""
@@ -89,17 +89,16 @@ class Gateway:
         await self._leases.close()
         self.peers.close()
 
-    async def _serve(self, newcomer: Newcomer) -> None:
-        client, by_password = newcomer.client, newcomer.listener.by_password
+    async def _serve(self, client: Endpoint, listener: Listener) -> None:
         try:
-            startup = await self._start_up(newcomer)
+            startup = await self._start_up(client, listener)
             if startup is not None:
                 with self._limits.served():
                     try:
-                        await self._converse(client, startup, by_password)
+                        await self._converse(client, startup, listener.by_password)
                     except UnreachableError as why:
                         _log.info("trying another server: %s", why)
-                        await self._converse(client, startup, by_password)
+                        await self._converse(client, startup, listener.by_password)
         except RefusedError as why:
             _refuse(client, why)
         except PgTempError as error:
@@ -119,12 +118,11 @@ class Gateway:
             client.write(replies.fatal("XX000", f"pgtemp failed: {error}"))
         await client.close_politely()
 
-    async def _start_up(self, newcomer: Newcomer) -> Startup | None:
+    async def _start_up(self, client: Endpoint, listener: Listener) -> Startup | None:
         """Return the client's StartupMessage; None if nothing is left to do for the client."""
-        client = newcomer.client
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                opening = await _negotiate(newcomer)
+                opening = await self._negotiate(client, listener)
                 if isinstance(opening, Cancel):
                     if not await self._cancels.route(opening.key):
                         _log.info("a cancel request with an unknown key")
@@ -143,6 +141,37 @@ class Gateway:
             return None
         finally:
             self._limits.starting -= 1
+
+    async def _negotiate(self, client: Endpoint, listener: Listener) -> Startup | Cancel | None:
+        """Return the client's StartupMessage or CancelRequest; None if it disconnects.
+
+        Raises:
+            RefusedError: the listener does not admit the client.
+            ProtocolError: the client sent anything else.
+        """
+        negotiation = Negotiation(tls=listener.tls is not None)
+        while data := await client.read():
+            negotiation.receive(data)
+            try:
+                event = negotiation.next_event()
+            except NoTlsError:
+                client.write(NO_TLS)
+                raise
+            if isinstance(event, Cancel):
+                return event
+            if isinstance(event, Startup):
+                self._limits.check(client, listener)
+                if client.refusal is not None:
+                    raise client.refusal
+                return event
+            if isinstance(event, Reply):
+                client.write(event.data)
+                self._limits.check(client, listener)  # now, while the client processes the reply
+            if isinstance(event, Secure):
+                assert listener.tls is not None
+                client.write(event.reply)
+                client.encrypt(Tls(listener.tls, direct=not event.reply), event.arrived)
+        return None
 
     async def _converse(self, client: Endpoint, startup: Startup, by_password: bool) -> None:
         """Get a lease for the client, connect to its database, and relay until one of them ends.
@@ -203,35 +232,3 @@ class Gateway:
 def _refuse(client: Endpoint, why: RefusedError) -> None:
     _log.info("refused: %s", why)
     client.write(why.reply)
-
-
-async def _negotiate(newcomer: Newcomer) -> Startup | Cancel | None:
-    """Return the client's StartupMessage or CancelRequest; None if it disconnects.
-
-    Raises:
-        RefusedError: the listener does not admit the client.
-        ProtocolError: the client sent anything else.
-    """
-    client, tls = newcomer.client, newcomer.listener.tls
-    negotiation = Negotiation(tls=tls is not None)
-    while data := await client.read():
-        negotiation.receive(data)
-        try:
-            event = negotiation.next_event()
-        except NoTlsError:
-            client.write(NO_TLS)
-            raise
-        if isinstance(event, Cancel):
-            return event
-        if isinstance(event, Startup):
-            if (why := newcomer.refusal) is not None:
-                raise why
-            return event
-        if isinstance(event, Reply):
-            client.write(event.data)
-            _ = newcomer.refusal  # check now, while the client processes the reply
-        if isinstance(event, Secure):
-            assert tls is not None
-            client.write(event.reply)
-            client.encrypt(Tls(tls, direct=not event.reply), event.arrived)
-    return None

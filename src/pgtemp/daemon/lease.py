@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from pgtemp.daemon.backend import Backend
 from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.warm_connections import KindPool
+from pgtemp.options.daemon import DaemonOptions
 
 LINGER = "linger"  # the timer of a session without clients
 
@@ -25,6 +26,7 @@ class Lease:
     Attributes:
         key: identifies the connections that share the lease; None if it has only one.
         lingers: whether it continues for a while after its last connection.
+        end: ends the lease; called at a time limit, if no client is connected.
         ended: done when the lease has ended and its leak check is complete.
         opening: the task that gets its allocation; None if one was ready.
         opened: its allocation; None until it has one.
@@ -44,6 +46,7 @@ class Lease:
     key: Hashable
     lingers: bool
     ended: asyncio.Future[None]
+    end: Callable[[Lease], object]
     opening: asyncio.Task[None] | None = None
     opened: Allocation | None = None
     kind: KindPool | None = None
@@ -81,9 +84,42 @@ class Lease:
         if self.opened is not None and self.opened.shared is not None:
             self.opened.shared.mark_stale()
 
-    def traffic(self) -> int:
-        """Return the bytes transferred so far, in both directions."""
-        return self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
+    def start(self, allocation: Allocation, options: DaemonOptions) -> None:
+        """Assign an allocation, and start the time limits."""
+        allocation.lease(self.number)
+        self.opened = allocation
+        self.waited = time.perf_counter() - self.requested_at
+        loop = asyncio.get_running_loop()
+        if (ttl := options.ttl) is not None:
+            self.timers["ttl"] = loop.call_later(ttl, self._expire, f"ttl={ttl:g} s")
+        if (idle := options.idle_ttl) is not None:
+            self.last_traffic = loop.time()
+            self.timers["idle"] = loop.call_later(idle / 4, self._watch, idle, 0)
+
+    def _expire(self, limit: str) -> None:
+        if self.expired is None:
+            message = f"the database's time limit was reached ({limit})"
+            self.expired = RefusedError("57P05", message)
+        for client in self.clients:
+            client.refuse(self.expired)
+        if not self.clients:
+            self.end(self)
+
+    def _watch(self, seconds: float, before: int) -> None:
+        """End the lease after `seconds` without traffic; check this four times in that period.
+
+        Args:
+            before: the traffic at the previous check.
+        """
+        loop = asyncio.get_running_loop()
+        now = self.bytes_in + self.bytes_out + sum(c.received + c.sent for c in self.clients)
+        if now != before:
+            self.last_traffic = loop.time()
+        if loop.time() - self.last_traffic >= seconds:
+            self._expire(f"idle_ttl={seconds:g} s")
+        else:
+            due = min(seconds / 4, self.last_traffic + seconds - loop.time())
+            self.timers["idle"] = loop.call_later(due, self._watch, seconds, now)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the lease, by the names that the log uses."""

@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Hashable
 from concurrent.futures import Future
 from typing import Any
@@ -19,7 +18,6 @@ from pgtemp.aio import whole
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import TEMPLATE, DatabaseRequest, Isolation
 from pgtemp.allocation.pool import PoolClosedError
-from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn
@@ -31,7 +29,6 @@ from pgtemp.wire.startup import Startup
 _log = logging.getLogger("pgtemp.daemon")
 # How long a new client waits for the leak checks of leases that end.
 _LEAK_CHECK_SECONDS = 2.0
-_MIN_CONNECTIONS = 50  # of a server (max_connections), for warm connections
 
 
 class Leases:
@@ -40,12 +37,7 @@ class Leases:
     def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
         self._isolation = isolation
         self._options = options
-        # Warm connections must not use up a small max_connections that clients need.
-        limit = str(options.config.get("max_connections", _MIN_CONNECTIONS))
-        few = limit.isdecimal() and int(limit) < _MIN_CONNECTIONS
-        # And a client that must give a password cannot get a connection that is logged in.
-        warm = not few and options.password_file is None
-        self._warm_connections = WarmConnections(isolation, ready=options.pool if warm else 0)
+        self._warm_connections = WarmConnections(isolation, options)
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
@@ -112,7 +104,7 @@ class Leases:
     def _begin(self, request: DatabaseRequest, startup: Startup, key: Hashable) -> Lease:
         ended = asyncio.get_running_loop().create_future()
         lingers = key is not None and not request.edits and self._options.linger > 0
-        lease = Lease(next(self._numbers), request, key, lingers, ended)
+        lease = Lease(next(self._numbers), request, key, lingers, ended, self._end)
         self._live.add(lease)
         if key is not None:
             self._shared[key] = lease
@@ -131,12 +123,12 @@ class Leases:
             warm = lease.kind.take(lasting=lease.request.session is not None)
             if warm is not None:
                 lease.backend = warm.backend
-                self._start(lease, warm.allocation)
+                lease.start(warm.allocation, self._options)
                 return None
         claimed = self._isolation.claim(lease.request)
         if not claimed.done() or claimed.exception() is not None:
             return claimed
-        self._start(lease, claimed.result())
+        lease.start(claimed.result(), self._options)
         return None
 
     async def _open(
@@ -163,15 +155,15 @@ class Leases:
             async with asyncio.timeout(seconds):
                 while lease.opened is None:
                     try:
-                        self._start(lease, await asyncio.wrap_future(claimed))
+                        lease.start(await asyncio.wrap_future(claimed), self._options)
                     except PoolClosedError:  # the template was edited: it has a new pool
                         claimed = self._isolation.claim(lease.request)
                         if claimed.done():  # the daemon shuts down
-                            self._start(lease, claimed.result())
+                            lease.start(claimed.result(), self._options)
                     except PgTempError:
                         if (spare := self._warm_connections.spare(lease.request)) is None:
                             raise
-                        self._start(lease, spare)
+                        lease.start(spare, self._options)
         except BaseException as error:
             self._unclaim(claimed, lease.request)
             if isinstance(error, TimeoutError):
@@ -180,18 +172,6 @@ class Leases:
                     remedy="try again later, or raise --wait",
                 ) from None
             raise
-
-    def _start(self, lease: Lease, allocation: Allocation) -> None:
-        """Assign the allocation to the lease, and start the lease's time limits."""
-        allocation.lease(lease.number)
-        lease.opened = allocation
-        lease.waited = time.perf_counter() - lease.requested_at
-        loop = asyncio.get_running_loop()
-        if (ttl := self._options.ttl) is not None:
-            lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
-        if (idle := self._options.idle_ttl) is not None:
-            lease.last_traffic = loop.time()
-            lease.timers["idle"] = loop.call_later(idle / 4, self._watch, lease, idle, 0)
 
     def _unclaim(self, claimed: Future[Allocation], request: DatabaseRequest) -> None:
         """Cancel a claim; an allocation that arrives later is released."""
@@ -259,31 +239,6 @@ class Leases:
     def _forget(self, lease: Lease) -> None:
         if lease.key is not None and self._shared.get(lease.key) is lease:
             del self._shared[lease.key]
-
-    def _expire(self, lease: Lease, limit: str) -> None:
-        if lease.expired is None:
-            message = f"the database's time limit was reached ({limit})"
-            lease.expired = RefusedError("57P05", message)
-        for client in lease.clients:
-            client.refuse(lease.expired)
-        if not lease.clients:
-            self._end(lease)
-
-    def _watch(self, lease: Lease, seconds: float, before: int) -> None:
-        """End a lease without traffic for `seconds`; check this four times in that period.
-
-        Args:
-            before: the traffic at the previous check.
-        """
-        loop = asyncio.get_running_loop()
-        now = lease.traffic()
-        if now != before:
-            lease.last_traffic = loop.time()
-        if loop.time() - lease.last_traffic >= seconds:
-            self._expire(lease, f"idle_ttl={seconds:g} s")
-        else:
-            due = min(seconds / 4, lease.last_traffic + seconds - loop.time())
-            lease.timers["idle"] = loop.call_later(due, self._watch, lease, seconds, now)
 
     async def _await_leak_checks(self) -> None:
         """Wait for the leak checks of leases that end, so that no client sees their leaks."""

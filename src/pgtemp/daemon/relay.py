@@ -37,6 +37,7 @@ class Endpoint(asyncio.Protocol):
         inspect: called with received bytes; returns the bytes that may be relayed.
         after_eof: called after the end of file was relayed to the peer.
         refusal: why the daemon stops relaying; the error for the client.
+        at_eof: whether no more bytes can arrive here.
         received: the number of bytes received here and relayed.
         sent: the number of bytes written here.
     """
@@ -45,7 +46,7 @@ class Endpoint(asyncio.Protocol):
         self._opened = opened
         self._arrived = bytearray()
         self._waiter: asyncio.Future[None] | None = None  # of `_change`
-        self._at_eof = False
+        self.at_eof = False
         self._peer: Endpoint | None = None
         self._relays_eof = False
         self._finished = False
@@ -61,7 +62,7 @@ class Endpoint(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """Return the bytes that have arrived, and wait for some; b"" at end of file."""
-        while not self._arrived and not self._at_eof:
+        while not self._arrived and not self.at_eof:
             await self._change()
         data = bytes(self._arrived)
         self._arrived.clear()
@@ -117,7 +118,7 @@ class Endpoint(asyncio.Protocol):
             self._arrived.clear()
             self._resume_reading()
             self._relay(data)
-        if self._at_eof:
+        if self.at_eof:
             self._relay_eof()
 
     def detach(self) -> None:
@@ -136,17 +137,12 @@ class Endpoint(asyncio.Protocol):
     @property
     def has_terminated(self) -> bool:
         """Whether a client has sent Terminate and end of file, so that its backend will exit."""
-        return self._at_eof and self.last.endswith(TERMINATE)
+        return self.at_eof and self.last.endswith(TERMINATE)
 
     @property
     def has_finished(self) -> bool:
         """Whether a client has sent Terminate or end of file."""
-        return self._at_eof or self.last.endswith(TERMINATE)
-
-    @property
-    def at_eof(self) -> bool:
-        """Whether no more bytes can arrive here."""
-        return self._at_eof
+        return self.at_eof or self.last.endswith(TERMINATE)
 
     def refuse(self, why: RefusedError) -> None:
         """Stop to relay to and from this client. The first reason is the one it gets."""
@@ -184,7 +180,7 @@ class Endpoint(asyncio.Protocol):
         message.
         """
         self.finish()
-        if not self._at_eof and not self.transport.is_closing():
+        if not self.at_eof and not self.transport.is_closing():
             with suppress(TimeoutError):
                 async with asyncio.timeout(_DRAIN_SECONDS):
                     while await self.read():
@@ -221,14 +217,14 @@ class Endpoint(asyncio.Protocol):
         self._relay(data)
 
     def eof_received(self) -> bool:
-        self._at_eof = True
+        self.at_eof = True
         self._wake()
         if self._peer is not None:
             self._relay_eof()
         return True  # the other direction stays open
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._at_eof = True
+        self.at_eof = True
         self._wake()
         if self._peer is not None and self._relays_eof:
             if self._peer.observe is None:
@@ -255,7 +251,7 @@ class Endpoint(asyncio.Protocol):
             self.transport.write(answer)
         if broken:
             self.finish()  # the client cannot read any more data
-        if tls.ended and not self._at_eof:
+        if tls.ended and not self.at_eof:
             # Later, because the bytes in `data` arrived before it.
             asyncio.get_running_loop().call_soon(self.eof_received)
         return data

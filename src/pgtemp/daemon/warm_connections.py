@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import OrderedDict, deque
 from collections.abc import Coroutine, Hashable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pgtemp.daemon.backend import Backend, connect, plan_statement
 from pgtemp.daemon.shares import in_turn
 from pgtemp.errors import PgTempError
 from pgtemp.host import procfs
-from pgtemp.sql.statement_logging import WATCHING
+from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.messages import ANY_PLAN, ProtocolError, in_read_only_transaction
 from pgtemp.wire.startup import Startup
 
@@ -37,8 +36,7 @@ MOST_KINDS = 8  # of clients; the kinds seen last
 _IDLE_SECONDS = 60.0
 _REFILL_DELAY = 0.02  # seconds
 _PLAN_SECONDS = 1.0
-# A short switch of `postgres` other than -c: for example, -d and -s turn on logging.
-_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
+_MIN_CONNECTIONS = 50  # of a server (max_connections)
 
 Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
 Tasks = set[asyncio.Task[None]]
@@ -83,20 +81,12 @@ class KindPool:
     expiry: asyncio.TimerHandle
 
     def __init__(
-        self,
-        isolation: Isolation,
-        request: DatabaseRequest,
-        startup: Startup,
-        wanted: int,
-        opening: Tasks,
-        releasing: Tasks,
+        self, all_kinds: WarmConnections, request: DatabaseRequest, startup: Startup
     ) -> None:
-        self._isolation, self.request, self._startup = isolation, request, startup
-        self._wanted = wanted
-        self._opening, self._releasing = opening, releasing
+        self._all, self.request, self._startup = all_kinds, request, startup
         self.ready: deque[WarmConnection] = deque()
         self.used_at = asyncio.get_running_loop().time()
-        self._watched = _is_watched(startup)
+        self._watched = database_request.may_log_statements(startup)
         self._making = 0
         self._seen = False  # whether a client of this kind has connected before
         self._closed = False  # whether no more connections are opened
@@ -150,15 +140,15 @@ class KindPool:
     def _give_back(self, allocation: Allocation, *, used: bool) -> None:
         work = in_turn(
             allocation,
-            lambda: self._isolation.release(allocation, self.request, used=used),
+            lambda: self._all.isolation.release(allocation, self.request, used=used),
             seconds=None,
         )
-        _start(work, self._releasing)
+        _start(work, self._all.releasing)
 
     def _fill(self) -> None:
-        while len(self.ready) + self._making < self._wanted and not self._closed:
+        while len(self.ready) + self._making < self._all.wanted and not self._closed:
             self._making += 1
-            _start(self._add_one(), self._opening)
+            _start(self._add_one(), self._all.opening)
 
     async def _add_one(self) -> None:
         try:
@@ -179,12 +169,12 @@ class KindPool:
 
     async def _open(self) -> WarmConnection | None:
         """Open one; None if the server refuses the login, or sends more than can be stored."""
-        claimed = self._isolation.claim(self.request)
+        claimed = self._all.isolation.claim(self.request)
         allocation = claimed.result() if claimed.done() else await asyncio.wrap_future(claimed)
         backend, warm, used = None, None, False
         try:
             backend = await connect(
-                self._isolation, allocation, self.request, self._startup, log_in=True
+                self._all.isolation, allocation, self.request, self._startup, log_in=True
             )
             if backend.login.done and not backend.login.failed:
                 used = bool(self._plan)  # the planner may call a function that never returns
@@ -219,27 +209,35 @@ class KindPool:
 
 
 class WarmConnections:
-    """Warm connections for clients like those seen before."""
+    """Warm connections for clients like those seen before.
 
-    def __init__(self, isolation: Isolation, *, ready: int) -> None:
-        self._isolation = isolation
-        self._wanted = ready
+    Attributes:
+        wanted: how many are kept ready for each kind of client.
+        opening: the tasks that open connections.
+        releasing: the tasks that give allocations back.
+    """
+
+    def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
+        self.isolation = isolation
+        # Warm connections must not use up a small max_connections that clients need. And a client
+        # that must give a password cannot get a connection that is logged in.
+        limit = str(options.config.get("max_connections", _MIN_CONNECTIONS))
+        few = limit.isdecimal() and int(limit) < _MIN_CONNECTIONS
+        self.wanted = 0 if few or options.password_file is not None else options.pool
         self._kinds: OrderedDict[Kind, KindPool] = OrderedDict()
-        self._opening: Tasks = set()
-        self._releasing: Tasks = set()
+        self.opening: Tasks = set()
+        self.releasing: Tasks = set()
 
     def kind(self, request: DatabaseRequest, startup: Startup) -> KindPool | None:
         """Return the warm connections for clients like this one; None if there can be none."""
-        allocation_kind = self._isolation.kind(request)
-        if allocation_kind is None or not self._wanted or database_request.names_session(startup):
+        allocation_kind = self.isolation.kind(request)
+        if allocation_kind is None or not self.wanted or database_request.names_session(startup):
             return None  # if the packet names a session, no other client sends the same packet
         parameters = frozenset(pair for pair in startup.parameters.items() if pair[0] != "database")
         kind = allocation_kind, startup.version, parameters
         pool = self._kinds.get(kind)
         if pool is None:
-            pool = self._kinds[kind] = KindPool(
-                self._isolation, request, startup, self._wanted, self._opening, self._releasing
-            )
+            pool = self._kinds[kind] = KindPool(self, request, startup)
             self._expire(kind, pool)
         self._kinds.move_to_end(kind)
         pool.used_at = asyncio.get_running_loop().time()
@@ -253,7 +251,7 @@ class WarmConnections:
         For use when no new allocation can be made. If no such connection fits, all warm connections
         are closed, which frees disk space.
         """
-        allocation_kind = self._isolation.kind(request)
+        allocation_kind = self.isolation.kind(request)
         for (other_kind, *_), pool in self._kinds.items():
             if other_kind == allocation_kind and pool.request.user == request.user:
                 while pool.ready:
@@ -272,10 +270,10 @@ class WarmConnections:
 
     async def close(self) -> None:
         """Close all warm connections, and wait until their allocations are given back."""
-        for task in self._opening:
+        for task in self.opening:
             task.cancel()
         self._close_all()
-        while tasks := self._opening | self._releasing:
+        while tasks := self.opening | self.releasing:
             await asyncio.wait(tasks)
 
     def _close_all(self) -> None:
@@ -296,11 +294,3 @@ def _start(work: Coroutine[Any, Any, None], tasks: Tasks) -> None:
     task = asyncio.ensure_future(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
-
-
-def _is_watched(startup: Startup) -> bool:
-    """Whether the client's parameters may log statements, including those planned in advance."""
-    words = [word for pair in startup.parameters.items() for word in pair]
-    names = " ".join(words).lower().replace("-", "_")
-    switches = startup.parameters.get("options", "")
-    return any(name in names for name in WATCHING) or _SHORT_SWITCH.search(switches) is not None
