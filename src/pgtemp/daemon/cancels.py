@@ -8,12 +8,14 @@ after the intended one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.daemon.backend import by_socket
 from pgtemp.wire.messages import cancel_request
 
+_log = logging.getLogger("pgtemp.daemon")
 _SECONDS = 10.0
 
 
@@ -32,11 +34,12 @@ class Cancels:
         if self._allocations.get(key) is allocation:
             del self._allocations[key]
 
-    async def route(self, key: bytes) -> bool:
-        """Forward a CancelRequest, and wait until the server took it; False for an unknown key."""
+    async def route(self, key: bytes) -> None:
+        """Forward a CancelRequest, and wait until the server took it."""
         allocation = self._allocations.get(key)
         if allocation is None:
-            return False
+            _log.info("a cancel request with an unknown key")
+            return
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(_SECONDS):
                 server = await by_socket(allocation, cancel_request(key))
@@ -45,4 +48,3 @@ class Cancels:
                         pass
                 finally:
                     server.close()
-        return True

@@ -119,36 +119,22 @@ class Gateway:
         await client.close_politely()
 
     async def _start_up(self, client: Endpoint, listener: Listener) -> Startup | None:
-        """Return the client's StartupMessage; None if nothing is left to do for the client."""
+        """Return the client's StartupMessage; None if nothing is left to do for the client.
+
+        Raises:
+            RefusedError: the listener does not admit the client.
+            ProtocolError: the client sent anything else than a start-up.
+        """
         try:
             async with asyncio.timeout(STARTUP_SECONDS):
-                opening = await self._negotiate(client, listener)
-                if isinstance(opening, Cancel):
-                    if not await self._cancels.route(opening.key):
-                        _log.info("a cancel request with an unknown key")
-                    return None
-                if opening is None:
-                    return None
-                if opening.parameters.get("application_name") == _PROBE:
-                    client.write(
-                        replies.greeting(opening.version, opening.parameters, self._server_version)
-                    )
-                    await client.read()
-                    return None
-                return opening
+                return await self._negotiate(client, listener)
         except TimeoutError:
             _log.info("a client did not finish its start-up within %g s", STARTUP_SECONDS)
             return None
         finally:
             self._limits.starting -= 1
 
-    async def _negotiate(self, client: Endpoint, listener: Listener) -> Startup | Cancel | None:
-        """Return the client's StartupMessage or CancelRequest; None if it disconnects.
-
-        Raises:
-            RefusedError: the listener does not admit the client.
-            ProtocolError: the client sent anything else.
-        """
+    async def _negotiate(self, client: Endpoint, listener: Listener) -> Startup | None:
         negotiation = Negotiation(tls=listener.tls is not None)
         while data := await client.read():
             negotiation.receive(data)
@@ -158,12 +144,19 @@ class Gateway:
                 client.write(NO_TLS)
                 raise
             if isinstance(event, Cancel):
-                return event
+                await self._cancels.route(event.key)
+                break
             if isinstance(event, Startup):
                 self._limits.check(client, listener)
                 if client.refusal is not None:
                     raise client.refusal
-                return event
+                if event.parameters.get("application_name") != _PROBE:
+                    return event
+                client.write(
+                    replies.greeting(event.version, event.parameters, self._server_version)
+                )
+                await client.read()
+                break
             if isinstance(event, Reply):
                 client.write(event.data)
                 self._limits.check(client, listener)  # now, while the client processes the reply
