@@ -6,11 +6,11 @@ import asyncio
 import errno
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import DatabaseRequest, Isolation
-from pgtemp.daemon.logins import login
+from pgtemp.daemon.logins import Login
 from pgtemp.daemon.relay import Endpoint
 from pgtemp.daemon.shares import in_turn
 from pgtemp.errors import ClusterError
@@ -39,7 +39,7 @@ class Backend:
     """
 
     server: Endpoint
-    login: ServerStart
+    login: ServerStart = field(default_factory=ServerStart)
     greeting: bytes = b""
 
     @property
@@ -53,82 +53,93 @@ class Backend:
             self.server.write(TERMINATE)
         self.server.close()
 
+    async def read(self, observer: ServerStart) -> bytes:
+        """Read from the server, and append to the greeting; b"" at end of file."""
+        data = await self.server.read()
+        self.greeting += data
+        observer.feed(data)
+        return data
 
-async def prepare(isolation: Isolation, allocation: Allocation, request: DatabaseRequest) -> str:
-    """Prepare an allocation for a client; return the database's real name. Raises PgTempError."""
-    dbname = isolation.is_prepared(allocation, request)
-    if dbname is not None:
-        return dbname
-    return await in_turn(allocation, lambda: isolation.prepare(allocation, request))
+    async def read_until_done(self, observer: ServerStart) -> bool:
+        """Read until the server is ready for a query; False if it refuses, or sends too much."""
+        while not observer.done and len(self.greeting) <= _MAX_GREETING:
+            if not await self.read(observer):
+                break
+        return observer.done and not observer.failed
 
 
 async def connect(
-    allocation: Allocation, startup: Startup, dbname: str, *, by_password: bool
+    isolation: Isolation,
+    allocation: Allocation,
+    request: DatabaseRequest,
+    startup: Startup,
+    *,
+    by_password: bool = False,
+    log_in: bool = False,
 ) -> Backend:
-    """Connect and send the client's parameters, with the database's real name.
+    """Prepare an allocation, connect to it, and send the client's parameters.
 
     Args:
         by_password: connect over TCP, where servers request a password, which the client must give.
+        log_in: wait until the login is complete; otherwise only until the server answers.
 
     Raises:
+        PgTempError: the allocation could not be prepared.
         OSError: the server cannot be reached; TimeoutError if it does not answer.
-        ProtocolError: with that name the packet is longer than servers accept.
+        ProtocolError: with the database's real name the packet is longer than servers accept.
         ClusterError: the server requests no password; no other client gets an allocation in it.
     """
+    dbname = isolation.is_prepared(allocation, request)
+    if dbname is None:
+        dbname = await in_turn(allocation, lambda: isolation.prepare(allocation, request))
     packet = startup_message({**startup.parameters, "database": dbname}, startup.version)
     check_length(len(packet))
-    loop = asyncio.get_running_loop()
-    if by_password:
-        async with login(allocation):
-            _, server = await loop.create_connection(Endpoint, *allocation.address)
-            backend = Backend(server, ServerStart())
-            try:
-                if not allocation.alive:  # another process may listen on its port by now
-                    raise ConnectionRefusedError(
-                        errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
-                    )
-                server.write(packet)
+    async with Login(allocation):
+        backend = Backend(await (_by_tcp if by_password else by_socket)(allocation, packet))
+        try:
+            if by_password:
                 await _await_password_request(backend, allocation)
-            except BaseException:
-                server.close()
-                raise
-        return backend
-    raw = socket.socket(socket.AF_UNIX)
-    try:
-        raw.setblocking(False)
-        refuse_descriptors(raw)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        # A unix socket connects at once, so the server starts to work before the event loop's next
-        # iteration.
-        code = raw.connect_ex(allocation.socket)
-        if code == errno.EAGAIN:  # the queue of the server's listening socket is full
-            async with login(allocation):
-                while (code := raw.connect_ex(allocation.socket)) == errno.EAGAIN:
-                    await asyncio.sleep(_QUEUE_SECONDS)
-        if code:
-            raise OSError(code, os.strerror(code))
-        check_listener(raw, allocation.postmaster.spec.owner.uid)
-        raw.sendall(packet)
-        _, server = await loop.create_unix_connection(Endpoint, sock=raw)
-    except BaseException:
-        raw.close()
-        raise
-    backend = Backend(server, ServerStart())
-    try:
-        async with login(allocation):
-            await _read(backend)
-    except BaseException:
-        server.close()
-        raise
+            elif log_in:
+                await backend.read_until_done(backend.login)
+            else:
+                await backend.read(backend.login)
+        except BaseException:
+            backend.server.close()
+            raise
     return backend
 
 
-async def _read(backend: Backend) -> bytes:
-    """Read from the server, and append to the greeting; b"" at end of file."""
-    data = await backend.server.read()
-    backend.greeting += data
-    backend.login.feed(data)
-    return data
+async def by_socket(allocation: Allocation, packet: bytes) -> Endpoint:
+    """Connect to the server's unix socket, and send a packet. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.setblocking(False)
+        refuse_descriptors(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        path = allocation.socket
+        # A unix socket connects at once, so the server starts to work before the event loop's next
+        # iteration; unless the queue of its listening socket is full.
+        while (code := connection.connect_ex(path)) == errno.EAGAIN:
+            await asyncio.sleep(_QUEUE_SECONDS)
+        if code:
+            raise OSError(code, os.strerror(code))
+        check_listener(connection, allocation.postmaster.spec.owner.uid)
+        connection.sendall(packet)
+        loop = asyncio.get_running_loop()
+        return (await loop.create_unix_connection(Endpoint, sock=connection))[1]
+    except BaseException:
+        connection.close()
+        raise
+
+
+async def _by_tcp(allocation: Allocation, packet: bytes) -> Endpoint:
+    loop = asyncio.get_running_loop()
+    server = (await loop.create_connection(Endpoint, *allocation.address))[1]
+    if not allocation.alive:  # another process may listen on its port by now
+        server.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    server.write(packet)
+    return server
 
 
 async def _await_password_request(backend: Backend, allocation: Allocation) -> None:
@@ -140,7 +151,7 @@ async def _await_password_request(backend: Backend, allocation: Allocation) -> N
         ClusterError: the server lets the client in without a password.
     """
     frames = Frames(wanted=b"R", most=_MAX_GREETING)
-    while data := await _read(backend):
+    while data := await backend.read(backend.login):
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
@@ -152,20 +163,6 @@ async def _await_password_request(backend: Backend, allocation: Allocation) -> N
                 )
 
 
-async def log_in(backend: Backend, allocation: Allocation) -> bool:
-    """Read from the server until the login is complete.
-
-    Returns:
-        False if the server refused the login, or sent more than the greeting may hold.
-
-    Raises:
-        TimeoutError: the server does not answer.
-    """
-    async with login(allocation):
-        await _read_until_done(backend, backend.login)
-    return backend.login.done and not backend.login.failed
-
-
 async def plan_statement(backend: Backend, plan: bytes) -> bool:
     """Plan a statement, discard the plan, and return whether it could be planned.
 
@@ -175,17 +172,8 @@ async def plan_statement(backend: Backend, plan: bytes) -> bool:
     Args:
         plan: protocol messages that plan the statement, as the unnamed statement and portal.
     """
-    greeting, planned = backend.greeting, ServerStart()
+    greeting = backend.greeting
     backend.server.write(plan + FORGET)
-    await _read_until_done(backend, planned)
+    planned = await backend.read_until_done(ServerStart())
     backend.greeting = greeting
-    return planned.done and not planned.failed
-
-
-async def _read_until_done(backend: Backend, observer: ServerStart) -> None:
-    while not observer.done and len(backend.greeting) <= _MAX_GREETING:
-        data = await backend.server.read()
-        if not data:
-            return
-        observer.feed(data)
-        backend.greeting += data
+    return planned

@@ -8,54 +8,43 @@ after the intended one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import logging
+from contextlib import suppress
 
-from pgtemp.daemon.relay import Endpoint
-from pgtemp.host.peer_credentials import check_listener, refuse_descriptors
+from pgtemp.allocation.allocation import Allocation
+from pgtemp.daemon.backend import by_socket
 from pgtemp.wire.messages import cancel_request
 
+_log = logging.getLogger("pgtemp.daemon")
 _SECONDS = 10.0
 
 
 class Cancels:
-    """The servers' sockets by cancel key."""
+    """The allocations by the cancel keys of their backends."""
 
     def __init__(self) -> None:
-        self._sockets: dict[bytes, tuple[str, int]] = {}
+        self._allocations: dict[bytes, Allocation] = {}
 
-    @contextmanager
-    def registered(self, key: bytes, socket: str, uid: int) -> Iterator[None]:
-        """Route the key to the server while the block runs.
+    def add(self, key: bytes, allocation: Allocation) -> None:
+        """Route the key to the server of an allocation."""
+        self._allocations[key] = allocation
 
-        Args:
-            socket: the path of the server's socket.
-            uid: the user that the server runs as.
-        """
-        entry = self._sockets[key] = socket, uid
-        try:
-            yield
-        finally:  # two servers may have given out the same key
-            if self._sockets.get(key) is entry:
-                del self._sockets[key]
+    def remove(self, key: bytes, allocation: Allocation) -> None:
+        """Forget the key, unless another server has given out the same one."""
+        if self._allocations.get(key) is allocation:
+            del self._allocations[key]
 
-    async def route(self, key: bytes) -> bool:
-        """Forward a CancelRequest, and wait until the server took it; False for an unknown key."""
-        found = self._sockets.get(key)
-        if found is None:
-            return False
-        socket, uid = found
-        loop = asyncio.get_running_loop()
+    async def route(self, key: bytes) -> None:
+        """Forward a CancelRequest, and wait until the server took it."""
+        allocation = self._allocations.get(key)
+        if allocation is None:
+            _log.info("a cancel request with an unknown key")
+            return
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(_SECONDS):
-                _, server = await loop.create_unix_connection(Endpoint, socket)
+                server = await by_socket(allocation, cancel_request(key))
                 try:
-                    connected = server.transport.get_extra_info("socket")
-                    refuse_descriptors(connected)
-                    check_listener(connected, uid)
-                    server.write(cancel_request(key))
                     while await server.read():
                         pass
                 finally:
                     server.close()
-        return True

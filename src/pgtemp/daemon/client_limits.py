@@ -7,10 +7,12 @@ While strangers hold a quarter of the limit, the listener checks each new client
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pgtemp.daemon.error_responses import RefusedError
+from pgtemp.daemon.listeners import Listener
+from pgtemp.daemon.relay import Endpoint
 from pgtemp.host import file_limits
 
 MAX_STARTING = 1000  # clients that have not completed the start-up
@@ -28,16 +30,14 @@ class ClientLimits:
 
     def __init__(self, isolation: str) -> None:
         self.starting = 0
-        self._strangers: set[Newcomer] = set()
+        self._strangers: set[Endpoint] = set()
         self._served = 0
         self._most = max(2, (file_limits.limit() - _OWN_FILES) // _FILES_EACH[isolation])
 
-    def enter(self, refusal: Callable[[], RefusedError | None], inside: int) -> Newcomer:
-        """Count a client that has just connected as starting.
+    def enter(self, client: Endpoint, listener: Listener, inside: int) -> None:
+        """Count a client that has just connected as starting, and as a stranger.
 
         Args:
-            refusal: returns the reason why the listener does not admit the client; None if it
-                does.
             inside: the number of connected clients.
 
         Raises:
@@ -46,12 +46,26 @@ class ClientLimits:
         if self.starting >= MAX_STARTING:
             raise RefusedError("53300", "too many clients are starting", "connect again")
         _check_files(inside, self._most)
-        newcomer = Newcomer(self._strangers, refusal)
-        if len(self._strangers) > min(MAX_STARTING, self._most) // 4 and (why := newcomer.refusal):
-            newcomer.leave()
-            raise why
+        self._strangers.add(client)
+        if len(self._strangers) > min(MAX_STARTING, self._most) // 4:
+            self.check(client, listener)
+            if client.refusal is not None:
+                self.leave(client)
+                raise client.refusal
         self.starting += 1
-        return newcomer
+
+    def check(self, client: Endpoint, listener: Listener) -> None:
+        """Refuse the client, or stop counting it as a stranger; the listener is asked once."""
+        if client in self._strangers and client.refusal is None:
+            why = listener.refusal(client)
+            if why is None:
+                self.leave(client)
+            else:
+                client.refuse(why)
+
+    def leave(self, client: Endpoint) -> None:
+        """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
+        self._strangers.discard(client)
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -69,33 +83,6 @@ class ClientLimits:
             yield
         finally:
             self._served -= 1
-
-
-class Newcomer:
-    """A client that has connected; a stranger until the listener admits it."""
-
-    def __init__(
-        self, strangers: set[Newcomer], refusal: Callable[[], RefusedError | None]
-    ) -> None:
-        self._strangers = strangers
-        self._strangers.add(self)
-        self._check = refusal
-        self._checked = False
-        self._refusal: RefusedError | None = None
-
-    @property
-    def refusal(self) -> RefusedError | None:
-        """Why the listener does not admit the client; None if it does. It is checked once."""
-        if not self._checked:
-            self._checked = True
-            self._refusal = self._check()
-            if self._refusal is None:
-                self.leave()
-        return self._refusal
-
-    def leave(self) -> None:
-        """Stop counting the client as a stranger: it is admitted, or its connection is closed."""
-        self._strangers.discard(self)
 
 
 def _check_files(clients: int, most: int) -> None:

@@ -21,7 +21,7 @@ from pgtemp.allocation.per_lease import PerLease
 from pgtemp.allocation.single_server import SingleServer
 from pgtemp.daemon import control_socket, credentials, listeners
 from pgtemp.daemon.gateway import Gateway
-from pgtemp.daemon.relay import Endpoint
+from pgtemp.daemon.listeners import Listener
 from pgtemp.daemon.shares import THREADS
 from pgtemp.errors import PgTempError, WardenError
 from pgtemp.host import file_limits, identity, ports, processes
@@ -108,17 +108,13 @@ async def run(
         tls = certificate.context if certificate is not None else None
         tcp = listeners.of_tcp(options, gateway.peers, tls)
         servers = [
-            await loop.create_server(
-                lambda: Endpoint(gateway.listener(tcp)), sock=bound, backlog=listeners.BACKLOG
-            )
+            await loop.create_server(gateway.endpoints(tcp), sock=bound, backlog=listeners.BACKLOG)
             for bound in listening
         ]
         path = f"{socket_dir}/.s.PGSQL.{options.listen_port}"
         servers.append(
             await loop.create_unix_server(
-                lambda: Endpoint(gateway.listener(listeners.of_socket())),
-                path,
-                backlog=listeners.BACKLOG,
+                gateway.endpoints(Listener()), path, backlog=listeners.BACKLOG
             )
         )
         announcement = _announcement(options, socket_dir, plan.installation, root)

@@ -1,4 +1,4 @@
-"""Read a client's database request from its StartupMessage.
+"""Read a client's database request, and what its login may do, from its StartupMessage.
 
     /app             a database of its own, from template app if there is one
     /app~checkout    the database of session checkout
@@ -14,9 +14,17 @@ from collections.abc import Iterator
 
 from pgtemp.allocation.isolation import DatabaseRequest
 from pgtemp.errors import NoDatabaseError
+from pgtemp.sql.statement_logging import WATCHING
 from pgtemp.wire.startup import Startup, clip
 
 SETTING = "pgtemp.session"
+# Parameters with which a login alone changes nothing in a server.
+_USUAL = {
+    "user", "database", "application_name", "client_encoding", "datestyle", "intervalstyle",
+    "timezone", "extra_float_digits", "geqo", "search_path", "statement_timeout",
+}  # fmt: skip
+# A short switch of `postgres` other than -c: for example, -d and -s turn on logging.
+_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
 
 
 def read(startup: Startup) -> DatabaseRequest:
@@ -46,6 +54,19 @@ def names_session(startup: Startup) -> bool:
     return SETTING in parameters.get("options", "").lower() or any(
         name.lower() == SETTING for name in parameters
     )
+
+
+def may_run_code(startup: Startup) -> bool:
+    """Whether a login has settings that may run code, such as session_preload_libraries."""
+    return not {name.lower() for name in startup.parameters} <= _USUAL
+
+
+def may_log_statements(startup: Startup) -> bool:
+    """Whether a login has settings that may log statements, even those that are only planned."""
+    words = [word for pair in startup.parameters.items() for word in pair]
+    names = " ".join(words).lower().replace("-", "_")
+    switches = startup.parameters.get("options", "")
+    return any(name in names for name in WATCHING) or _SHORT_SWITCH.search(switches) is not None
 
 
 def _settings(startup: Startup) -> Iterator[tuple[str, str]]:

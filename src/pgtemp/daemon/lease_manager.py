@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Hashable
 from concurrent.futures import Future
 from typing import Any
@@ -19,10 +18,9 @@ from pgtemp.aio import whole
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import TEMPLATE, DatabaseRequest, Isolation
 from pgtemp.allocation.pool import PoolClosedError
-from pgtemp.daemon.error_responses import RefusedError, refusal
 from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.daemon.shares import in_turn_at_last
+from pgtemp.daemon.shares import in_turn
 from pgtemp.daemon.warm_connections import WarmConnections
 from pgtemp.errors import ClusterError, LimitError, NoDatabaseError, PgTempError
 from pgtemp.options.daemon import DaemonOptions
@@ -31,7 +29,6 @@ from pgtemp.wire.startup import Startup
 _log = logging.getLogger("pgtemp.daemon")
 # How long a new client waits for the leak checks of leases that end.
 _LEAK_CHECK_SECONDS = 2.0
-_MIN_CONNECTIONS = 50  # of a server (max_connections), for warm connections
 
 
 class Leases:
@@ -40,24 +37,18 @@ class Leases:
     def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
         self._isolation = isolation
         self._options = options
-        # Warm connections must not use up a small max_connections that clients need.
-        limit = str(options.config.get("max_connections", _MIN_CONNECTIONS))
-        few = limit.isdecimal() and int(limit) < _MIN_CONNECTIONS
-        # And a client that must give a password cannot get a connection that is logged in.
-        warm = not few and options.password_file is None
-        self._warm_connections = WarmConnections(isolation, ready=options.pool if warm else 0)
+        self._warm_connections = WarmConnections(isolation, options)
         self._live: set[Lease] = set()
         self._shared: dict[Hashable, Lease] = {}
         self._numbers = itertools.count(1)
         most = options.max_databases
         self._turns = asyncio.Semaphore(most) if most is not None else None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def enter(self, request: DatabaseRequest, startup: Startup, client: Endpoint) -> Lease:
         """Return the lease for one more connection: a new one, or the one that it shares.
 
         Raises:
-            RefusedError: no lease is available.
+            PgTempError: no lease is available.
         """
         await self._await_leak_checks()
         await self._await_edits(request)
@@ -68,27 +59,24 @@ class Leases:
         if lease is None:
             lease = self._begin(request, startup, key)
         elif most is not None and len(lease.clients) >= most:
-            raise refusal(
-                LimitError(
-                    f"session {request.session} has {most} connections, which is the limit",
-                    remedy="close some, or raise --max-connections-per-lease",
-                )
+            raise LimitError(
+                f"session {request.session} has {most} connections, which is the limit",
+                remedy="close some, or raise --max-connections-per-lease",
             )
         lease.clients.add(client)
+        if lease.expired is not None:
+            client.refuse(lease.expired)
         lease.connections += 1
         if (lingering := lease.timers.pop(LINGER, None)) is not None:
             lingering.cancel()
-        try:
-            if not lease.opening.done():
+        if lease.opening is not None:
+            try:
                 await asyncio.shield(lease.opening)
-            lease.opening.result()
-        except BaseException as error:
-            await self.leave(lease, client)
-            if isinstance(error, OSError):  # of the allocation; not of the client's connection
-                error = ClusterError(f"no database could be created: {error}")
-            if isinstance(error, PgTempError):
-                raise refusal(error) from error
-            raise
+            except BaseException as error:
+                await self.leave(lease, client)
+                if isinstance(error, OSError):  # of the allocation; not of the client's connection
+                    raise ClusterError(f"no database could be created: {error}") from error
+                raise
         return lease
 
     async def leave(self, lease: Lease, client: Endpoint) -> None:
@@ -98,23 +86,11 @@ class Leases:
         lease.bytes_out += client.sent
         if lease.clients or lease.ending:
             return
-        opened = lease.opening.done() and not lease.opening.cancelled()
-        if (
-            lease.lingers
-            and opened
-            and lease.opening.exception() is None
-            and not lease.expired.done()
-        ):
+        if lease.lingers and lease.opened is not None and lease.expired is None:
             loop = asyncio.get_running_loop()
-            seconds = self._options.linger
-            lease.timers[LINGER] = loop.call_later(seconds, self._end, lease)
+            lease.timers[LINGER] = loop.call_later(self._options.linger, self._end, lease)
         else:
             await self._end(lease)
-
-    def record(self, lease: Lease, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
-        """Record a client's first statement, if its database is new: only for a first client."""
-        if lease.connections == 1:
-            self._warm_connections.record(request, startup, plan)
 
     def facts(self) -> list[dict[str, Any]]:
         """Return the facts of each lease, in the order in which the leases started."""
@@ -126,90 +102,76 @@ class Leases:
         await asyncio.gather(*(self._end(lease) for lease in self._live))
 
     def _begin(self, request: DatabaseRequest, startup: Startup, key: Hashable) -> Lease:
-        loop = asyncio.get_running_loop()
+        ended = asyncio.get_running_loop().create_future()
         lingers = key is not None and not request.edits and self._options.linger > 0
-        expired, ended = loop.create_future(), loop.create_future()
-        lease = Lease(next(self._numbers), request, key, lingers, expired, ended)
-        lease.opening = self._opening(lease, startup)
+        lease = Lease(next(self._numbers), request, key, lingers, ended, self._end)
         self._live.add(lease)
         if key is not None:
             self._shared[key] = lease
+        claimed = None
+        if self._turns is None and self._isolation.knows(request):
+            claimed = self._claim(lease, startup)
+        if lease.opened is None:  # creating a task would account for a tenth of the total time
+            lease.opening = asyncio.ensure_future(self._open(lease, startup, claimed))
         return lease
 
-    def _opening(self, lease: Lease, startup: Startup) -> asyncio.Future[Allocation]:
-        """Return a future allocation; if one is ready, without creating a task.
-
-        Creating a task would account for a tenth of the total time.
-        """
-        if self._turns is None and self._isolation.knows(lease.request):
-            found = self._claim(lease, startup)
-            if isinstance(found, Allocation):
-                opened: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
-                opened.set_result(found)
-                return opened
-            return asyncio.ensure_future(self._await(lease, found))
-        return asyncio.ensure_future(self._open(lease, startup))
-
-    def _claim(self, lease: Lease, startup: Startup) -> Allocation | Future[Allocation]:
-        """Take a warm connection, else an allocation that is ready, else claim the next one."""
-        warm = self._warm_connections.take(lease.request, startup)
-        if warm is not None:
-            lease.backend = warm.backend
-            return self._start(lease, warm.allocation)
+    def _claim(self, lease: Lease, startup: Startup) -> Future[Allocation] | None:
+        """Give the lease a warm connection or an allocation that is ready; else claim the next."""
+        lease.kind = self._warm_connections.kind(lease.request, startup)
+        if lease.kind is not None:
+            # Later clients of a session open new connections to the server.
+            warm = lease.kind.take(lasting=lease.request.session is not None)
+            if warm is not None:
+                lease.backend = warm.backend
+                lease.start(warm.allocation, self._options)
+                return None
         claimed = self._isolation.claim(lease.request)
-        if claimed.done() and claimed.exception() is None:
-            return self._start(lease, claimed.result())
-        return claimed
+        if not claimed.done() or claimed.exception() is not None:
+            return claimed
+        lease.start(claimed.result(), self._options)
+        return None
 
-    async def _open(self, lease: Lease, startup: Startup) -> Allocation:
+    async def _open(
+        self, lease: Lease, startup: Startup, claimed: Future[Allocation] | None
+    ) -> None:
+        """Wait for a turn, and until the lease has an allocation. Raises PgTempError."""
         if self._turns is not None:
             await self._await_turn(self._turns)
         try:
-            if not self._isolation.knows(lease.request):
-                await whole(lambda: self._isolation.check(lease.request))
-            found = self._claim(lease, startup)
-            return found if isinstance(found, Allocation) else await self._await(lease, found)
+            if claimed is None:
+                if not self._isolation.knows(lease.request):
+                    await whole(lambda: self._isolation.check(lease.request))
+                claimed = self._claim(lease, startup)
+            if claimed is not None:
+                await self._await(lease, claimed)
         except BaseException:
             if self._turns is not None:
                 self._turns.release()
             raise
 
-    async def _await(self, lease: Lease, claimed: Future[Allocation]) -> Allocation:
+    async def _await(self, lease: Lease, claimed: Future[Allocation]) -> None:
         seconds = self._options.wait
         try:
             async with asyncio.timeout(seconds):
-                while True:
+                while lease.opened is None:
                     try:
-                        return self._start(lease, await asyncio.wrap_future(claimed))
+                        lease.start(await asyncio.wrap_future(claimed), self._options)
                     except PoolClosedError:  # the template was edited: it has a new pool
                         claimed = self._isolation.claim(lease.request)
                         if claimed.done():  # the daemon shuts down
-                            return self._start(lease, claimed.result())
+                            lease.start(claimed.result(), self._options)
                     except PgTempError:
                         if (spare := self._warm_connections.spare(lease.request)) is None:
                             raise
-                        return self._start(lease, spare)
-        except TimeoutError:
+                        lease.start(spare, self._options)
+        except BaseException as error:
             self._unclaim(claimed, lease.request)
-            raise LimitError(
-                f"no database became available within {seconds:g} s",
-                remedy="try again later, or raise --wait",
-            ) from None
-        except BaseException:
-            self._unclaim(claimed, lease.request)
+            if isinstance(error, TimeoutError):
+                raise LimitError(
+                    f"no database became available within {seconds:g} s",
+                    remedy="try again later, or raise --wait",
+                ) from None
             raise
-
-    def _start(self, lease: Lease, allocation: Allocation) -> Allocation:
-        """Assign the allocation to the lease, and start the lease's time limits."""
-        allocation.lease(lease.number)
-        lease.waited = time.perf_counter() - lease.requested_at
-        loop = asyncio.get_running_loop()
-        if (ttl := self._options.ttl) is not None:
-            lease.timers["ttl"] = loop.call_later(ttl, self._expire, lease, f"ttl={ttl:g} s")
-        if (idle := self._options.idle_ttl) is not None:
-            lease.last_traffic = loop.time()
-            lease.timers["idle"] = loop.call_later(idle / 4, self._watch, lease, idle, 0)
-        return allocation
 
     def _unclaim(self, claimed: Future[Allocation], request: DatabaseRequest) -> None:
         """Cancel a claim; an allocation that arrives later is released."""
@@ -238,33 +200,33 @@ class Leases:
 
     def _end(self, lease: Lease) -> asyncio.Future[None]:
         """Start to end a lease; the returned future is done when its leak check is complete."""
-        if not lease.ending:
-            lease.ending = True
-            task = asyncio.ensure_future(self._release(lease))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if lease.ending is None:
+            lease.ending = asyncio.ensure_future(self._release(lease))
         return asyncio.shield(lease.ended)
 
     async def _release(self, lease: Lease) -> None:
+        """Give the allocation back. Nothing cancels this task."""
         for timer in lease.timers.values():
             timer.cancel()
         if not lease.request.edits:  # clients of an edited template wait until it is sealed
             self._forget(lease)
-        lease.opening.cancel()
         try:
-            await asyncio.wait([lease.opening])
-            if not lease.opening.cancelled() and lease.opening.exception() is None:
-                await self._give_back(lease)
+            if lease.opening is not None:
+                lease.opening.cancel()
+                await asyncio.wait([lease.opening])
+            if lease.opened is not None:
+                await self._give_back(lease, lease.opened)
         finally:
             self._forget(lease)
             self._live.discard(lease)
             lease.ended.set_result(None)
 
-    async def _give_back(self, lease: Lease) -> None:
+    async def _give_back(self, lease: Lease, allocation: Allocation) -> None:
         try:
-            await in_turn_at_last(
-                lease.allocation,
-                lambda: self._isolation.release(lease.allocation, lease.request, used=lease.used),
+            await in_turn(
+                allocation,
+                lambda: self._isolation.release(allocation, lease.request, used=lease.used),
+                seconds=None,
             )
         except Exception as error:  # no other task observes it
             _log.error("lease %d: %s", lease.number, error)
@@ -278,45 +240,24 @@ class Leases:
         if lease.key is not None and self._shared.get(lease.key) is lease:
             del self._shared[lease.key]
 
-    def _expire(self, lease: Lease, limit: str) -> None:
-        if not lease.expired.done():
-            lease.expired.set_result(
-                RefusedError("57P05", f"the database's time limit was reached ({limit})")
-            )
-        if not lease.clients:
-            self._end(lease)
-
-    def _watch(self, lease: Lease, seconds: float, before: int) -> None:
-        """End a lease without traffic for `seconds`; check this four times in that period.
-
-        Args:
-            before: the traffic at the previous check.
-        """
-        loop = asyncio.get_running_loop()
-        now = lease.traffic()
-        if now != before:
-            lease.last_traffic = loop.time()
-        if loop.time() - lease.last_traffic >= seconds:
-            self._expire(lease, f"idle_ttl={seconds:g} s")
-        else:
-            due = min(seconds / 4, lease.last_traffic + seconds - loop.time())
-            lease.timers["idle"] = loop.call_later(due, self._watch, lease, seconds, now)
-
     async def _await_leak_checks(self) -> None:
         """Wait for the leak checks of leases that end, so that no client sees their leaks."""
-        leaving = {lease.ended: lease for lease in self._live if lease.leaving and not lease.late}
-        if leaving and self._options.shares_servers:
-            _, late = await asyncio.wait(leaving, timeout=_LEAK_CHECK_SECONDS)
-            for ended in late:
-                leaving[ended].late = True  # the next client does not wait for it again
-                if (lease := leaving[ended]).ending:
-                    _log.warning(
-                        "lease %d: its leak check was not complete within %g s; new leases go to "
-                        "a new server",
-                        lease.number,
-                        _LEAK_CHECK_SECONDS,
-                    )
-                    lease.mark_stale()
+        if not self._options.shares_servers:
+            return
+        leaving = {lease.ended: lease for lease in self._live if not lease.late and lease.leaving}
+        if not leaving:
+            return
+        _, late = await asyncio.wait(leaving, timeout=_LEAK_CHECK_SECONDS)
+        for lease in (leaving[ended] for ended in late):
+            lease.late = True  # the next client does not wait for it again
+            if lease.ending is not None:
+                _log.warning(
+                    "lease %d: its leak check was not complete within %g s; new leases go to "
+                    "a new server",
+                    lease.number,
+                    _LEAK_CHECK_SECONDS,
+                )
+                lease.mark_stale()
 
     async def _await_edits(self, request: DatabaseRequest) -> None:
         """Wait while another client edits the requested template."""
@@ -335,19 +276,14 @@ class Leases:
                 while lease := self._shared.get((request.dbname, TEMPLATE)):
                     await asyncio.wait([lease.ended])
         except TimeoutError:
-            raise refusal(
-                NoDatabaseError(
-                    f"the template {request.dbname} is still being edited after {seconds:g} s",
-                    remedy=f"close all connections to {request.dbname}~{TEMPLATE} first",
-                )
+            raise NoDatabaseError(
+                f"the template {request.dbname} is still being edited after {seconds:g} s",
+                remedy=f"close all connections to {request.dbname}~{TEMPLATE} first",
             ) from None
 
     def _log_lease(self, lease: Lease) -> None:
         """Log one line per lease."""
-        facts = {**lease.facts(), "used": lease.used}
-        _log.info(
-            "lease %d: %s", lease.number,
-            ", ".join(f"{name} {value}" for name, value in list(facts.items())[1:]
-                      if value is not None),
-            extra={"facts": facts},
-        )  # fmt: skip
+        if _log.isEnabledFor(logging.INFO):
+            facts = {**lease.facts(), "used": lease.used}
+            shown = [f"{name} {value}" for name, value in facts.items() if value is not None]
+            _log.info("lease %d: %s", lease.number, ", ".join(shown[1:]), extra={"facts": facts})

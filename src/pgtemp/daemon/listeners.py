@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pgtemp.daemon.error_responses import RefusedError
@@ -27,54 +26,43 @@ BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """How clients at an address are admitted.
+    """How clients at an address are admitted; by default all of them, as at the unix socket.
 
     Attributes:
-        refusal: returns the error for a client that is not admitted; None for one that is.
+        peers: identifies the clients' users; None if clients of all users are admitted.
         by_password: whether PostgreSQL must request a password.
         tls: the context for TLS; None if the daemon has no certificate.
     """
 
-    refusal: Callable[[Endpoint], RefusedError | None]
+    peers: Peers | None = None
     by_password: bool = False
     tls: ssl.SSLContext | None = None
+
+    def refusal(self, client: Endpoint) -> RefusedError | None:
+        """Return an error unless the client's user is the user who runs the daemon, or root.
+
+        Any other local user that is admitted over loopback could run shell commands as the
+        server's user, with COPY FROM PROGRAM.
+        """
+        if self.peers is None:
+            return None
+        uid = None  # if a transport is closing, another socket may have its descriptor by now
+        if not client.transport.is_closing():
+            uid = self.peers.uid(client.transport.get_extra_info("socket"))
+        if uid in (0, os.geteuid()):
+            return None
+        other = "a user that the kernel does not identify" if uid is None else f"uid {uid}"
+        return RefusedError(
+            "28000",
+            f"pgtemp serves the user who runs it (uid {os.geteuid()}), not {other}",
+            "start a pgtemp of your own, on another port, or this one with --password-file",
+        )
 
 
 def of_tcp(options: DaemonOptions, peers: Peers, tls: ssl.SSLContext | None) -> Listener:
     """Return the listener for the TCP addresses."""
-    if options.password_file is not None:
-        return Listener(_admit, by_password=True, tls=tls)
-    return Listener(lambda client: _refuse_other_user(client, peers), tls=tls)
-
-
-def of_socket() -> Listener:
-    """Return the listener for the unix socket, which its directory's mode protects; without TLS."""
-    return Listener(_admit)
-
-
-def _admit(client: Endpoint) -> None:
-    return None
-
-
-def _refuse_other_user(client: Endpoint, peers: Peers) -> RefusedError | None:
-    """Return an error unless the client's user is the user who runs the daemon, or root.
-
-    Any other local user that is admitted over loopback could run shell commands as the server's
-    user, with COPY FROM PROGRAM.
-    """
-    if not TELLS_PEERS:
-        return None
-    uid = None  # if a transport is closing, another socket may have its descriptor by now
-    if not client.transport.is_closing():
-        uid = peers.uid(client.transport.get_extra_info("socket"))
-    if uid in (0, os.geteuid()):
-        return None
-    other = "a user that the kernel does not identify" if uid is None else f"uid {uid}"
-    return RefusedError(
-        "28000",
-        f"pgtemp serves the user who runs it (uid {os.geteuid()}), not {other}",
-        "start a pgtemp of your own, on another port, or this one with --password-file",
-    )
+    by_password = options.password_file is not None
+    return Listener(peers if TELLS_PEERS and not by_password else None, by_password, tls)
 
 
 def listen(options: DaemonOptions) -> list[socket.socket]:

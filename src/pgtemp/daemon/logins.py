@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from pgtemp.allocation.allocation import Allocation
 
@@ -20,17 +19,40 @@ LOGIN_SECONDS = 5.0
 _LATE_SECONDS = 1.0  # if a timer is later than this, this process was stopped, not the server
 
 
-class _Watch:
-    """Checks, once a login has timed out, whether its server completes other logins."""
+class Login:
+    """A block in which a server must complete a login.
 
-    def __init__(self, allocation: Allocation, limit: asyncio.Timeout) -> None:
-        self._allocation, self._limit = allocation, limit
+    Raises:
+        TimeoutError: the server does not; it is marked unreachable.
+    """
+
+    def __init__(self, allocation: Allocation) -> None:
+        self._allocation = allocation
+        self._limit = asyncio.timeout(None)
         self._began = time.monotonic()
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
         self._check_in(LOGIN_SECONDS)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, traceback)
+        except TimeoutError as late:
+            message = f"it completed no login for {LOGIN_SECONDS:g} s"
+            raise TimeoutError(errno.ETIMEDOUT, message) from late
+        if error is None:
+            self._allocation.postmaster.let_in = time.monotonic()
 
     def _check_in(self, seconds: float) -> None:
         due = time.monotonic() + seconds
-        self.timer = asyncio.get_running_loop().call_later(seconds, self._check, due)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._check, due)
 
     def _check(self, due: float) -> None:
         now = time.monotonic()
@@ -42,23 +64,3 @@ class _Watch:
         else:
             self._allocation.give_up()
             self._limit.reschedule(asyncio.get_running_loop().time())
-
-
-@asynccontextmanager
-async def login(allocation: Allocation) -> AsyncIterator[None]:
-    """Run a block in which a server must complete a login.
-
-    Raises:
-        TimeoutError: the server does not; it is marked unreachable.
-    """
-    try:
-        async with asyncio.timeout(None) as limit:
-            watch = _Watch(allocation, limit)
-            try:
-                yield
-                allocation.postmaster.let_in = time.monotonic()
-            finally:
-                watch.timer.cancel()
-    except TimeoutError as error:
-        message = f"it completed no login for {LOGIN_SECONDS:g} s"
-        raise TimeoutError(errno.ETIMEDOUT, message) from error

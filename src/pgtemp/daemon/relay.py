@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
+from pgtemp.daemon.error_responses import RefusedError
 from pgtemp.wire.messages import TERMINATE, ProtocolError
 from pgtemp.wire.tls import Tls
 
@@ -35,6 +36,8 @@ class Endpoint(asyncio.Protocol):
         observe: called with the bytes relayed from here to the peer; None for none.
         inspect: called with received bytes; returns the bytes that may be relayed.
         after_eof: called after the end of file was relayed to the peer.
+        refusal: why the daemon stops relaying; the error for the client.
+        at_eof: whether no more bytes can arrive here.
         received: the number of bytes received here and relayed.
         sent: the number of bytes written here.
     """
@@ -42,16 +45,16 @@ class Endpoint(asyncio.Protocol):
     def __init__(self, opened: Callable[[Endpoint], None] | None = None) -> None:
         self._opened = opened
         self._arrived = bytearray()
-        self._changed = asyncio.Event()
-        self._at_eof = False
+        self._waiter: asyncio.Future[None] | None = None  # of `_change`
+        self.at_eof = False
         self._peer: Endpoint | None = None
         self._relays_eof = False
         self._finished = False
         self._tls: Tls | None = None
-        self._socket = -1  # the transport's descriptor, if bytes may be written to it directly
         self.observe: Callable[[bytes], None] | None = None
         self.inspect: Callable[[bytes], bytes] | None = None
         self.after_eof: Callable[[], object] | None = None
+        self.refusal: RefusedError | None = None
         self._pieces: list[bytes] = []  # the bytes received last, joined in `last`
         self.received = 0
         self.sent = 0
@@ -59,13 +62,21 @@ class Endpoint(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """Return the bytes that have arrived, and wait for some; b"" at end of file."""
-        while not self._arrived and not self._at_eof:
-            self._changed.clear()
-            await self._changed.wait()
+        while not self._arrived and not self.at_eof:
+            await self._change()
         data = bytes(self._arrived)
         self._arrived.clear()
         self._resume_reading()
         return data
+
+    async def _change(self) -> None:
+        """Wait until bytes or the end of file arrive, or the peer is refused."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _resume_reading(self) -> None:
         if not self.transport.is_closing():
@@ -73,12 +84,12 @@ class Endpoint(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         transport = self.transport
-        if self._finished or transport.is_closing():
+        if self._finished or not data or transport.is_closing():
             return
         self.sent += len(data)
         if self._tls is not None:
             data = self._tls.encrypt(data)
-        if self._socket >= 0 and not transport.get_write_buffer_size():
+        if not transport.get_write_buffer_size():
             try:
                 written = os.write(self._socket, data)
             except OSError:  # the socket is full or closed, which the transport handles
@@ -102,14 +113,12 @@ class Endpoint(asyncio.Protocol):
         """
         self._peer = peer
         self._relays_eof = eof
-        if not peer.transport.is_closing():
-            peer._socket = peer.transport.get_extra_info("socket").fileno()
         if self._arrived:
             data = bytes(self._arrived)
             self._arrived.clear()
             self._resume_reading()
             self._relay(data)
-        if self._at_eof:
+        if self.at_eof:
             self._relay_eof()
 
     def detach(self) -> None:
@@ -128,23 +137,19 @@ class Endpoint(asyncio.Protocol):
     @property
     def has_terminated(self) -> bool:
         """Whether a client has sent Terminate and end of file, so that its backend will exit."""
-        return self._at_eof and self.last.endswith(TERMINATE)
+        return self.at_eof and self.last.endswith(TERMINATE)
 
     @property
     def has_finished(self) -> bool:
         """Whether a client has sent Terminate or end of file."""
-        return self._at_eof or self.last.endswith(TERMINATE)
+        return self.at_eof or self.last.endswith(TERMINATE)
 
-    @property
-    def at_eof(self) -> bool:
-        """Whether no more bytes can arrive here."""
-        return self._at_eof
-
-    async def ended(self) -> None:
-        """Wait until no more bytes can arrive here."""
-        while not self._at_eof:
-            self._changed.clear()
-            await self._changed.wait()
+    def refuse(self, why: RefusedError) -> None:
+        """Stop to relay to and from this client. The first reason is the one it gets."""
+        if self.refusal is None:
+            self.refusal = why
+            if self._peer is not None:
+                self._peer._wake()
 
     def finish(self) -> None:
         """Flush, and shut down the sending side."""
@@ -174,14 +179,12 @@ class Endpoint(asyncio.Protocol):
         Closing a socket with unread bytes resets the connection, and the peer may lose the last
         message.
         """
-        if not self.transport.is_closing():
-            self.finish()
-            try:
+        self.finish()
+        if not self.at_eof and not self.transport.is_closing():
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_DRAIN_SECONDS):
                     while await self.read():
                         pass
-            except TimeoutError:
-                pass
         self.close()
 
     # called by asyncio
@@ -190,6 +193,7 @@ class Endpoint(asyncio.Protocol):
         # uvloop's transports are not instances of asyncio's classes.
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=HIGH_WATER)
+        self._socket: int = transport.get_extra_info("socket").fileno()
         if self._opened is not None:
             self._opened(self)
 
@@ -206,22 +210,22 @@ class Endpoint(asyncio.Protocol):
                 self._pieces = [self.last]
         if self._peer is None:
             self._arrived += data
-            self._changed.set()
+            self._wake()
             if len(self._arrived) > HIGH_WATER:  # until `read` or `join` takes the bytes
                 self.transport.pause_reading()
             return
         self._relay(data)
 
     def eof_received(self) -> bool:
-        self._at_eof = True
-        self._changed.set()
+        self.at_eof = True
+        self._wake()
         if self._peer is not None:
             self._relay_eof()
         return True  # the other direction stays open
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._at_eof = True
-        self._changed.set()
+        self.at_eof = True
+        self._wake()
         if self._peer is not None and self._relays_eof:
             if self._peer.observe is None:
                 self._peer.close()
@@ -247,7 +251,7 @@ class Endpoint(asyncio.Protocol):
             self.transport.write(answer)
         if broken:
             self.finish()  # the client cannot read any more data
-        if tls.ended and not self._at_eof:
+        if tls.ended and not self.at_eof:
             # Later, because the bytes in `data` arrived before it.
             asyncio.get_running_loop().call_soon(self.eof_received)
         return data
@@ -270,11 +274,12 @@ class Endpoint(asyncio.Protocol):
 
 
 async def relay(client: Endpoint, server: Endpoint) -> None:
-    """Relay bytes in both directions until no more bytes can arrive from the server."""
+    """Relay in both directions until the server sends no more, or the client is refused."""
     client.join(server, eof=True)
     server.join(client, eof=False)
     try:
-        await server.ended()
+        while not server.at_eof and client.refusal is None:
+            await server._change()
     finally:
         client.detach()
         server.detach()

@@ -8,13 +8,12 @@ turn on the event loop, where a wait uses no thread and ends when the client dis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from pgtemp.aio import to_its_end, whole
+from pgtemp.aio import to_its_end
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.errors import ClusterError
 
@@ -24,64 +23,57 @@ _SHARE = 4  # threads per server; on two cores, more are no faster
 _TURN_SECONDS = 10.0
 
 
-@dataclass(slots=True)
-class _Turns:
+class _Turns(asyncio.Semaphore):
     """The turns of one server, and the number of calls that have a turn or wait for one."""
 
-    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SHARE))
-    calls: int = 0
+    calls = 0
 
 
 _turns: dict[Path, _Turns] = {}  # by the server's run directory
 
 
-async def in_turn(allocation: Allocation, do: Callable[[], T]) -> T:
-    """Run `do`, a call to the server of an allocation, in a thread; see `aio.whole`.
+async def in_turn(
+    allocation: Allocation, do: Callable[[], T], *, seconds: float | None = _TURN_SECONDS
+) -> T:
+    """Run `do`, a call to the server of an allocation, in a thread until it completes.
+
+    Args:
+        seconds: how long the call waits for its turn; None for no limit.
 
     Raises:
-        ClusterError: other calls occupied the server's threads for too long.
+        ClusterError: other calls occupied the server's threads for that long.
     """
-    async with _turn(allocation, _TURN_SECONDS):
-        return await whole(do)
-
-
-async def in_turn_at_last(allocation: Allocation, do: Callable[[], T]) -> T:
-    """Like `in_turn`, but the call has no deadline, and runs even if the task is cancelled."""
-    waiting = asyncio.ensure_future(_without_deadline(allocation, do))
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        await to_its_end(waiting)
-        raise
-
-
-async def _without_deadline(allocation: Allocation, do: Callable[[], T]) -> T:
-    async with _turn(allocation, None):
-        return await asyncio.to_thread(do)
-
-
-@asynccontextmanager
-async def _turn(allocation: Allocation, seconds: float | None) -> AsyncIterator[None]:
     run_dir = allocation.postmaster.home.path
-    turns = _turns.setdefault(run_dir, _Turns())
+    if (turns := _turns.get(run_dir)) is None:
+        turns = _turns[run_dir] = _Turns(_SHARE)
     turns.calls += 1
     try:
-        await _acquire(turns.free, seconds)
+        await _acquire(turns, seconds)
         try:
-            yield
+            return await _in_thread(do)
         finally:
-            turns.free.release()
+            turns.release()
     finally:
         turns.calls -= 1
         if not turns.calls:
             del _turns[run_dir]
 
 
-async def _acquire(free: asyncio.Semaphore, seconds: float | None) -> None:
+async def _acquire(turns: asyncio.Semaphore, seconds: float | None) -> None:
     try:
-        async with asyncio.timeout(seconds):
-            await free.acquire()
+        async with asyncio.timeout(seconds) if turns.locked() else nullcontext():
+            await turns.acquire()
     except TimeoutError:
         raise ClusterError(
             f"the server did not answer earlier calls within {seconds:g} s", remedy="connect again"
         ) from None
+
+
+async def _in_thread(do: Callable[[], T]) -> T:
+    """Like `aio.whole`, but without a task, which takes longer than the future of a thread."""
+    working = asyncio.get_running_loop().run_in_executor(None, do)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await to_its_end(working)
+        raise

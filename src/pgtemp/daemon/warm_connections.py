@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import OrderedDict, deque
 from collections.abc import Coroutine, Hashable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request
-from pgtemp.daemon.backend import Backend, connect, log_in, plan_statement, prepare
-from pgtemp.daemon.shares import in_turn_at_last
+from pgtemp.daemon.backend import Backend, connect, plan_statement
+from pgtemp.daemon.shares import in_turn
 from pgtemp.errors import PgTempError
 from pgtemp.host import procfs
-from pgtemp.sql.statement_logging import WATCHING
+from pgtemp.options.daemon import DaemonOptions
 from pgtemp.wire.messages import ANY_PLAN, ProtocolError, in_read_only_transaction
 from pgtemp.wire.startup import Startup
 
@@ -38,10 +36,10 @@ MOST_KINDS = 8  # of clients; the kinds seen last
 _IDLE_SECONDS = 60.0
 _REFILL_DELAY = 0.02  # seconds
 _PLAN_SECONDS = 1.0
-# A short switch of `postgres` other than -c: for example, -d and -s turn on logging.
-_SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
+_MIN_CONNECTIONS = 50  # of a server (max_connections)
 
 Kind = tuple[Hashable, int, frozenset[tuple[str, str]]]
+Tasks = set[asyncio.Task[None]]
 
 
 @dataclass(slots=True)
@@ -51,83 +49,201 @@ class WarmConnection:
     allocation: Allocation
     backend: Backend
 
+    @property
+    def outdated(self) -> bool:
+        """Whether it was closed or its server has changed, as far as is known without a query."""
+        allocation = self.allocation
+        return self.backend.server.at_eof or allocation.outdated or allocation.unreachable
 
-@dataclass(slots=True)
-class _KindPool:
+    @property
+    def answers(self) -> bool:
+        """Whether its backend runs: a client can stop the backend of another connection."""
+        key = self.backend.login.key
+        return not self.outdated and (
+            key is None or not procfs.is_stopped(int.from_bytes(key[:4], "big"))
+        )
+
+    @property
+    def usable(self) -> bool:
+        """Whether its backend and its server run."""
+        return self.answers and self.allocation.usable
+
+
+class KindPool:
     """The warm connections for one kind of client.
 
     Attributes:
-        making: the number of connections that are being opened.
-        seen: whether a client of this kind has connected before.
-        refused: whether the server refused the login, or sent more than can be stored.
-        begun: messages that plan the first statement of the last client.
-        plan: the same messages, if the client before started with that statement too.
-        unplanned: messages that could not be planned.
-        taken: when a client of this kind last connected, by the loop's clock.
+        ready: those that no client has taken yet.
+        used_at: when a client of this kind last connected, by the loop's clock.
+        expiry: the timer that drops the kind.
     """
 
-    request: DatabaseRequest
-    startup: Startup
-    ready: deque[WarmConnection] = field(default_factory=deque)
-    making: int = 0
-    seen: bool = False
-    refused: bool = False
-    begun: bytes = b""
-    plan: bytes = b""
-    unplanned: bytes = b""
-    taken: float = 0.0
-    expiry: asyncio.TimerHandle | None = None
+    expiry: asyncio.TimerHandle
+
+    def __init__(
+        self, all_kinds: WarmConnections, request: DatabaseRequest, startup: Startup
+    ) -> None:
+        self._all, self.request, self._startup = all_kinds, request, startup
+        self.ready: deque[WarmConnection] = deque()
+        self.used_at = asyncio.get_running_loop().time()
+        self._watched = database_request.may_log_statements(startup)
+        self._making = 0
+        self._seen = False  # whether a client of this kind has connected before
+        self._closed = False  # whether no more connections are opened
+        self._begun = b""  # messages that plan the first statement of the last client
+        self._plan = b""  # the same messages, if the client before started with that statement too
+        self._unplanned = b""  # messages that could not be planned
+
+    def take(self, *, lasting: bool) -> WarmConnection | None:
+        """Return a warm connection if there is one; start to open the next.
+
+        Args:
+            lasting: whether later clients open new connections to the server, so that it must be
+                usable. Otherwise the open connection shows well enough that the server runs; a
+                query would double the time of this function.
+        """
+        found = None
+        while self.ready and found is None:
+            found = self.ready.popleft()
+            if not (found.usable if lasting else found.answers):
+                self.release(found)
+                found = None
+        if self._seen:
+            # Delay the refill so that it does not compete with this client for a core.
+            asyncio.get_running_loop().call_later(_REFILL_DELAY, self._fill)
+        self._seen = True  # warm connections start with the second client of a kind
+        return found
+
+    def record(self, plan: bytes) -> None:
+        """Record the first statement of a client; see wire/firststatement.py."""
+        self._plan = plan if plan == self._begun != self._unplanned else b""
+        self._begun = plan
+
+    def sweep(self) -> None:
+        """Release outdated connections, so that a stale server can stop."""
+        for warm in [warm for warm in self.ready if warm.outdated]:
+            self.ready.remove(warm)
+            self.release(warm)
+
+    def close(self) -> None:
+        """Release all connections, and open no more."""
+        self._closed = True
+        self.expiry.cancel()
+        while self.ready:
+            self.release(self.ready.popleft())
+
+    def release(self, warm: WarmConnection) -> None:
+        """Close a connection that no client has used, and give its allocation back."""
+        warm.backend.close()
+        self._give_back(warm.allocation, used=False)
+
+    def _give_back(self, allocation: Allocation, *, used: bool) -> None:
+        work = in_turn(
+            allocation,
+            lambda: self._all.isolation.release(allocation, self.request, used=used),
+            seconds=None,
+        )
+        _start(work, self._all.releasing)
+
+    def _fill(self) -> None:
+        while len(self.ready) + self._making < self._all.wanted and not self._closed:
+            self._making += 1
+            _start(self._add_one(), self._all.opening)
+
+    async def _add_one(self) -> None:
+        try:
+            warm = await self._open()
+        except (PgTempError, ProtocolError, OSError) as error:
+            _log.debug("a warm connection could not be opened: %s", error)
+            return
+        finally:
+            self._making -= 1
+        if warm is None:
+            # The client that sends this packet must get the error itself. The kind expires, and is
+            # tried again later.
+            self._closed = True
+        elif self._closed:
+            self.release(warm)
+        else:
+            self.ready.append(warm)
+
+    async def _open(self) -> WarmConnection | None:
+        """Open one; None if the server refuses the login, or sends more than can be stored."""
+        claimed = self._all.isolation.claim(self.request)
+        allocation = claimed.result() if claimed.done() else await asyncio.wrap_future(claimed)
+        backend, warm, used = None, None, False
+        try:
+            backend = await connect(
+                self._all.isolation, allocation, self.request, self._startup, log_in=True
+            )
+            if backend.login.done and not backend.login.failed:
+                used = bool(self._plan)  # the planner may call a function that never returns
+                if allocation.watched or self._watched or await self._plan_on(backend):
+                    warm = WarmConnection(allocation, backend)
+            return warm
+        finally:
+            if warm is None:
+                if backend is not None:
+                    backend.close()
+                self._give_back(allocation, used=used)
+
+    async def _plan_on(self, backend: Backend) -> bool:
+        """Plan the recorded statement, or else a catalog query; return whether it was planned.
+
+        Raises:
+            ProtocolError: the recorded statement could not be planned.
+        """
+        plan, planned = self._plan, False
+        try:
+            async with asyncio.timeout(_PLAN_SECONDS):
+                planned = await plan_statement(
+                    backend, in_read_only_transaction(plan) if plan else ANY_PLAN
+                )
+        except TimeoutError:
+            if not plan:
+                raise
+        if plan and not planned:
+            self._plan, self._unplanned = b"", plan
+            raise ProtocolError("the clients' first statement could not be planned in advance")
+        return planned
 
 
 class WarmConnections:
-    """Warm connections for clients like those seen before."""
+    """Warm connections for clients like those seen before.
 
-    def __init__(self, isolation: Isolation, *, ready: int) -> None:
-        self._isolation = isolation
-        self._wanted = ready
-        self._kinds: OrderedDict[Kind, _KindPool] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+    Attributes:
+        wanted: how many are kept ready for each kind of client.
+        opening: the tasks that open connections.
+        releasing: the tasks that give allocations back.
+    """
 
-    def take(self, request: DatabaseRequest, startup: Startup) -> WarmConnection | None:
-        """Return a warm connection for this client if there is one; start to open the next."""
-        allocation_kind = self._isolation.kind(request)
-        if allocation_kind is None or not self._wanted or database_request.names_session(startup):
+    def __init__(self, isolation: Isolation, options: DaemonOptions) -> None:
+        self.isolation = isolation
+        # Warm connections must not use up a small max_connections that clients need. And a client
+        # that must give a password cannot get a connection that is logged in.
+        limit = str(options.config.get("max_connections", _MIN_CONNECTIONS))
+        few = limit.isdecimal() and int(limit) < _MIN_CONNECTIONS
+        self.wanted = 0 if few or options.password_file is not None else options.pool
+        self._kinds: OrderedDict[Kind, KindPool] = OrderedDict()
+        self.opening: Tasks = set()
+        self.releasing: Tasks = set()
+
+    def kind(self, request: DatabaseRequest, startup: Startup) -> KindPool | None:
+        """Return the warm connections for clients like this one; None if there can be none."""
+        allocation_kind = self.isolation.kind(request)
+        if allocation_kind is None or not self.wanted or database_request.names_session(startup):
             return None  # if the packet names a session, no other client sends the same packet
-        kind = _kind(allocation_kind, startup)
-        pool = self._kinds.setdefault(kind, _KindPool(request, startup))
+        parameters = frozenset(pair for pair in startup.parameters.items() if pair[0] != "database")
+        kind = allocation_kind, startup.version, parameters
+        pool = self._kinds.get(kind)
+        if pool is None:
+            pool = self._kinds[kind] = KindPool(self, request, startup)
+            self._expire(kind, pool)
         self._kinds.move_to_end(kind)
-        pool.taken = asyncio.get_running_loop().time()
-        if pool.expiry is None:
-            self._expire_later(kind, pool, _IDLE_SECONDS)
+        pool.used_at = asyncio.get_running_loop().time()
         while len(self._kinds) > MOST_KINDS:
-            self._drop(next(iter(self._kinds)))
-        found = None
-        while pool.ready and found is None:
-            found = pool.ready.popleft()
-            # An open connection shows that its server runs; a query would double the time of this
-            # function. But for a session, later clients open new connections to the server, so it
-            # must be usable.
-            fit = _usable(found) if request.session is not None else _is_open(found)
-            if not fit:
-                self._do(self._give_back(pool, found))
-                found = None
-        if pool.seen:
-            # Delay the refill so that it does not compete with this client for a core.
-            asyncio.get_running_loop().call_later(_REFILL_DELAY, self._fill, kind, pool)
-        pool.seen = True  # warm connections start with the second client of a kind
-        return found
-
-    def record(self, request: DatabaseRequest, startup: Startup, plan: bytes) -> None:
-        """Record the first statement of a client; see wire/firststatement.py."""
-        allocation_kind = self._isolation.kind(request)
-        pool = (
-            self._kinds.get(_kind(allocation_kind, startup))
-            if allocation_kind is not None
-            else None
-        )
-        if pool is not None:
-            pool.plan = plan if plan == pool.begun != pool.unplanned else b""
-            pool.begun = plan
+            self._kinds.popitem(last=False)[1].close()
+        return pool
 
     def spare(self, request: DatabaseRequest) -> Allocation | None:
         """Return an allocation from a warm connection for another kind of client.
@@ -135,157 +251,46 @@ class WarmConnections:
         For use when no new allocation can be made. If no such connection fits, all warm connections
         are closed, which frees disk space.
         """
-        allocation_kind = self._isolation.kind(request)
+        allocation_kind = self.isolation.kind(request)
         for (other_kind, *_), pool in self._kinds.items():
             if other_kind == allocation_kind and pool.request.user == request.user:
                 while pool.ready:
                     found = pool.ready.pop()
-                    if _usable(found):
+                    if found.usable:
                         found.backend.close()
                         return found.allocation
-                    self._do(self._give_back(pool, found))
-        for kind in list(self._kinds):
-            self._drop(kind)
+                    pool.release(found)
+        self._close_all()
         return None
 
     def sweep(self) -> None:
-        """Release unusable warm connections, so that a stale server can stop."""
+        """Release outdated warm connections, so that a stale server can stop."""
         for pool in self._kinds.values():
-            for warm in [warm for warm in pool.ready if not _usable(warm)]:
-                pool.ready.remove(warm)
-                self._do(self._give_back(pool, warm))
-
-    def _fill(self, kind: Kind, pool: _KindPool) -> None:
-        while len(pool.ready) + pool.making < self._wanted and not pool.refused:
-            if self._kinds.get(kind) is not pool:
-                return
-            pool.making += 1
-            self._do(self._add_one(kind, pool))
+            pool.sweep()
 
     async def close(self) -> None:
-        """Close all warm connections, and wait for the running tasks."""
-        for task in self._tasks:
+        """Close all warm connections, and wait until their allocations are given back."""
+        for task in self.opening:
             task.cancel()
-        for kind in list(self._kinds):
-            self._drop(kind)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close_all()
+        while tasks := self.opening | self.releasing:
+            await asyncio.wait(tasks)
 
-    def _drop(self, kind: Kind) -> None:
-        pool = self._kinds.pop(kind)
-        if pool.expiry is not None:
-            pool.expiry.cancel()
-        while pool.ready:
-            self._do(self._give_back(pool, pool.ready.popleft()))
+    def _close_all(self) -> None:
+        while self._kinds:
+            self._kinds.popitem()[1].close()
 
-    def _expire_later(self, kind: Kind, pool: _KindPool, seconds: float) -> None:
+    def _expire(self, kind: Kind, pool: KindPool) -> None:
+        """Drop a kind if no client has used it for _IDLE_SECONDS; else look again later."""
         loop = asyncio.get_running_loop()
-        pool.expiry = loop.call_later(seconds, self._expire, kind, pool)
-
-    def _expire(self, kind: Kind, pool: _KindPool) -> None:
-        """Drop the warm connections of a kind that no client has used for _IDLE_SECONDS."""
-        left = pool.taken + _IDLE_SECONDS - asyncio.get_running_loop().time()
+        left = pool.used_at + _IDLE_SECONDS - loop.time()
         if left > 0:
-            self._expire_later(kind, pool, left)
+            pool.expiry = loop.call_later(left, self._expire, kind, pool)
         else:
-            self._drop(kind)
-
-    async def _add_one(self, kind: Kind, pool: _KindPool) -> None:
-        try:
-            warm = await self._open(pool)
-        except (PgTempError, ProtocolError, OSError) as error:
-            _log.debug("a warm connection could not be opened: %s", error)
-            return
-        finally:
-            pool.making -= 1
-        if warm is None:
-            # The client that sends this packet must get the error itself. The kind expires, and is
-            # tried again later.
-            pool.refused = True
-        elif self._kinds.get(kind) is pool:
-            pool.ready.append(warm)
-        else:
-            await self._give_back(pool, warm)
-
-    async def _open(self, pool: _KindPool) -> WarmConnection | None:
-        allocation = await asyncio.wrap_future(self._isolation.claim(pool.request))
-        backend: Backend | None = None
-        busy = False
-        try:
-            dbname = await prepare(self._isolation, allocation, pool.request)
-            backend = await connect(allocation, pool.startup, dbname, by_password=False)
-            if await log_in(backend, allocation):
-                watched = allocation.watched or _is_watched(pool.startup)
-                busy = bool(pool.plan)  # the planner may call a function that never returns
-                if watched or await self._plan(pool, backend):
-                    return WarmConnection(allocation, backend)
-        except BaseException:
-            await self._close(pool, allocation, backend, used=busy)
-            raise
-        await self._close(pool, allocation, backend)
-        return None
-
-    async def _plan(self, pool: _KindPool, backend: Backend) -> bool:
-        """Plan the recorded statement, or else a catalog query; return whether it was planned.
-
-        Raises:
-            ProtocolError: the recorded statement could not be planned.
-        """
-        plan = pool.plan
-        if not plan:
-            async with asyncio.timeout(_PLAN_SECONDS):
-                return await plan_statement(backend, ANY_PLAN)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_PLAN_SECONDS):
-                if await plan_statement(backend, in_read_only_transaction(plan)):
-                    return True
-        pool.plan, pool.unplanned = b"", plan
-        raise ProtocolError("the clients' first statement could not be planned in advance")
-
-    async def _give_back(self, pool: _KindPool, warm: WarmConnection) -> None:
-        await self._close(pool, warm.allocation, warm.backend)
-
-    async def _close(
-        self,
-        pool: _KindPool,
-        allocation: Allocation,
-        backend: Backend | None,
-        *,
-        used: bool = False,
-    ) -> None:
-        if backend is not None:
-            backend.close()
-        await in_turn_at_last(
-            allocation, lambda: self._isolation.release(allocation, pool.request, used=used)
-        )
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._kinds.pop(kind).close()
 
 
-def _is_open(warm: WarmConnection) -> bool:
-    if warm.backend.server.at_eof or warm.allocation.outdated:
-        return False
-    # A client can stop the backend of another connection, which then never answers.
-    key = warm.backend.login.key
-    return key is None or not procfs.is_stopped(int.from_bytes(key[:4], "big"))
-
-
-def _usable(warm: WarmConnection) -> bool:
-    return _is_open(warm) and warm.allocation.usable
-
-
-def _is_watched(startup: Startup) -> bool:
-    """Whether the client's parameters may log statements, including those planned in advance."""
-    words = [word for pair in startup.parameters.items() for word in pair]
-    names = " ".join(words).lower().replace("-", "_")
-    switches = startup.parameters.get("options", "")
-    return any(name in names for name in WATCHING) or _SHORT_SWITCH.search(switches) is not None
-
-
-def _kind(allocation_kind: Hashable, startup: Startup) -> Kind:
-    parameters = frozenset(
-        (name, value) for name, value in startup.parameters.items() if name != "database"
-    )
-    return allocation_kind, startup.version, parameters
+def _start(work: Coroutine[Any, Any, None], tasks: Tasks) -> None:
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
