@@ -89,7 +89,7 @@ _FILE_CALLS = {
     "fwalk", "copyfile", "copytree", "copy2", "move",
 }  # fmt: skip
 # Receivers whose methods of these names do nothing with a path of the file system.
-_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "place"}
+_NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "place", "image"}
 # The modules in which every function uses descriptors, or runs as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
@@ -111,7 +111,10 @@ _PATHS = {
     "templates/recipe.py:_files": "files that a recipe names",
     "templates/recipe.py:_watched": "files that a recipe names",
     "templates/recycle.py:Reuse._begin": "/dev/null",
-    "sql/dump_restore.py:_is_archive": "a dump that an option names",
+    "sql/dump_restore.py:_check_plain": "a file that the user specified",
+    "sql/dump_restore.py:_decompressed": "a file that the user specified, and a temporary copy",
+    "sql/dump_restore.py:uncompressed": "a file that the user specified",
+    "sql/dump_restore.py:_head": "a dump that an option names",
     "sql/dump_restore.py:dump": "the directory of a dump, by a descriptor",
     "sql/dump_restore.py:psql_on_terminal": "the terminal",
     "django/creation.py:_files": "the project's migrations",
@@ -162,6 +165,11 @@ _PATHS = {
     "supervisor/leftovers.py:sweep": "names of run directories",
     "supervisor/leftovers.py:sweep_directory": "a run directory, by a descriptor",
     "supervisor/supervision.py:guarded": "/dev/null",
+    "templates/migrations.py:_any_contains": "a directory that the user specified",
+    "templates/migrations.py:_has": "a directory that the user specified",
+    "templates/migrations.py:_head": "a file that the user specified",
+    "templates/migrations.py:_is_named": "a directory that the user specified",
+    "templates/migrations.py:_sql_in": "a directory that the user specified",
     "testing/persisted.py:_remove_old_runs": "names in the caller's folder of persisted data",
     "testing/persisted.py:directory_for": "the folder of kept data, which is the caller's",
 }

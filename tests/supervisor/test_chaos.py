@@ -131,9 +131,8 @@ def test_a_daemon_that_stops_during_a_storm(
             storm.run(CLIENTS, 60)
             status, errors = ending.result()
         assert not storm.violations
-        if number == signal.SIGKILL:
-            # The next start sweeps the run directories of a supervisor that was killed before.
-            Daemon("--data-dir-prefix", str(disk[0])).end()
+        # The next start sweeps the run directories of a supervisor that was killed before.
+        Daemon("--data-dir-prefix", str(disk[0])).end()
         check_nothing_left(storm, status, errors)
         assert status == (0 if number == signal.SIGTERM else -number)
     except BaseException as error:
