@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,20 @@ def test_a_configuration_below_another_users_directory(theirs: Path, option: str
     path = link(theirs / "conf", theirs.parent / "ours" / "secret")
     with pytest.raises(OptionError, match="another user's link"):
         PgTempDB(**{option: path}).start()
+
+
+@AS_ROOT
+def test_a_hard_link_in_a_directory_that_others_can_write_to(tmp_path: Path) -> None:
+    """Another user may have linked a file of root there; root does not write to it."""
+    secret = tmp_path / "secret"
+    secret.write_text("of root")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.link(secret, shared / "log")
+    for mode, refused in ((0o1777, True), (0o755, False)):
+        shared.chmod(mode)
+        with ExitStack() as expected:
+            if refused:
+                expected.enter_context(pytest.raises(ForeignFileError, match="another name"))
+            os.close(reach.open_file(shared / "log", os.O_WRONLY | os.O_APPEND))
+    assert secret.read_text() == "of root"

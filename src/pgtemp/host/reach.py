@@ -139,7 +139,11 @@ def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
         shared = at.uid is not None or os.fstat(at.fd).st_mode & 0o022
         careful = os.O_NOFOLLOW | (os.O_NONBLOCK if shared else 0)
         fd = os.open(at.name, flags | careful | os.O_CLOEXEC, 0o600, dir_fd=at.fd)
-        owner = os.fstat(fd).st_uid
+        status = os.fstat(fd)
+        owner = status.st_uid
+        if writes and shared and stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            os.close(fd)  # another user may have linked a file of root
+            raise ForeignFileError(at.path, "has another name, too")
         if (writes and owner not in (0, os.geteuid())) or (at.uid is not None and owner != at.uid):
             os.close(fd)
             raise ForeignFileError(at.path, f"belongs to uid {owner}")
