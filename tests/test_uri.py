@@ -66,6 +66,56 @@ def test_an_invalid_uri_is_one_line_with_a_remedy(uri: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql+asyncpg://me:geheim@localhost:6543/app",
+        "postgres+psycopg2://me:geheim@localhost:6543/app",
+        "postgresql+psycopg://me:geheim@localhost:6543/app?sslmode=disable",
+        "jdbc:postgresql://localhost:6543/app?user=me&password=geheim",
+        "jdbc:postgresql://localhost:6543/app?user=me&password=geheim&currentSchema=x&ssl=false",
+        "postgresql://me:geheim@localhost:6543/app?schema=public",
+        "postgresql://me:geheim@localhost:6543/app?connection_limit=5&pgbouncer=true",
+        "postgresql://me:geheim@localhost:6543/app?schema=public&pool_timeout=2&socket_timeout=3",
+        "postgresql://me:geheim@localhost:6543/app?serverVersion=16&charset=utf8",
+        "POSTGRES://me:geheim@localhost:6543/app",
+    ],
+)
+def test_forms_for_drivers_are_read(uri: str) -> None:
+    parsed = parse(uri)
+    assert (parsed.host, parsed.port, parsed.user) == ("localhost", 6543, "me")
+    assert (parsed.password, parsed.dbname) == ("geheim", "app")
+
+
+@pytest.mark.parametrize("character", "@/?#:%& \"'")
+@pytest.mark.parametrize("rest", ["@localhost/app", "@localhost:6543/app?x=1", "@localhost"])
+def test_no_part_of_a_password_is_shown(character: str, rest: str) -> None:
+    """A password with a character that is not encoded makes the URL wrong in many ways."""
+    uri = f"postgresql://me:gehe{character}imnis{rest}"
+    try:
+        parsed = parse(uri)
+    except OptionError as error:
+        message = str(error)
+        assert "gehe" not in message and "imnis" not in message
+        assert "%40" in message or "remove" in message
+    else:
+        assert parsed.password is not None and "gehe" in parsed.password
+    assert "gehe" not in redact(uri) and "imnis" not in redact(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "cause"),
+    [
+        ("postgresql://a:1,b:2/app", "several hosts; keep one"),
+        ("postgresql://localhost/app?nonsense=1", "the parameter nonsense is not known; remove it"),
+        ("postgresql://localhost:x/app", "the port is not a number"),
+    ],
+)
+def test_the_cause_is_named(uri: str, cause: str) -> None:
+    with pytest.raises(OptionError, match=cause):
+        parse(uri)
+
+
 def test_redact_hides_every_form_of_password() -> None:
     assert "geheim" not in redact("postgresql://me:geheim@h/d")
     assert "geheim" not in redact("postgresql://me@h/d?password=geheim&x=1")

@@ -16,6 +16,18 @@ from psycopg.errors import ProgrammingError
 from pgtemp.errors import OptionError
 
 _EXAMPLE = "write it like postgresql://user:password@localhost:6543/dbname"
+_ENCODE = "write @, :, /, ? and # in a password as %40, %3A, %2F, %3F and %23"
+_NOT_READABLE = "it is not a valid URI"
+_NO_PORT = "the port is not a number from 1 to 65535"
+_SCHEME = re.compile(r"(?:jdbc:)?postgres(?:ql)?(?:\+\w+)?://", re.I)
+# Parameters with which drivers and ORMs describe themselves, their pools and their default schema.
+_OF_CLIENTS = re.compile(
+    r"(schema|currentSchema|connection_limit|pool_timeout|socket_timeout|pgbouncer|"
+    r"statement_cache_size|prepared_statement_cache_size|prepareThreshold|preferQueryMode|"
+    r"reWriteBatchedInserts|ApplicationName|serverVersion|charset|encoding|pool_\w+|max_\w+|"
+    r"sslaccept|sslidentity|sslpassword|ssl|stringtype|async_fallback|driver|uselibpqcompat)=",
+    re.I,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +84,15 @@ class PartialInfo:
 
 
 def redact(uri: str) -> str:
-    """The URL with its password replaced, for messages."""
-    uri = re.sub(r"(//[^:/@?]*:)[^?]*@", r"\1***@", uri)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", uri)
+    """The URL with its password replaced, for messages; it may replace more than the password."""
+    uri = re.sub(r"(//[^:/@?]*:).*@", r"\1***@", uri)
+    return re.sub(r"(pass(?:word|wd)?=)[^&\s]*", r"\1***", uri, flags=re.I)
 
 
 def parse(uri: str, source: str = "") -> PartialInfo:
-    """Parse a URL.
+    """Parse a URL, also in a form for a driver (postgresql+asyncpg://, jdbc:postgresql://).
+
+    Parameters of the query that only describe a client, such as connection_limit, are ignored.
 
     Args:
         source: the origin of the URL, such as the name of a variable; used in error messages.
@@ -87,19 +101,27 @@ def parse(uri: str, source: str = "") -> PartialInfo:
         OptionError: the text is not a PostgreSQL URL, or contains a value that is not valid.
     """
     shown = f"{source} {redact(uri)!r}".lstrip()
-    if not uri.startswith(("postgresql://", "postgres://")):
+    scheme = _SCHEME.match(uri)
+    if scheme is None:
         raise OptionError(f"{shown} is not a PostgreSQL URI", remedy=_EXAMPLE)
+    address, mark, query = uri[scheme.end() :].partition("?")
+    pairs = [pair for pair in query.split("&") if pair and not _OF_CLIENTS.match(pair)]
     try:
-        parameters = conninfo_to_dict(uri)
+        parameters = conninfo_to_dict(f"postgresql://{address}{mark}{'&'.join(pairs)}")
     except ProgrammingError as error:
-        # libpq quotes the URI, including the password
-        reason = str(error).strip().replace(uri, redact(uri))
-        raise OptionError(f"{shown} is not a PostgreSQL URI: {reason}", remedy=_EXAMPLE) from None
+        # libpq quotes what it could not read, which may be a part of the password.
+        unknown = re.search(r'invalid URI query parameter: "(\w+)"', str(error))
+        cause = f"the parameter {unknown[1]} is not known" if unknown else _NOT_READABLE
+        remedy = f"remove it; {_EXAMPLE}" if unknown else f"{_ENCODE}; {_EXAMPLE}"
+        raise OptionError(f"{shown}: {cause}", remedy=remedy) from None
     port = None
     if (given := parameters.get("port")) is not None:
+        if "," in str(given) or "," in str(parameters.get("host", "")):
+            raise OptionError(f"{shown} has several hosts", remedy=f"keep one; {_EXAMPLE}")
         port = int(given) if str(given).isdecimal() else 0
         if not 1 <= port <= 65535:
-            raise OptionError(f"{shown}: {given!r} is not a port", remedy=_EXAMPLE)
+            # The text may be a part of a password that contains a slash.
+            raise OptionError(f"{shown}: {_NO_PORT}", remedy=f"{_ENCODE}; {_EXAMPLE}")
 
     def text(name: str) -> str | None:
         value = parameters.get(name)

@@ -29,7 +29,8 @@ _SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
 
 def read(startup: Startup) -> DatabaseRequest:
     """Return the database request. Raises NoDatabaseError if it is missing or ambiguous."""
-    dbname, tilde, session = startup.dbname.partition("~")
+    # Some drivers do not decode the path of a URL, in which ~ may be written as %7E.
+    dbname, tilde, session = re.sub("%7E", "~", startup.dbname, flags=re.I).partition("~")
     sessions = {session} if tilde else set()
     if names_session(startup):
         sessions |= {value for name, value in _settings(startup) if name.lower() == SETTING}
