@@ -108,7 +108,7 @@ def test_no_part_of_a_password_is_shown(character: str, rest: str) -> None:
     [
         ("postgresql://a:1,b:2/app", "several hosts; keep one"),
         ("postgresql://localhost/app?nonsense=1", "the parameter nonsense is not known; remove it"),
-        ("postgresql://localhost:x/app", "the port is not a number"),
+        ("postgresql://localhost:x/app", "'x' is not a port"),
     ],
 )
 def test_the_cause_is_named(uri: str, cause: str) -> None:

@@ -18,7 +18,7 @@ from pgtemp.errors import OptionError
 _EXAMPLE = "write it like postgresql://user:password@localhost:6543/dbname"
 _ENCODE = "write @, :, /, ? and # in a password as %40, %3A, %2F, %3F and %23"
 _NOT_READABLE = "it is not a valid URI"
-_NO_PORT = "the port is not a number from 1 to 65535"
+_NO_PORT = "the text after the host is not a port"
 _SCHEME = re.compile(r"(?:jdbc:)?postgres(?:ql)?(?:\+\w+)?://", re.I)
 # Parameters with which drivers and ORMs describe themselves, their pools and their default schema.
 _OF_CLIENTS = re.compile(
@@ -120,8 +120,9 @@ def parse(uri: str, source: str = "") -> PartialInfo:
             raise OptionError(f"{shown} has several hosts", remedy=f"keep one; {_EXAMPLE}")
         port = int(given) if str(given).isdecimal() else 0
         if not 1 <= port <= 65535:
-            # The text may be a part of a password that contains a slash.
-            raise OptionError(f"{shown}: {_NO_PORT}", remedy=f"{_ENCODE}; {_EXAMPLE}")
+            if "@" in uri:  # the text may be a part of a password that contains a slash
+                raise OptionError(f"{shown}: {_NO_PORT}", remedy=f"{_ENCODE}; {_EXAMPLE}")
+            raise OptionError(f"{shown}: {given!r} is not a port", remedy=_EXAMPLE)
 
     def text(name: str) -> str | None:
         value = parameters.get(name)

@@ -180,3 +180,8 @@ def test_control_characters_are_escaped_in_errors(
     if isinstance(error, ClusterError):
         assert output.splitlines()[1].strip() == "a\\x1b[2J"
         assert len(output.splitlines()) == 3
+
+
+def test_single_and_a_server_for_each_lease() -> None:
+    uri = "postgresql://localhost:29391/x"
+    check_error("--single", "--isolation", "cluster", uri, word="leave out single or isolation")

@@ -20,7 +20,7 @@ from pgtemp.supervisor.leftovers import PREFIX
 from pgtemp.wire.messages import (
     startup_message,
 )
-from support import Daemon, children, eventually, homes, run_pgtemp
+from support import Daemon, at, children, eventually, homes, one, run_pgtemp
 
 DaemonType = type[Daemon]
 
@@ -41,6 +41,23 @@ def test_each_connection_gets_its_own_database(
         assert row[2].startswith(any_version)
         directories = {c.execute("SHOW data_directory").fetchone() for c in (one, two)}
         assert len(directories) == (1 if isolation == "database" else 2)
+
+
+def test_single_takes_names_literally(daemon: DaemonType) -> None:
+    """A tilde is part of the name; two names are two databases, which a client creates itself."""
+    served = daemon("--single")
+    with psycopg.connect(at(served, "test"), autocommit=True) as connection:
+        for name in ("app~one", "app~two", "app~template"):
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+    for name in ("app~one", "app~two", "app~template"):
+        assert one(at(served, name), "SELECT current_database()::text") == name
+        assert one(at(served, name), "SELECT count(*) FROM pg_class WHERE relname = 't'") == 0
+        with psycopg.connect(at(served, name)) as connection:
+            connection.execute("CREATE TABLE t ()")
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        psycopg.connect(at(served, "app~three"))
+    with pytest.raises(psycopg.OperationalError, match="with --single there are no sessions"):
+        psycopg.connect(at(served, "test"), options="-c pgtemp.session=one")
 
 
 def test_single_is_one_server_for_all(daemon: DaemonType) -> None:

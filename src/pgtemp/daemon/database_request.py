@@ -27,8 +27,18 @@ _USUAL = {
 _SHORT_SWITCH = re.compile(r"(^|\s)-[^c\s-]")
 
 
-def read(startup: Startup) -> DatabaseRequest:
-    """Return the database request. Raises NoDatabaseError if it is missing or ambiguous."""
+def read(startup: Startup, *, literal: bool) -> DatabaseRequest:
+    """Return the database request. Raises NoDatabaseError if it is missing or ambiguous.
+
+    Args:
+        literal: whether ~ is part of a name, and there are no sessions (`--single`).
+    """
+    if literal:
+        if names_session(startup):
+            raise NoDatabaseError(
+                "with --single there are no sessions", remedy=f"leave out {SETTING}"
+            )
+        return DatabaseRequest(startup.user, clip(startup.dbname))
     # Some drivers do not decode the path of a URL, in which ~ may be written as %7E.
     dbname, tilde, session = re.sub("%7E", "~", startup.dbname, flags=re.I).partition("~")
     sessions = {session} if tilde else set()

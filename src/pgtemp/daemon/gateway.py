@@ -49,6 +49,7 @@ class Gateway:
     ) -> None:
         self._isolation = isolation
         self._shares_servers = options.shares_servers
+        self._literal = options.single
         self._server_version = server_version
         self._leases = Leases(isolation, options)
         self._cancels = Cancels()
@@ -173,7 +174,7 @@ class Gateway:
             PgTempError, RefusedError: the client gets no database; an UnreachableError if another
                 server may serve it.
         """
-        request = database_request.read(startup)
+        request = database_request.read(startup, literal=self._literal)
         inspection = walsender_inspection(startup) if self._shares_servers else None
         lease = await self._leases.enter(request, startup, client)
         try:

@@ -207,6 +207,11 @@ class DaemonOptions(ServerOptions):
                     f"watch={one!r}: it does not start with the name of a template",
                     remedy="write NAME=GLOB",
                 )
+        if self.single and self.isolation == "cluster":
+            raise OptionError(
+                "with single there is one server, so isolation=cluster cannot be used",
+                remedy="leave out single or isolation",
+            )
         if self.single and self.templates:
             raise OptionError(
                 "with single there is one database, so templates cannot be used",
