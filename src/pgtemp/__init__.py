@@ -55,8 +55,8 @@ _HOMES = {
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        # On first use, because the supervisor process is a module of this package too, and must not
-        # wait for psycopg.
+        # Import on first use: the supervisor process also imports this package, and must not wait
+        # until psycopg is imported.
         from importlib import import_module
 
         if name not in __all__ and name != "aio":

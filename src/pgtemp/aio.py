@@ -327,7 +327,7 @@ class _OnLoop:
 
     @property
     def __wrapped__(self) -> Callable[[str], object]:
-        return self.build  # recipe.py finds the original function by this attribute
+        return self.build  # recipe.py finds the original function through this attribute
 
     def __call__(self, uri: str) -> object:
         result = self.build(uri)
