@@ -1,4 +1,4 @@
-"""Create extensions by name; if one is not installed, the error names the package to install."""
+"""Create extensions by name; if one is not installed, the error states the package to install."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from pgtemp.errors import OptionError
 
 ALL = "all"
 _log = logging.getLogger("pgtemp")
-# The NAME in the package of an extension. Packages of Debian and Ubuntu are called
-# postgresql-MAJOR-NAME; the extensions of PostgreSQL itself are in postgresql-contrib on other
-# systems. An extension that is not listed here has its own name, with - for _.
+# PostgreSQL's own extensions (contrib, in PostgreSQL 15 to 18). On Debian and Ubuntu, the package
+# of the server contains them; on other systems, postgresql-contrib does.
+_CONTRIB = {
+    "adminpack", "amcheck", "autoinc", "bloom", "btree_gin", "btree_gist", "citext", "cube",
+    "dblink", "dict_int", "dict_xsyn", "earthdistance", "file_fdw", "fuzzystrmatch", "hstore",
+    "insert_username", "intagg", "intarray", "isn", "lo", "ltree", "moddatetime", "old_snapshot",
+    "pageinspect", "pg_buffercache", "pg_freespacemap", "pg_logicalinspect", "pg_prewarm",
+    "pg_stat_statements", "pg_surgery", "pg_trgm", "pg_visibility", "pg_walinspect", "pgcrypto",
+    "pgrowlocks", "pgstattuple", "postgres_fdw", "refint", "seg", "sslinfo", "tablefunc", "tcn",
+    "tsm_system_rows", "tsm_system_time", "unaccent", "uuid-ossp", "xml2",
+}  # fmt: skip
+# PostgreSQL's procedural languages, and extensions for them, are in packages of Debian and Ubuntu
+# called postgresql-LANGUAGE-MAJOR.
+_LANGUAGES = {"plperl": "plperl", "plpython3u": "plpython3", "pltcl": "pltcl"}
+# Packages of other extensions are called postgresql-MAJOR-NAME. For an extension that is not listed
+# here, NAME is the extension's own name with "-" in place of "_".
 _PACKAGES = {
     "vector": "pgvector",
     "postgis": "postgis-3",
     "postgis_topology": "postgis-3",
     "postgis_raster": "postgis-3",
-    "timescaledb": "timescaledb",
     "pg_cron": "cron",
     "pg_partman": "partman",
     "pg_repack": "repack",
-    "pg_hint_plan": "pg-hint-plan",
-    "plpython3u": "plpython3",
-    "pltcl": "pltcl",
-    "hll": "hll",
-    "orafce": "orafce",
-    "pgtap": "pgtap",
-    "pgrouting": "pgrouting",
-    "rum": "rum",
-    "h3": "h3",
 }
 
 
@@ -43,11 +46,11 @@ def create(connection: psycopg.Connection[Any], names: Sequence[str], major: int
 
     Args:
         connection: an autocommit connection to the database, as a superuser.
-        names: the names of extensions; "all" is every available extension that can be created.
-        major: the major version of PostgreSQL, for the name of a package.
+        names: the names of extensions; "all" means every available extension that can be created.
+        major: the major version of PostgreSQL, which package names contain.
 
     Raises:
-        OptionError: an extension is not installed; the error names the installed extensions and
+        OptionError: an extension is not installed; the error states the installed extensions and
             the package.
         psycopg.Error: an extension is installed but PostgreSQL could not create it.
     """
@@ -77,11 +80,23 @@ def _create_all(connection: psycopg.Connection[Any], available: Sequence[str]) -
 
 
 def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
-    package = f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"
     close = difflib.get_close_matches(name, available, n=1)
     remedy = f"did you mean {close[0]}? otherwise " if close else ""
+    what = "postgresql-contrib" if name in _CONTRIB else "it"
     return OptionError(
         f"the extension {name!r} is not installed for this PostgreSQL {major}",
-        remedy=f"{remedy}install it (on Debian and Ubuntu: apt-get install {package})",
+        remedy=f"{remedy}install {what} "
+        f"(on Debian and Ubuntu: apt-get install {_package(name, major)}), "
+        "or use a PostgreSQL that contains it (bin_dir)",
         details=["available: " + (", ".join(available) or "none")],
     )
+
+
+def _package(name: str, major: int) -> str:
+    """Return the package of Debian and Ubuntu that contains an extension."""
+    if name in _CONTRIB:
+        return f"postgresql-{major}"
+    for language, package in _LANGUAGES.items():
+        if language in name:  # plperlu, jsonb_plperl
+            return f"postgresql-{package}-{major}"
+    return f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"
