@@ -34,17 +34,17 @@ _TAR_TOC = b"toc.dat"  # the first member of the tar format
 _HINTS = (
     (
         r'role ".*" does not exist',
-        "dump it with --no-owner --no-privileges, or put CREATE ROLE at its start",
+        "dump it with --no-owner --no-privileges, or add CREATE ROLE at its start",
     ),
     (
         r"unrecognized configuration parameter|unsupported version",
-        "it was made by a newer PostgreSQL; request that version",
+        "it was created by a newer PostgreSQL; request that version",
     ),
     (r"canceling statement due to statement timeout", "another session locks a table; close it"),
     (r'role ".*" already exists', "use pg_dump rather than pg_dumpall"),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
-        "the file may be compressed, or not be a dump; decompress it first",
+        "the file may be compressed, or may not be a dump; decompress it first",
     ),
 )
 
@@ -55,16 +55,17 @@ def load(
     """Load a dump into a database.
 
     Args:
-        to: the database; it is reached without a password.
+        to: the database; no password is used.
         dump: plain SQL, or pg_dump's custom, tar or directory format.
         all_or_nothing: load it in one transaction, so that a bad dump does not change the database.
 
     Raises:
-        TransferError: it could not be loaded; the error contains the program's message and line.
+        TransferError: it could not be loaded; the error contains the program's message and the line
+            number.
     """
     path = Path(dump).absolute()
     if not path.exists():
-        raise TransferError(f"{path} does not exist", remedy="name an existing dump")
+        raise TransferError(f"{path} does not exist", remedy="specify an existing dump")
     argv: list[str | Path]
     with step(f"loading {path.name}"):
         if _is_archive(path):
@@ -74,7 +75,7 @@ def load(
         else:
             argv = [installation.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
             argv += ["--single-transaction"] if all_or_nothing else []
-            # A file that is in another encoding says so (SET client_encoding).
+            # A file in another encoding sets it (SET client_encoding).
             argv += ["-d", conninfo(to, client_encoding="UTF8"), "-f", path]
         result = processes.run(argv, cwd=path.parent)
     if result.returncode != 0:
@@ -92,11 +93,12 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     with (
         step(f"dumping {source.dbname} to {path.name}"),
         _write_errors(path),
-        reach.locate(path) as place,  # a link of the caller is followed and remains
+        reach.locate(path) as place,  # follows a link of the caller, and does not replace it
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
-            raise TransferError(f"{path} is not a regular file", remedy="name another file")
-        # A new file in an open directory: a file that another user puts there is never written.
+            raise TransferError(f"{path} is not a regular file", remedy="specify another file")
+        # A new file in an open directory: pgtemp never writes to a file that another user creates
+        # there.
         fresh = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         output = os.open(fresh, _NEW, 0o600, dir_fd=place.fd)
         try:
@@ -104,7 +106,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 [
                     installation.program("pg_dump"),
                     f"--lock-wait-timeout={_LOCK_WAIT}",
-                    # pg_dump ignores errors when it writes to standard output itself.
+                    # pg_dump ignores errors when it writes directly to standard output.
                     "--file=/dev/stdout",
                     "-d",
                     conninfo(source),
@@ -113,7 +115,8 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 output=output,
             )
             if result.returncode != 0:
-                raise _failed(cause, result, path.parent, "make room, or name another file")
+                remedy = "free some space, or specify another file"
+                raise _failed(cause, result, path.parent, remedy)
             os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
         except BaseException:
             os.unlink(fresh, dir_fd=place.fd)
@@ -137,7 +140,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TransferError(
-            f"{path} cannot be written: {error.strerror}", remedy="name another file"
+            f"cannot write to {path}: {error.strerror}", remedy="specify another file"
         ) from error
 
 
