@@ -52,7 +52,7 @@ _HOMES = {
     "Template": "pgtemp.template",
 }
 
-if not TYPE_CHECKING:  # a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
     def __getattr__(name: str) -> object:
         # Import on first use: the supervisor process also imports this package, and must not wait
