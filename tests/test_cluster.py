@@ -315,7 +315,7 @@ def test_the_same_name_from_another_template_is_another_build(cluster: Cluster) 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "\udc80"])
 def test_what_cannot_name_a_template(cluster: Cluster, name: str) -> None:
-    with pytest.raises(OptionError, match="is not a valid name of a template"):
+    with pytest.raises(OptionError, match="is not a valid template name"):
         cluster.template(name, build=make_table)
 
 

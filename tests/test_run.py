@@ -57,7 +57,7 @@ def test_a_loaded_dump(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["no-such-command"], 127, "there is no command 'no-such-command'"),
+        (["no-such-command"], 127, "command 'no-such-command' not found"),
         (["/etc/passwd"], 126, "cannot be run: Permission denied"),
         ([], 2, "Missing argument"),
     ],

@@ -52,11 +52,11 @@ _HOMES = {
     "Template": "pgtemp.template",
 }
 
-if not TYPE_CHECKING:  # a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
     def __getattr__(name: str) -> object:
-        # On first use, because the supervisor process is a module of this package too, and must not
-        # wait for psycopg.
+        # Import on first use: the supervisor process also imports this package, and must not wait
+        # until psycopg is imported.
         from importlib import import_module
 
         if name not in __all__ and name != "aio":

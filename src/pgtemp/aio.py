@@ -1,8 +1,8 @@
 """PgTempDB, Cluster, Template and Database for asyncio; every operation runs in a thread.
 
 Cancelling a task does not stop a thread. If a plain `await to_thread(start)` were cancelled while a
-server starts, the server would be left running. Here, a cancelled task waits for the thread and
-undoes its work before it raises CancelledError.
+server starts, the server would keep running. In this module, a cancelled task waits for the thread
+and undoes its work before it raises CancelledError.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class Template:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """Return a template that starts from this one."""
+        """Return a template that starts from this template."""
         on_loop = _on_loop(build)
         return Template(
             await whole(lambda: self._template.template(name, on_loop, key=key, watch=watch))
@@ -311,7 +311,7 @@ class _OnLoop:
 
     @property
     def __wrapped__(self) -> Callable[[str], object]:
-        return self.build  # recipe.py finds the original function by this attribute
+        return self.build  # recipe.py finds the original function through this attribute
 
     def __call__(self, uri: str) -> object:
         result = self.build(uri)

@@ -5,11 +5,11 @@
         with app.database() as db:
             psycopg.connect(db.uri)
 
-Starting a server takes thirty milliseconds, making a clone ten; a clone that is ready takes none.
+Starting a server takes thirty milliseconds, creating a clone ten; a ready clone takes none.
 
-Each template is built in a server of its own, and its clones are in another server, which starts
-on the image of the first. If the result of a template follows from its inputs, the image is cached
-on disk. The cluster's main server is the first one that was started.
+Each template is built in a separate server, and its clones are in another server, which starts on
+the image of the first. If the result of a template follows from its inputs, the image is cached on
+disk. The cluster's main server is the first server that was started.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RESTARTED = "the cluster was stopped and started again while the template was b
 class Cluster:
     """A PostgreSQL server for many databases. Keyword arguments are `pgtemp.ServerOptions`.
 
-    The server starts when it is first needed. `dbname` is not used: databases are made by
+    The server starts when it is first needed. `dbname` is not used: databases are created by
     `database()` and by templates. `dump` and `load` are not allowed: use `Database.dump()`, and a
     template with `build=`.
 
@@ -85,7 +85,7 @@ class Cluster:
         self._serving = replace(self._options, config={**options.config, **settings})
         self._owner = os.getpid()
         self._plan: Plan | None = None
-        self._servers: list[Template] = []  # each has a server; the first is the main one
+        self._servers: list[Template] = []  # each has a server; the first is the main server
         self._made: dict[str, tuple[object, Future[Template]]] = {}
         self._empty: Template | None = None
         self._changing = threading.RLock()
@@ -137,8 +137,8 @@ class Cluster:
             watch: glob patterns of files; the template is rebuilt when their contents change.
 
         Raises:
-            PgTempError: the build failed; nothing is left behind. An error of a callable is raised
-                unchanged.
+            PgTempError: the build failed; nothing is left behind. An exception of a callable is
+                raised unchanged.
         """
         return self._template(name, recipe_of(build, key, watch), None)
 
@@ -167,13 +167,13 @@ class Cluster:
             return self._empty
 
     def _template(self, name: str, recipe: Recipe, parent: Template | None) -> Template:
-        """Build each name once; concurrent callers wait for the build and get its error."""
+        """Build each template once; concurrent callers wait for the build and get its error."""
         self._check_owner()
         clones.check_name(name)
         if parent is not None and recipe.data_dir is not None:
             raise OptionError(
-                f"{recipe.data_dir} is a data directory, and cannot start from {parent.name!r}",
-                remedy="make it a template of the cluster",
+                f"{recipe.data_dir} is a data directory, which cannot start from {parent.name!r}",
+                remedy="create it with Cluster.template()",
             )
         with self._changing:
             plan = self._running()
@@ -184,7 +184,7 @@ class Cluster:
             if known != (recipe, parent):
                 raise OptionError(
                     f"the template {name!r} was already built with another recipe or parent",
-                    remedy="give each template a name of its own",
+                    remedy="use a different name for each template",
                 )
             return future.result()
         try:
@@ -214,7 +214,7 @@ class Cluster:
         Args:
             plan: the cluster's plan when the template was requested.
             planned: the plan of servers with the template.
-            built: the builder that holds its image, if the image is not cached.
+            built: the builder that owns its image, if the image is not cached.
         """
         with self._changing:
             if self._running() is not plan:
@@ -230,7 +230,7 @@ class Cluster:
         if self._owner != os.getpid():
             raise ClusterError(
                 "the cluster belongs to the process that this one was forked from",
-                remedy="make one in this process",
+                remedy="create one in this process",
             )
 
     def _running(self) -> Plan:

@@ -19,14 +19,14 @@ from pgtemp.uri import ConnectionInfo, redact
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A copy of a database at one point in time; made by `Database.snapshot`."""
+    """A copy of a database at one point in time; created by `Database.snapshot`."""
 
     name: str
     dbname: str
 
 
 class Database:
-    """One clone, with a URL. It is given back by `close()` or at the end of `with`."""
+    """One clone, with a URL. It is returned to the pool by `close()` or at the end of `with`."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Database:
         *,
         is_clone: bool = True,
     ) -> None:
-        """Databases are made by `Template.database` and `Cluster.database`.
+        """Use `Template.database` or `Cluster.database` to create databases.
 
         Args:
             server: the handle of the server that contains the database.
             shared: the same server.
-            pool: the pool that the database is given back to.
+            pool: the pool to which the database is returned.
             is_clone: whether it is a clone of the server's template; False for a copy of a clone.
         """
         self.shared = shared
@@ -57,7 +57,7 @@ class Database:
         if self._warm is not None:
             self.connections.append(self._warm.connection)
         self._info = replace(server.info, dbname=dbname)
-        self.was_shown = False  # whether clients may have connected in other ways than by `connect`
+        self.was_shown = False  # whether clients may have connected without `connect`
 
     @property
     def info(self) -> ConnectionInfo:
@@ -108,7 +108,7 @@ class Database:
     def psql(self, command: str | None = None) -> str:
         r"""Return the output of psql for a command: SQL, or a command of psql such as `\d`.
 
-        Without a command, psql runs on the terminal until it exits; the result is then "".
+        Without a command, psql runs on the terminal until it exits, and the result is "".
 
         Raises:
             TransferError: the command failed, or there is no terminal.
@@ -146,7 +146,7 @@ class Database:
         self.shared.replace(self.dbname, snapshot.dbname)
 
     def fork(self) -> Database:
-        """Return a new database that is a copy of this one; this one must have no other sessions.
+        """Return a new database that is a copy of this one, which must have no other sessions.
 
         Raises:
             ClusterError: other sessions are connected; the error lists them.
@@ -155,7 +155,7 @@ class Database:
         return Database(self._server, self.shared, self._pool, copy, is_clone=False)
 
     def close(self) -> None:
-        """Give the database and its snapshots back, to be dropped in the background.
+        """Return the database and its snapshots to the pool, which drops them in the background.
 
         A database that is provably unmodified is handed out again.
         """
@@ -174,7 +174,7 @@ class Database:
 
     @property
     def closed(self) -> bool:
-        """Whether the database was given back."""
+        """Whether the database was returned to the pool."""
         return not self._open
 
     def _reuse(self, dbname: str) -> str | None:
@@ -191,13 +191,13 @@ class Database:
     def _disconnect(self) -> None:
         """Close the connections that `connect` and `aconnect` have opened."""
         for connection in self.connections:
-            # As close() does; AsyncConnection.close() would need an event loop.
+            # close() does the same; AsyncConnection.close() would need an event loop.
             connection.pgconn.finish()
         self.connections.clear()
 
     def _check_open(self) -> None:
         if not self._open:
-            raise ClusterError(f"{self.dbname} is closed", remedy="claim another")
+            raise ClusterError(f"{self.dbname} is closed", remedy="claim another database")
 
     def _copy(self, prefix: str) -> str:
         self._check_open()

@@ -1,6 +1,6 @@
 """Check everything that servers need on this machine, with a verdict and a remedy for each item.
 
-The checks do not guess, they try: they write files, set locales and start a server.
+The checks do not guess but try: they write files, set locales and start a server.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Check:
 
     Attributes:
         name: the name of the check.
-        verdict: "warning": pgtemp works, but more slowly or with fewer features than possible;
-            "failed": servers do not work.
+        verdict: "ok"; "warning": pgtemp works, but more slowly or with fewer features than
+            possible; "failed": servers do not work.
         found: a description of the result.
         cure: the remedy; "" if none is needed.
     """
@@ -85,7 +85,7 @@ def _locale(_: ServerOptions) -> _Finding:
     try:
         locale.setlocale(locale.LC_ALL, wanted)
     except locale.Error:
-        cure = "install it (on Debian it is in the package libc-bin)"
+        cure = "install it (on Debian: package libc-bin)"
         return "failed", f"the locale {wanted} does not exist", cure
     finally:
         locale.setlocale(locale.LC_ALL, before)
@@ -111,12 +111,13 @@ def _socket_path(options: ServerOptions) -> _Finding:
 def _loopback(_: ServerOptions) -> _Finding:
     addresses = ports.loopback_addresses("localhost")
     if not addresses:
-        return "failed", "localhost is not this machine", "add `127.0.0.1 localhost` to /etc/hosts"
+        cure = "add `127.0.0.1 localhost` to /etc/hosts"
+        return "failed", "localhost does not resolve to this machine", cure
     for address in addresses:
         if reason := ports.bind_error(address, 0):
-            cure = "turn IPv6 on, or remove ::1 from /etc/hosts"
-            return "warning", f"localhost is also {address}, but {reason}", cure
-    return "ok", "localhost is " + " and ".join(addresses), ""
+            cure = "enable IPv6, or remove ::1 from /etc/hosts"
+            return "warning", f"localhost also resolves to {address}, but {reason}", cure
+    return "ok", "localhost resolves to " + " and ".join(addresses), ""
 
 
 def _cache(_: ServerOptions) -> _Finding:
@@ -128,7 +129,7 @@ def _cache(_: ServerOptions) -> _Finding:
     found = f"{cache} ({kind}, {disk_space.free_text(cache)}), "
     found += f"{len(images)} images, {size} MB including programs"
     if kind in _NETWORK:
-        cure = "name a directory on a local disk in PGTEMP_CACHE_DIR"
+        cure = "set PGTEMP_CACHE_DIR to a directory on a local disk"
         return "warning", f"{found}; locks on {kind} are not reliable", cure
     return "ok", found, ""
 
@@ -150,7 +151,7 @@ def _reflink(options: ServerOptions) -> _Finding:
 def _supervision(_: ServerOptions) -> _Finding:
     if not os.path.exists("/proc/self/stat"):
         cure = "mount /proc" if sys.platform == "linux" else ""
-        return "warning", "no /proc: processes of a killed server cannot be found", cure
+        return "warning", "no /proc: the processes of a killed server cannot be found", cure
     if not hasattr(os, "pidfd_open"):
         found = "this Python has no pidfd_open: a forked child may delay the stop of servers"
         return "warning", found, ""
@@ -189,8 +190,8 @@ def _extensions(options: ServerOptions) -> _Finding:
         major = db.installation.major
     names = [str(name) for (name,) in rows]
     if _CONTRIB not in names:
-        cure = f"install postgresql-contrib of {major}, or use another PostgreSQL"
-        return "warning", f"only {', '.join(names)}: this PostgreSQL has no contrib", cure
+        cure = f"install postgresql-contrib for {major}, or use another PostgreSQL"
+        return "warning", f"only {', '.join(names)}: this PostgreSQL lacks contrib", cure
     return "ok", f"{len(names)} for PostgreSQL {major}: {', '.join(names)}", ""
 
 

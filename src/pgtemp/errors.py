@@ -1,7 +1,8 @@
-"""The exceptions of pgtemp: each has a cause, the details of what was tried, and a remedy.
+"""The exceptions of pgtemp: each states a cause, the details of what was tried, and a remedy.
 
 Every error that a caller may want to catch is a PgTempError. Its first line is enough to act on;
-the lines below it list what was tried, or quote PostgreSQL. This module knows nothing of servers.
+the lines below it list what was tried, or quote PostgreSQL. This module does not depend on the rest
+of pgtemp.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class LimitError(PgTempError):
 
 
 class NoDatabaseError(PgTempError):
-    """The requested database name does not stand for a database that can be leased."""
+    """The requested database name does not denote a database that can be leased."""
 
 
 class PgTempWarning(UserWarning):

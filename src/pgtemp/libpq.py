@@ -1,8 +1,8 @@
 """libpq's environment variables, on which connections to pgtemp's servers must not depend.
 
-A variable such as PGHOSTADDR or PGSSLMODE, set for another server, would lead a connection there,
-or require features that pgtemp's servers lack. libpq itself lists its variables, so a variable of a
-later version is known as well. Only those that describe the client apply.
+A variable such as PGHOSTADDR or PGSSLMODE, set for another server, would redirect a connection to
+that server, or require features that pgtemp's servers lack. libpq itself lists its variables, so
+pgtemp also ignores those of later versions. Only variables that describe the client apply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from psycopg import pq
 
 from pgtemp.uri import ConnectionInfo
 
-# What a client is, not what it connects to; a test may set these.
+# Parameters that describe the client rather than the server; a test may set these.
 _OF_THE_CLIENT = ("application_name", "client_encoding", "options", "connect_timeout")
 _ALWAYS_GIVEN = ("host", "port", "user", "password", "dbname")
 # Values that have the effect of an unset parameter, if "" does not have it.
@@ -97,7 +97,7 @@ async def aconnect(kind: type[A], info: ConnectionInfo, given: Mapping[str, Any]
 
 @contextmanager
 def without_service() -> Iterator[None]:
-    """Hide the variable PGSERVICE for a block: libpq fails if the service is not defined.
+    """Hide the variable PGSERVICE for a block, because libpq fails if the service is not defined.
 
     It is the only variable that no parameter can replace.
     """

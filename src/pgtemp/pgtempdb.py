@@ -57,7 +57,7 @@ class PgTempDB:
         """Return a handle for an options object.
 
         Args:
-            source: the image or directory that the server is copied from; None is the one that
+            source: the image or directory that the server is copied from; None selects the one that
                 the options determine.
         """
         self = cls.__new__(cls)
@@ -94,7 +94,7 @@ class PgTempDB:
             if not ports.loopback_addresses(parts.host):
                 raise OptionError(
                     f"{redact(uri)!r}: {parts.host} is not this machine",
-                    remedy="give localhost; servers listen on this machine only",
+                    remedy="specify localhost; servers listen only on this machine",
                 )
             handle._host = parts.host
         return handle
@@ -107,7 +107,7 @@ class PgTempDB:
         """
         with self._changing:
             if self._postmaster is None:
-                # Start the supervisor first: it is ready by the time that it is needed.
+                # Start the supervisor first, so that it is ready when it is needed.
                 supervision.current()
                 addresses = ports.loopback_addresses(self._host) if self.options.tcp else []
                 plan = server_setup.plan(self.options, addresses)
@@ -180,11 +180,11 @@ class PgTempDB:
 
         Args:
             directory: the directory; it must not exist yet.
-            databases: the databases to note, each with its origin, such as the name of a test;
+            databases: the databases to record, each with its origin, such as the name of a test;
                 `pgtemp open` opens the first.
 
         Raises:
-            ClusterError: the directory could not be written; nothing is left behind.
+            ClusterError: the directory is not writable; nothing is left behind.
         """
         note = Note(self.options.user, next(iter(databases)), databases)
         persisted.store(self._running_postmaster(), Path(directory).absolute(), note)
@@ -302,6 +302,6 @@ _running: weakref.WeakSet[PgTempDB] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """Stop all running servers when the interpreter exits; they are dumped and persisted."""
+    """Dump, persist and stop all running servers when the interpreter exits."""
     for handle in list(_running):
         handle.stop()

@@ -31,7 +31,7 @@ _OPENS = "pgtemp_open"  # the property of a report with the command that opens a
 
 @pytest.fixture(scope="session")
 def pgtemp_cluster(_pgtemp_suite: Suite) -> Cluster:
-    """The server for this process's tests, a `pgtemp.Cluster`."""
+    """The server for the tests of this process, a `pgtemp.Cluster`."""
     return _pgtemp_suite.cluster
 
 
@@ -69,7 +69,7 @@ def pgtemp_factory(
     pgtemp_cluster: Cluster,
     pgtemp_template: Build | Recipe | None,
 ) -> Iterator[Callable[..., Database]]:
-    """A function that makes databases for the test; it takes the mark's keyword arguments."""
+    """A function that creates databases for the test; it takes the mark's keyword arguments."""
     yield from _claims(request, _pgtemp_suite, pgtemp_cluster, pgtemp_template)
 
 
@@ -92,7 +92,7 @@ def _pgtemp_suite(pytestconfig: pytest.Config) -> Suite:
     suite = Suite(
         pytest_config.chosen(pytestconfig), pytestconfig.rootpath, pytestconfig.stash[_RUN]
     )
-    # Closed in pytest_sessionfinish: the report of the last test is made after fixture teardown.
+    # Closed in pytest_sessionfinish: the report of the last test is created after fixture teardown.
     pytestconfig.stash[_SUITE] = suite
     return suite
 
@@ -124,7 +124,7 @@ def _claims(
         if left := [line for database in claimed for line in left_open(database)]:
             _warn(node, left)
     finally:
-        if not isinstance(node, pytest.Item):  # a test's case ends later, after its report
+        if not isinstance(node, pytest.Item):  # for a test, `end` is called later, after its report
             case.end()
 
 
@@ -132,7 +132,7 @@ def _needs_of_mark(mark: pytest.Mark | None) -> Needs:
     from pgtemp.testing.requirements import needs_of
 
     if mark is not None and mark.args:
-        raise pytest.UsageError("@pytest.mark.pgtemp takes keyword arguments only")
+        raise pytest.UsageError("@pytest.mark.pgtemp takes only keyword arguments")
     return needs_of(mark.kwargs if mark is not None else {})
 
 
@@ -166,7 +166,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Pass the run's name to a worker of pytest-xdist: all workers belong to one run."""
+    """Pass the run's name to a worker of pytest-xdist, because all workers belong to one run."""
     node.config.stash[_HAS_WORKERS] = True
     node.workerinput["pgtemp_run"] = node.config.stash[_RUN].name
 
@@ -181,7 +181,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the servers, and remove the templates that workers cached for their run only."""
+    """Stop the servers, and remove the templates that workers cached only for this run."""
     stash = session.config.stash
     if (suite := stash.get(_SUITE, None)) is not None:
         from pgtemp.testing.terminal import close

@@ -20,12 +20,12 @@ from pgtemp.templates.builder import TemplateBuilder
 from pgtemp.templates.recipe import Build, Recipe
 
 READY = 2  # the number of ready clones of each template that is in use
-# A test connects to its database within this time; the pool makes the next one afterwards.
+# A test connects to its database within this time; the pool creates the next one afterwards.
 _PAUSE_SECONDS = 0.004
 
 
 class Template:
-    """A sealed database that others are cloned from; made by `Cluster.template`."""
+    """A sealed database that others are cloned from; created by `Cluster.template`."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class Template:
 
         Args:
             plan: the plan of servers with the template.
-            builder: the builder that holds its image, if the image is not cached.
+            builder: the builder that owns its image, if the image is not cached.
             options: the options of the server.
-            derive: makes a template of a name and a recipe that starts from this one.
+            derive: a function that returns a template with a name and a recipe, based on this one.
         """
         self.name = name
         self.dbname = plan.template or admin_sql.BASE
@@ -56,7 +56,7 @@ class Template:
         """Claim a clone from the pool.
 
         Raises:
-            PgTempError: the clone could not be made.
+            PgTempError: the clone could not be created.
         """
         return Database(self._server, self._shared, self._pool, self._pool.take())
 
@@ -68,15 +68,16 @@ class Template:
         key: str | None = None,
         watch: Sequence[StrPath] = (),
     ) -> Template:
-        """Return a template that starts from this one; see `Cluster.template`."""
+        """Return a template that starts from this template; see `Cluster.template`."""
         return self._derive(name, recipe_of(build, key, watch), self)
 
     def _persist(self, dbname: str, origin: str, directory: Path) -> Path:
         """Persist a database when the server stops; return the directory.
 
         Args:
-            origin: the origin to note, such as a test's name.
-            directory: the directory for the server's data, if no other database chose it already.
+            origin: the origin to record, such as a test's name.
+            directory: the directory for the server's data, unless another database has already
+                determined it.
         """
         self._persisted.setdefault(dbname, origin)
         self._directory = self._directory or directory
@@ -97,7 +98,7 @@ class Template:
             self._discard()
 
     def _discard(self) -> None:
-        """Stop the server; threads that still make or drop databases in it fail at once."""
+        """Stop the server; threads that still create or drop databases in it fail immediately."""
         self._shared.interrupt()
         self._pool.refuse()
         try:

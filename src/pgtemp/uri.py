@@ -1,7 +1,7 @@
 """Connection information: immutable, with conversions to a URL, libpq keywords and environment.
 
-libpq's own parser, called through psycopg, reads URLs (PostgreSQL docs, 34.1.1 "Connection
-Strings"). A password appears only in the values that are documented to contain it, never in a repr.
+libpq's own parser, called through psycopg, reads URLs (PostgreSQL docs, "Connection Strings"). A
+password appears only in the values that are documented to contain it, never in a repr.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConnectionInfo:
 
     @property
     def uri(self) -> str:
-        """A URL that every driver understands, with the password."""
+        """The URL of the database, with the password, as libpq and most drivers accept it."""
         login = quote(self.user, safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")

@@ -100,7 +100,7 @@ def test_a_missing_postgresql_lists_the_searched_directories(open_dir: Path) -> 
     """The error lists the directories that were searched and the commands that fix it."""
     result = run_pgtemp("--bin-dir", str(open_dir), "postgresql://localhost:6999/x")
     assert result.returncode == 2
-    assert str(open_dir) in result.stderr and "holds postgres and initdb" in result.stderr
+    assert str(open_dir) in result.stderr and "contains postgres and initdb" in result.stderr
     result = run_pgtemp("--pg-version", ">90", "postgresql://localhost:6999/x")
     assert result.returncode == 2
     assert "/usr/lib/postgresql" in result.stderr and "apt-get install postgresql" in result.stderr

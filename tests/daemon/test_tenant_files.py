@@ -243,7 +243,7 @@ def test_a_dump_into_a_shared_directory(open_dir: Path, secret: Path, planted: s
             os.mkfifo(path)
     with PgTempDB() as db:
         to = ConnectionInfo(host=str(db.socket_dir), port=db.port, user=db.user, dbname=db.dbname)
-        with pytest.raises(TransferError, match=r"is another user's link|is not a regular file"):
+        with pytest.raises(TransferError, match=r"is a link of another user|is not a regular file"):
             dump_restore.dump(db.installation, to, path)
     assert [name for name in os.listdir(open_dir) if name != "dump.sql"] == []
 
@@ -260,7 +260,7 @@ def test_a_log_in_a_shared_directory(open_dir: Path, secret: Path, planted: str)
         else:
             path.write_text("")
     with (
-        pytest.raises(OptionError, match=r"server\.log cannot be written"),
+        pytest.raises(OptionError, match=r"cannot write to .*server\.log"),
         PgTempDB(log_path=path),
     ):
         pass

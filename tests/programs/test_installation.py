@@ -51,13 +51,31 @@ def test_a_missing_version_lists_directories_and_remedies() -> None:
         search.find(None, ">=17.50,<18")
 
 
+@pytest.mark.parametrize(
+    ("present", "cause"),
+    [
+        ((), "it does not contain postgres or initdb"),
+        (("postgres",), "it does not contain initdb"),
+        (("initdb",), "it does not contain postgres"),
+    ],
+)
+def test_the_error_names_exactly_the_missing_programs(
+    tmp_path: Path, present: tuple[str, ...], cause: str
+) -> None:
+    for name in present:
+        (tmp_path / name).touch(mode=0o755)
+    with pytest.raises(InstallationError) as caught:
+        search.find(tmp_path, None)
+    assert caught.value.details == (f"looked at bin_dir: {tmp_path}: {cause}",)
+
+
 def test_an_invalid_version_is_an_error() -> None:
     with pytest.raises(OptionError, match="sixteen"):
         search.find(None, "sixteen")
 
 
 def test_the_error_names_a_missing_program(tmp_path: Path) -> None:
-    with pytest.raises(InstallationError, match="has no pg_dump"):
+    with pytest.raises(InstallationError, match="does not contain pg_dump"):
         Installation(tmp_path, "18.1").program("pg_dump")
 
 

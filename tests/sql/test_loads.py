@@ -151,7 +151,7 @@ def test_an_error_in_a_compressed_file_names_it(db: Database, tmp_path: Path) ->
 FAULTS = {
     "clean": ("DROP TABLE public.item;\n", "--if-exists"),
     "clean, a constraint": ("ALTER TABLE ONLY public.item DROP CONSTRAINT c;\n", "--if-exists"),
-    "a role": ("CREATE TABLE t (); ALTER TABLE t OWNER TO nobody_else;\n", "put CREATE ROLE"),
+    "a role": ("CREATE TABLE t (); ALTER TABLE t OWNER TO nobody_else;\n", "add CREATE ROLE"),
     "an extension": ("CREATE EXTENSION vector_of_tests;\n", "vector-of-tests"),
     "an extension with a schema": (
         'CREATE EXTENSION IF NOT EXISTS "no-such" WITH SCHEMA public;\n', "apt-get install"),
@@ -180,4 +180,4 @@ def test_an_archive_whose_role_is_missing(db: Database, tmp_path: Path) -> None:
     path.write_bytes(dumped.stdout)
     with pytest.raises(TransferError, match="create its roles first") as caught:
         db.load(path)
-    assert "put CREATE ROLE" not in str(caught.value)
+    assert "add CREATE ROLE" not in str(caught.value)

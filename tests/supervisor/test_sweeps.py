@@ -252,7 +252,7 @@ def test_incomplete_images_are_swept(open_dir: Path) -> None:
         (images / f"{name}.building").mkdir()
     with locks.locked(images / "living.lock"):
         result = run_pgtemp("sweep", env={"PGTEMP_CACHE_DIR": str(open_dir / "cache")})
-    assert f"{images / 'dead.building'}, which was never finished" in result.stdout
+    assert f"{images / 'dead.building'}, which was left incomplete" in result.stdout
     assert [one.name for one in images.glob("*.building")] == ["living.building"]
 
 

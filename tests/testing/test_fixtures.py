@@ -121,10 +121,13 @@ def test_the_mark(project: Project) -> None:
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("tempalte=None", "pgtemp knows no tempalte= for a test; give template, isolation"),
-        ("isolation='server'", "there is no such isolation; give 'database' or 'cluster'"),
-        ("rollback=True, isolation='cluster'", "rollback=True is for a database that tests share"),
-        ("extensions='vector'", "not a list; give a list of names"),
+        (
+            "tempalte=None",
+            "unknown keyword argument tempalte for a test; specify template, isolation",
+        ),
+        ("isolation='server'", "unknown isolation; specify 'database' or 'cluster'"),
+        ("rollback=True, isolation='cluster'", "rollback=True cannot be combined with isolation="),
+        ("extensions='vector'", "not a list; specify a list of names"),
         ("extensions=['no_such_thing']", "'no_such_thing' is not installed"),
         ("config={'port': 1}", "the setting port cannot be changed"),
         ("template='nowhere.sql'", "nowhere.sql"),
@@ -299,7 +302,7 @@ def test_options(project: Project) -> None:
         assert message in result.output
     project.write("pytest.ini", "[pytest]\npgtemp_log = some")
     result = project.run()
-    assert "pgtemp_log = some in the ini file: there is no such choice" in result.output
+    assert "pgtemp_log = some in the ini file: not an allowed value" in result.output
 
 
 def test_a_template_that_cannot_be_built_is_built_once(project: Project) -> None:

@@ -147,7 +147,7 @@ def test_the_limit_of_persisted_databases(persisting: Project) -> None:
     assert result.count("failed") == 4
     assert len(persisting.persisted_databases()) == 2
     assert (
-        result.output.count("not persisted: 2 databases are persisted already (--pgtemp-keep-most)")
+        result.output.count("not persisted: 2 databases are already persisted (--pgtemp-keep-most)")
         == 2
     )
 

@@ -1,1 +1,1 @@
-"""Allocations: the databases or servers that leases get, and the allocators that make them."""
+"""Allocations: the databases or servers that leases get, and the allocators that create them."""

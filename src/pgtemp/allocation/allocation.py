@@ -19,13 +19,14 @@ class Allocation:
         postmaster: the server that contains the database.
         dbname: the name of the database; "" if it does not exist yet.
         roles: the users that it was prepared for.
-        number: the lease's number, used in names of dumps and persisted data; 0 without a lease.
-        allocator: the allocator that made it; None if no allocator did.
+        number: the number of the lease, used in the names of dumps and persisted data; 0 without a
+            lease.
+        allocator: the allocator that created it; None if no allocator did.
         shared: the server, if it is shared with other leases.
-        epoch: the epoch of `shared` when the allocation was made.
+        epoch: the epoch of `shared` when the allocation was created.
         watched: whether settings of the server log or report every statement.
         unreachable: whether the server did not answer.
-        since: the time of the file system when a lease got it, in nanoseconds since the epoch.
+        since: the file system's time when a lease got it, in nanoseconds since the epoch.
         preparing: a lock that is held while the allocation is prepared for a user.
     """
 
@@ -58,21 +59,21 @@ class Allocation:
 
     @property
     def outdated(self) -> bool:
-        """Whether its server has changed since, as far as is known without a query."""
+        """Whether its server is known to have changed since; no query is sent."""
         return self.shared is not None and (self.shared.stale or self.epoch != self.shared.epoch)
 
     @property
     def alive(self) -> bool:
-        """Whether its server runs and is reachable."""
+        """Whether its server is running and reachable."""
         return not self.unreachable and alive(self.postmaster)
 
     def give_up(self) -> None:
-        """Mark the server unreachable: no client gets this or another allocation in it."""
+        """Mark the server unreachable, so that no client gets this or another allocation in it."""
         self.unreachable = True
         self.mark_unreachable()
 
     def mark_unreachable(self) -> None:
-        """Make the allocator give no other client an allocation in this server."""
+        """Prevent the allocator from giving other clients allocations in this server."""
         if self.shared is not None:
             self.shared.mark_stale()
             alive(self.postmaster)  # logs the reason; a stale server is not checked again
@@ -86,7 +87,7 @@ class Allocation:
 
 
 class Allocator(Protocol):
-    """Makes allocations for leases.
+    """Creates allocations for leases.
 
     `claim` returns an allocation, immediately if one is ready; `prepare` prepares it for a user;
     `release` takes it back. `prepare`, `release`, `interrupt` and `close` block for milliseconds,

@@ -1,4 +1,4 @@
-"""Allocates databases in a shared server, of one template; see the protocol in allocation.py."""
+"""Allocates databases of one template in a shared server; implements allocation.py's protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgtemp.sql.persisted_note import Note, try_note
 from pgtemp.sql.server_setup import Plan
 
 _log = logging.getLogger("pgtemp")
-_MORE = 8  # by how much the number of ready databases may grow while many clients connect
+_MORE = 8  # additional ready databases while many clients connect
 _TRIES = 3
 
 
@@ -36,7 +36,7 @@ class DatabaseAllocator:
         self._keep = plan.options.persist
         self._superuser = plan.options.user
         self._current: LeasedServer | None = None
-        self._servers: set[LeasedServer] = set()  # all that are running
+        self._servers: set[LeasedServer] = set()  # all running servers
         self._closed = False
         self._changing = threading.Lock()
         self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE)
@@ -62,7 +62,7 @@ class DatabaseAllocator:
                 return allocation
             self.dispose(allocation)  # the server became stale in the meantime
         raise ClusterError(
-            f"{_TRIES} servers in a row became stale while a database was made in them",
+            f"{_TRIES} servers in a row became stale while a database was created in them",
             remedy="see the log",
         )
 
@@ -105,14 +105,14 @@ class DatabaseAllocator:
                 allocation.roles.add(user)
 
     def release(self, allocation: Allocation, *, used: bool) -> None:
-        """Check what the lease left outside its database, and drop that in the background."""
+        """Run the leak check, and drop the lease's database in the background."""
         shared = _server_of(allocation)
         try:
             if used and not shared.stale and not self._keep:
                 shared.check_leaks(allocation.dbname)
             elif not used and not shared.stale:
                 shared.take_unused(allocation.dbname)
-        except Exception as error:  # it is not known what the lease left
+        except Exception as error:  # it is unknown what the lease left
             shared.mark_stale()
             if not self._closed and alive(shared.postmaster):
                 _log.warning(
@@ -125,7 +125,7 @@ class DatabaseAllocator:
                 allocation.number = 0
             if shared.stale:
                 self._pool.renew()
-            # A database that is already owned by one user cannot be given to another.
+            # A database that is already owned by a user cannot be given to another user.
             if used or (allocation.roles and not self._superusers):
                 self._pool.retire(allocation, None if self._keep else self._reuse)
             else:
@@ -151,14 +151,14 @@ class DatabaseAllocator:
         return self._allocation(shared, dbname)
 
     def made_by_hand(self, dbname: str) -> bool:
-        """Return whether a client that has a lease created a database of this name."""
+        """Return whether a client created a database of this name within its lease."""
         return any(one.occupied and _has(one, dbname) for one in list(self._servers))
 
     def interrupt(self, *, discard: bool) -> None:
-        """Hand out nothing more; stop the servers without waiting.
+        """Hand out no more allocations; stop the servers without waiting.
 
-        Servers whose data is still needed are not stopped, but their processes are continued if
-        they were stopped (SIGSTOP).
+        Servers whose data is still needed are not stopped; their processes are continued if a
+        client stopped them (SIGSTOP).
         """
         self._closed = True
         self._pool.refuse()
@@ -169,7 +169,7 @@ class DatabaseAllocator:
                 shared.postmaster.unblock()
 
     def close(self) -> None:
-        """Make no more allocations; stop each server when its last database is dropped."""
+        """Create no more allocations; stop each server when its last database is dropped."""
         with self._changing:
             self._closed = True
             self._current = None

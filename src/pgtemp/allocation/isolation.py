@@ -23,7 +23,7 @@ class DatabaseRequest:
 
     Attributes:
         user: the role that the client logs in as.
-        dbname: the name of a template, or any other name of the client's choice.
+        dbname: the name of a template, or any other name that the client chooses.
         session: connections that name the same session share a lease; None for a lease that is
             not shared.
     """
@@ -42,7 +42,7 @@ class Isolation(Protocol):
     """How connections are isolated from each other."""
 
     def open(self) -> None:
-        """Prepare for leases. Raises PgTempError if none could be made."""
+        """Prepare for leases. Raises PgTempError if no lease could be created."""
 
     def share(self, request: DatabaseRequest) -> Hashable:
         """Return a key that is equal for all connections that share a lease.
@@ -71,15 +71,15 @@ class Isolation(Protocol):
 
     def release(self, allocation: Allocation, request: DatabaseRequest, *, used: bool) -> None: ...
     def interrupt(self) -> None:
-        """Stop whatever pending calls wait for, because the daemon is shutting down.
+        """Unblock all pending calls, because the daemon is shutting down.
 
-        Servers whose data is not needed any more are stopped; in the others, processes that were
-        stopped (SIGSTOP) are continued. The method does not wait. Only `release` and `close` may
-        be called after it.
+        Servers whose data is no longer needed are stopped; in the others, processes that a client
+        stopped (SIGSTOP) are continued. The method does not wait. Only `release` and `close` may be
+        called after it.
         """
 
     def close(self) -> None: ...
 
     @property
     def single_server(self) -> Postmaster | None:
-        """The one server of all leases; without it, the daemon cannot continue."""
+        """The only server, without which the daemon cannot continue; None if there are several."""

@@ -5,10 +5,10 @@ them, and dropping it does not remove them. The leak check compares the shared c
 earlier state.
 
 Every server also has the databases `template0`, `template1` and `postgres`. The first two accept no
-connections, and the leak check detects a change of that. `postgres` has to accept pgtemp's own
-connections, so the leak check searches its catalogs for new objects whenever the server's counters
-show that there was another session or that a row was changed. Names are compared as bytes,
-independently of their encoding.
+connections, and the leak check detects if a client changes that. `postgres` must accept pgtemp's
+own connections, so the leak check searches its catalogs for new objects whenever the server's
+counters show another session or a changed row. Names are compared as bytes, independently of their
+encoding.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pgtemp.host.tree import Tree
 from pgtemp.sql import admin_sql
 from pgtemp.sql.connection import Connection
 
-# The kind of an object, its name, the database that it is dropped with, and its other properties.
-# The other properties are compared by their hash: a comment may have hundreds of megabytes.
+# The kind of an object, its name, the database that it is dropped with, and a hash of its other
+# properties, because a comment may have hundreds of megabytes.
 _SHARED = """
 SELECT kind, name, dbname,
   CASE kind WHEN 'counters' THEN rest ELSE encode(sha256(textsend(rest)), 'hex') END
@@ -90,7 +90,7 @@ _VERSION = """
 SELECT encode(sha256(textsend(xmin::text)), 'hex') FROM pg_database WHERE datname = $1
 """
 _ROLE, _SYSTEM, _COUNTERS = "role", "ALTER SYSTEM", "counters"
-# A superuser can write these files, if necessary by a program; the server reads them at the next
+# A superuser can write these files, if necessary with a program; the server reads them at the next
 # reload.
 _FILES = (
     ("postgresql.auto.conf", _SYSTEM),
@@ -105,7 +105,8 @@ class LeakCheck:
 
     Attributes:
         data_dir: the data directory of the server.
-        ours: returns whether pgtemp itself creates and drops a database of this name.
+        ours: a function that returns whether pgtemp itself creates and drops a database of this
+            name.
         template: the database that others are cloned from.
     """
 
@@ -164,7 +165,7 @@ class LeakCheck:
             self._before[_ROLE, name] = row[0]
 
     def knows_role(self, name: str) -> bool:
-        """Whether there should be a role of that name."""
+        """Whether a role of that name is expected to exist."""
         return (_ROLE, name) in self._before
 
     def found(self, connection: Connection) -> list[tuple[str, str]]:
@@ -229,19 +230,19 @@ class LeakCheck:
         }
 
     def _changed(self, connection: Connection, counters: str) -> str:
-        """Return a text that changes if an object in the maintenance database changes.
+        """Return a string that changes if an object in the maintenance database changes.
 
-        It also changes if a row is deleted there.
+        It also changes if a row is deleted in that database.
         """
         ((statement,),) = connection.ask(_OBJECTS, self._began).fetchall()
         row = connection.execute(statement.encode()).fetchone()
         # The number of deleted rows, the time of the last reset of the counters, and the newest
         # objects. The latter are needed because a walsender is not counted as a session, and it can
-        # switch off the counting of its rows (track_counts).
+        # disable the counting of its rows (track_counts).
         return f"{row} {counters.split()[3:]}"
 
     def _stamp(self, name: str) -> str:
-        """Return a text that changes if a file is written; programs cannot set its change time."""
+        """Return a string that changes if a file is written; no program can set its change time."""
         try:
             with Tree.open(self.data_dir) as data:
                 status = data.status(name)

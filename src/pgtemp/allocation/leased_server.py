@@ -1,4 +1,4 @@
-"""A shared server of the daemon: each database is for one lease, and may be of another tenant."""
+"""A shared server of the daemon, in which each database is for one lease."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SHORT_SECONDS = 2.0  # for a query whose answer only improves an error message
 
 
 def printable(text: str) -> str:
-    """Return a text for the log on a single line, even if a client put control characters in it."""
+    """Return a text as a single line for the log; control characters of a client are escaped."""
     return text if text.isprintable() else ascii(text)
 
 
 def alive(postmaster: Postmaster) -> bool:
-    """Return whether a server runs and is not stopped (SIGSTOP); log a warning if not."""
+    """Return whether a server is running and not stopped (SIGSTOP); if it is not, log a warning."""
     try:
         postmaster.check()
     except PgTempError as error:
@@ -88,7 +88,7 @@ class LeasedServer(SharedServer):
 
     @property
     def answers(self) -> bool:
-        """Whether it runs and has answered all statements of pgtemp."""
+        """Whether it is running and has answered all statements of pgtemp."""
         if self._admins.unanswered:
             _log.warning("PostgreSQL (pid %d) does not answer", self.postmaster.pid)
             return False
@@ -96,7 +96,7 @@ class LeasedServer(SharedServer):
 
     @property
     def stale(self) -> bool:
-        """Whether its state is no longer clean or known, so that it gets no new leases."""
+        """Whether its state is no longer known to be clean, so that it gets no new leases."""
         return self._stale
 
     def mark_stale(self) -> None:
@@ -104,7 +104,7 @@ class LeasedServer(SharedServer):
         self._stale = True
 
     def check(self) -> None:
-        """Mark it stale if it does not run or does not answer."""
+        """Mark it stale if it is not running or does not answer."""
         if self._stale:
             return
         if not self.answers:
@@ -161,7 +161,7 @@ class LeasedServer(SharedServer):
         """Create the role of a client that gets a lease, unless it exists. Raises PgTempError.
 
         Args:
-            owns: a database that the role shall own; None for none.
+            owns: a database that the role will own; None for none.
         """
         if user not in self._roles:
             with self._checking, self.connection() as connection:
@@ -182,13 +182,13 @@ class LeasedServer(SharedServer):
             return admin_sql.exists(connection, dbname)
 
     def check_leaks(self, dbname: str) -> None:
-        """Find what an ended lease left outside its database, and clean up if possible.
+        """Find the leaks of an ended lease outside its database, and clean up if possible.
 
-        Leaked roles are dropped if there is no other lease that they could belong to. After any
-        other leak the server is stale. An exception means that it is not known what was left.
+        Leaked roles are dropped if they cannot belong to another lease. After any other leak the
+        server is stale. After an exception it is unknown what the lease leaked.
         """
         with self._checking, self.connection() as connection:
-            # A session that is still running could leave more behind.
+            # A session that is still running could cause further leaks.
             admin_sql.disconnect_all(connection, dbname)
             if admin_sql.has_drop_obstacles(connection, dbname):
                 self._clones.dispose(dbname)
@@ -205,9 +205,9 @@ class LeasedServer(SharedServer):
                 found = self._leaks.clean(connection, found)
             if found:
                 self.mark_stale()
-            # A dropped role is created again when a client with its name connects.
+            # A dropped role is created again when a client of that name connects.
             self._roles = self.plan.users
-        _log.info("a lease left %s: %s", names, "a new server" if found else "cleaned up")
+        _log.info("a lease left %s: %s", names, "the server is replaced" if found else "cleaned up")
 
     def abandon(self) -> None:
         """Let the supervisor stop the server; all calls that wait for the server fail."""
@@ -218,7 +218,7 @@ class LeasedServer(SharedServer):
     def stop(self) -> None:
         """Stop the server and remove everything in it, except persisted databases."""
         if self.persisted:
-            with suppress(PgTempError):  # if the server has crashed, its data is persisted anyway
+            with suppress(PgTempError):  # even if the server has crashed, its data is persisted
                 self.settle()
         self.close()
         if self.persisted:

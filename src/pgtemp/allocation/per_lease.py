@@ -28,10 +28,10 @@ _log = logging.getLogger("pgtemp")
 
 @dataclass(eq=False, slots=True)
 class _Template:
-    """A template: the plan of servers with it, and the allocator of its leases.
+    """A template: the plan of its servers, and the allocator of its leases.
 
     Attributes:
-        builder: the builder that holds its image, if the image is not cached.
+        builder: the builder that owns its image, if the image is not cached.
     """
 
     plan: Plan
@@ -61,7 +61,7 @@ class PerLease:
         self._changing = threading.Lock()
 
     def open(self) -> None:
-        """Build the templates that are not cached yet, and begin to make allocations."""
+        """Build the templates that are not yet cached, and start to create allocations."""
         options, start = self._options, self._plan
         if options.copy_from is not None:
             start = replace(start, template=options.dbname, plain=False)
@@ -79,7 +79,7 @@ class PerLease:
             raise
 
     def _declared(self, name: str, base: Recipe) -> _Template:
-        """Return a template of the options; build it, after the template that it starts from."""
+        """Return a template of the options; first build its parent template, then build it."""
         if name not in self._templates:
             declared = {one.partition(":")[0]: one for one in self._options.templates}
             parent = declared[name].partition(":")[2]
@@ -110,7 +110,7 @@ class PerLease:
         )
 
     def share(self, request: DatabaseRequest) -> Hashable:
-        """Return a shared session's key; a server is shared under all database names."""
+        """Return the key of a shared session, without the database name if leases are servers."""
         if request.session is None:
             return None
         return (
@@ -130,7 +130,7 @@ class PerLease:
     def check(self, request: DatabaseRequest) -> None:
         """Raise NoDatabaseError for the name of a database that a client created in its lease.
 
-        Such a database cannot be reached, and an empty clone in its place would be misleading.
+        Such a database is not reachable, and an empty clone of that name would be misleading.
         """
         for template in self._all():
             allocator = template.allocator
@@ -203,7 +203,7 @@ class PerLease:
     def _ensure_editor(self, allocation: Allocation, user: str) -> None:
         """Create the role of a client that edits a template, and make it the owner.
 
-        As the owner it can run migrations even if it is not a superuser.
+        As the owner, it can run migrations even if it is not a superuser.
         """
         if user not in self._plan.users:
             attributes = self._options.role_attributes
@@ -217,7 +217,7 @@ class PerLease:
             return
         if used and self._options.dump is not None:
             self._dump(allocation, request)
-        # Do not look the allocator up by name: the name may stand for another template by now.
+        # Do not look up the allocator by name: the name may denote another template by now.
         assert allocation.allocator is not None
         allocation.allocator.release(allocation, used=used)
 
@@ -243,7 +243,9 @@ class PerLease:
         assert self._options.dump is not None
         to = _numbered(self._options.dump, allocation.number)
         if not allocation.alive:
-            _log.error("%s was not dumped to %s: its server does not answer", request.dbname, to)
+            _log.error(
+                "%s was not dumped to %s, because its server does not answer", request.dbname, to
+            )
             return
         info = server_setup.private_info(
             allocation.postmaster, self._plan.superuser, allocation.dbname

@@ -28,7 +28,7 @@ def store(postmaster: Postmaster, directory: Path, note: Note) -> None:
     """Shut a server down and copy its data to a directory, which must not exist yet.
 
     Raises:
-        ClusterError: the directory could not be written; nothing is left behind.
+        ClusterError: the directory is not writable; nothing is left behind.
     """
     postmaster.halt()
     with disk_space.writing(directory):
@@ -70,9 +70,10 @@ class PersistedDB:
 
     Args:
         directory: the directory that `--persist` printed, or the `data` directory in it.
-        dbname: the database of `info`; None is the database that the data was persisted for.
+        dbname: the database of `info`; None selects the database for which the data was persisted.
         port: TCP port; None chooses a free one.
-        bin_dir: directory of PostgreSQL's programs; None finds those of the data's version.
+        bin_dir: the directory of PostgreSQL's programs; None searches for programs of the data's
+            version.
 
     Raises:
         OptionError: the directory contains no persisted data, or is in use.
@@ -119,8 +120,8 @@ class PersistedDB:
             with connected(private) as connection:
                 if not admin_sql.exists(connection, dbname):
                     raise OptionError(
-                        f"there is no database {dbname!r} in {self.directory}",
-                        remedy="name one of those below",
+                        f"{self.directory} does not contain a database {dbname!r}",
+                        remedy="specify one of the databases below",
                         details=admin_sql.databases(connection),
                     )
                 admin_sql.ensure_role(connection, user, secret)

@@ -1,9 +1,9 @@
 """A pool keeps a few items ready in advance.
 
-The pool's own threads make items in advance and dispose of them in the background. Items are handed
-out in the order of the claims. If claims arrive faster than items are made, the pool keeps more
-items ready; after a period without claims, it keeps fewer. All that a pool knows of its items is
-how to make them, how to dispose of them, and whether one is usable.
+The pool's own threads create items in advance and dispose of them in the background. Items are
+handed out in the order of the claims. If claims arrive faster than items are created, the pool
+keeps more items ready; after a period without claims, it keeps fewer. The pool only creates items,
+disposes of them, and asks whether they are usable; it does not depend on their kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pgtemp.errors import ClusterError, PgTempError
 _log = logging.getLogger("pgtemp")
 T = TypeVar("T")
 Again = Callable[[T], T | None]
-_MAKERS = 2  # on two cores, more threads do not make items faster
+_MAKERS = 2  # on two cores, more threads do not create items faster
 _SHRINK_SECONDS = 10.0
 
 
@@ -46,7 +46,7 @@ class Pool(Generic[T]):
         """Create an empty pool; the first claim starts to fill it.
 
         Args:
-            pause: seconds by which the pool delays making the next item after a claim, so that it
+            pause: seconds by which the pool delays creating the next item after a claim, so that it
                 does not compete for the cores with the client just served. It delays disposing of
                 an item by twice that time.
         """
@@ -70,7 +70,7 @@ class Pool(Generic[T]):
     def claim(self) -> Future[T]:
         """Return a future of an item; it is done if one is ready.
 
-        It has the error of an item that could not be made.
+        If the item could not be created, it has the error.
         """
         claimed: Future[T] = Future()
         # Check before taking the lock: another thread may have held it at the time of the fork.
@@ -98,7 +98,7 @@ class Pool(Generic[T]):
         return claimed
 
     def renew(self) -> None:
-        """Replace the items that are no longer usable, and start to make missing ones."""
+        """Replace the items that are no longer usable, and start to create missing ones."""
         with self._lock:
             dead = [item for item in self._ready if not self._kind.usable(item)]
             for item in dead:
@@ -107,7 +107,7 @@ class Pool(Generic[T]):
             self._make_enough()
 
     def _grow(self) -> None:
-        # With the lock held.
+        # The lock must be held.
         self._target = min(self._most, max(1, 2 * self._target))
         if self._shrink_timer is None and self._target > self._least:
             self._schedule_shrink()
@@ -118,7 +118,7 @@ class Pool(Generic[T]):
         self._shrink_timer.start()
 
     def _shrink(self) -> None:
-        """If there was no claim since the last check, keep half as many items ready."""
+        """If there was no claim since the last check, halve the number of ready items."""
         with self._lock:
             self._shrink_timer = None
             if self._closed:
@@ -132,7 +132,7 @@ class Pool(Generic[T]):
                 self._schedule_shrink()
 
     def take(self) -> T:
-        """Wait for an item; if the wait is interrupted, the item is given back when it arrives."""
+        """Wait for an item; if interrupted, give the item back to the pool when it arrives."""
         claimed = self.claim()
         try:
             return claimed.result()
@@ -156,7 +156,8 @@ class Pool(Generic[T]):
         Nothing happens in a forked child.
 
         Args:
-            again: returns an item to hand out again if the given one is as good as new, else None.
+            again: a function that returns an item to hand out again if the given one can be reused,
+                else None.
         """
         if self._owner != os.getpid():
             return
@@ -209,7 +210,7 @@ class Pool(Generic[T]):
                     return
                 item = as_new
         except PgTempError as error:
-            _log.info("not handed out again: %s", error)
+            _log.info("an item is not handed out again: %s", error)
         self._dispose(item)
 
     def _dispose(self, item: T) -> None:
@@ -217,12 +218,12 @@ class Pool(Generic[T]):
             self._kind.dispose(item)
         except PgTempError as error:
             if not self._closed:  # if the pool is closed, the item was removed with its server
-                _log.warning("could not be disposed of: %s", error)
+                _log.warning("an item could not be disposed of: %s", error)
         except Exception:
             _log.exception("could not be disposed of")
 
     def _make_enough(self) -> None:
-        # With the lock held.
+        # The lock must be held.
         while not self._closed and self._making + len(self._ready) < self._target + len(
             self._waiting
         ):
@@ -257,14 +258,14 @@ class Pool(Generic[T]):
         """
         with self._lock:
             claimed = self._next_waiting()
-            # Disposing of a single surplus item is not worthwhile: keep it, and the next claim
-            # makes one less.
+            # Disposing of a single surplus item is not worthwhile: keep it, and create one less
+            # after the next claim.
             if claimed is None:
                 if self._closed or len(self._ready) > self._target:
                     return False
                 self._ready.append(item)
                 return True
-        claimed.set_result(item)  # without the lock: a callback may call the pool again
+        claimed.set_result(item)  # without the lock, because a callback may call the pool
         return True
 
     def _fail(self, error: BaseException) -> None:
@@ -276,7 +277,7 @@ class Pool(Generic[T]):
             claimed.set_exception(error)
 
     def _next_waiting(self) -> Future[T] | None:
-        # With the lock held.
+        # The lock must be held.
         while self._waiting:
             claimed = self._waiting.popleft()
             if claimed.set_running_or_notify_cancel():
@@ -290,6 +291,6 @@ class PoolClosedError(ClusterError):
 
 def _closed() -> PoolClosedError:
     return PoolClosedError(
-        "the cluster is not running here",
+        "the cluster is not running in this process",
         remedy="it was stopped, or belongs to the process that this one was forked from",
     )

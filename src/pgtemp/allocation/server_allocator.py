@@ -1,4 +1,4 @@
-"""Allocates one server per lease, of one template; it implements the protocol in allocation.py."""
+"""Allocates one server of a template per lease; it implements the protocol in allocation.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgtemp.sql import server_setup, statement_logging
 from pgtemp.sql.persisted_note import Note, try_note
 from pgtemp.sql.server_setup import Plan
 
-_MORE = 4  # by how much the number of ready servers may grow while many clients connect
+_MORE = 4  # additional ready servers while many clients connect
 
 
 class ServerAllocator:
@@ -30,7 +30,7 @@ class ServerAllocator:
         self._attributes = attributes
         self._superusers = "NOSUPERUSER" not in attributes.upper().split()
         self._announce = announce
-        self._watched: bool | None = None  # the same for all servers; None: not known yet
+        self._watched: bool | None = None  # the same for all servers; None if not yet known
         self._live: set[Allocation] = set()
         self._pool: Pool[Allocation] = Pool(self, ready=ready, most=ready * _MORE)
 
@@ -74,7 +74,7 @@ class ServerAllocator:
         return bool(allocation.dbname) and user in allocation.roles
 
     def prepare(self, allocation: Allocation, user: str, dbname: str) -> None:
-        """Create the user; the first time also the database, from the template."""
+        """Create the user and, for the first user, the database from the template."""
         plan = self._plan
         with allocation.preparing:
             if not allocation.dbname:
@@ -100,10 +100,10 @@ class ServerAllocator:
             self._pool.give_back(allocation)
 
     def interrupt(self, *, discard: bool) -> None:
-        """Hand out nothing more; stop the servers without waiting.
+        """Hand out no more allocations; stop the servers without waiting.
 
-        Servers whose data is still needed are not stopped, but their processes are continued if
-        they were stopped (SIGSTOP).
+        Servers whose data is still needed are not stopped; their processes are continued if a
+        client stopped them (SIGSTOP).
         """
         self._pool.refuse()
         for allocation in list(self._live):

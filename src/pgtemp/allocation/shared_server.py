@@ -1,6 +1,6 @@
 """A running server with many databases that are cloned from one template.
 
-The library and the daemon both use it; they differ in how long a database is in use. A pool makes
+The library and the daemon both use it; they differ in how long a database is in use. A pool creates
 its databases in advance.
 """
 
@@ -27,7 +27,8 @@ class SharedServer:
     """A server with a sealed template, and the databases that are cloned from it.
 
     Attributes:
-        names: the names of its databases, from before they are made until after they are dropped.
+        names: the names of its databases, from before they are created until after they are
+            dropped.
     """
 
     _schema: LiteralString = "pg_temp"  # of the function that proves databases unmodified
@@ -53,13 +54,13 @@ class SharedServer:
         return self._clones.recycles
 
     def provision(self) -> str:
-        """Make a database and return its name. Raises PgTempError; nothing is then left behind."""
+        """Create a database, return its name. Raises PgTempError; nothing is then left behind."""
         dbname = unique_name(self._prefix)
         self.clone(dbname)
         return dbname
 
     def clone(self, dbname: str) -> None:
-        """Make a database of that name. Raises PgTempError; nothing is then left behind."""
+        """Create a database of that name. Raises PgTempError; nothing is then left behind."""
         self.names.add(dbname)
         try:
             self._clones.make(dbname)
@@ -80,7 +81,7 @@ class SharedServer:
     def now(self) -> int:
         """Return the time of the server's file system, in nanoseconds since the epoch.
 
-        Python's clock is not used, because tests often set it.
+        Python's clock is not used, because tests often change it.
         """
         run_dir = self.postmaster.home.path
         os.utime(run_dir)
@@ -107,7 +108,7 @@ class SharedServer:
         return fresh if reused else None
 
     def copy(self, dbname: str, prefix: str) -> str:
-        """Make a copy of a database that has no other sessions, and return the copy's name.
+        """Copy a database that has no other sessions, and return the name of the copy.
 
         Raises:
             ClusterError: it has other sessions; the error lists them.
@@ -122,8 +123,8 @@ class SharedServer:
         return name
 
     def replace(self, dbname: str, source: str) -> None:
-        """Replace a database by a copy of another; its sessions are terminated."""
-        fresh = self.copy(source, "restored")  # drop the old database only after this succeeded
+        """Replace a database with a copy of another one; its sessions are terminated."""
+        fresh = self.copy(source, "restored")  # drop the old database only after this has succeeded
         try:
             with self._admins.connection() as connection:
                 admin_sql.drop(connection, dbname, self._admins.info_of(dbname))
@@ -143,10 +144,10 @@ class SharedServer:
         return self._clones.take_warm(dbname)
 
     def open_warm(self, info: ConnectionInfo | None) -> None:
-        """From now on, open a warm connection to each new database.
+        """Open a warm connection to each database that is created from now on.
 
         Args:
-            info: how clients connect; None opens no further warm connections.
+            info: the parameters of clients' connections; None opens no further warm connections.
         """
         self._clones.clients = info
 

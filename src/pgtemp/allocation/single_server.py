@@ -15,7 +15,7 @@ from pgtemp.sql.server_setup import Plan
 
 
 class SingleServer:
-    """All leases share one server; a client gets the database that it names."""
+    """All leases share one server; a client gets the database whose name it requests."""
 
     def __init__(self, plan: Plan, announce: Callable[[str], None], attributes: str) -> None:
         self._plan = plan

@@ -24,7 +24,7 @@ _INDENT = " " * 22
 def doctor(json_wanted: bool, **given: Any) -> int:
     """Check everything that servers need on this machine.
 
-    Each check prints a verdict and, if it did not pass, a cure. One check starts a server. The
+    Each check prints a verdict and, if it did not pass, a remedy. One check starts a server. The
     exit status is 1 if a check fails.
     """
     show.steps()

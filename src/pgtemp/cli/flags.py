@@ -66,11 +66,13 @@ def values_given(given: dict[str, Any]) -> dict[str, Any]:
     """Return the values given on the command line, as keyword arguments for the options.
 
     Raises OptionError if a template is given twice. If a server setting is given twice, the last
-    value counts, as for PostgreSQL.
+    value applies, as in PostgreSQL.
     """
     names = [name for name, _ in given.get("templates") or ()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise OptionError(f"the template {twice[0]} is given twice", remedy="name each once")
+        raise OptionError(
+            f"the template {twice[0]} is given twice", remedy="specify each template once"
+        )
     return {
         name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value
         for name, value in given.items()

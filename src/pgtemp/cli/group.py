@@ -23,7 +23,7 @@ class _ServeByDefault(click.Group):
             if args and args[0].isalnum():
                 close = difflib.get_close_matches(args[0], self.commands, n=1)
                 hint = f"did you mean {close[0]}?" if close else "a URI begins with postgresql://"
-                ctx.fail(f"there is no command {args[0]!r}; {hint}")
+                ctx.fail(f"unknown command {args[0]!r}; {hint}")
             args = ["serve", *args]
         return super().parse_args(ctx, args)
 

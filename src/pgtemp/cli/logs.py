@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 
 class _Json(logging.Formatter):
-    """Formats a record as one JSON object; includes the facts of a lease (`daemon/lease.py`)."""
+    """Formats a record as one JSON object, with the data of a lease (`daemon/lease.py`)."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -28,5 +28,5 @@ def set_up(level: str, *, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     lines = logging.Formatter("pgtemp: %(levelname)s: %(message)s")
     handler.setFormatter(_Json() if as_json else lines)
-    logging.raiseExceptions = False  # a failure to log, as on a full disk, is ignored
+    logging.raiseExceptions = False  # failures to log, for example on a full disk, are ignored
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -21,8 +21,8 @@ from pgtemp.supervisor import inventory
 def ls(directories: Sequence[Path], json_wanted: bool) -> int:
     """List the owners of servers on this machine: daemons, test runs, programs.
 
-    The list ends with the leftovers of owners that have exited. DIRECTORIES are searched for
-    leftovers too; give those used as data_dir_prefix.
+    The list ends with the leftovers of owners that have exited. DIRECTORIES are also searched for
+    leftovers; specify those used as data_dir_prefix.
     """
     every = inventory.run_directories(directories)
     found = running_owners.of(every)

@@ -1,4 +1,4 @@
-"""Run the command line, and turn every error into one line and an exit status."""
+"""Run the command line, and report every error by one line and an exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     The exit status is 2 for pgtemp's errors and for wrong usage, and 130 for Ctrl-C.
     """
     _open_standard_streams()
-    # Until something has to be undone, Ctrl-C ends the process directly: a KeyboardInterrupt
+    # As long as no cleanup is needed, Ctrl-C terminates the process directly: a KeyboardInterrupt
     # during imports may be raised in a callback that ignores it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for each closed standard stream: uvloop aborts if it gets such a number."""
+    """Open /dev/null for each closed standard stream: uvloop aborts if it gets its number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -37,7 +37,7 @@ def _open_standard_streams() -> None:
 
 
 def _run() -> int:
-    # Imported here, because Ctrl-C may be pressed during the imports.
+    # Import these here, because Ctrl-C may be pressed during the imports.
     import click
 
     from pgtemp.cli import show

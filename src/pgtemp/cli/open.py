@@ -16,8 +16,8 @@ from pgtemp.cli import show
 @click.command("open")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("-d", "--dbname", default=None, help="the database, if several were persisted")
-@click.option("--port", type=int, default=None, help="TCP port; a free one by default")
-@click.option("--bin-dir", default=None, help="folder of PostgreSQL's programs [PGTEMP_BIN]")
+@click.option("--port", type=int, default=None, help="TCP port (default: a free port)")
+@click.option("--bin-dir", default=None, help="directory of PostgreSQL's programs [PGTEMP_BIN]")
 def open_persisted(
     directory: Path, dbname: str | None, port: int | None, bin_dir: str | None
 ) -> int:
@@ -39,6 +39,6 @@ def open_persisted(
         click.echo(f"    {persisted.info.uri}")
         for name, origin in persisted.note.databases.items():
             click.echo(f"database {name} belongs to {origin}")
-        click.echo("Ctrl-C stops the server and keeps the directory")
+        click.echo("Ctrl-C stops the server; the directory remains")
         stop.wait()
     return 130 if signal.SIGINT in numbers else 0

@@ -18,15 +18,16 @@ from pgtemp.host import foreground
 from pgtemp.options.server import ServerOptions
 from pgtemp.pgtempdb import PgTempDB
 
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as of the shell, env and timeout
+# The exit statuses of the shell, env and timeout.
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _TAKES_A_COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def _server_flags(command: Callable[..., object]) -> Callable[..., object]:
     for name, kind, text in (
         ("--dbname", str, "the database (default postgres)"),
-        ("--user", str, "the user, a superuser (default postgres)"),
-        ("--port", int, "TCP port; a free one by default"),
+        ("--user", str, "the name of the superuser (default postgres)"),
+        ("--port", int, "TCP port (default: a free port)"),
     ):
         command = click.option(name, type=kind, default=None, help=text)(command)
     return flags_of(ServerOptions, leave_out=("tcp",))(command)
@@ -63,28 +64,28 @@ def shell(arguments: Sequence[str], **given: Any) -> int:
 
 def _run(command: Callable[[PgTempDB], Sequence[str]], given: dict[str, Any]) -> int:
     show.steps()
-    # PgTempDB hashes a password that it chooses itself with one iteration, which Java clients
-    # refuse. A given password is hashed with PostgreSQL's number of iterations.
+    # PgTempDB hashes a random password with one iteration, which Java clients refuse. A given
+    # password is hashed with PostgreSQL's number of iterations.
     options = ServerOptions(password=secrets.token_hex(16), **values_given(given))
     with PgTempDB.with_options(options) as db:
         argv = command(db)
         try:
             status = foreground.run(argv, libpq.child_environment(db.info))
         except FileNotFoundError:
-            click.echo(f"pgtemp: there is no command {argv[0]!r}", err=True)
+            click.echo(f"pgtemp: command {argv[0]!r} not found", err=True)
             status = _NOT_FOUND
         except OSError as error:
             click.echo(f"pgtemp: {argv[0]!r} cannot be run: {error.strerror}", err=True)
             status = _NOT_EXECUTABLE
     if options.persist:
-        click.echo(f"kept {db.data_dir.parent}", err=True)
+        click.echo(f"persisted {db.data_dir.parent}", err=True)
     if status < 0:
         _die_by(-status)
     return status
 
 
 def _die_by(number: int) -> None:
-    """Exit by the signal that ended the command, so that a shell or make can see it."""
+    """Terminate this process with the signal that ended the command, for a shell or make to see."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)

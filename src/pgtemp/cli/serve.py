@@ -38,7 +38,8 @@ def serve(uri: str | None, log_level: str | None, log_json: bool, **given: Any) 
     The default of URI is PGTEMP_URI, else DATABASE_URL, else
     postgresql://localhost:6543/postgres. The servers are created with its user and database.
     """
-    # Until the daemon installs its handlers, a signal may end the process: nothing is started yet.
+    # Until the daemon installs its handlers, a signal may terminate the process: nothing is started
+    # yet.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     logs.set_up(log_level or ("info" if log_json else "warning"), as_json=log_json)
@@ -60,7 +61,7 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
     if host.startswith("/") or not ports.loopback_addresses(host):
         raise OptionError(
             f"{redact(uri)!r}: {host} is not this machine",
-            remedy="use localhost, and --listen to serve others",
+            remedy="use localhost; to serve other machines, use --listen",
         )
     named = {
         name: value
@@ -71,7 +72,7 @@ def _options(uri: str | None, given: dict[str, Any]) -> DaemonOptions:
 
 
 def _print_line(text: str) -> None:
-    with suppress(OSError):  # on a full disk; the daemon's work is more important
+    with suppress(OSError):  # such as a full disk; the daemon's work is more important
         click.echo(text, err=True)
 
 
@@ -88,6 +89,6 @@ def _print_ready(served: Announcement) -> None:
 def _loop_factory() -> Any:
     try:
         import uvloop
-    except ImportError:  # no wheel for this Python; asyncio's own loop works too, but is slower
+    except ImportError:  # no wheel for this Python; asyncio's own loop also works, but is slower
         return None
     return uvloop.new_event_loop

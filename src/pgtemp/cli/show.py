@@ -43,10 +43,10 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape a text of other users: the characters that control a terminal or cannot be encoded.
+    """Escape a text of other users: characters that control a terminal or cannot be encoded.
 
-    These include line breaks, the marks that change the direction of text, and the bytes of a name
-    that are not UTF-8.
+    These include line breaks, marks that change the direction of text, and bytes of a name that are
+    not valid UTF-8.
     """
     shown = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
@@ -57,7 +57,7 @@ def plain(text: str) -> str:
 
 
 def plain_lines(text: str) -> str:
-    """As `plain`, for a text of several lines, which remain lines."""
+    """Like `plain`, for a text of several lines, whose line breaks are preserved."""
     return "\n".join(plain(line.expandtabs()) for line in text.split("\n"))
 
 

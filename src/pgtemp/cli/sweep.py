@@ -26,13 +26,13 @@ directories_argument = click.argument(
 def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
     """Remove the leftovers of owners that have exited: processes, directories, shared memory.
 
-    Each start of a server also removes leftovers in the directory in which it creates its own.
-    DIRECTORIES are searched too; give those used as data_dir_prefix. Run directories in use and
-    persisted data are not removed.
+    Each start of a server also removes leftovers in the directory in which it creates its run
+    directory. DIRECTORIES are also searched; specify those used as data_dir_prefix. Run directories
+    in use and persisted data are not removed.
 
     A directory that the system does not let you remove (of another user, immutable, mounted) is
-    left alone, and the reason is printed; this is not an error. If the removal of a directory of
-    yours fails in another way, the exit status is 1.
+    left alone, and the reason is printed; this is not an error. If the removal of a directory that
+    you own fails for another reason, the exit status is 1.
     """
     found, failed = [], False
     for one in inventory.run_directories(directories):
@@ -52,7 +52,7 @@ def sweep(directories: Sequence[Path], dry_run: bool, json_wanted: bool) -> int:
         show.json_object({"found": found, "cache": caches, "dry_run": dry_run})
     else:
         for path in caches:
-            click.echo(f"removed {show.plain(str(path))}, which was never finished")
+            click.echo(f"removed {show.plain(str(path))}, which was left incomplete")
         if not found and not caches:
             click.echo("there are no leftovers")
     return 1 if failed else 0
@@ -72,7 +72,7 @@ def _print_swept(facts: dict[str, Any], swept: Swept | None) -> None:
 
 
 def described(one: Found) -> dict[str, Any]:
-    """The facts about a leftover, for JSON."""
+    """The properties of a leftover, for JSON."""
     return {
         "path": str(one.path),
         "user": identity.name_of(one.uid),

@@ -3,8 +3,8 @@
     DATABASES = pgtemp.django.databases(DATABASES)
 
 in the settings. `manage.py test` and pytest-django then start a server of their own, migrate once,
-and clone the migrated database from then on, until a migration or a model changes. All other
-commands of Django use the database of the settings, as before.
+and then clone the migrated database until a migration or a model changes. All other commands of
+Django use the database of the settings, as before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def databases(
         settings: Django's DATABASES; databases with other engines are returned unchanged.
         watch: glob patterns of files, in addition to migrations and models, that affect the
             migrated database.
-        options: of the server; those of `pgtemp.ServerOptions`.
+        options: the options of the server, see `pgtemp.ServerOptions`.
 
     Raises:
         OptionError: no database has a PostgreSQL engine.

@@ -1,7 +1,7 @@
-"""Create Django's test databases: migrate once, into a template, and clone it from then on.
+"""Create Django's test databases: migrate a template once, and then clone it.
 
 Django's own code runs the migrations, and creates and drops the additional clones of `--parallel`.
-This module only changes the connection settings to pgtemp's server while the tests run.
+This module only points the connection settings at pgtemp's server while the tests run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _templates: dict[Hashable, Template] = {}
 
 
 class Creation(DatabaseCreation):
-    """Django's creation of test databases, with a template."""
+    """Django's creation of test databases, but with a template."""
 
     _database: Database | None = None
     _real: tuple[Any, ...] | None = None  # the original settings, while they are replaced
@@ -51,7 +51,7 @@ class Creation(DatabaseCreation):
         serialize: bool = True,
         keepdb: bool = False,
     ) -> str:
-        """Clone the migrated template, and migrate first if there is none; return the name."""
+        """Clone the migrated template, which is created if necessary; return the clone's name."""
         connection = self.connection
         given = connection.settings_dict["TEST"][OPTIONS]
         if self._real is None:
@@ -80,7 +80,7 @@ class Creation(DatabaseCreation):
         return str(self.connection.settings_dict["NAME"])
 
     def _create_test_db(self, verbosity: int, autoclobber: bool, keepdb: bool = False) -> str:
-        return self._get_test_db_name()  # it exists already
+        return self._get_test_db_name()  # it already exists
 
     def _destroy_test_db(self, test_database_name: str, verbosity: int) -> None:
         database = self._database
@@ -108,7 +108,7 @@ class Creation(DatabaseCreation):
 
     def _point_at_server(self, info: ConnectionInfo | PartialInfo) -> None:
         assert self._real is not None
-        # Options such as sslmode and service are those of another server.
+        # Options such as sslmode and service apply to another server.
         options = {**libpq.of_the_client(self._real[-2]), **libpq.parameters()}
         self._point_at(info.host, info.port, info.user, info.password, options, info.dbname)
 
@@ -124,7 +124,7 @@ class Creation(DatabaseCreation):
             self.connection.close_pool()
 
     def _key(self) -> str:
-        """Return a hash of all inputs of the migrations that are in no file of the apps."""
+        """Return a hash of those inputs of the migrations that are not files of the apps."""
         values = {name: getattr(settings, name, None) for name in _SETTINGS}
         migrate = self.connection.settings_dict["TEST"].get("MIGRATE")
         text = repr((django.VERSION, self.connection.alias, migrate, values))
@@ -148,7 +148,8 @@ def _template(alias: str, options: dict[str, Any], recipe: Recipe) -> Template:
     server = repr(sorted(options.items()))
     if server not in _clusters:
         _clusters[server] = Cluster.with_options(ServerOptions(**options)).start()
-    # Not the recipe itself: each call has its own function that migrates, with the same result.
+    # The recipe itself cannot be the key: each call creates a new `migrate` function, although the
+    # result is the same.
     key = server, alias, recipe.fingerprint()
     if key not in _templates:
         name = f"django_{alias}" if not _templates else f"django_{alias}_{len(_templates)}"

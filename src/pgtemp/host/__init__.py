@@ -1,1 +1,1 @@
-"""Operating system services; this package knows nothing of PostgreSQL."""
+"""Operating system services; this package does not depend on PostgreSQL."""

@@ -17,17 +17,18 @@ from pgtemp.host.openat import DIRECTORY, Closing
 REMEDY = "free some space, or choose another directory (data_dir_prefix)"
 CACHE_REMEDY = "free some space, or choose another directory (PGTEMP_CACHE_DIR)"
 # PostgreSQL shuts down and disconnects every client when it cannot write its WAL, so this much
-# space must stay free; on a small disk, this fraction of it.
+# space must stay free; on a small disk, only this fraction of the disk.
 _SPARE_BYTES, _SPARE_PART = 64 << 20, 8
 _SPARE_FILES = 64
 RESERVE = "spare"  # the name of the file that reserves space
 _RESERVE_BYTES = 2 << 20  # enough for a checkpoint and one WAL segment
-_NOTHING = 1 << 20  # bytes; with less free space, a server cannot do anything
+_NOTHING = 1 << 20  # bytes; with less free space, a server cannot work at all
 _NO_LIMIT = 1 << 62  # bytes; a ramfs, or a tmpfs of size=0, reports no blocks at all
 # The depth to which `size_of` descends, more than PostgreSQL uses; each level takes a descriptor.
 _DEEPEST = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# As PostgreSQL reports it; the last is for a write that stored only part of a page.
+# PostgreSQL's messages about a full disk; the last one reports that only part of a page was
+# written.
 _FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), ": wrote only ")
 
 
@@ -38,7 +39,7 @@ def size_bytes(path: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write to the file system of `path`, even if missing."""
+    """The bytes that an unprivileged user can still write there; `path` itself need not exist."""
     status = _status(path)
     return status.f_bavail * status.f_frsize if status.f_blocks else _NO_LIMIT
 
@@ -63,7 +64,7 @@ def says_full(words: str) -> bool:
 
 
 def check_with_spare(path: Path, what: str, *, size: int, files: int) -> None:
-    """As `check`, but additionally require a reserve for a server that runs there."""
+    """Like `check`, but additionally require a reserve for a server that runs there."""
     size += min(_SPARE_BYTES, size_bytes(path) // _SPARE_PART)
     check(path, what, size=size, files=files + _SPARE_FILES)
 
@@ -88,17 +89,17 @@ def check(path: Path, what: str, *, size: int, files: int, remedy: str = REMEDY)
 
 
 def cannot_write(where: Path, error: OSError, remedy: str = REMEDY) -> ClusterError:
-    """The error for a file or directory that cannot be written; it states the free space."""
+    """The error for a failed write to a file or directory; it states the free space."""
     if error.errno == errno.EFBIG:
-        remedy = "raise the limit on the size of files (ulimit -f)"
+        remedy = "raise the file size limit (ulimit -f)"
     kind = DiskFullError if error.errno in _FULL else ClusterError
     return kind(
-        f"{where} cannot be written: {error.strerror or error} ({free_text(where)})", remedy=remedy
+        f"cannot write to {where}: {error.strerror or error} ({free_text(where)})", remedy=remedy
     )
 
 
 def put_aside(directory: Path) -> None:
-    """Reserve some space in a file, for `reserve_released`; do nothing if there is none."""
+    """Reserve some disk space in a file, for `reserve_released`; do nothing if no space is free."""
     try:
         with open(directory / RESERVE, "xb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)  # written zeros may be compressed
@@ -125,7 +126,7 @@ def reserve_released(directory: Path) -> Iterator[None]:
 def writing(where: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Convert an OSError of a block into an error that states the path and the free space.
 
-    Raises ClusterError if a file could not be written; a DiskFullError if the disk is full.
+    Raises ClusterError if writing a file failed; a DiskFullError if the disk is full.
     """
     try:
         yield
@@ -150,7 +151,8 @@ def _free_files(status: os.statvfs_result) -> int | None:
 def size_of(directory: int, levels: int = _DEEPEST) -> int:
     """Bytes on disk of the files below an open directory; a file removed meanwhile does not count.
 
-    It follows no link and enters no other file system, because the directory may be another user's.
+    It follows no link and enters no other file system, because the directory may belong to another
+    user.
     """
     size, below = 0, []
     with os.scandir(directory) as entries:

@@ -43,9 +43,9 @@ class Listing:
 def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
     """List the directories and regular files of a tree, with names relative to it.
 
-    Sockets are left out. Links that PostgreSQL itself creates count as directories if the tree
-    belongs to the caller. Raises ClusterError if the tree contains another kind of file, which the
-    error names, and OSError if the tree cannot be read.
+    Sockets are omitted. Links that PostgreSQL itself creates count as directories if the tree
+    belongs to the caller. Raises ClusterError, which states the path, if the tree contains another
+    kind of file, and OSError if the tree cannot be read.
     """
     skip = frozenset(leave_out)
     dirs: list[str] = []
@@ -73,12 +73,12 @@ def list_tree(root: Tree, leave_out: Iterable[str] = ()) -> Listing:
 def _not_copied(root: Tree, name: str, reason: str) -> ClusterError:
     return ClusterError(
         f"{root.path}/{name} {reason}; only regular files and directories of one user are copied",
-        remedy="put a regular file of the directory's own user there, or remove it",
+        remedy="replace it by a regular file of the directory's owner, or remove it",
     )
 
 
 def copy_listing(source: Tree, target: Tree, listing: Listing) -> None:
-    """Make the directories of a listing and copy its files. Raises as `copy_files`."""
+    """Create the directories of a listing and copy its files. Raises the errors of `copy_files`."""
     for name in listing.dirs:
         target.make_directory(name)
     copy_files(source, target, listing.files)
@@ -93,8 +93,8 @@ def copy_files(
 ) -> None:
     """Copy files whose directories exist already; existing files are an error.
 
-    Raises ChangedError if a file of `source` differs from the listing, OSError if the target cannot
-    be written.
+    Raises ChangedError if a file of `source` differs from the listing, OSError if writing to the
+    target fails.
     """
     for above, inside in groupby(files, lambda file: file[0].rpartition("/")[0]):
         try:
@@ -161,6 +161,6 @@ def _send(writing: int, reading: int, offset: int, count: int, name: str) -> int
         pass
     try:
         data = os.pread(reading, min(count, 1 << 20), offset)
-    except OSError as error:  # a pipe or a directory is there now
+    except OSError as error:  # the file was replaced by a pipe or a directory
         raise ChangedError(f"{name}: {error.strerror}") from error
     return os.write(writing, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from contextlib import suppress
 
-_MAX_FILES = 65536  # enough; and child processes that close every possible descriptor stay fast
+_MAX_FILES = 65536  # enough; child processes can still close every descriptor quickly
 
 
 def raise_limit() -> None:

@@ -16,7 +16,7 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 
 def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command, and return its exit status; if negative, the signal that terminated it.
+    """Run a command; return its exit status, or the negated number of the signal that ended it.
 
     Raises OSError if the command cannot be run.
 
@@ -36,11 +36,11 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    # A signal that is ignored (as under nohup) stays ignored, for the command too.
+    # A signal that is ignored (as under nohup) stays ignored, and the command also ignores it.
     handled = [one for one in _FORWARDED if signal.getsignal(one) != signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in handled}
     try:
-        # Python sets the last two to be ignored.
+        # Python ignores the last two by default.
         reset = [*handled, signal.SIGPIPE, signal.SIGXFSZ]
         pid = os.posix_spawnp(argv[0], list(argv), env, setsigdef=reset)
         for number in early:

@@ -1,4 +1,4 @@
-"""Users: the user as which PostgreSQL runs (the server user), and the directories it can enter.
+"""The user that PostgreSQL runs as (the server user), and the directories that it can enter.
 
 PostgreSQL refuses to run as root. If root runs pgtemp (as in a container), pgtemp starts PostgreSQL
 with the ids of another user. It never calls sudo or su, and never changes the mode of a directory
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pgtemp.errors import OptionError
 
-# `nobody` exists on nearly every system, also in a minimal container without a `postgres` user.
+# `nobody` exists on nearly every system, even in a minimal container without a `postgres` user.
 _DEFAULT_USERS = ("postgres", "nobody")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user as which PostgreSQL's programs run; `switch` is true if it is not the caller."""
+    """A user that PostgreSQL's programs run as; `switch` is true if it is not the caller."""
 
     uid: int
     gid: int
@@ -35,14 +35,15 @@ class Identity:
 
     @property
     def made_as(self) -> list[str]:
-        """What tells the files that programs of this user made from those of another user.
+        """The part of a cache key that separates files created by this user's programs from others.
 
-        A user can change what its own programs make, so no other user's server starts on that.
+        A user can change the files that its own programs create, so no server of another user uses
+        them.
         """
         return [str(self.uid)] if self.switch else []
 
     def blocked_at(self, path: Path) -> Path | None:
-        """The first directory of `path` that this user may not enter; None if there is none."""
+        """The first directory of `path` that this user cannot enter; None if there is none."""
         if not self.switch:
             return None
         for directory in [*reversed(path.parents), path]:
@@ -65,10 +66,11 @@ class Identity:
 def choose(run_as: str | None) -> Identity:
     """The user to run PostgreSQL as.
 
-    Raises OptionError if there is no such user, it is root, or the caller is not root.
+    Raises OptionError if the user does not exist or is root, or if the caller is not root.
 
     Args:
-        run_as: a user's name, if the caller is root; None selects `postgres`, else `nobody`.
+        run_as: the name of a user, allowed only if the caller is root; None selects `postgres`, or
+            `nobody` if that does not exist.
     """
     uid = os.geteuid()
     if uid != 0:
@@ -76,7 +78,7 @@ def choose(run_as: str | None) -> Identity:
         if run_as not in (None, name, str(uid)):
             raise OptionError(
                 f"run_as={run_as!r}: only root can run PostgreSQL as another user",
-                remedy=f"leave it out to run as {name}",
+                remedy=f"omit it to run as {name}",
             )
         return Identity(uid, os.getegid(), name, switch=False)
     for candidate in (run_as,) if run_as is not None else _DEFAULT_USERS:
@@ -87,17 +89,17 @@ def choose(run_as: str | None) -> Identity:
         if entry.pw_uid == 0:
             raise OptionError(
                 f"run_as={run_as!r}: PostgreSQL refuses to run as root",
-                remedy="name an ordinary user",
+                remedy="specify an unprivileged user",
             )
         return Identity(entry.pw_uid, entry.pw_gid, entry.pw_name, switch=True)
     if run_as is not None:
         raise OptionError(
-            f"run_as={run_as!r}: there is no such user",
-            remedy=f"create it with `useradd --system {run_as}`, or leave run_as out",
+            f"run_as={run_as!r}: the user does not exist",
+            remedy=f"create it with `useradd --system {run_as}`, or omit run_as",
         )
     raise OptionError(
-        "PostgreSQL refuses to run as root, and there is neither a user `postgres` nor `nobody`",
-        remedy="create one with `useradd --system postgres`, or name another with run_as "
+        "PostgreSQL refuses to run as root, and neither the user `postgres` nor `nobody` exists",
+        remedy="create one with `useradd --system postgres`, or specify another user with run_as "
         "(PGTEMP_RUN_AS)",
     )
 
@@ -111,7 +113,7 @@ def choose_uid(uid: int) -> Identity:
 
 
 def become(uid: int) -> None:
-    """Give up root's rights permanently and continue as another user.
+    """Drop root privileges permanently and continue as another user.
 
     Raises OptionError if the system has no such user.
     """
@@ -129,7 +131,7 @@ def become(uid: int) -> None:
 
 
 def name_of(uid: int) -> str:
-    """A user's name; the number as text if the system has no name for it."""
+    """The name of a user; the number as a string if the system has no name for it."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -46,7 +46,7 @@ def open_file(name: str, directory: int) -> int:
 
 
 def open_passage(path: str) -> int:
-    """Open a directory, to open its entries later; no part of `path` may be a link.
+    """Open a directory in order to open its entries later; no part of `path` may be a link.
 
     `path` is absolute. Raises OSError.
     """
@@ -62,7 +62,7 @@ def descend(here: int, names: Iterable[str], flags: int = DIRECTORY) -> int:
 
 
 def quietly(do: Callable[..., object], *arguments: object, **named: object) -> None:
-    """Call a function and ignore an OSError: it may be done already, or not be permitted."""
+    """Call a function and ignore an OSError: the work may be done already, or not be permitted."""
     try:
         do(*arguments, **named)
     except OSError:

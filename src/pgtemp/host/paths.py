@@ -23,18 +23,18 @@ from pgtemp.host.openat import DIRECTORY, Closing
 # The 64 MB /dev/shm of a container is never enough.
 TMPFS_ROOM = 256 * 1024 * 1024
 _SHARED_MEMORY = Path("/dev/shm")
-# sockaddr_un.sun_path has 108 bytes on Linux and 104 on macOS, with the final zero.
+# sockaddr_un.sun_path has 108 bytes on Linux and 104 on macOS, including the terminating zero byte.
 SOCKET_PATH_BYTES = 103
-_CACHE_REMEDY = "name a directory of yours in PGTEMP_CACHE_DIR"
-_PREFIX_REMEDY = "name another directory (data_dir_prefix)"
+_CACHE_REMEDY = "set PGTEMP_CACHE_DIR to a directory that you own"
+_PREFIX_REMEDY = "specify another directory (data_dir_prefix)"
 
 
 def cache_dir() -> Path:
-    """The cache directory, which holds images; created if it is missing.
+    """The cache directory, which contains the images; it is created if it does not exist.
 
     For root it is /var/cache/pgtemp rather than a directory below /root, because the server user
     must be able to read its files. PGTEMP_CACHE_DIR overrides it. Raises OptionError if it cannot
-    be created or written, or other users could change it (trusted.py).
+    be created, is not writable, or can be changed by other users (trusted.py).
     """
     named = bool(os.environ.get("PGTEMP_CACHE_DIR"))
     what, path = "PGTEMP_CACHE_DIR" if named else "the cache", usual_cache_dir()
@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def usual_cache_dir() -> Path:
-    """The cache directory, unless it proves unusable; it may be missing."""
+    """The preferred cache directory; it may not exist or may be unusable (see `cache_dir`)."""
     if given := os.environ.get("PGTEMP_CACHE_DIR"):
         return Path(given).absolute()
     if os.geteuid() == 0:
@@ -82,7 +82,7 @@ def _make(path: Path, what: str, remedy: str) -> str | None:
                 trusted.check(path, what, remedy, sticky=False)
             make_dirs(path)
         if not os.access(path, os.W_OK | os.X_OK):
-            return trusted.find_flaw(path, sticky=False) or "it cannot be written"
+            return trusted.find_flaw(path, sticky=False) or "it is not writable"
         trusted.check(path, what, remedy, sticky=False)
     except OSError as error:
         return error.strerror or str(error)
@@ -92,7 +92,7 @@ def _make(path: Path, what: str, remedy: str) -> str | None:
 def make_dirs(path: Path) -> None:
     """Create a directory and its missing parents.
 
-    Root's umask may be 077; the server user must be able to enter them nevertheless.
+    Root's umask may be 077, but the server user must be able to enter them.
     """
     for directory in [*reversed(path.parents), path]:
         if directory.is_dir():
@@ -114,8 +114,8 @@ def check_umask() -> None:
     umasks = [line.split()[1] for line in status if line.startswith("Umask:")]
     if umasks and int(umasks[0], 8) & 0o700:
         raise OptionError(
-            f"the umask {umasks[0]} takes away the owner's own rights",
-            remedy="set one like 022 or 077 before",
+            f"the umask {umasks[0]} denies the owner access to their own files",
+            remedy="set the umask to 022 or 077 before you start pgtemp",
         )
 
 
@@ -138,33 +138,33 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
 
 
 def temporary_dir() -> Path:
-    """The directory for temporary files: TMPDIR if it can be written, else /tmp or /var/tmp.
+    """The directory for temporary files: TMPDIR if it is writable, else /tmp or /var/tmp.
 
-    Raises OptionError if none of them can be written, or other users could change the one found.
+    Raises OptionError if none of them is writable, or other users could change the selected one.
     """
     try:
         path = Path(tempfile.gettempdir())
     except FileNotFoundError:
         raise OptionError(
-            "no directory for temporary files can be written: not TMPDIR, /tmp, nor /var/tmp",
-            remedy="set TMPDIR to one that can",
+            "no directory for temporary files is writable (tried TMPDIR, /tmp and /var/tmp)",
+            remedy="set TMPDIR to a writable directory",
         ) from None
-    remedy = "set TMPDIR to a directory of yours"
+    remedy = "set TMPDIR to a directory that you own"
     trusted.check(path, "the directory for temporary files", remedy, sticky=True)
     return path.resolve()
 
 
 def _given_base(prefix: Path, *, keep: bool) -> Path:
     base = prefix.expanduser().absolute()
-    remedy = "name a directory that exists and can be written (data_dir_prefix)"
+    remedy = "specify an existing, writable directory (data_dir_prefix)"
     if not base.is_dir():
         raise OptionError(f"{base} is not a directory", remedy=remedy)
     if not os.access(base, os.W_OK | os.X_OK) or os.statvfs(base).f_flag & os.ST_RDONLY:
-        raise OptionError(f"{base} cannot be written", remedy=remedy)
+        raise OptionError(f"{base} is not writable", remedy=remedy)
     if keep and filesystem_type(base) in ("tmpfs", "ramfs"):
         raise OptionError(
             f"{base} is on {filesystem_type(base)}, which does not survive a reboot",
-            remedy="name a directory on disk (data_dir_prefix), or leave persist out",
+            remedy="specify a directory on disk (data_dir_prefix), or omit persist",
         )
     trusted.check(base, "the directory", _PREFIX_REMEDY, sticky=True)
     return base
@@ -175,8 +175,8 @@ def _persisted_base() -> Path:
     base = Path("/var/lib/pgtemp") if root else _of_user(platformdirs.user_data_dir)
     if base is None:
         raise OptionError(
-            "the user has no home directory, in which data would be persisted",
-            remedy="set HOME, or name a directory (data_dir_prefix)",
+            "the user has no home directory, which would contain the persisted data",
+            remedy="set HOME, or specify a directory (data_dir_prefix)",
         )
     if reason := _make(base, "the directory for persisted data", _PREFIX_REMEDY):
         raise OptionError(
@@ -219,9 +219,9 @@ def socket_base(owner: Identity) -> Path:
         ):
             return base
     raise OptionError(
-        "no directory that can be written and that other users cannot change has a path short "
+        "no directory that is writable, and that other users cannot change, has a path short "
         "enough for a unix socket",
-        remedy="set TMPDIR to a directory with a path below 60 bytes",
+        remedy="set TMPDIR to a directory whose path is shorter than 60 bytes",
     )
 
 
@@ -231,7 +231,7 @@ def is_noexec(path: Path) -> bool:
 
 
 def filesystem_type(path: Path) -> str:
-    """The type of the filesystem that holds `path`, as the kernel names it; "" if unknown."""
+    """The type of the file system that contains `path`, as the kernel reports it; "" if unknown."""
     real = os.path.realpath(path)
     best, kind = "", ""
     for line in procfs.lines("self/mounts"):

@@ -4,12 +4,12 @@ A sock_diag(7) request queries the kernel for the one connection and takes 0.02 
 does not answer, the table of all connections is read, which takes 2 ms.
 
 The addresses and ports of both ends must match, since a port may be in use on several loopback
-addresses at once; and the socket must have an inode, since the kernel reports a socket that no
-process holds any more as root's. A client may connect to an IPv4 address through an IPv6 socket, as
-Java does; the kernel then reports both ends in their IPv6 form.
+addresses at the same time; and the socket must have an inode, since the kernel reports that a
+socket which no process holds any more belongs to root. A client may connect to an IPv4 address
+through an IPv6 socket, as Java does; the kernel then reports both ends in their IPv6 form.
 
 The kernel looks a connection up by its addresses, and once a client has closed its socket, another
-process can use its port at once. Two checks ensure that the answer is about this connection:
+process can use its port immediately. Two checks ensure that the answer is about this connection:
 
 - The other end has completed its handshake. A client in SYN_SENT may have the endpoints of our
   connection: after a close its port is free before our end notices (FIN_WAIT2 may end after a
@@ -17,8 +17,8 @@ process can use its port at once. Two checks ensure that the answer is about thi
 - Our end is not closed after the answer. Until then the kernel gives each segment with these
   endpoints to our socket (tcp_v4_rcv looks for a connection before it looks for a listener), so no
   other client can complete a handshake from there. Once a reset or both FINs have closed our
-  socket, getpeername(2) fails with ENOTCONN. It has to be called on the descriptor: the transports
-  of asyncio and uvloop return the name they read at first, even after a reset.
+  socket, getpeername(2) fails with ENOTCONN. It must be called on the descriptor: the transports of
+  asyncio and uvloop return the name that they read first, even after a reset.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ OVERFLOW_UID = int(procfs.read("sys/kernel/overflowuid") or 65534)
 
 
 def refuse_descriptors(connected: socket.socket) -> None:
-    """Let the other end of a unix socket send no descriptors (since Linux 6.16).
+    """Prevent the other end of a unix socket from sending descriptors (since Linux 6.16).
 
     The kernel closes unexpected descriptors in the reader's thread, which may take as long as the
     sender likes (SO_LINGER).
@@ -79,8 +79,8 @@ def refuse_descriptors(connected: socket.socket) -> None:
 def check_listener(connected: socket.socket, uid: int) -> None:
     """Check, before anything is sent, that a process of user `uid` listens on a unix socket.
 
-    A server user can replace the socket by a link, which would lead root to any other socket.
-    Raises ConnectionRefusedError if another user's process listens there.
+    A server user can replace the socket by a link, which could make root connect to any other
+    socket. Raises ConnectionRefusedError if another user's process listens there.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return
@@ -88,7 +88,7 @@ def check_listener(connected: socket.socket, uid: int) -> None:
     found = _CREDENTIALS.unpack(got)[1]
     if found != uid:
         raise ConnectionRefusedError(
-            errno.ECONNREFUSED, f"a process of uid {found} listens there, not of uid {uid}"
+            errno.ECONNREFUSED, f"the listening process belongs to uid {found}, not to uid {uid}"
         )
 
 

@@ -1,4 +1,4 @@
-"""TCP ports on this machine: which addresses are local, which ports are free, what uses them."""
+"""TCP ports on this machine: local addresses, free ports, and the processes that use ports."""
 
 from __future__ import annotations
 

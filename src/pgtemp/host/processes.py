@@ -27,7 +27,7 @@ from pgtemp.host.identity import Identity
 _PASSED_ON = ("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME")
 _END_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
-_OUTPUT_BYTES = 1 << 20  # bytes of a program of another user; initdb prints 2 KB
+_OUTPUT_BYTES = 1 << 20  # the limit on the output of another user's program; initdb prints 2 KB
 _PASSED_ON_PREFIX = "NSS_WRAPPER_"
 
 
@@ -89,7 +89,7 @@ def run(
         cwd=cwd,
         umask=0o077,
         process_group=0 if guard is not None and become is None else None,
-        # Its user can control it, and would reach the caller's terminal.
+        # That user can control the program, and must not get access to the caller's terminal.
         start_new_session=become is not None,
         user=become.uid if become else None,
         group=become.gid if become else None,
@@ -138,7 +138,7 @@ def _communicate(
 def _communicate_limited(
     process: subprocess.Popen[bytes], stdin: bytes, seconds: float | None
 ) -> tuple[bytes, bytes]:
-    """As `Popen.communicate`; a program that prints more than `_OUTPUT_BYTES` is killed.
+    """Like `Popen.communicate`, but kill a program that prints more than `_OUTPUT_BYTES`.
 
     A program of another user may be controlled by that user, who could fill the caller's memory.
     """
@@ -172,7 +172,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run a user's shell command as the caller, and wait for it.
 
-    The command also finds programs of the current virtual environment if that is not activated.
+    The command also finds programs of the current virtual environment, even if it is not activated.
 
     Args:
         env: its complete environment.
@@ -222,7 +222,7 @@ _GO = "\n"
 
 
 def _waiting(argv: Sequence[str]) -> list[str]:
-    """Arguments that run a program once it reads `_GO`, and never if this process exits first."""
+    """Wrap a command so that it waits for `_GO`; if this process exits first, it never runs."""
     return ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"', *argv]
 
 

@@ -15,7 +15,7 @@ _show: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
 def show_with(show: Callable[[str], AbstractContextManager[object]]) -> None:
-    """Set the context manager that displays a step while it lasts."""
+    """Set the context manager that displays a step while it runs."""
     global _show
     _show = show
 

@@ -1,11 +1,13 @@
-"""Paths that a user named, in directories that another user may change.
+"""Paths that the user specified, in directories that another user may change.
 
-If the caller is root, a link or a renamed directory below another user's directory would lead root
-anywhere. So the path is walked one name at a time. As long as all directories belong to root or to
-the caller, a link is followed if it belongs to root or to the caller, too. From the first directory
-of another user on, no link is followed, and everything below must belong to that user.
+If the caller is root, a link or a renamed directory below another user's directory could redirect
+root to any file. The path is therefore resolved one name at a time. As long as all directories
+belong to root or to the caller, a link is followed if it also belongs to root or to the caller.
+Below the first directory of another user, no link is followed, and every entry must belong to that
+user.
 
-A caller who is not root has only its own rights to lose, so the path is resolved in the usual way.
+A caller that is not root has no additional privileges to protect, so the path is resolved in the
+usual way.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ _MAX_LINKS = 40  # MAXSYMLINKS, linux/namei.h
 
 @dataclass(slots=True)
 class Location:
-    """The open directory in which the last part of a path is, and that name.
+    """The open directory that contains the last part of a path, and the name of that part.
 
     Attributes:
         fd: the directory's descriptor.
-        uid: the other user in whose directory the path leads; None if there is none.
+        uid: the other user whose directory contains the path; None if there is none.
     """
 
     fd: int
@@ -50,10 +52,10 @@ class Location:
 
 
 def locate(path: StrPath) -> Location:
-    """Where a path leads; the last name may be missing there.
+    """Resolve a path; its last part need not exist.
 
-    Raises OSError if a directory is missing; a ForeignFileError if another user may lead the path
-    elsewhere.
+    Raises OSError if a directory does not exist; a ForeignFileError if another user could redirect
+    the path.
     """
     if os.geteuid() != 0:
         above, name = os.path.split(os.path.realpath(path))
@@ -75,7 +77,7 @@ def _walk(path: str) -> Location:
                 if links > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 if at.uid is not None or status.st_uid not in (0, os.geteuid()):
-                    raise ForeignFileError(f"{at.directory}/{name}", "is another user's link")
+                    raise ForeignFileError(f"{at.directory}/{name}", "is a link of another user")
                 target = os.readlink(name, dir_fd=at.fd)
                 if target.startswith("/"):
                     _enter(at, "/", "/")
@@ -104,7 +106,7 @@ def _status(at: Location, name: str) -> os.stat_result | None:
 
 def _enter(at: Location, name: str, path: str) -> None:
     if name == ".." and at.uid is not None:
-        raise ForeignFileError(path, f"is above a directory of uid {at.uid}")
+        raise ForeignFileError(path, f"leads back out of a directory of uid {at.uid}")
     fd = os.open(name, PASSAGE, dir_fd=at.fd)
     os.close(at.fd)
     at.fd, at.directory = fd, path
@@ -116,7 +118,7 @@ def _enter(at: Location, name: str, path: str) -> None:
 
 
 def open_tree(path: StrPath) -> Tree:
-    """The tree at a path. Raises OSError as `locate`, or if there is no directory."""
+    """Open the tree at a path. Raises the errors of `locate`; OSError if it is not a directory."""
     with locate(path) as at:
         fd = os.open(at.name, DIRECTORY, dir_fd=at.fd)
         owner = os.fstat(fd).st_uid
@@ -127,10 +129,10 @@ def open_tree(path: StrPath) -> Tree:
 
 
 def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
-    """The descriptor of a file that an option names.
+    """Open a file that an option specifies, and return its descriptor.
 
-    Raises OSError as `locate`; a ForeignFileError if root would write a file of another user, or
-    read a file in another user's directory that is not that user's.
+    Raises the errors of `locate`; a ForeignFileError if root would write to a file of another user,
+    or read a file in another user's directory that does not belong to that user.
     """
     if os.geteuid() != 0:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
@@ -151,6 +153,6 @@ def open_file(path: StrPath, flags: int = os.O_RDONLY) -> int:
 
 
 def read_file(path: StrPath) -> bytes:
-    """All of a file that an option names. Raises OSError as `open_file`."""
+    """The contents of a file that an option specifies. Raises the errors of `open_file`."""
     with open(open_file(path), "rb") as file:
         return file.read()

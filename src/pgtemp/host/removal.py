@@ -1,8 +1,8 @@
 """Remove directories, one entry per step, in a tree that another user may change meanwhile.
 
 If root removes a directory of another user, that user may have moved files of other users into it.
-So root removes only the files of that user, and the files that a killed start leaves: directories
-and empty files of root.
+Root therefore removes only the files of that user, and those that a killed start leaves behind:
+directories and empty files of root.
 
 The supervisor process imports this module, so it imports no module that is slow to import.
 """
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 REMOVING = ".gone"  # suffix of the name of a directory that is being removed
 _ROOT = 0
 # Down to this depth, directories of root in another user's directory are removed in place. Deeper
-# ones are moved to the top like all others; if such a directory must stay, its name is lost.
+# ones are moved to the top like all others; if such a directory cannot be removed, its name is
+# lost.
 _IN_PLACE = 16
 
 
@@ -85,9 +86,9 @@ def _empty(top: int, user: int | None) -> Steps:
     emptied: a deeper mount point cannot be moved, and one at the top is recognized by its device.
 
     Args:
-        user: the user whose entries may be removed, in addition to those that a killed start of
-            root leaves. None removes the entries of all users, until root reaches a directory of
-            another user. From there on only that user's entries are removed, and none is moved out.
+        user: the user whose entries may be removed, in addition to those that a killed start by
+            root left behind. None removes the entries of all users, until root reaches a directory
+            of another user. Below it, only that user's entries are removed, and none is moved out.
     """
     failure: OSError | None = None
     device, is_root = os.fstat(top).st_dev, os.geteuid() == _ROOT
@@ -144,23 +145,23 @@ def _empty(top: int, user: int | None) -> Steps:
 
 
 def _enter(top: int, path: str) -> int:
-    """A descriptor of a directory below, or of the top itself for ""; follows no link."""
+    """Open a directory below the top, or the top itself for "", without following links."""
     return descend(os.dup(top), path.split("/") if path else ())
 
 
 def _drop(top: int, path: str) -> None:
-    """Remove an empty directory below."""
+    """Remove an empty directory below the top."""
     above, _, name = path.rpartition("/")
     with Closing(_enter(top, above)) as parent:
         os.rmdir(name, dir_fd=parent)
 
 
 def _is_roots(directory: int, name: str, user: int) -> bool:
-    """Whether an entry is root's, rather than the user's. Raises OSError if root must leave it."""
+    """Whether root owns an entry, not the user. Raises OSError if root must not remove it."""
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if status.st_uid == user:
         return False
-    # A start that was killed may have made these, and not given them away yet.
+    # A killed start may have created these, and not handed them over yet.
     empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
     if status.st_uid != _ROOT or not (empty or stat.S_ISDIR(status.st_mode)):
         raise _foreign()
@@ -168,7 +169,7 @@ def _is_roots(directory: int, name: str, user: int) -> bool:
 
 
 def _foreign() -> OSError:
-    return PermissionError(errno.EPERM, "something in it belongs to another user")
+    return PermissionError(errno.EPERM, "it contains an entry that belongs to another user")
 
 
 def is_entry(opened: int, directory: int, name: str) -> bool:

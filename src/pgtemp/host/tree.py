@@ -33,7 +33,7 @@ _KINDS = {
 
 
 class ForeignFileError(OSError):
-    """A file or directory is of an unexpected kind, or belongs to an unexpected user."""
+    """A file or directory has an unexpected type, or belongs to an unexpected user."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(errno.EPERM, reason, name)
@@ -44,10 +44,10 @@ class Tree:
 
     Args:
         fd: the directory's descriptor; `close` closes it.
-        path: used only in messages and for programs that run as the directory's user.
+        path: its path, used only in messages and for programs that run as the directory's user.
         uid: the user to whom every entry must belong; None if that does not matter because the
             caller has no more rights than that user.
-        gid: new files get this group and the user `uid`; None if they stay the caller's.
+        gid: new files get this group and the user `uid`; None if they keep the caller's ids.
     """
 
     __slots__ = ("_held", "fd", "gid", "path", "uid")
@@ -77,25 +77,24 @@ class Tree:
         """Close the tree; does nothing if it is closed already."""
         while self._held:
             os.close(self._held.popitem()[1])
-        fd, self.fd = self.fd, -1  # the number may soon be that of another file
+        fd, self.fd = self.fd, -1  # the number may soon denote another file
         if fd >= 0:
             os.close(fd)
 
     def hold(self, *names: str) -> None:
         """Keep directories open, so that later steps use them even if they are renamed.
 
-        Raises OSError as `enter`.
-        """
+        Raises the errors of `enter`."""
         for name in names:
             self._held[name] = self.enter(name)
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the tree belongs to another user than the caller, who is root."""
+        """Whether the caller is root and the tree belongs to another user."""
         return self.uid is not None and self.uid != os.geteuid()
 
     def enter(self, name: str) -> int:
-        """Open a directory below, or the tree itself for "", and return a new descriptor.
+        """Open a directory in the tree, or the tree itself for "", and return a new descriptor.
 
         Raises OSError if the directory is missing, is a link, or belongs to another user.
         """
@@ -110,7 +109,7 @@ class Tree:
 
     @contextmanager
     def _parent(self, name: str) -> Iterator[tuple[int, str]]:
-        """Open the directory that holds the last part of a name, for the duration of a block."""
+        """Open the directory that contains the last part of a name, for the duration of a block."""
         above, _, last = name.rpartition("/")
         with Closing(self.enter(above)) as there:
             yield there, last
@@ -130,7 +129,7 @@ class Tree:
         return fd
 
     def below(self, name: str) -> Tree:
-        """Open a directory below as a tree. Raises OSError as `enter`."""
+        """Open a directory in the tree as a tree. Raises the errors of `enter`."""
         return Tree(self.enter(name), f"{self.path}/{name}", self.uid, self.gid)
 
     def make_directory(self, name: str, mode: int = 0o700) -> None:
@@ -141,7 +140,7 @@ class Tree:
                 os.fchmod(fd, mode)  # independent of the umask
 
     def link(self, name: str, target: str) -> None:
-        """Make a symbolic link in the directory itself. Raises OSError."""
+        """Create a symbolic link in the top directory. Raises OSError."""
         os.symlink(target, name, dir_fd=self.fd)
 
     def hand_over(self, *names: str) -> None:
@@ -157,7 +156,7 @@ class Tree:
                 os.fchown(fd, self.uid, self.gid)
 
     def take_back(self, name: str, mode: int) -> None:
-        """Make a directory in this one the caller's again; its group gets the mode's rights."""
+        """Make the caller the owner of a directory again and set its mode, but keep its group."""
         with Closing(os.open(name, DIRECTORY, dir_fd=self.fd)) as fd:
             if os.fstat(fd).st_uid != os.geteuid():
                 os.fchown(fd, os.geteuid(), -1)
@@ -173,7 +172,7 @@ class Tree:
             return self._checked(os.open(last, flags, dir_fd=there), name)
 
     def open_listed(self, name: str, last: str, above: int) -> int:
-        """As `open_file`, in an open directory; unchecked if no other user can change the tree.
+        """Like `open_file`, in an open directory; unchecked if no other user can change the tree.
 
         A named pipe in place of a file does not block, and reads as an empty file.
         """
@@ -181,7 +180,7 @@ class Tree:
         return self._checked(fd, name) if self.is_foreign else fd
 
     def read(self, name: str, limit: int) -> bytes:
-        """Read at most the first `limit` bytes of a file. Raises OSError as `open_file`."""
+        """Read at most the first `limit` bytes of a file. Raises the errors of `open_file`."""
         with Closing(self.open_file(name)) as fd:
             return os.read(fd, min(limit, os.fstat(fd).st_size or limit))
 
@@ -207,7 +206,7 @@ class Tree:
                 raise
 
     def patch(self, name: str, offset: int, data: bytes) -> None:
-        """Overwrite bytes of a file in place. Raises OSError as `open_file`."""
+        """Overwrite bytes of a file in place. Raises the errors of `open_file`."""
         with Closing(self.open_file(name, READ | os.O_WRONLY)) as fd:
             os.pwrite(fd, data, offset)
 
@@ -242,10 +241,10 @@ class Tree:
                 pass
 
     def rename(self, name: str, new: str) -> None:
-        """Rename an entry of the directory itself. Raises OSError."""
+        """Rename an entry of the top directory. Raises OSError."""
         os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
 
 def kind_of(mode: int) -> str:
-    """The kind of a file, as text for messages."""
+    """The type of a file, for messages."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")

@@ -3,7 +3,7 @@
 A directory is trusted if it belongs to the owner (the effective uid) or to root, and no other user
 may write to it. The same applies to every directory in its path, including those that hold a
 symbolic link and those that the link leads through: a user who may write to one of them can replace
-the next one by another directory.
+the next one with another directory.
 
 - A sticky directory, such as /tmp, is trusted within a path: only their owners can rename and
   remove its entries. The next entry must belong to the owner or root, even if it is a link.
@@ -12,9 +12,9 @@ the next one by another directory.
   group. A user without a name may have a group of the same number without a name. If the directory
   has an access control list, the group's mode bits apply to other users as well (acl(5)), so no
   group may write.
-- In a user namespace that does not map root, the kernel reports root's files as the overflow uid's,
-  like those of every user that is not mapped. There that uid is trusted like root, but not as the
-  owner of an entry of a sticky directory.
+- In a user namespace that does not map root, the kernel reports the overflow uid as the owner of
+  root's files, as for every user that is not mapped. In such a namespace, that uid is trusted like
+  root, but not as the owner of an entry of a sticky directory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def check(path: Path, what: str, remedy: str, *, sticky: bool) -> None:
     if flaw := find_flaw(path, sticky=sticky):
         raise OptionError(
             f"{what} {path} is not safe from other users: {flaw}",
-            remedy=f"{remedy}, or change that owner or mode (chown, chmod go-w)",
+            remedy=f"{remedy}, or change its owner or mode (chown, chmod go-w)",
         )
 
 
@@ -67,7 +67,7 @@ def find_flaw(path: Path, *, sticky: bool) -> str | None:
         try:
             status = os.lstat(entry)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return None  # it cannot be used; the caller's own attempt reports why
+            return None  # it cannot be used; the caller reports the reason when it tries
         if status.st_uid not in _owners(entry_of_sticky=is_open and name != "/"):
             return f"{entry} belongs to user {name_of(status.st_uid)}"
         if stat.S_ISLNK(status.st_mode):

@@ -1,1 +1,1 @@
-"""Images: data directories in the cache, from which those of servers are copied."""
+"""Images: data directories in the cache, from which the data directories of servers are copied."""

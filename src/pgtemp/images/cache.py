@@ -1,8 +1,8 @@
 """The cache of images: each is built once on this machine, by one process, under a lock.
 
-An image is built (initdb.py) in a sibling directory and published by a rename. The existence of a
-file would prove nothing, since an initdb that was killed can leave a directory on which a server
-starts. The image's name is the hash of everything that determines its bytes.
+An image is built (initdb.py) in a sibling directory and published by a rename. Checking for a
+particular file would not be enough, because an initdb that was killed can leave a directory in
+which a server can start. The image's name is the hash of everything that determines its bytes.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _log = logging.getLogger("pgtemp")
 SCHEMA = 5  # the version of the image's layout and of the steps that build its data directory
 UNUSED_DAYS = 30
 MAX_BYTES = 4 << 30
-RUN_SECONDS = 86400  # images of a run that are older were left by a killed run
+RUN_SECONDS = 86400  # per-run images older than this were left behind by a killed run
 _OF_A_RUN = "-template-run-"
 _HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 
 class Ensured(ABC):
-    """An image that is built when it is needed, and rebuilt if it is damaged."""
+    """An image that is built when it is first needed, and rebuilt if it is damaged."""
 
     @abstractmethod
     def resolve(self) -> Image:
-        """The image; built if there is none."""
+        """Return the image; build it if it does not exist."""
 
     def repair(self, damage: ChangedError) -> None:
-        _log.warning("the image is damaged and is rebuilt: %s", damage)
+        _log.warning("the image is damaged and will be rebuilt: %s", damage)
         self.resolve().discard()
 
 
@@ -63,10 +63,10 @@ class Cached(Ensured):
         return self.resolve().path.name
 
     def resolve(self) -> Image:
-        """The image; initdb builds it if there is none.
+        """Return the image; build it with initdb if it does not exist.
 
-        Raises OptionError if an argument is not one of initdb's, or is one that pgtemp itself sets,
-        and ClusterError if initdb failed; the details are its output.
+        Raises OptionError if initdb does not accept an argument or pgtemp itself sets it, and
+        ClusterError if initdb failed; the details are its output.
         """
         programs = self.installation
         arguments = initdb.arguments(programs, self.initdb_args)
@@ -74,7 +74,7 @@ class Cached(Ensured):
         key = key_of(programs.identity, libc or "", *arguments, *self.owner.made_as)
         return ensure(
             f"{programs.major}-{key}",
-            f"initdb of PostgreSQL {programs.version}, once on this machine",
+            f"running initdb of PostgreSQL {programs.version} (once per machine)",
             lambda path, lock: initdb.build(programs, arguments, path, self.owner, lock),
         )
 
@@ -91,7 +91,7 @@ def name_of(major: int, identity: str, run: str | None) -> str:
     """The name of a template's image.
 
     Args:
-        run: the name of the run for which alone it is cached; None caches it permanently.
+        run: the name of the only run that may use it; None caches it permanently.
     """
     kind = f"{_OF_A_RUN}{run}-" if run is not None else "-template-"
     return f"{major}{kind}{identity}"
@@ -104,7 +104,7 @@ def forget(run: str) -> None:
 
 
 def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
-    """The image of that name in the cache; if there is none, exactly one process builds it.
+    """Return the image of that name; if it is not in the cache, exactly one process builds it.
 
     Raises PgTempError if the build failed.
 
@@ -112,7 +112,7 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
         name: from `key_of`.
         what: the description of the build, for progress messages.
         build: builds the image at a path; it also gets the descriptor of the lock, which must be
-            held as long as a program of the build runs.
+            held while a program of the build runs.
     """
     path = paths.cache_dir() / "images" / name
     if (image := _load(path)) is not None:
@@ -126,13 +126,13 @@ def ensure(name: str, what: str, build: Callable[[Path, int], None]) -> Image:
                 build(path, lock)
             image = _load(path)
     if image is None:
-        raise ClusterError(f"the image {path} cannot be read right after it was built")
+        raise ClusterError(f"the image {path} cannot be read although it was just built")
     _prune(path.parent)
     return image
 
 
 def _load(path: Path) -> Image | None:
-    """The image at a path; read from disk again if another process has rebuilt it since."""
+    """Return the image at a path; read it from disk again if another process has rebuilt it."""
     try:
         written = (path / MANIFEST).stat().st_mtime_ns
         if (path, written) not in _loaded:
@@ -158,7 +158,7 @@ def _prune(images: Path) -> None:
         total += size
         stale = when < oldest or (_OF_A_RUN in path.name and when < time.time() - RUN_SECONDS)
         if stale or (total > MAX_BYTES and rank > 0):
-            with suppress(OSError):  # its lock file cannot be created
+            with suppress(OSError):  # the lock file cannot be created
                 _remove(path)
 
 
@@ -171,11 +171,12 @@ def _remove(path: Path) -> None:
 
 
 def sweep() -> list[Path]:
-    """Remove directories that killed builds have left in the cache; return their paths."""
+    """Remove directories that killed builds left in the cache; return their paths."""
     left = []
     for building in _trusted_cache().glob("*/*.building*"):
         lock = building.with_name(building.name.partition(".building")[0] + ".lock")
-        with suppress(OSError), locks.locked_at_once(lock) as free:  # or it is another user's
+        # Suppressed because the lock file may belong to another user.
+        with suppress(OSError), locks.locked_at_once(lock) as free:
             if free:
                 remove(building)
                 left.append(building)
@@ -191,7 +192,7 @@ def _trusted_cache() -> Path:
 def _sizes(images: Path) -> Iterator[tuple[float, int, Path]]:
     """For each image: when it was last used, its size in bytes, and its path."""
     for manifest in images.glob(f"*/{MANIFEST}"):
-        if manifest.parent.suffix:  # one that is being built
+        if manifest.parent.suffix:  # an image that is being built
             continue
         try:
             size = sum(size for _, size in json.loads(manifest.read_bytes())["files"])

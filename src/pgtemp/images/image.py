@@ -10,10 +10,10 @@ An image is copied in four parts, because a postmaster that starts after a clean
 read the databases: `begin` copies the files that it needs to start; `first`, while it starts, the
 database `postgres`; `rest` the templates, while the first connection is already in use; `warm` the
 relation cache files, so that this connection need not build the cache (start-up deletes these
-files, so they are added after it). Together this halves the time to the first row.
+files, so they are added after it). In total, this halves the time to the first row.
 
-Each directory of the copy is given to the server user when it is complete. Until then the server
-may read it, because start-up searches each database for files of a crashed server.
+When a directory of the copy is complete, the server user becomes its owner. The server may read it
+before that, because start-up searches each database for files of a crashed server.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Image(Copyable):
     """A data directory that was shut down cleanly, and is copied many times.
 
     Attributes:
-        dirs, files: what is copied; the files with their sizes, sorted.
+        dirs, files: the directories and files to copy; the files with their sizes, sorted.
         control: the hash of the control file.
         conf: the text for postgresql.conf; None if the data directory contains the file.
         password: the file and the offset of the superuser's verifier.
@@ -82,7 +82,7 @@ class Image(Copyable):
             file_copy.copy_files(data, target, early)
         if self.conf is not None:
             target.write(CONF, self.conf.encode(errors="surrogateescape"))
-        # From here on the server's user can rename directories, so these stay open.
+        # After this the server user can rename directories, so these stay open.
         target.hold(_GLOBAL, *filter(_is_late, self.dirs))
         target.hand_over(*(name for name in self.dirs if not _is_late(name)))
 
@@ -102,7 +102,7 @@ class Image(Copyable):
         return [file for file in late if file[0].startswith(f"{_POSTGRES}/") is of_postgres]
 
     def warm(self, target: Tree) -> None:
-        """Add the relation cache files, unless the server has created its own already."""
+        """Add the relation cache files, unless the server has already created them."""
         if not self.relcache:
             return
         with suppress(FileNotFoundError), Tree.open(self.path / WARM) as saved:
@@ -119,7 +119,7 @@ class Image(Copyable):
         return _relcaches.get(self.control, ())
 
     def learn(self, data: Tree) -> None:
-        """Save the relation cache files of a server on this image to which clients only connected.
+        """Save the relation cache files of a server on this image whose clients only connected.
 
         Their contents depend on the catalogs only, so they fit every copy.
         """
@@ -130,7 +130,7 @@ class Image(Copyable):
                 _copy_relcache(data, image, fresh)
                 if image.status(WARM) is None:
                     image.rename(fresh, WARM)
-            except (OSError, ChangedError):  # such as a full disk: only an optimization
+            except (OSError, ChangedError):  # such as a full disk; it is only an optimization
                 image.remove(fresh)
 
     @contextmanager
@@ -151,11 +151,11 @@ class Image(Copyable):
             images.remove(self.path.name)
 
     def set_password(self, target: Tree, verifier: str) -> bool:
-        """Put the superuser's verifier into a copy that no server has started on.
+        """Write the superuser's verifier into a copy on which no server has started yet.
 
-        False if SQL is required. initdb stored one of the same length, in a row that nothing points
-        into and with page checksums off, so the result is the same as that of ALTER ROLE. It needs
-        no connection, which saves a seventh of the time to the first row.
+        Returns False if SQL is required. initdb has stored a verifier of the same length; nothing
+        points into its row, and page checksums are off, so the result is the same as that of ALTER
+        ROLE. No connection is needed, which saves a seventh of the time to the first row.
         """
         if self.password is None or len(verifier) != _VERIFIER_LENGTH:
             return False

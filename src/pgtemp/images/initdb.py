@@ -28,13 +28,13 @@ _INITDB_SECONDS = 300.0
 _INITDB_BYTES, _INITDB_FILES = 40 << 20, 1200
 _CONF_BYTES = 1 << 20
 _NAME_REMEDY = (
-    "give the user a line in /etc/passwd, or a name by nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
+    "add the user to /etc/passwd, or use nss_wrapper (LD_PRELOAD=libnss_wrapper.so, "
     "NSS_WRAPPER_PASSWD, NSS_WRAPPER_GROUP)"
 )
 _REMEDIES = (
     (r"could not look up effective user ID", _NAME_REMEDY),
     (r"could not resize shared memory segment", "make /dev/shm larger (docker run --shm-size)"),
-    (r"File too large", "raise the limit on the size of files (ulimit -f)"),
+    (r"File too large", "raise the file size limit (ulimit -f)"),
 )
 _FIXED = {"pgdata", "username", "auth", "auth-local", "auth-host", "pwfile", "pwprompt", "waldir"}
 
@@ -49,11 +49,11 @@ def arguments(installation: Installation, given: Mapping[str, str]) -> list[str]
         chosen["no-data-checksums"] = ""
     for name, value in given.items():
         name = name.lstrip("-").replace("_", "-")
-        # getopt_long accepts abbreviations, so a prefix of a fixed option is refused too.
+        # getopt_long accepts abbreviations, so prefixes of fixed options are also refused.
         if not re.fullmatch(r"[a-z][a-z-]+", name) or any(o.startswith(name) for o in _FIXED):
             raise OptionError(
-                f"initdb_args: {name!r} cannot be given",
-                remedy="give a long option of initdb other than " + ", ".join(sorted(_FIXED)),
+                f"initdb_args: {name!r} is not allowed",
+                remedy="specify a long option of initdb other than " + ", ".join(sorted(_FIXED)),
             )
         if name == "data-checksums":
             chosen.pop("no-data-checksums", None)
@@ -67,11 +67,12 @@ def build(
     """Build an image with initdb, and publish it at `path`. Raises PgTempError."""
     if blocked := owner.blocked_at(path.parent):
         raise OptionError(
-            f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, "
+            f"user {owner.name}, which PostgreSQL runs as, cannot enter {blocked}, "
             "which contains the cache",
-            remedy="name another directory in PGTEMP_CACHE_DIR",
+            remedy="set PGTEMP_CACHE_DIR to another directory",
         )
-    # Checked before initdb runs: a server that it starts leaves kernel objects if the disk is full.
+    # Check this before initdb runs: if the disk is full, the server that it starts leaves kernel
+    # objects behind.
     cure = disk_space.CACHE_REMEDY
     disk_space.check(path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=cure)
     with publication.building_at(path, lock, [_INITDB]) as (building, guard):
@@ -95,20 +96,20 @@ def _initdb(
     owner: Identity,
     guard: Callable[[int], None],
 ) -> None:
-    """Run initdb on `data` in a directory of the caller; only `data` is the server user's."""
+    """Run initdb on `data` in a directory of the caller; only `data` belongs to the server user."""
     initdb, data = installation.program("initdb"), Path(work.path, DATA)
     if not owner.has_name:
         if paths.is_noexec(data.parent):
             raise OptionError(
                 f"user {owner.name} has no name, so initdb has to be run from the cache "
                 f"{data.parents[3]}, which is mounted noexec",
-                remedy=f"name another directory in PGTEMP_CACHE_DIR, or {_NAME_REMEDY}",
+                remedy=f"set PGTEMP_CACHE_DIR to another directory, or {_NAME_REMEDY}",
             )
         copies, names = data.with_name("programs"), ("initdb", "postgres")
         initdb = nameless_user.copy_without_lookup(initdb.parent, names, copies) / "initdb"
     argv: list[str | Path] = [initdb, "--pgdata", data, "--username", SUPERUSER]
     argv += ["--auth=trust", "--no-sync", "--no-instructions", "--no-clean", *arguments]
-    # A random password: its verifier reserves the space for the one that each copy gets.
+    # A random password: its verifier reserves space for the verifier that each copy gets.
     with Tree(os.dup(work.fd), work.path, owner.uid, owner.gid if owner.switch else None) as tree:
         tree.write(_PASSWORD, secrets.token_hex().encode())
         tree.make_directory(DATA)
@@ -120,9 +121,9 @@ def _initdb(
             result = processes.run(argv, identity=owner, guard=guard, seconds=_INITDB_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise ClusterError(
-                f"initdb of PostgreSQL {installation.version} did not end within "
+                f"initdb of PostgreSQL {installation.version} did not finish within "
                 f"{_INITDB_SECONDS:g} s",
-                remedy="look for what stops its processes, or slows the disk down",
+                remedy="find the reason why its processes are stopped, or why the disk is slow",
             ) from error
         if result.returncode != 0:
             raise _failure(installation, result.stderr, data.parents[2])
@@ -130,7 +131,7 @@ def _initdb(
 
 
 def _failure(installation: Installation, output: str, cache: Path) -> ClusterError:
-    """The error for an initdb that failed, from what it printed."""
+    """The error for an initdb that failed, from its output."""
     lines = [line for line in output.splitlines() if line.strip()][-8:]
     remedies = [remedy for words, remedy in _REMEDIES if re.search(words, output)]
     if disk_space.says_full(output) and not remedies:  # else /dev/shm may be full

@@ -1,7 +1,7 @@
 """Publish an image: choose the files of a data directory that was shut down, and copy them.
 
-The image is made in a sibling directory and published by a rename at the end. A build removes what
-a killed build of the same image has left. The caller holds the image's lock.
+The image is created in a sibling directory and finally published by a rename. A build removes the
+files that a killed build of the same image left behind. The caller holds the image's lock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
 
 MANIFEST = "manifest.json"
-# Mode of a directory of the caller that contains a directory of the server user, who must enter it.
+# The mode of a directory of the caller that contains a directory of the server user, who must be
+# able to enter it.
 OTHERS_MAY_ENTER = 0o711
 _LEFT_OUT = ("_fsm", "_vm", RELCACHE)
 _SEGMENT = re.compile(r"pg_wal/[0-9A-F]{24}")
@@ -41,7 +42,7 @@ _VERIFIER = re.compile(rb"SCRAM-SHA-256\$\d{4}:[\w+/=]{24}\$[\w+/=]{44}:[\w+/=]{
 
 
 def publish(made: Image, path: Path, lock: int) -> None:
-    """Copy an image to `path` in the cache, for other processes too. Raises ClusterError."""
+    """Copy an image to `path` in the cache, for use by all processes. Raises ClusterError."""
     with building_at(path, lock, ()) as (building, _):
         copy(made, building)
 
@@ -49,8 +50,9 @@ def publish(made: Image, path: Path, lock: int) -> None:
 def shut_down(path: Path, installation: Installation, owner: Identity, conf: str) -> Image:
     """A private image: a run directory whose server was shut down cleanly.
 
-    Spare WAL segments are left out, as are the free space and visibility maps: PostgreSQL recreates
-    the maps as needed, and they are a quarter of the files. The files of tablespaces are included.
+    Spare WAL segments are omitted, and so are the free space and visibility maps: PostgreSQL
+    recreates the maps as needed, and they are a quarter of the files. The files of tablespaces are
+    included.
 
     Args:
         path: the directory that contains the data directory; the image lasts as long as it exists.
@@ -117,7 +119,7 @@ def building_at(
                 images.make_directory(building.name, mode)
                 with images.below(building.name) as tree:
                     yield tree, guard
-                    os.fchmod(tree.fd, 0o700)  # no other user needs to enter it any more
+                    os.fchmod(tree.fd, 0o700)  # other users no longer need to enter it
                 images.rename(building.name, path.name)
         except BaseException:
             images.remove(building.name)

@@ -1,4 +1,4 @@
-"""What a server's data directory is copied from: the interface, and a directory that a user names.
+"""The sources of data directories: the interface, and a directory that the user specifies.
 
 A source is copied in four parts, which image.py describes; the defaults of the interface copy
 nothing after the first part.
@@ -30,10 +30,10 @@ class Source(Protocol):
 
     @property
     def identity(self) -> str:
-        """A text that identifies the source; the same for the same bytes."""
+        """A string that identifies the source; it is the same for the same bytes."""
 
     def resolve(self) -> Copyable:
-        """The object to copy, which does not change during the copy; built if there is none.
+        """Return the object to copy, which does not change during the copy; build it if necessary.
 
         Raises PgTempError if it cannot be built.
         """
@@ -43,7 +43,7 @@ class Source(Protocol):
 
 
 class Copyable:
-    """A data directory that is copied in parts, each at its time. All methods raise OSError."""
+    """A data directory that is copied in several parts. All methods raise OSError."""
 
     __slots__ = ()
 
@@ -53,7 +53,7 @@ class Copyable:
         raise NotImplementedError
 
     def begin(self, target: Tree) -> None:
-        """Copy all that a postmaster needs to start."""
+        """Copy all files that a postmaster needs to start."""
         raise NotImplementedError
 
     def first(self, target: Tree) -> None:
@@ -74,7 +74,8 @@ class Copyable:
 class Directory(Copyable):
     """A data directory that a user prepared; it is never changed.
 
-    It is copied completely before the server starts, which reads the databases after a crash.
+    It is copied completely before the server starts, because after a crash the server reads the
+    databases at start-up.
     """
 
     path: Path
@@ -86,7 +87,7 @@ class Directory(Copyable):
 
     @property
     def uid(self) -> int:
-        """The user to whom it belongs. Raises OSError."""
+        """The user that owns it. Raises OSError."""
         with reach.open_tree(self.path) as data:
             return os.fstat(data.fd).st_uid
 
@@ -99,11 +100,11 @@ class Directory(Copyable):
         except (OSError, ValueError) as error:
             raise OptionError(
                 f"{self.path} cannot be used as a data directory: {error}",
-                remedy="name a data directory of PostgreSQL",
+                remedy="specify a PostgreSQL data directory",
             ) from error
 
     def is_in_use(self) -> bool:
-        """Whether the server that its postmaster.pid names is running."""
+        """Whether the server whose pid is in its postmaster.pid is running."""
         try:
             with reach.open_tree(self.path) as data:
                 return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
@@ -128,7 +129,7 @@ class Directory(Copyable):
     def repair(self, damage: ChangedError) -> None:
         raise ClusterError(
             f"{self.path} changed while it was copied: {damage}",
-            remedy="stop the server that runs on it first",
+            remedy="first stop the server that runs on it",
         )
 
 

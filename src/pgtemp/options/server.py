@@ -191,9 +191,9 @@ class ServerOptions:
                     remedy=f"choose another {name}",
                 )
         if self.password is not None and (not self.password or "\0" in self.password):
+            fault = "contains a NUL byte" if self.password else "is empty"
             raise OptionError(
-                "the password is empty or contains a NUL byte",
-                remedy="omit it to have a random one generated",
+                f"the password {fault}", remedy="omit it to have a random one generated"
             )
         if self.ttl is not None and not (0 < self.ttl < float("inf")):
             raise OptionError(

@@ -18,7 +18,7 @@ from pgtemp.programs import nameless_user
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """A folder of PostgreSQL programs of one version."""
+    """A directory that contains the PostgreSQL programs of one version."""
 
     bin_dir: Path
     version: str  # the end of `postgres --version`: "18.1", "15.18 (Debian 15.18-0+deb12u1)"
@@ -32,7 +32,7 @@ class Installation:
         return self.release.major
 
     def extensions_stamp(self) -> str:
-        """A text that changes when an extension's package is installed, upgraded or removed."""
+        """A string that changes whenever an extension package is installed, upgraded or removed."""
         shares = (
             self.bin_dir.parent / "share" / "extension",
             self.bin_dir.parent / "share" / "postgresql" / "extension",
@@ -45,20 +45,20 @@ class Installation:
         path = self.bin_dir / name
         if not path.exists():
             raise InstallationError(
-                f"{self.bin_dir} has no {name}",
+                f"{self.bin_dir} does not contain {name}",
                 remedy=f"install PostgreSQL {self.major}'s client programs, or "
-                "name another folder (bin_dir, PGTEMP_BIN)",
+                "specify another directory (bin_dir, PGTEMP_BIN)",
             )
         return path
 
     @property
     def identity(self) -> str:
-        """A text that identifies this build: the path, time, size and version of its server."""
+        """A string that identifies this build: the path, time, size and version of its server."""
         status = (self.bin_dir / "postgres").stat()
         return f"{self.bin_dir}|{status.st_mtime_ns}|{status.st_size}|{self.version}"
 
     def within_reach(self, owner: Identity) -> Installation:
-        """This installation, or a copy of it that `owner` can run.
+        """Return this installation, or a copy of it that `owner` can run.
 
         The server user cannot enter a virtual environment in root's home directory, for example.
         Raises InstallationError if `owner` cannot run the copy either.
@@ -76,9 +76,9 @@ class Installation:
             no_cache = f"and the cache {cache} is mounted noexec, so no program there can be run"
         if no_cache:
             raise InstallationError(
-                f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}, which "
+                f"user {owner.name}, which PostgreSQL runs as, cannot enter {blocked}, which "
                 f"contains the programs, {no_cache}",
-                remedy="install PostgreSQL elsewhere, or name another cache (PGTEMP_CACHE_DIR)",
+                remedy="install PostgreSQL elsewhere, or set PGTEMP_CACHE_DIR to another directory",
             )
         with disk_space.writing(target.parent, disk_space.CACHE_REMEDY):
             paths.make_dirs(target.parent)

@@ -1,7 +1,7 @@
-"""Copies of PostgreSQL's programs, for a user who cannot reach them or for one without a name.
+"""Copies of PostgreSQL's programs, for a user that cannot access them or that has no name.
 
 In a container that is run with `--user 1234`, or with a number that OpenShift chooses, the user has
-no line in /etc/passwd. PostgreSQL itself runs for such a user. initdb, and the `postgres --single`
+no entry in /etc/passwd. PostgreSQL itself runs for such a user. initdb, and the `postgres --single`
 that it starts, call `getpwuid` to get a name and exit if there is none, although the name is not
 needed, because pgtemp passes the superuser's name. pgtemp therefore runs initdb from a copy of
 these two programs that imports `getpwent` instead, which returns the first user of the system. Both
@@ -48,7 +48,7 @@ def copy_for_all_users(root: Path, target: Path) -> None:
 def _copy_tree(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, target, symlinks=True)
-    except shutil.Error as failures:  # it carries a list of messages
+    except shutil.Error as failures:  # it contains a list of messages
         first = str(failures.args[0][0][-1])
         number = errno.ENOSPC if disk_space.says_full(first) else errno.EIO
         raise OSError(number, os.strerror(number)) from failures
@@ -64,10 +64,10 @@ def _make_readable(tree: Path) -> None:
 
 
 def copy_without_lookup(bin_dir: Path, names: Sequence[str], target: Path) -> Path:
-    """Copy programs so that they do not look up the user's name; return the folder of the copies.
+    """Copy programs so that they do not look up the user's name; return their directory.
 
     The programs find their other files relative to their own path. `target` therefore gets the same
-    tree of directories, in which every other entry is a link to the original.
+    tree of directories, in which all other entries are links to the originals.
     """
     here = target
     for directory, child in zip([*reversed(bin_dir.parents)], bin_dir.parts[1:], strict=True):

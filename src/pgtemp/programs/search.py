@@ -1,7 +1,7 @@
 """Find PostgreSQL's programs on this machine, and select a version.
 
-The search order is: the folder that the user named, PATH, pg_config, the folders of the
-distributions (newest first), and wheels from the package index that contain the programs.
+The search order is: the directory that the user specified, PATH, pg_config, the directories of the
+    distributions (newest version first), and installed wheels that contain the programs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
     """The installation to use.
 
     Args:
-        bin_dir: a folder of programs, or one that contains it as `bin`; None searches everywhere.
+        bin_dir: a directory that contains the programs, or whose subdirectory `bin` does; None
+            searches everywhere.
         version: "16", "16.4", ">=16,<18"; None accepts the first installation found.
 
     Raises OptionError if `version` is not a version, InstallationError if no suitable installation
@@ -59,7 +60,7 @@ def find(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Install
     """
     request = (str(bin_dir), version, os.environ.get("PATH"))
     if request in _found and _installation_in(_found[request].bin_dir) == _found[request]:
-        return _found[request]  # the search takes two of the forty milliseconds of a start
+        return _found[request]  # the search takes two of the forty milliseconds that a start takes
     _found[request] = _search(bin_dir, version)
     return _found[request]
 
@@ -83,13 +84,13 @@ def _search(bin_dir: str | os.PathLike[str] | None, version: str | None) -> Inst
     if bin_dir is not None:
         raise InstallationError(
             f"no {what} was found in {os.fspath(bin_dir)}",
-            remedy="name the folder that holds postgres and initdb (bin_dir, PGTEMP_BIN), "
-            "or leave it out to look everywhere",
+            remedy="specify the directory that contains postgres and initdb (bin_dir, PGTEMP_BIN), "
+            "or omit it to search everywhere",
             details=looked,
         )
     raise InstallationError(
         f"no {what} was found",
-        remedy="install it, or name a folder of programs (bin_dir, PGTEMP_BIN)",
+        remedy="install it, or specify the directory of its programs (bin_dir, PGTEMP_BIN)",
         details=[
             *looked,
             *(f"looked for {pattern}" for pattern in _FOLDERS if not glob.glob(pattern)),
@@ -120,7 +121,7 @@ def _install_commands(wanted: SpecifierSet) -> list[str]:
 
 
 def available() -> list[Installation]:
-    """Every installation that the search finds without a named folder, in order of preference."""
+    """All installations that a search without `bin_dir` finds, in order of preference."""
     found = (_installation_in(at) for source, at in _candidates(None) if _flaw(source, at) is None)
     return list(dict.fromkeys(one for one in found if one is not None and one.major >= MINIMUM))
 
@@ -135,7 +136,7 @@ def _specifier(version: str | None) -> SpecifierSet:
         return SpecifierSet(text)
     except InvalidSpecifier as error:
         raise OptionError(
-            f"version={version!r} is not a version of PostgreSQL",
+            f"version={version!r} is not a PostgreSQL version",
             remedy='write it like "16", "16.4" or ">=16,<18"',
         ) from error
 
@@ -159,14 +160,15 @@ def _candidates(bin_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, P
 
 
 def _flaw(source: str, folder: Path) -> str | None:
-    """Why root runs no program of a folder: another user can change it.
+    """The reason why root must not run programs in a directory: another user can change it.
 
-    The caller named the folders of PATH; Python runs the modules beside a wheel as root as well.
+    PATH is not checked, because the caller chose it. Wheels are not checked, because root's Python
+    already runs code from the same directories.
     """
     if source not in ("folder", "pg_config") or os.geteuid() != 0:
         return None
     flaw = trusted.find_flaw(folder / "postgres", sticky=False)
-    return flaw and f"root does not run it: {flaw}; name it (bin_dir, PGTEMP_BIN) to use it"
+    return flaw and f"root does not run it: {flaw}; to use it, specify it (bin_dir, PGTEMP_BIN)"
 
 
 @functools.cache
@@ -191,7 +193,7 @@ _known: dict[tuple[str, int, int], Installation] = {}
 
 
 def _installation_in(folder: Path) -> Installation | None:
-    """The installation in a folder, if any; its version is cached, as asking takes milliseconds."""
+    """The installation in a directory, if any; its version is cached, since reading it is slow."""
     try:
         if not all(os.access(folder / name, os.X_OK) for name in _NEEDED):
             return None
@@ -209,15 +211,15 @@ def _installation_in(folder: Path) -> Installation | None:
 
 
 def _missing(folder: Path) -> str:
-    """Why a folder contains no usable installation."""
+    """The reason why a directory contains no usable installation."""
     try:
-        if not all((folder / name).exists() for name in _NEEDED):
-            return f"it has no {' and '.join(_NEEDED)}"
+        if missing := [name for name in _NEEDED if not (folder / name).exists()]:
+            return f"it does not contain {' or '.join(missing)}"
         if paths.is_noexec(folder):
-            return "no program there can be run: it is mounted noexec"
+            return "its programs cannot be run, because it is mounted noexec"
     except OSError as error:
         return f"{error.strerror}"
-    return f"{' and '.join(_NEEDED)} there cannot be run"
+    return f"its {' and '.join(_NEEDED)} cannot be run"
 
 
 def _read_version(bin_dir: Path, key: tuple[str, int, int]) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Settings that turn off what a temporary server does not need, and make it start fast and stay
-# small. log_checkpoints is off because CREATE and DROP DATABASE cause checkpoints, whose messages
-# would fill the end of the server log. Measured on PostgreSQL 18: small shared buffers save 2 ms of
-# start-up, io_method=sync 2 ms and three processes; mmap leaves nothing in /dev/shm and works with
-# a /dev/shm of 1 MB.
+# Settings that disable features that a temporary server does not need, and make it start fast and
+# use few resources. log_checkpoints is off because CREATE and DROP DATABASE cause checkpoints,
+# whose messages would fill the end of the server log. Measured on PostgreSQL 18: small shared
+# buffers save 2 ms of start-up, io_method=sync 2 ms and three processes; mmap leaves no files in
+# /dev/shm and works with a /dev/shm of 1 MB.
 _DEFAULTS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -56,7 +56,7 @@ def postgresql_conf(
 
     Args:
         existing: the text of the data directory's file.
-        given: the text of a file that the user gave.
+        given: the text of a file that the user specified.
         settings: individual settings of the user.
         existing_first: true if `existing` is initdb's and pgtemp's defaults override it; false if
             it is a user's choice and overrides them.

@@ -1,8 +1,8 @@
 """One running postmaster on a private copy of an image.
 
 The data directory is copied from the image, and the supervisor starts the postmaster. It is ready
-when PostgreSQL records that in postmaster.pid. The copying continues while the postmaster starts
-(see images/image.py). At the end the whole run directory is removed. This module knows nothing of
+when PostgreSQL records this in postmaster.pid. The copying continues while the postmaster starts
+(see images/image.py). At the end the whole run directory is removed. This module does not depend on
 roles or databases.
 """
 
@@ -41,10 +41,10 @@ class Postmaster:
 
     Attributes:
         spec: its parameters.
-        existing: a run directory with persisted data, on which to start in place.
-        verifier: the superuser's password verifier, to be stored if the source allows that without
+        existing: a run directory with persisted data, on which the server is started in place.
+        verifier: the superuser's password verifier, it is stored if the source allows that without
             SQL; `has_password` is true if it was stored.
-        let_in: when it last admitted a client, by `time.monotonic()`, as far as that is recorded.
+        let_in: when it last admitted a client, by `time.monotonic()`, if that was recorded.
     """
 
     spec: ServerSpec
@@ -92,7 +92,7 @@ class Postmaster:
                     raise
             except ChangedError as damage:
                 if attempt > 0:
-                    raise ClusterError(f"the rebuilt image is damaged, too: {damage}") from damage
+                    raise ClusterError(f"the rebuilt image is also damaged: {damage}") from damage
                 self.spec.source.repair(damage)
 
     def _start(self, meanwhile: Callable[[Postmaster], None]) -> None:
@@ -170,7 +170,7 @@ class Postmaster:
                 return
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"PostgreSQL did not get ready within {seconds:g} s", details=self.log_tail()
+                    f"PostgreSQL was not ready within {seconds:g} s", details=self.log_tail()
                 )
         if self.spec.port is None and any(_NO_SOCKETS in line for line in self.log_tail()):
             raise _PortLostError(f"another process took port {self.port}")
@@ -244,7 +244,7 @@ class Postmaster:
         return self._channel.fileno() if self._channel is not None else -1
 
     def check(self) -> None:
-        """Raise if the server has exited, or no longer accepts connections.
+        """Raise an error if the server has exited, or no longer accepts connections.
 
         Raises ClusterError if the server has exited (the details are the end of its log), or is
         shutting down, and WardenError if the supervisor was killed, and the server with it.

@@ -1,10 +1,10 @@
 """The run directory of one server: its data, its socket, its log and its lease.
 
-pgtemp-3kq9w2ab/        the owner's, 0700; 0750 if the server runs as another user, of that group
+pgtemp-3kq9w2ab/        of the owner, 0700; if the server user is another user: 0750, of its group
     lease               locked while the owner or its supervisor runs; contains "keep" or
                         "discard", and the owner's pid and start time
     server.log
-    spare               space for when the disk is full (host/disk_space.py)
+    spare               reserved space, released if the disk is full (host/disk_space.py)
     data/               the data directory, of the server user
     recycled/           of the server user: directories of dropped databases, to be recycled
     socket/             of the server user, 0700
@@ -60,10 +60,10 @@ class RunDirectory:
         return self.path / DATA
 
     def protect_socket(self) -> None:
-        """Take the socket's directory back, once the server listens there. Raises OSError.
+        """Make the caller own the socket's directory, once the server listens. Raises OSError.
 
-        The server's user can no longer put another socket, or a link, in the place of its own.
-        PostgreSQL needs no more than to reach its socket; it ignores that it cannot remove it.
+        The server user can then no longer replace the socket by another one, or by a link.
+        PostgreSQL only needs to reach its socket; it ignores the error when it cannot remove it.
         """
         with Tree.open(self.path) as tree:
             tree.take_back(SOCKET, _GROUP_MAY_ENTER)
@@ -103,8 +103,8 @@ def find_base(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: b
     blocked = owner.blocked_at(base)
     if blocked is not None:
         raise OptionError(
-            f"user {owner.name}, as whom PostgreSQL runs, cannot enter {blocked}",
-            remedy="name another data_dir_prefix, or another user with run_as",
+            f"user {owner.name}, which PostgreSQL runs as, cannot enter {blocked}",
+            remedy="specify another data_dir_prefix, or another user with run_as",
         )
     return base
 
@@ -114,7 +114,7 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
 
     The data directory belongs to the caller until it is complete and handed over. Raises
     OptionError if the requested directory cannot be used, or `owner` cannot enter it, and
-    ClusterError if the directory cannot be written; a DiskFullError if the disk is full.
+    ClusterError if the directory is not writable; a DiskFullError if the disk is full.
     """
     base = find_base(prefix, owner, keep=keep)
     with disk_space.writing(base), ExitStack() as failed:
@@ -130,7 +130,7 @@ def make(prefix: str | os.PathLike[str] | None, owner: Identity, *, keep: bool) 
 
 
 def _for_user(run_dir: Tree, owner: Identity) -> Tree:
-    """The tree of a run directory, in which new directories are made for the server user."""
+    """The tree of a run directory, in which new directories are created for the server user."""
     fd = os.dup(run_dir.fd)
     if not owner.switch:
         return Tree(fd, run_dir.path, None)
@@ -163,8 +163,8 @@ def _let_group_enter(run_dir: Tree, owner: Identity) -> None:
 def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
     """Create a run directory for data to persist; yield it and its empty data directory.
 
-    It gets its final name at the end of the block, which fills it. Raises OSError if the directory
-    cannot be written; it is removed again.
+    It gets its final name at the end of the block, which fills it. If writing fails, it raises
+    OSError and removes the directory.
     """
     with reach.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
@@ -182,12 +182,12 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
 
 
 def kept_at(path: Path) -> Path:
-    """The run directory with persisted data at a path, which may also name its data directory.
+    """The run directory of persisted data, from its path or from that of its data directory.
 
     Raises OptionError if there is no persisted data, or it cannot be read.
     """
     path = path.absolute()
-    reason = "holds no data that pgtemp persisted"
+    reason = "contains no data that pgtemp persisted"
     for run_dir in (path, path.parent) if path.name == DATA else (path,):
         try:
             with reach.open_tree(run_dir / DATA) as data:
@@ -199,7 +199,7 @@ def kept_at(path: Path) -> Path:
             continue
         except OSError as error:
             reason = f"cannot be opened: {error.strerror}"
-    raise OptionError(f"{path} {reason}", remedy="name a directory that --persist printed")
+    raise OptionError(f"{path} {reason}", remedy="specify a directory that --persist printed")
 
 
 def discard(leftovers: Sequence[str]) -> None:
@@ -211,8 +211,8 @@ def discard(leftovers: Sequence[str]) -> None:
 def reopen(path: Path, owner: Identity) -> RunDirectory:
     """Acquire a run directory with persisted data, which must belong to the caller.
 
-    Raises OptionError if it is in use, or belongs to another user, and ClusterError if it cannot be
-    written.
+    Raises OptionError if it is in use, or belongs to another user, and ClusterError if it is not
+    writable.
     """
     with (
         disk_space.writing(path),
@@ -226,7 +226,8 @@ def reopen(path: Path, owner: Identity) -> RunDirectory:
             )
         if locks.is_locked(path / LEASE):
             raise OptionError(
-                f"a server is running on {path}", remedy="stop the pgtemp that uses it first"
+                f"a server is running on {path}",
+                remedy="first stop the pgtemp process that uses it",
             )
         lease = _lease(path, keep=True)
         failed.callback(os.close, lease)

@@ -1,4 +1,4 @@
-"""The parameters of a server, and what follows from them: its files, its log, its command line."""
+"""The parameters of a server, and its files, its log and its command line, which they determine."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ServerSpec:
 
     Attributes:
         source: the source from which the data directory is copied.
-        conf: a function that makes the text of postgresql.conf from that of the source.
+        conf: a function that generates the text of postgresql.conf from that of the source.
         hba: the text of pg_hba.conf.
-        addresses: loopback addresses to listen on; if empty, only the unix socket is used.
+        addresses: loopback addresses to listen on; if there are none, only the unix socket is used.
         port: the TCP port; None chooses a free one.
         prefix: the directory in which the run directory is created; None chooses one.
         keep: whether the data is persisted.
-        ttl: seconds after which the supervisor stops the server in any case.
-        log_path: the file for the server log; None is one in the run directory.
+        ttl: seconds after which the supervisor stops the server, even if it is in use.
+        log_path: the file for the server log; None selects a file in the run directory.
     """
 
     installation: Installation
@@ -56,7 +56,7 @@ class ServerSpec:
                     raise ports.taken(address, self.port, reason)
 
     def choose_port(self) -> int:
-        """The requested port, or a free one; another process may take that at any time."""
+        """The requested port, or a free one, which another process may take at any time."""
         if self.port is not None:
             return self.port
         return ports.free_port(*self.addresses) if self.addresses else SOCKET_PORT
@@ -79,8 +79,8 @@ class ServerSpec:
             if self.log_path is None:
                 raise disk_space.cannot_write(run_dir.path, error) from error
             raise OptionError(
-                f"{path} cannot be written: {error.strerror}",
-                remedy="name another file (log_path)",
+                f"cannot write to {path}: {error.strerror}",
+                remedy="specify another file (log_path)",
             ) from error
 
     def request(self, run_dir: RunDirectory, port: int) -> Request:

@@ -17,10 +17,10 @@ _PID_FILE_BYTES = 4096
 
 
 def status(data_dir: Path, pid: int) -> str:
-    """The state that a postmaster records: "starting", "ready", "stopping"; "" if there is none.
+    """The state that a postmaster records: "starting", "ready" or "stopping"; "" if there is none.
 
-    PostgreSQL writes it to postmaster.pid (PostgreSQL docs, 67.1); the pid in that file shows that
-    the file is not that of an earlier server.
+    PostgreSQL writes it to postmaster.pid (PostgreSQL docs, "Database File Layout"); the pid in
+    that file shows that the file does not belong to an earlier server.
     """
     try:
         with Tree.open(data_dir) as data:
@@ -57,7 +57,7 @@ def exit_error(pid: int, status: int | None, run_dir: Path, log: Sequence[str]) 
     """The error for a postmaster that has exited.
 
     Args:
-        status: if negative, the signal that terminated it; None if unknown.
+        status: if negative, the negated number of the signal that terminated it; None if unknown.
         run_dir: its run directory.
         log: the end of its log.
     """

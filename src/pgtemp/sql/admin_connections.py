@@ -18,7 +18,7 @@ from pgtemp.uri import ConnectionInfo
 # Takes precedence over ALTER ROLE and ALTER DATABASE ... SET: objects that a client created in the
 # maintenance database must not replace the system catalogs and their functions.
 _CATALOGS_ONLY = "-c search_path=pg_catalog"
-# How often, and at which interval in seconds, `check` is called after a connection broke: the
+# The number of calls of `check` after a connection broke, and their interval in seconds: the
 # supervisor may need this time to report that the server has exited.
 _CRASH_CHECKS, _CRASH_CHECK_SECONDS = 20, 0.01
 
@@ -51,7 +51,7 @@ class AdminConnections:
         if self._owner != os.getpid():
             raise ClusterError(
                 "the cluster belongs to the process that this one was forked from",
-                remedy="make one in this process",
+                remedy="create one in this process",
             )
         with self._crash_errors(), cluster_errors(self._to):
             connection = self._get()
@@ -82,7 +82,8 @@ class AdminConnections:
     def _get(self) -> Connection:
         """Return an open connection: an idle one, or a new one.
 
-        An idle one may be closed, because tests often terminate all other backends of the server.
+        An idle connection may be closed, because tests often terminate all other backends of the
+        server.
         """
         while self._idle:
             connection = self._idle.pop()

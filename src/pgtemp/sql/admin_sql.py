@@ -16,7 +16,8 @@ from pgtemp.uri import ConnectionInfo
 
 MAINTENANCE = "postgres"  # the database of administrative connections
 BASE = "template1"  # the empty database that others are cloned from
-ALWAYS_THERE = (MAINTENANCE, "template0", BASE)  # in every server, also in a copied directory
+# In every server, even on a copied data directory.
+ALWAYS_THERE = (MAINTENANCE, "template0", BASE)
 # How long other sessions may use the source database before a clone of it fails.
 IN_USE_SECONDS = 10.0
 _IN_USE_POLL = 0.02
@@ -142,7 +143,7 @@ def clone(
         size: the size of the source in bytes; None queries it.
 
     Raises:
-        errors.ObjectInUse: other sessions still use the source. The error does not name them; see
+        errors.ObjectInUse: other sessions still use the source. The error does not list them; see
             `sessions_in`.
         DiskFullError: there is too little disk space.
     """
@@ -189,8 +190,8 @@ def size_of(connection: Connection, dbname: str) -> int:
 
 
 def copy_attributes(connection: Connection, source: str, dbname: str) -> None:
-    """Copy the settings and privileges of a database itself, which CREATE DATABASE leaves out."""
-    # Copy the catalog rows. ALTER DATABASE and GRANT statements would have to be built from texts
+    """Copy the settings and privileges of a database itself, which CREATE DATABASE omits."""
+    # Copy the catalog rows. ALTER DATABASE and GRANT statements would have to be built from strings
     # that no function of PostgreSQL can quote (pg_dump does it in C).
     names = {"source": source, "dbname": dbname}
     connection.execute(

@@ -1,7 +1,7 @@
-"""How long pgtemp waits for an answer of a server.
+"""The time limits of pgtemp's waits for a server.
 
-A superuser of a server can stop its processes (SIGSTOP), put another program behind its socket, or
-run code that never returns. Every wait for an answer therefore has a time limit, after which it
+A superuser of a server can stop its processes (SIGSTOP), let another program listen on its socket,
+or run code that never returns. Every wait for an answer therefore has a time limit, after which it
 raises NoAnswerError. The server itself limits waits for heavyweight locks (`lock_timeout`).
 """
 
@@ -20,10 +20,10 @@ from pgtemp.supervisor.crash import postgres_in
 from pgtemp.supervisor.leftovers import DATA
 
 T = TypeVar("T")
-# pgtemp's statements read and write catalogs, which takes milliseconds. The limit is far larger for
-# machines that run far more processes than they have cores.
+# pgtemp's statements read and write catalogs, which takes milliseconds. The limit is far larger,
+# because some machines run far more processes than they have cores.
 ANSWER_SECONDS = 10.0
-LOCK_SECONDS = 5.0  # only a session with bad intent locks a shared catalog for longer
+LOCK_SECONDS = 5.0  # only a malicious session locks a shared catalog for longer
 # For statements that read a whole database, such as VACUUM.
 LONG_SECONDS = 600.0
 _COPIED_PER_SECOND = 1 << 20  # bytes, on the slowest disk

@@ -100,7 +100,7 @@ class Connection(psycopg.Connection[Any]):
 
     @cached_property
     def _prepared_names(self) -> dict[str, bytes]:
-        """The prepared statements: SQL text to name."""
+        """The names of the prepared statements, by SQL text."""
         return {}
 
     @cached_property
@@ -132,7 +132,7 @@ class Connection(psycopg.Connection[Any]):
 def connect(to: ConnectionInfo, *, options: str = "") -> Connection:
     """Open an autocommit connection; wait if the server is in recovery after a crash.
 
-    Raises psycopg.Error, of which NoAnswerError is one if the server did not answer in time.
+    Raises psycopg.Error; its subclass NoAnswerError if the server did not answer in time.
 
     Args:
         options: further settings of the session, in the syntax of the program `postgres`.
@@ -182,7 +182,7 @@ def server_user(socket_dir: str) -> str:
 
 
 def conninfo(to: ConnectionInfo, **more: str) -> str:
-    """Return a connection string for a command line: over the socket, without a password.
+    """Return a connection string for a command line: through the socket, without a password.
 
     Args:
         more: further parameters of libpq.
@@ -198,7 +198,7 @@ def _options(settings: Mapping[str, str]) -> str:
 def has_unread_input(connection: psycopg.Connection[Any]) -> bool:
     """Return whether an idle session was closed or has received an unsolicited message.
 
-    Such a message is, for example, that the server has terminated the session.
+    For example, the server may have reported that it terminated the session.
     """
     return connection.closed or bool(select.select([connection], [], [], 0)[0])
 
@@ -227,7 +227,7 @@ def cluster_errors(to: ConnectionInfo) -> Iterator[None]:
             raise ClusterError(
                 f"PostgreSQL at {to.host}: {message}", remedy="start a new server"
             ) from error
-        raise ClusterError(f"PostgreSQL at {to.host} refused: {message}") from error
+        raise ClusterError(f"PostgreSQL at {to.host} reported an error: {message}") from error
 
 
 def was_lost(error: BaseException | None) -> bool:

@@ -45,13 +45,13 @@ _ONE_DATABASE = "dump a single database, with pg_dump without --create"
 _HINTS = (
     (
         r"unrecognized configuration parameter|unsupported version",
-        "it was made by a newer PostgreSQL; request that version",
+        "it was created by a newer PostgreSQL; request that version",
     ),
     (r"canceling statement due to statement timeout", "another session locks a table; close it"),
     (r'role ".*" already exists|CREATE DATABASE cannot run', _ONE_DATABASE),
     (
         r"invalid byte sequence for encoding|unrecognized data block type|invalid command \\",
-        "the file may be compressed, or not be a dump; decompress it first",
+        "the file may be compressed, or may not be a dump; decompress it first",
     ),
 )
 _ROLE_MISSING = r'role ".*" does not exist'
@@ -75,7 +75,7 @@ def load(
     """
     path = Path(dump).absolute()
     if not path.exists():
-        raise TransferError(f"{path} does not exist", remedy="name an existing dump")
+        raise TransferError(f"{path} does not exist", remedy="specify an existing dump")
     with step(f"loading {path.name}"), _decompressed(path) as plain:
         archive = _is_archive(plain)
         argv: list[str | Path]
@@ -152,7 +152,7 @@ def _remedy_for(message: str, major: int, *, archive: bool) -> str:
         return missing
     if re.search(_ROLE_MISSING, message):
         roles = "create its roles first (a list of steps can begin with SQL that creates them)"
-        first = roles if archive else "put CREATE ROLE at its start"
+        first = roles if archive else "add CREATE ROLE at its start"
         return f"{first}, or dump it with --no-owner --no-privileges"
     if re.search(_NOT_THERE, message) and not archive:
         return "if the dump was made with --clean, make it with --if-exists as well"
@@ -171,11 +171,12 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     with (
         step(f"dumping {source.dbname} to {path.name}"),
         _write_errors(path),
-        reach.locate(path) as place,  # a link of the caller is followed and remains
+        reach.locate(path) as place,  # follows a link of the caller, and does not replace it
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
-            raise TransferError(f"{path} is not a regular file", remedy="name another file")
-        # A new file in an open directory: a file that another user puts there is never written.
+            raise TransferError(f"{path} is not a regular file", remedy="specify another file")
+        # A new file in an open directory: pgtemp never writes to a file that another user creates
+        # there.
         fresh = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         output = os.open(fresh, _NEW, 0o600, dir_fd=place.fd)
         try:
@@ -183,7 +184,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                 [
                     installation.program("pg_dump"),
                     f"--lock-wait-timeout={_LOCK_WAIT}",
-                    # pg_dump ignores errors when it writes to standard output itself.
+                    # pg_dump ignores errors when it writes directly to standard output.
                     "--file=/dev/stdout",
                     "-d",
                     conninfo(source),
@@ -194,7 +195,9 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
             )
             if result.returncode != 0:
                 remedy = _remedy_for(result.stderr, installation.major, archive=True)
-                raise _failed(cause, result, path.parent, "make room, or name another file", remedy)
+                raise _failed(
+                    cause, result, path.parent, "free some space, or specify another file", remedy
+                )
             os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
         except NoAnswerError as error:
             os.unlink(fresh, dir_fd=place.fd)
@@ -221,7 +224,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TransferError(
-            f"{path} cannot be written: {error.strerror}", remedy="name another file"
+            f"cannot write to {path}: {error.strerror}", remedy="specify another file"
         ) from error
 
 

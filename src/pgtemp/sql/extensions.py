@@ -1,4 +1,4 @@
-"""Create extensions by name; if one is not installed, the error names the package to install."""
+"""Create extensions by name; if one is not installed, the error states the package to install."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from pgtemp.errors import OptionError
 ALL = "all"
 _NOT_INSTALLED = r'extension "([^"]+)" (?:is not available|has no installation script)'
 _log = logging.getLogger("pgtemp")
-# The NAME in the package of an extension. Packages of Debian and Ubuntu are called
-# postgresql-MAJOR-NAME; the extensions of PostgreSQL itself are in postgresql-contrib on other
-# systems. An extension that is not listed here has its own name, with - for _.
+# PostgreSQL's own extensions (contrib, in PostgreSQL 15 to 18). On Debian and Ubuntu, the package
+# of the server contains them; on other systems, postgresql-contrib does.
+_CONTRIB = {
+    "adminpack", "amcheck", "autoinc", "bloom", "btree_gin", "btree_gist", "citext", "cube",
+    "dblink", "dict_int", "dict_xsyn", "earthdistance", "file_fdw", "fuzzystrmatch", "hstore",
+    "insert_username", "intagg", "intarray", "isn", "lo", "ltree", "moddatetime", "old_snapshot",
+    "pageinspect", "pg_buffercache", "pg_freespacemap", "pg_logicalinspect", "pg_prewarm",
+    "pg_stat_statements", "pg_surgery", "pg_trgm", "pg_visibility", "pg_walinspect", "pgcrypto",
+    "pgrowlocks", "pgstattuple", "postgres_fdw", "refint", "seg", "sslinfo", "tablefunc", "tcn",
+    "tsm_system_rows", "tsm_system_time", "unaccent", "uuid-ossp", "xml2",
+}  # fmt: skip
+# PostgreSQL's procedural languages, and extensions for them, are in packages of Debian and Ubuntu
+# called postgresql-LANGUAGE-MAJOR.
+_LANGUAGES = {"plperl": "plperl", "plpython3u": "plpython3", "pltcl": "pltcl"}
+# Packages of other extensions are called postgresql-MAJOR-NAME. For an extension that is not listed
+# here, NAME is the extension's own name with "-" in place of "_".
 _PACKAGES = {
     "vector": "pgvector",
     "postgis": "postgis-3",
     "postgis_topology": "postgis-3",
     "postgis_raster": "postgis-3",
-    "timescaledb": "timescaledb",
     "pg_cron": "cron",
     "pg_partman": "partman",
     "pg_repack": "repack",
-    "pg_hint_plan": "pg-hint-plan",
-    "plpython3u": "plpython3",
-    "pltcl": "pltcl",
-    "hll": "hll",
-    "orafce": "orafce",
-    "pgtap": "pgtap",
-    "pgrouting": "pgrouting",
-    "rum": "rum",
-    "h3": "h3",
 }
 
 
@@ -45,11 +48,11 @@ def create(connection: psycopg.Connection[Any], names: Sequence[str], major: int
 
     Args:
         connection: an autocommit connection to the database, as a superuser.
-        names: the names of extensions; "all" is every available extension that can be created.
-        major: the major version of PostgreSQL, for the name of a package.
+        names: the names of extensions; "all" means every available extension that can be created.
+        major: the major version of PostgreSQL, which package names contain.
 
     Raises:
-        OptionError: an extension is not installed; the error names the installed extensions and
+        OptionError: an extension is not installed; the error states the installed extensions and
             the package.
         psycopg.Error: an extension is installed but PostgreSQL could not create it.
     """
@@ -85,8 +88,11 @@ def missing_in(message: str, major: int) -> str | None:
 
 
 def _install(name: str, major: int) -> str:
-    package = f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"
-    return f"install the extension {name} (on Debian and Ubuntu: apt-get install {package})"
+    what = "postgresql-contrib" if name in _CONTRIB else f"the extension {name}"
+    return (
+        f"install {what} (on Debian and Ubuntu: apt-get install {_package(name, major)}), "
+        "or use a PostgreSQL that contains it (bin_dir)"
+    )
 
 
 def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
@@ -97,3 +103,13 @@ def _missing(name: str, available: Sequence[str], major: int) -> OptionError:
         remedy=f"{remedy}{_install(name, major)}",
         details=["available: " + (", ".join(available) or "none")],
     )
+
+
+def _package(name: str, major: int) -> str:
+    """Return the package of Debian and Ubuntu that contains an extension."""
+    if name in _CONTRIB:
+        return f"postgresql-{major}"
+    for language, package in _LANGUAGES.items():
+        if language in name:  # plperlu, jsonb_plperl
+            return f"postgresql-{package}-{major}"
+    return f"postgresql-{major}-{_PACKAGES.get(name, name.replace('_', '-'))}"

@@ -1,9 +1,9 @@
 """Passwords and their SCRAM verifiers, which PostgreSQL stores.
 
-A verifier contains its own number of hash rounds (RFC 5802; PostgreSQL docs, 53.10). Rounds protect
-passwords that can be guessed. A random password of 144 bits cannot be guessed, so its verifier has
-one round, which saves libpq five milliseconds per connection. A password that a user chose gets
-libpq's own 4,096 rounds.
+A verifier contains its own number of hash iterations (RFC 5802; PostgreSQL docs, "pg_authid").
+Iterations protect passwords that can be guessed. A random password of 144 bits cannot be guessed,
+so its verifier has one iteration, which saves libpq five milliseconds per connection. A password
+that a user chose gets libpq's own 4,096 iterations.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import secrets
 from dataclasses import dataclass, field
 
 _BYTES = 18
-_ROUNDS = 1
-STRONG_ROUNDS = 4096  # the number that libpq itself uses
+_ITERATIONS = 1
+STRONG_ITERATIONS = 4096  # the number that libpq itself uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +27,18 @@ class Secret:
     verifier: str | None = field(default=None, repr=False)
 
 
-def random_secret(rounds: int = _ROUNDS) -> Secret:
+def random_secret(iterations: int = _ITERATIONS) -> Secret:
     """Return a random password of hexadecimal digits, which never need quoting."""
     password = secrets.token_hex(_BYTES)
-    return Secret(password, _scram_verifier(password, secrets.token_bytes(16), rounds))
+    return Secret(password, _scram_verifier(password, secrets.token_bytes(16), iterations))
 
 
-def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:
+def _scram_verifier(password: str, salt: bytes, iterations: int) -> str:
     """Return the SCRAM-SHA-256 verifier as PostgreSQL stores it.
 
     The password must be ASCII, which SASLprep does not change.
     """
-    salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, rounds)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, iterations)
     client_key = hmac.digest(salted, b"Client Key", "sha256")
     stored_key = hashlib.sha256(client_key).digest()
     server_key = hmac.digest(salted, b"Server Key", "sha256")
@@ -46,4 +46,4 @@ def _scram_verifier(password: str, salt: bytes, rounds: int) -> str:
         base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
     )
     # Four digits, as in initdb's 4096, so that all verifiers have the same length.
-    return f"SCRAM-SHA-256${rounds:04d}:{salt64}${stored64}:{server64}"
+    return f"SCRAM-SHA-256${iterations:04d}:{salt64}${stored64}:{server64}"

@@ -38,8 +38,8 @@ def write_note(directory: Path, note: Note) -> None:
     """Write the note into the run directory of persisted data.
 
     Raises:
-        ClusterError: it cannot be written. The data can still be opened, with the default user and
-            database.
+        ClusterError: it could not be written. The data can still be opened, with the default user
+            and database.
     """
     with disk_space.writing(directory / NOTE), Tree.open(directory) as tree:
         put_note(tree, note)
@@ -59,7 +59,7 @@ def try_note(directory: Path, note: Note) -> None:
 
 
 def read_note(directory: Path) -> Note:
-    """Read the note; without a readable one, return the default user and database."""
+    """Read the note; if it cannot be read, return the default user and database."""
     try:
         with reach.open_tree(directory) as tree:
             fields = json.loads(tree.read(NOTE, _NOTE_BYTES))

@@ -34,11 +34,12 @@ from pgtemp.uri import ConnectionInfo
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How servers are made for given options.
+    """The plan of servers with given options.
 
     Attributes:
         superuser: the superuser of the servers; pgtemp itself connects as this role.
-        template: the database in the source that databases are cloned from; None for an empty one.
+        template: the database in the source that databases are cloned from; None for the empty
+            template1.
         plain: whether new databases are empty.
         secret: the password that every TCP client must give; None if none is required.
     """
@@ -61,11 +62,11 @@ class Plan:
 
 
 def plan(options: ServerOptions, addresses: Sequence[str], secret: Secret | None = None) -> Plan:
-    """Determine what servers are made from.
+    """Determine the plan of servers with given options.
 
     Args:
         addresses: loopback addresses to listen on. If there are none, servers listen on the unix
-            socket only; with a secret they then listen on ports.LOOPBACK, too.
+            socket only; with a secret they then also listen on ports.LOOPBACK.
         secret: the password of all users.
 
     Raises:
@@ -114,7 +115,7 @@ def provision(plan: Plan, secret: Secret | None) -> Postmaster:
         secret: the user's password; None if clients do not connect over TCP.
 
     Raises:
-        PgTempError: the server could not be started or prepared; it leaves nothing behind.
+        PgTempError: the server could not be started or prepared; nothing is left behind.
     """
     options = plan.options
     _cache_relcache(plan)
@@ -135,7 +136,7 @@ def provision(plan: Plan, secret: Secret | None) -> Postmaster:
 
 
 def start(plan: Plan, secret: Secret | None) -> Postmaster:
-    """Start a server with the options' user. Raises PgTempError; it then leaves nothing behind."""
+    """Start a server with the options' user. Raises PgTempError; nothing is then left behind."""
     user = plan.options.user
     own = secret if user == plan.superuser else None
     postmaster = Postmaster(plan.spec, verifier=own.verifier if own is not None else None)
@@ -197,7 +198,7 @@ def give_password(postmaster: Postmaster, plan: Plan) -> None:
 def prepare_database(postmaster: Postmaster, plan: Plan, dbname: str, user: str) -> None:
     """Create a database in a server, unless it exists: rename the plan's template.
 
-    A server has one template, so only the first database comes from it. Further ones are empty.
+    A server has one template, so only the first database is created from it; others are empty.
     """
     if dbname == "template1" or (dbname == admin_sql.MAINTENANCE and plan.plain):
         return  # initdb has created it
@@ -227,7 +228,7 @@ def ensure_role(
     """Create a role for a client that connects, unless it exists. Raises ClusterError.
 
     Args:
-        owns: a database that the role shall own; None for none.
+        owns: a database that the role will own; None for none.
     """
     with administered(postmaster, plan) as connection:
         admin_sql.ensure_login(connection, user, attributes, plan.secret)
@@ -242,7 +243,7 @@ def discard(postmaster: Postmaster) -> None:
 
 
 def private_info(postmaster: Postmaster, user: str, dbname: str) -> ConnectionInfo:
-    """Return the connection parameters of pgtemp itself: over the socket, without a password."""
+    """Return the connection parameters of pgtemp itself: through the socket, without a password."""
     return ConnectionInfo(
         host=str(postmaster.socket_dir), port=postmaster.port, user=user, dbname=dbname
     )
@@ -262,11 +263,11 @@ def _conf(options: ServerOptions, major: int) -> Callable[[str], str]:
 
 
 def check_copied(path: Path, programs: Installation) -> None:
-    """Raise OptionError if a data directory is of another version, or in use."""
+    """Raise OptionError if a data directory has another version or is in use."""
     made_by = Directory(path).version
     if made_by != str(programs.major):
         raise OptionError(
-            f"{path} was made by PostgreSQL {made_by}, not {programs.major}",
+            f"{path} was created by PostgreSQL {made_by}, not {programs.major}",
             remedy=f"request version {made_by}",
         )
     if Directory(path).is_in_use():
@@ -276,12 +277,12 @@ def check_copied(path: Path, programs: Installation) -> None:
 
 
 def _text(path: str | os.PathLike[str] | None) -> str:
-    """The text of a file that an option names. Raises OptionError."""
+    """Return the text of a file that an option specifies. Raises OptionError."""
     if path is None:
         return ""
     try:
         return reach.read_file(path).decode(errors="surrogateescape")
     except OSError as error:
         raise OptionError(
-            f"{os.fspath(path)} cannot be read: {error.strerror}", remedy="name another file"
+            f"{os.fspath(path)} cannot be read: {error.strerror}", remedy="specify another file"
         ) from error

@@ -1,13 +1,14 @@
-"""Detect settings that would report a statement that is planned but not executed.
+"""Detect settings that report statements which are planned but not executed.
 
-With such settings, pgtemp plans no statement in advance, because the report would show it.
+With such settings, pgtemp plans no statements in advance, because they would be reported.
 """
 
 from __future__ import annotations
 
 from pgtemp.sql.connection import Connection
 
-# Parts of the names of settings that log, or pass to a library, statements that are only planned.
+# Patterns for the names of settings that log statements that are only planned, or pass them to a
+# library.
 WATCHING = (
     "preload_libraries", "log_statement", "log_duration", "log_min_duration", "log_min_messages",
     "log_transaction_sample_rate", "log_parser_stats", "log_planner_stats", "debug_print_",

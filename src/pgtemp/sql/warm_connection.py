@@ -32,7 +32,7 @@ class WarmConnection:
 def open_warm(info: ConnectionInfo) -> WarmConnection:
     """Open a warm connection. Raises psycopg's errors.
 
-    It prepares a statement and discards it. This fills the caches of the backend that the client's
+    It prepares a statement and discards it. This fills the backend's caches, which the client's
     first statement would otherwise have to fill.
     """
     environment = _libpq_environment()

@@ -22,7 +22,7 @@ from pgtemp.supervisor.protocol import decode, encode
 _ANSWER_SECONDS = 30.0
 # The whole signal sequence for persisted data takes at most 70 s.
 _STOP_SECONDS = 90.0
-_REMEDY = "start a new server; that also removes what this one has left behind"
+_REMEDY = "start a new server; that also removes what this server left behind"
 
 open_channels: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -48,7 +48,7 @@ class Request:
 class Channel:
     """A run directory under the supervisor, and the postmaster in it.
 
-    One thread may start or stop it while others check whether it is running. All methods but
+    One thread may start or stop it while others check whether it is running. All methods except
     `abandon` and `fileno` raise WardenError if the supervisor has exited.
     """
 
@@ -78,15 +78,15 @@ class Channel:
         self.await_started()
 
     def set_cleanup(self, remove: Sequence[str], *, keep: bool) -> None:
-        """Set the paths that are removed in the end, and whether the data is persisted."""
+        """Set the paths that are removed at the end, and whether the data is persisted."""
         self._send({"remove": list(remove), "keep": keep})
 
     def guard(self, leader: int, *, gently: bool) -> None:
-        """Have a program's process group stopped when this process has exited.
+        """Let the supervisor stop a program's process group when this process has exited.
 
         Args:
             leader: the pid of the program, which leads the group; 0 if it has exited.
-            gently: let it clean up first.
+            gently: whether the program may clean up first.
         """
         self._send({"guard": leader, "gently": gently})
 
@@ -99,7 +99,7 @@ class Channel:
         return self.pid
 
     def wait(self, seconds: float) -> int | None:
-        """Wait at most `seconds` for the postmaster's exit; its exit status, None while it runs."""
+        """Wait at most `seconds` for the postmaster's exit; return its status, None if it runs."""
         if self.exit_status is None:
             self._receive(seconds)
         return self.exit_status
@@ -115,7 +115,7 @@ class Channel:
             self.abandon()
 
     def halt(self) -> list[str]:
-        """As `stop`, cleanly, but the supervisor still holds the run directory."""
+        """Like `stop`, but cleanly, and the supervisor keeps the run directory."""
         return self._stop({"stop": "keep", "remove": None})
 
     def _stop(self, message: dict[str, Any]) -> list[str]:
@@ -138,7 +138,7 @@ class Channel:
         self._socket.close()
 
     def _receive(self, seconds: float) -> bool:
-        """Process the supervisor's messages of the next `seconds`; False if there was none."""
+        """Process the supervisor's messages for `seconds`; return False if there are none."""
         descriptor = self._socket.fileno()
         if descriptor < 0:
             raise WardenError("the server was already stopped or abandoned", remedy=_REMEDY)

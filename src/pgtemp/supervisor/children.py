@@ -25,10 +25,11 @@ else:
 
 INT, QUIT, KILL = _signal.SIGINT, _signal.SIGQUIT, _signal.SIGKILL
 CONT = _signal.SIGCONT
-# The signals that stop a postmaster: (signal, its name, seconds to wait after it). Data that is
-# discarded needs no shutdown checkpoint, only the moment in which a postmaster removes its shared
-# memory. Data that is persisted gets the time that a checkpoint of a large cluster may take. A fast
-# shutdown waits for all backends, so if some do not exit, each process of the server gets SIGCONT.
+# The signals that stop a postmaster: (signal, its name, seconds to wait after it). If the data is
+# discarded, no shutdown checkpoint is needed; the postmaster only needs a moment to remove its
+# shared memory. If the data is persisted, the server gets the time that a checkpoint of a large
+# cluster may take. A fast shutdown waits for all backends, so if some do not exit, each process of
+# the server gets SIGCONT.
 _SEQUENCES = {
     "discard": ((QUIT, "SIGQUIT", 2.0), (KILL, "SIGKILL", 5.0)),
     "keep": (
@@ -44,7 +45,7 @@ _MAX_FDS = 1 << 20
 class Server:
     """One postmaster, from the request to start it to the removal of its run directory.
 
-    An instance can also stand for a recycler (recycle_files.py) instead of a postmaster; `log` is
+    An instance can also represent a recycler (recycle_files.py) instead of a postmaster; `log` is
     then the recycler's end of the socket to the owner.
     """
 
@@ -65,7 +66,7 @@ class Server:
             try:
                 self.channel.send(encode(message))
             except OSError:
-                pass  # the owner has exited; the end of the channel will be handled next
+                pass  # the owner has exited; the closed channel is handled next
 
     def start(self) -> None:
         supervisor = os.getpid()
@@ -140,7 +141,7 @@ class Server:
         for number, name, seconds in self.steps or ():
             try:
                 os.kill(self.pid, number)
-                os.kill(self.pid, CONT)  # a stopped process reacts to SIGKILL only
+                os.kill(self.pid, CONT)  # a stopped process reacts only to SIGKILL
             except ProcessLookupError:
                 return
             if number == CONT and "data_dir" in self.spec:
@@ -150,16 +151,16 @@ class Server:
             return
 
     def stop_as_requested(self) -> None:
-        """Stop the postmaster with the signal sequence that the request chose."""
+        """Stop the postmaster with the signal sequence selected in the request."""
         self.stop("keep" if self.spec["keep"] else "discard")
 
     def close_descriptors(self) -> None:
-        """Close the lease file and the log, which stay open until all files are removed."""
+        """Close the lease file and the log, which must stay open until all files are removed."""
         os.close(self.lease)
         os.close(self.log)
 
     def rename_for_removal(self) -> list[str]:
-        """Rename the paths to be removed, so that they disappear at once; return the new names."""
+        """Rename the paths to be removed, so that they disappear now; return the new names."""
         moved = []
         for path in self.spec["remove"]:
             try:

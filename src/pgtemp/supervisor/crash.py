@@ -1,4 +1,4 @@
-"""Clean up after a killed server or program: its remaining processes, its shared memory.
+"""Clean up after a killed server or program: its remaining processes and its shared memory.
 
 The supervisor process imports this module, so it imports no module that is slow to import.
 
@@ -26,7 +26,7 @@ else:
 SIGKILL, SIGTERM = 9, 15
 _SIGCONT = 19 if sys.platform == "darwin" else 18
 # Killing takes effect with a delay: a process disappears from /proc before its memory is released.
-# A tenant can start processes as fast as they are killed, so each part of the cleanup has a limit.
+# A client can start processes as fast as they are killed, so each part of the cleanup has a limit.
 _SECONDS, _PAUSE = 1.0, 0.005
 _CLEANUP_PAUSES = 1000  # how long a program may take to clean up
 IPC_RMID = 0
@@ -91,10 +91,10 @@ def _works_in(data: int, pid: int) -> bool:
 
 
 def _signal_one(pid: int, number: int, is_meant: Callable[[int], bool]) -> None:
-    """Send a signal to a process if it is still the intended one.
+    """Send a signal to a process if it is still the intended process.
 
-    The search takes a while if there are many processes, and another process may have got the pid
-    since. The function therefore opens a descriptor of the process first, and checks it afterwards.
+    The search takes a while if there are many processes, and another process may have the pid by
+    now. The function therefore opens a descriptor of the process first, and checks it afterwards.
     """
     try:
         process = os.pidfd_open(pid)
@@ -114,10 +114,10 @@ def _kill(data: int, pid: int) -> None:
 
 
 def unblock(data_dir: str) -> None:
-    """Make the server in `data_dir` able to react to signals.
+    """Enable the server in `data_dir` to react to signals.
 
     Continues its stopped processes, and kills programs that its backends run (COPY PROGRAM): a
-    backend waits for its program whichever signal it gets.
+    backend waits for its program, whatever signal it receives.
     """
     try:
         data = open_data(data_dir)
@@ -125,16 +125,17 @@ def unblock(data_dir: str) -> None:
         return
     with Closing(data):
         uid, before = os.fstat(data).st_uid, _processes()
-        found = set(_working_in(data))  # after `before`: a backend that is in both is known as one
+        # After `before`, so that a backend that is in both is recognized as one.
+        found = set(_working_in(data))
         for pid in found:
             _signal_one(pid, _SIGCONT, lambda pid: _works_in(data, pid))
-        # Backends are children of the postmaster. A program may be called postgres, too.
+        # Backends are children of the postmaster. A program may also be called postgres.
         parents = {pid: parent for pid, (parent, _) in before.items()}
         first = {pid for pid in found if parents.get(pid) not in found}
         servers = {pid for pid in found if pid in first or parents.get(pid) in first}
         pipes = _pipes_of(servers - first) - _pipes_of(first)
         programs = _descendants(servers, parents)
-        # Children first: the parent of a process is what tells it.
+        # Children first: a process is identified by its parent.
         for pid in reversed(programs):
             _signal_one(pid, SIGKILL, lambda pid: _process(pid) == (parents[pid], uid))
         for pid in before.keys() - servers if servers else ():
@@ -143,7 +144,7 @@ def unblock(data_dir: str) -> None:
 
 
 def _process(pid: int) -> tuple[int, int] | None:
-    """The parent and the user of a process, of which /proc may say that it is root's (proc(5))."""
+    """The parent and the user of a process; /proc may report root as the user (proc(5))."""
     fields = dict(line.split(":", 1) for line in procfs.lines(f"{pid}/status") if ":" in line)
     try:
         return int(fields["PPid"]), int(fields["Uid"].split()[1])
@@ -159,7 +160,7 @@ def _processes() -> dict[int, tuple[int, int]]:
 
 
 def _descendants(servers: set[int], parents: dict[int, int]) -> list[int]:
-    """The processes that server processes have started, and those that these have started, ..."""
+    """The processes that server processes have started, directly or indirectly."""
     children: dict[int, list[int]] = {}
     for pid, parent in parents.items():
         if pid not in servers:
@@ -183,10 +184,10 @@ def _pipes_of(pids: set[int]) -> set[str]:
 
 
 def _belongs_to(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
-    """Whether a process is a user's, and in one of some process groups or has one of some pipes.
+    """Whether a process of a user is in one of the process groups, or has one of the pipes open.
 
-    A backend leads a process group, in which its programs are; and it waits for whatever has the
-    other end of its pipe, even if the program that has started that is gone.
+    A backend leads a process group that contains its programs; and it waits for the process that
+    holds the other end of its pipe, even if the program that started this process has exited.
     """
     process = _process(pid)
     if process is None or process[1] != uid:
@@ -198,7 +199,7 @@ def _belongs_to(pid: int, groups: set[int], pipes: set[str], uid: int) -> bool:
 
 
 def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
-    """Kill the processes that a killed postmaster left in `data_dir`; remove its SysV segment.
+    """Kill the processes that a killed postmaster left in `data_dir`, and remove its SysV segment.
 
     Args:
         postmaster: its pid, which identifies the segment even if postmaster.pid is lost.
@@ -212,7 +213,7 @@ def clear_crashed(data_dir: str, postmaster: int = 0) -> None:
 
 
 def clear(data: int, postmaster: int = 0) -> None:
-    """As `clear_crashed`, for the descriptor of a data directory."""
+    """Like `clear_crashed`, for the descriptor of a data directory."""
     killed: set[int] = {postmaster} if postmaster else set()
     deadline = time.monotonic() + _SECONDS
     while orphans := _working_in(data):
@@ -222,8 +223,9 @@ def clear(data: int, postmaster: int = 0) -> None:
         if time.monotonic() >= deadline:
             break
         time.sleep(_PAUSE)
-    # Read only now: a server that was killed during its start may have recorded the segment just
-    # before, and a server that exits by itself removes its segment before postmaster.pid.
+    # Read this only after the processes have exited: a server that was killed during its start may
+    # have recorded the segment immediately before, and a server that exits normally removes its
+    # segment before postmaster.pid.
     recorded, uid = _segment_of(data), os.fstat(data).st_uid
     deadline = time.monotonic() + _SECONDS
     while (recorded or killed) and not _segments_removed(recorded, killed, uid):
@@ -243,7 +245,7 @@ def _segment_of(data: int) -> tuple[int, int] | None:
 
 
 def _segments_removed(recorded: tuple[int, int] | None, creators: set[int], uid: int) -> bool:
-    """Remove the user's segments that a server recorded, or created and did not record yet.
+    """Remove the user's segments that a server recorded, or created without recording them yet.
 
     False while a process is still attached to one of them.
     """
@@ -259,7 +261,7 @@ def _segments_removed(recorded: tuple[int, int] | None, creators: set[int], uid:
 
 
 def end_group(leader: int, gently: bool) -> Iterator[None]:
-    """Stop the process group of a program that is not a child process; each step takes a moment.
+    """Stop, in short steps, the process group of a program that is not a child process.
 
     Args:
         gently: first send SIGTERM to its leader and give it time to clean up.

@@ -1,7 +1,7 @@
 """The run directories of all users on this machine: for `pgtemp ls` and `pgtemp sweep`.
 
 The search covers the usual directories and the working directories of all PostgreSQL processes, so
-that it finds a running server wherever its run directory is.
+that it finds every running server, wherever its run directory is.
 
 Any local user can create a directory with such a name, and root inspects it. The content is
 therefore read through descriptors, without following links or entering mounted file systems.
@@ -29,8 +29,9 @@ from pgtemp.supervisor.leftovers import (
 )
 
 _FIRST_OF_USERS = 16384  # FirstNormalObjectId: initdb's databases have smaller oids
-_IN_EACH = "pg_filenode.map"  # a file that every database has
-# Errors of removals that will fail every time: immutable, mounted, read-only, another user's.
+_IN_EACH = "pg_filenode.map"  # a file that exists in every database
+# Errors of removals that will always fail: the path is immutable, mounted, read-only or another
+# user's.
 _REFUSED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EAGAIN)
 
 
@@ -39,9 +40,9 @@ class Swept:
     """The result of a sweep for one run directory.
 
     Attributes:
-        reason: why it still exists; None if it was removed, or if its data is persisted.
-        failed: whether its removal failed. Otherwise it was left alone on purpose, and the next
-            sweep will leave it alone too.
+        reason: why the directory still exists; None if it was removed, or if its data is persisted.
+        failed: whether its removal failed. Otherwise it was intentionally not removed, and the next
+            sweep will not remove it either.
     """
 
     reason: str | None = None
@@ -57,11 +58,11 @@ class Found:
     """A run directory.
 
     Attributes:
-        uid: the user to whom the directory belongs.
+        uid: the user that owns the directory.
         processes: the pids of the server in it.
         open: whether this process may read it.
         lives: whether its owner or its supervisor holds the lock of its lease file.
-        keep: whether its data is to outlive its owner.
+        keep: whether its data remains when its owner exits.
         owner: the pid of its owner; None if the owner has exited or is unknown.
     """
 
@@ -80,7 +81,7 @@ class Found:
 
     @property
     def databases(self) -> int:
-        """How many databases were created in the server, including the ready ones in the pool."""
+        """The number of databases created in the server, including the ready ones in the pool."""
         try:
             with (
                 opened(self.path) as run_dir,
@@ -94,7 +95,7 @@ class Found:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes on disk."""
+        """Its size on disk in bytes."""
         try:
             with opened(self.path) as run_dir:
                 return disk_space.size_of(run_dir)
@@ -102,7 +103,7 @@ class Found:
             return 0
 
     def sweep(self) -> Swept:
-        """Remove it and its remaining processes, unless its owner is running after all.
+        """Remove it and its remaining processes, unless its owner is still running.
 
         Root also removes run directories of other users.
         """
@@ -136,7 +137,7 @@ def _below(name: str, directory: int) -> Closing:
 
 
 def _is_whole(base: int, name: str) -> bool:
-    """Whether a database has its files; a directory without them is no database (recycle.py)."""
+    """Whether a database has its files; a directory without them is not a database (recycle.py)."""
     try:
         with _below(name, base) as database:
             os.stat(_IN_EACH, dir_fd=database, follow_symlinks=False)
@@ -146,7 +147,7 @@ def _is_whole(base: int, name: str) -> bool:
 
 
 def run_directories(additional: Iterable[Path] = ()) -> list[Found]:
-    """Every run directory that is in use or was left behind, but no persisted data.
+    """All run directories that are in use or were left behind, except persisted data.
 
     Args:
         additional: further directories that contain run directories (data_dir_prefix).
@@ -191,7 +192,7 @@ def _look_into(run_dir: Path, here: int, running: tuple[int, ...]) -> Found | No
 
 
 def _owner(lease: int) -> int | None:
-    """The pid that a lease file names, if it is still the same process, of the same user."""
+    """The pid in a lease file, if it still denotes the same process of the same user."""
     try:
         pid, started = (int(word) for word in os.pread(lease, 64, 0).split(b"\n")[1].split())
         same_user = os.stat(f"/proc/{pid}").st_uid == os.fstat(lease).st_uid

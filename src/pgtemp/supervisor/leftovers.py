@@ -1,4 +1,4 @@
-"""Remove what owners leave behind: run directories, unfinished ones, and unfinished removals.
+"""Remove what owners leave behind: complete, incomplete and partly removed run directories.
 
 The supervisor process imports this module, so it imports no module that is slow to import. Whether
 an owner is running is decided by a lock, never by a name or an age.
@@ -30,8 +30,8 @@ RECYCLED = "recycled"
 SOCKET = "socket"
 KEEP = b"keep\n"
 DISCARD = b"discard\n"
-# A directory without a lease file is being created right now, or was left unfinished. A sweep
-# assumes the latter only after this many seconds.
+# A directory without a lease file is being created, or was left unfinished. A sweep assumes the
+# latter only after this many seconds.
 UNFINISHED_SECONDS = 3600.0
 _BASE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FOREIGN = PermissionError(errno.EPERM, "it belongs to another user")
@@ -39,7 +39,7 @@ _SHARED = PermissionError(errno.EPERM, "other users may write to it")
 
 
 def sweep(base: str) -> Iterator[None]:
-    """Remove what owners that have exited left in `base`: processes, then run directories."""
+    """Remove what exited owners left in `base`: first processes, then run directories."""
     try:
         parent = os.open(base, _BASE)
     except OSError:
@@ -52,7 +52,7 @@ def sweep(base: str) -> Iterator[None]:
 
 
 def sweep_directory(parent: int, name: str, everyone: bool = False) -> Steps:
-    """As `sweep`, for one run directory, an entry of `parent`.
+    """Like `sweep`, for one run directory, an entry of `parent`.
 
     Every step uses the descriptor of the directory that was inspected, never its path.
 
@@ -60,7 +60,8 @@ def sweep_directory(parent: int, name: str, everyone: bool = False) -> Steps:
         everyone: also remove run directories of other users.
 
     Returns:
-        Why the run directory still exists; None if it is removed, or no longer needs a sweep.
+        The reason why the run directory still exists; None if it is removed, or no longer needs a
+        sweep.
     """
     try:
         run_dir = os.open(name, DIRECTORY, dir_fd=parent)
@@ -89,7 +90,7 @@ def sweep_directory(parent: int, name: str, everyone: bool = False) -> Steps:
 
 
 def _remove_dangling_link(parent: int, name: str) -> None:
-    """Remove a dangling link to a socket directory (rundir.py); follow no other user's link."""
+    """Remove a dangling link to a socket directory (rundir.py), unless another user owns it."""
     status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid():
         try:
@@ -100,18 +101,19 @@ def _remove_dangling_link(parent: int, name: str) -> None:
 
 def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int) -> Steps:
     status, uid = os.fstat(lease), os.fstat(run_dir).st_uid
-    # A user may be able to create a hard link to another user's file and name it as a lease file.
+    # A user may be able to create a hard link to another user's file with the name of a lease file.
     if status.st_uid != uid or status.st_nlink != 1:
         return _FOREIGN
     if is_held(lease) or not is_entry(lease, run_dir, LEASE):
-        return BlockingIOError(errno.EAGAIN, "its owner is alive")
+        return BlockingIOError(errno.EAGAIN, "its owner is running")
     try:
         data = os.open(DATA, DIRECTORY, dir_fd=run_dir)
     except OSError:
         pass
     else:
         with Closing(data):
-            # Another user may have moved a server there that is not theirs.
+            # A user may have moved the data directory of a third user's server into their own run
+            # directory.
             if uid in (os.getuid(), os.fstat(data).st_uid):
                 clear(data)
     if is_persisted(lease):
@@ -121,11 +123,11 @@ def _sweep_abandoned(parent: int, name: str, run_dir: int, lease: int) -> Steps:
 
 
 def _refusal(run_dir: int, everyone: bool) -> OSError | None:
-    """Why the caller must not sweep a run directory; None if it may."""
+    """The reason why the caller must not sweep a run directory; None if it may."""
     status = os.fstat(run_dir)
     if status.st_uid != os.getuid() and not everyone:
         return _FOREIGN
-    # If other users can write to it, any of them can have put a lease into it.
+    # If other users can write to it, any of them could have put a lease file into it.
     return _SHARED if status.st_mode & 0o022 else None
 
 
@@ -141,7 +143,7 @@ def _rename_for_removal(parent: int, name: str, run_dir: int) -> str:
 
 
 def is_held(lease: int) -> bool:
-    """Whether another process holds a lease file's lock; if not, this descriptor acquires it."""
+    """Whether another process holds the lock of a lease file; if not, acquire it."""
     try:
         fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -150,16 +152,16 @@ def is_held(lease: int) -> bool:
 
 
 def is_persisted(lease: int) -> bool:
-    """Whether a lease file states that the data is to outlive the owner."""
+    """Whether a lease file states that the data is persisted."""
     return os.pread(lease, len(KEEP), 0) == KEEP
 
 
 def is_unfinished(run_dir: int, name: str) -> bool:
     """Whether a directory without a lease file was left unfinished and may be removed.
 
-    A directory renamed for removal always may, any other only after `UNFINISHED_SECONDS`. Persisted
-    data, the folder of failed tests or a cache may have such a name too, but they are not empty.
-    Raises OSError.
+    A directory that was renamed for removal may always be removed, any other directory only after
+    `UNFINISHED_SECONDS`. Persisted data, the directory of failed tests or a cache may also have
+    such a name, but they are not empty. Raises OSError.
     """
     if name.endswith(REMOVING):
         return True

@@ -3,11 +3,12 @@
 `supervision.py` runs it as a separate, minimal interpreter, one per owner. It is single-threaded,
 because a postmaster gets its death signal (PR_SET_PDEATHSIG) when the thread that forked it exits.
 The owner holds one control socket, and one channel for each server. When a channel closes, the
-supervisor stops its server and removes the run directory. An owner's servers are therefore removed
+supervisor stops its server and removes the run directory. An owner's servers are therefore removed,
 however the owner exits.
 
 It imports no module that is slow to import: `socket`, `signal` and `typing` alone would double the
-time to the first server (12 of 25 ms), so it uses their C extension modules, and marshal, not json.
+time to the first server (12 of 25 ms), so it uses their C extension modules, and marshal instead of
+json.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SupervisorProcess:
     """The event loop: requests, exits of child processes, deadlines, and removals in between."""
 
     def __init__(self, control: int, owner: int) -> None:
-        os.set_inheritable(control, False)  # inherited through exec; no server may inherit it
+        os.set_inheritable(control, False)  # inherited through exec; servers must not inherit it
         self.control: _socket.socket | None = _socket.socket(fileno=control)
         self.poll = select.poll()
         self.poll.register(control, select.POLLIN)
@@ -82,7 +83,7 @@ class SupervisorProcess:
             self._run_tasks()
 
     def _timeout(self) -> int | None:
-        """Milliseconds until the next deadline; 0 if there are tasks, None if there is neither."""
+        """Milliseconds until the next deadline; 0 if tasks are waiting; None if nothing is."""
         if self.tasks:
             return 0
         deadlines = [s.deadline for s in self._all() if s.deadline is not None]
@@ -95,7 +96,7 @@ class SupervisorProcess:
         return [*self.servers.values(), *self.ending]
 
     def _accept(self) -> bool:
-        """Receive one server's descriptors; False if none have arrived or the socket is closed."""
+        """Receive one server's descriptors; False if none has arrived or the socket is closed."""
         assert self.control is not None
         flags = getattr(_socket, "MSG_CMSG_CLOEXEC", 0) | _socket.MSG_DONTWAIT
         size = _socket.CMSG_SPACE(FDS * 4)
@@ -123,7 +124,7 @@ class SupervisorProcess:
             self.owner = -1
         if self.control is not None:
             while self._accept():
-                pass  # requests that it sent before it exited are valid too
+                pass  # requests that it sent before it exited are still valid
             self.poll.unregister(self.control.fileno())
             self.control = None
         for server in list(self.servers.values()):
@@ -192,7 +193,7 @@ class SupervisorProcess:
         # Directories in which a guarded program still works are not renamed.
         paths = server.spec["remove"] if leader else server.rename_for_removal()
         if not leader and not paths:
-            server.close_descriptors()  # before the owner, which waits for this, is notified
+            server.close_descriptors()  # before the owner is notified, because it waits for this
         server.send(stopped=True, used=server.used)
 
         def removals() -> Iterator[None]:
@@ -227,7 +228,7 @@ class SupervisorProcess:
 
     def _server_exited(self, server: Server, code: int) -> None:
         pid, server.pid, server.deadline = server.pid, 0, None
-        # First of all, because a client that lost its connection waits for the reason.
+        # Do this first, because a client that lost its connection waits for the reason.
         server.send(exit=code)
         if code < 0 and "data_dir" in server.spec:
             clear_crashed(server.spec["data_dir"], pid)
@@ -247,8 +248,8 @@ class SupervisorProcess:
                     server.send_next_signal()
 
     def _run_tasks(self) -> None:
-        # In small portions, so that a new request waits for a few unlinks at most. In turn, because
-        # a program of a server user may keep filling one directory while it is being removed.
+        # In small portions, so that a new request waits for at most a few unlinks. In turn, because
+        # a program of a server user may keep adding files to a directory while it is being removed.
         for _ in range(32):
             if self.tasks:
                 try:

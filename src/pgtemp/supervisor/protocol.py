@@ -1,7 +1,7 @@
 """Messages between an owner and its supervisor or recycler: a length of four bytes, then marshal.
 
 Both ends run the same interpreter, so marshal's format is safe here. Importing json would take
-longer than everything else that such a process does.
+longer than all other work of such a process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recycling: restore directories of dropped databases to their template's state, for new clones.
 
-Most tests change few files of a database. Restoring those files takes a fraction of the time that
-it takes to remove hundreds of files and copy them again. `templates/recycle.py` decides when a
+Most tests change only a few files of a database. Restoring those takes a fraction of the time
+needed to remove hundreds of files and copy them again. `templates/recycle.py` decides when a
 directory may be moved, and runs the SQL; this module handles the files:
 
     recycled/*/original/  the template's files, as a clone had them; they never change
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 _MARK = 7_000_000_007  # nanoseconds since the epoch
 _STUB = "PG_VERSION"  # PostgreSQL does not accept a database directory without it
-_IDLE = 10_000  # milliseconds without a request, after which all but the original is removed
+# Milliseconds without a request, after which everything except the original is removed.
+_IDLE = 10_000
 _ORIGINAL = "original"
 _CHUNK = 1 << 20
-_EXTRA = 1000  # entries that are removed from a directory, beyond as many as its template has
-_PORTION = 100  # entries of a directory to remove, between two requests
+# The maximum number of entries, in addition to the template's, that are removed from a directory.
+_EXTRA = 1000
+_PORTION = 100  # the number of entries of a directory that are removed between two requests
 
 
 class Recycler:
@@ -51,7 +53,7 @@ class Recycler:
         self._sizes: dict[str, int] = {}
         self._taken: set[str] = set()
         self._changed_at: dict[str, dict[str, int]] = {}  # of restored files, by directory
-        self.waiting: list[str] = []  # to be restored
+        self.waiting: list[str] = []  # directories to be restored
         self._ready: list[str] = []
         self._removals: list[Iterator[None]] = []
 
@@ -76,7 +78,7 @@ class Recycler:
         self._sizes = sizes
 
     def take(self, oid: str) -> None:
-        """Move away the directory of a database that has no sessions and can get none."""
+        """Move away the directory of a database that has no sessions and accepts none."""
         os.rename(self._at(oid), self._on(oid))
         self._taken.add(oid)
 
@@ -99,7 +101,7 @@ class Recycler:
         remove(empty)
 
     def work(self) -> None:
-        """Restore one directory, or remove a portion of one that was given up."""
+        """Restore one directory, or remove a portion of a discarded one."""
         if self.waiting:
             self._restore_next()
         elif len(list(islice(self._removals[0], _PORTION))) < _PORTION:
@@ -141,7 +143,7 @@ class Recycler:
                 raise OSError(f"{directory} has many more files than its template")
             size = sizes.get(name)
             if stat.S_ISDIR(status.st_mode):
-                # However much is in it: no client waits while it is removed.
+                # Whatever its size: no client waits while it is removed.
                 moved = self._on(f"{os.urandom(8).hex()}{REMOVING}")
                 os.rename(f"{directory}/{name}", moved)
                 self._removals.append(removal(moved))
@@ -186,7 +188,7 @@ def _copy(source: str, target: str, size: int) -> int:
         while remaining > 0:
             data = os.read(reading, min(remaining, _CHUNK))
             if not data:
-                raise OSError(f"{source} is shorter than it was")
+                raise OSError(f"{source} has become shorter")
             remaining -= len(data)
             while data:
                 data = data[os.write(writing, data) :]
@@ -196,7 +198,7 @@ def _copy(source: str, target: str, size: int) -> int:
 
 
 def serve(channel: _socket.socket, run_dir: str) -> None:
-    """Execute requests, which name a method, until the other end of the channel is closed."""
+    """Execute requests, each naming a method, until the other end of the channel is closed."""
     recycler, buffer = Recycler(run_dir), bytearray()
     do = {name: getattr(recycler, name) for name in ("begin", "take", "restore", "put", "leave")}
     poll = select.poll()

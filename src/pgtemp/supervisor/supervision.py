@@ -1,8 +1,8 @@
 """The owner's side of the supervisor, the helper process that starts and stops its servers.
 
 `process.py` is the program of that process. It is started with the first server, while the image is
-copied, and exits with the owner. A child that the owner forks does not share it: the child closes
-its copies of the sockets, and starts a supervisor of its own with its first server.
+copied, and exits with the owner. A forked child of the owner does not share it: the child closes
+its copies of the sockets, and starts its own supervisor with its first server.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Supervisor:
                 self._control.close()
                 raise WardenError(
                     f"the supervisor could not be started with {sys.executable}: {error}",
-                    remedy="sys.executable must be a Python interpreter that can be run",
+                    remedy="set sys.executable to a Python interpreter that can be run",
                 ) from error
 
     @property
@@ -54,11 +54,11 @@ class Supervisor:
         return self._process.poll() is None
 
     def hold(self, remove: Sequence[str], *, keep: bool, lease: int, log: int) -> Channel:
-        """Have paths removed when `stop` is called, or when this process has exited.
+        """Let the supervisor remove paths when `stop` is called, or when this process has exited.
 
         Args:
             remove: the paths.
-            keep: whether a server that is started in them is to be shut down cleanly.
+            keep: whether a server that is started in them must be shut down cleanly.
             lease, log: descriptors; the supervisor gets duplicates.
 
         Raises WardenError if the supervisor has exited.
@@ -80,12 +80,12 @@ class Supervisor:
         try:
             self._process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            pass  # it continues by itself
+            pass  # the supervisor continues by itself
 
     def detach(self) -> None:
         """In a forked child: detach from the parent's supervisor without affecting it."""
         self._control.close()
-        self._process.returncode = 0  # not this process's child, so no warning about it
+        self._process.returncode = 0  # prevents a warning; it is not a child of this process
 
 
 _current: Supervisor | None = None
@@ -93,7 +93,7 @@ _lock = threading.Lock()
 
 
 def current() -> Supervisor:
-    """The supervisor of this process; started if none is running. Raises WardenError."""
+    """Return the supervisor of this process; start it if none is running. Raises WardenError."""
     global _current
     with _lock:
         if _current is None or not _current.alive:
@@ -111,8 +111,8 @@ def guarded(
 
     Args:
         remove: directories to remove if this process exits before the end of the block.
-        lock: the descriptor of a lock that is to be held until they are removed.
-        gently: let the program clean up first.
+        lock: the descriptor of a lock that is held until they are removed.
+        gently: whether the program may clean up first.
 
     Yields:
         A function to call with a program's pid (the program must lead its process group), and with

@@ -1,9 +1,9 @@
 """A builder starts a separate server in which a template is built. The result is an image.
 
-A build that fails therefore leaves nothing in any other server, and the image contains the roles
-and settings that the build makes, in addition to its database. If the result of a recipe follows
-from its parts, the image is stored in the cache, so that it is built once on this machine. Other
-images exist as long as their builder.
+A failed build therefore leaves nothing in any other server, and the image contains, in addition to
+the database, the roles and settings that the build creates. If the result of a recipe follows from
+its parts, the image is stored in the cache, so that it is built once per machine. Other images
+exist as long as their builder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_sql, server_setup
 from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.connection import connected
-from pgtemp.sql.passwords import STRONG_ROUNDS, random_secret
+from pgtemp.sql.passwords import STRONG_ITERATIONS, random_secret
 from pgtemp.sql.persisted_note import read_note
 from pgtemp.sql.server_setup import Plan
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
 
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
-_BUILDING = "pgtemp_building"  # the database's name during the build, if the given one is reserved
+# The name of the database during the build, if the requested name is reserved.
+_BUILDING = "pgtemp_building"
 _TAKEN = (*admin_sql.ALWAYS_THERE, TEMPLATE)
 
 
@@ -42,13 +43,13 @@ class TemplateBuilder:
         """Prepare a builder; `open` starts the server.
 
         Args:
-            plan: what the server is made from; if its source contains a template, the build starts
-                from that template.
+            plan: the plan of the server; if its source contains a template, the build starts from
+                that template.
             name: the name of the template, and of the database during the build.
         """
         self._plan = plan
         self._conf = ""
-        # PostgreSQL's limit of a name is 63 bytes.
+        # PostgreSQL limits names to 63 bytes.
         self.dbname = _BUILDING if name in _TAKEN else name.encode()[:63].decode(errors="ignore")
         self.postmaster: Postmaster
         self.info: ConnectionInfo
@@ -57,11 +58,11 @@ class TemplateBuilder:
         """Start the server and create the database.
 
         Raises:
-            PgTempError: one of the two failed; nothing is left behind.
+            PgTempError: one of these steps failed; nothing is left behind.
         """
         plan, user = self._plan, self._plan.options.user
-        # A build may use any client, and some clients refuse verifiers with few rounds.
-        secret = random_secret(STRONG_ROUNDS)
+        # A build may use any client, and some clients refuse verifiers with few iterations.
+        secret = random_secret(STRONG_ITERATIONS)
         spec = replace(
             plan.spec, conf=self._record_conf, addresses=(ports.LOOPBACK,), port=None,
             keep=False, ttl=None, log_path=None,
@@ -97,7 +98,8 @@ class TemplateBuilder:
             connection.execute("SELECT 1")
             admin_sql.seal(connection, self.dbname, TEMPLATE, self._inside())
         self.postmaster.halt()
-        # A server that starts on the image gets its own settings, so the image contains initdb's.
+        # A server that starts on the image gets its own settings, so the image contains those of
+        # initdb.
         made = publication.shut_down(
             self.postmaster.home.path,
             self._plan.installation,
@@ -116,7 +118,7 @@ class TemplateBuilder:
         return server_setup.private_info(self.postmaster, self._plan.superuser, self.dbname)
 
     def _record_conf(self, existing: str) -> str:
-        """Return the server's settings, and store those that the data directory came with."""
+        """Return the server's settings, and store the original ones of the data directory."""
         self._conf = existing
         return self._plan.spec.conf(existing)
 
@@ -155,7 +157,7 @@ class Lasting(cache.Ensured):
         )
 
     def resolve(self) -> Image:
-        """Return the image; build the template if there is none. Raises PgTempError."""
+        """Return the image; build the template if it does not exist. Raises PgTempError."""
         return cache.ensure(
             cache.name_of(self.plan.installation.major, self.identity, self.recipe.run),
             f"building template {self.name}",
@@ -171,7 +173,7 @@ class Lasting(cache.Ensured):
             publication.publish(made, path, lock)
 
     def _check_unchanged(self) -> None:
-        """Raise ClusterError if the recipe's files have changed since the hash was computed."""
+        """Raise ClusterError if the recipe's files have changed since their hash was computed."""
         if self.recipe.fingerprint() != self.fingerprint:
             raise ClusterError(
                 f"the files of template {self.name} have changed since they were first read",
@@ -193,8 +195,7 @@ def lasting(plan: Plan, name: str, recipe: Recipe) -> Plan | None:
         cached.
 
     Raises:
-        OptionError: a file is missing.
-    """
+        OptionError: a file does not exist."""
     if isinstance(plan.spec.source, Image):
         return None  # it starts from a template that is not cached
     if (data_dir := recipe.data_dir) is not None:
@@ -217,8 +218,8 @@ def build(plan: Plan, name: str, recipe: Recipe) -> tuple[Plan, TemplateBuilder 
     """Build a template now and return a plan for servers with it.
 
     Returns:
-        The plan. If the template is not cached, also its builder, which the caller has to close
-        after the last of these servers.
+        The plan and, if the template is not cached, its builder, which the caller must close after
+        it has stopped the last of these servers.
 
     Raises:
         PgTempError: the build failed; nothing is left behind. An error of a callable is raised

@@ -1,4 +1,4 @@
-"""The clones of a template: databases that are copied from a sealed one.
+"""The clones of a template: databases that are copied from a sealed database.
 
 The template contains a relation cache, because pgtemp connected to it before it was sealed; the
 first connection to a clone then takes 3 ms instead of 5.
@@ -28,16 +28,17 @@ from pgtemp.uri import ConnectionInfo
 
 
 class Clones:
-    """Makes and drops the clones of one template.
+    """Creates and drops the clones of one template.
 
     Attributes:
-        clients: how clients connect, except for the database; `make` then opens a warm connection.
-            None opens none.
+        clients: the parameters of clients' connections, except the database; `make` then opens a
+            warm connection. None disables this.
     """
 
     def __init__(self, admins: AdminConnections, source: str, owner: str) -> None:
         self._admins, self._source, self._owner = admins, source, owner
-        # Facts about the source; they do not change, because it is sealed. None: not yet known.
+        # Properties of the source, which do not change, because it is sealed; None if not yet
+        # known.
         self._attributes: bool | None = None
         self._size = 0
         self._reuse = Reuse(admins, source, owner)
@@ -54,10 +55,10 @@ class Clones:
         return self._warm_connections.pop(name, None)
 
     def make(self, name: str) -> None:
-        """Make a clone of that name.
+        """Create a clone of that name.
 
         Raises:
-            ClusterError: it could not be made; it is a DiskFullError if the disk is full.
+            ClusterError: the clone could not be created; a DiskFullError if the disk is full.
         """
 
         def clone(connection: Connection) -> None:
@@ -76,7 +77,7 @@ class Clones:
 
         self._do(clone)
         if (clients := self.clients) is not None:
-            with suppress(psycopg.Error):  # the client gets the error when it connects itself
+            with suppress(psycopg.Error):  # the client gets the error when it connects
                 self._warm_connections[name] = open_warm(replace(clients, dbname=name))
 
     def _clone(self, connection: Connection, name: str, attributes: bool) -> None:
@@ -89,7 +90,7 @@ class Clones:
             raise in_use(connection, self._source) from error
 
     def owns(self, name: str) -> bool:
-        """Return whether a database of this name is a temporary one of the recycling."""
+        """Return whether a database of this name is a temporary database of the recycling."""
         return self._reuse.owns(name)
 
     def settle(self) -> None:
@@ -133,7 +134,7 @@ class Clones:
     def _do(self, work: Callable[[Connection], None]) -> None:
         """Execute `work` with a connection; repeat it once if the connection is terminated.
 
-        A test may have terminated all backends of the server, or the server has crashed and is
+        A test may have terminated all backends of the server, or the server may have crashed and be
         restarting.
         """
         try:
@@ -155,7 +156,7 @@ def check_name(name: str) -> None:
     """Raise OptionError if a template cannot have this name."""
     if not name or "\0" in name or name.encode(errors="replace") != name.encode(errors="ignore"):
         raise OptionError(
-            f"{name!r} is not a valid name of a template", remedy="give it a name of letters"
+            f"{name!r} is not a valid template name", remedy="choose a name of letters"
         )
 
 

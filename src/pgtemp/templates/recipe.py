@@ -35,14 +35,14 @@ from pgtemp.templates import migrations
 from pgtemp.uri import ConnectionInfo
 
 # A callable gets the URI of the database to build; "cmd:…" is a shell command that gets the URI in
-# DATABASE_URL; a path is SQL, a directory of SQL files in the order of their names, or a dump;
-# several steps are applied in turn.
+# DATABASE_URL; a path is an SQL file, a directory of SQL files, which are used in the order of
+# their names, or a dump. Several steps are applied in turn.
 Step = Callable[[str], object] | StrPath
 Build = Step | Sequence[Step]
 COMMAND = "cmd:"
 _COMMAND_LINES = 12
 _ENDINGS = (".sql", ".sql.gz")
-# Commands of psql and SQL that read something outside the file itself.
+# Commands of psql and SQL that read data from outside the file.
 _READS_MORE = re.compile(
     rb"\\(i|ir|include|include_relative|copy|lo_import|getenv|!)(?=\s|$)"
     rb"|\\[a-z]+\s[^\n']*`"
@@ -57,14 +57,14 @@ class Recipe:
     """The steps that turn a database into a template.
 
     Attributes:
-        build: the steps: a callable that gets a URI; "cmd:" and a shell command that gets the URI
-            in DATABASE_URL; a path of SQL, of a directory of SQL files, of a dump, or of a
-            persisted data directory; or several of these. Nothing by default.
-        key: stands for the result of a callable or a command; change it when the result changes.
+        build: the steps: a callable that gets a URI; "cmd:" followed by a shell command that gets
+            the URI in DATABASE_URL; the path of an SQL file, of a directory of SQL files, of a
+            dump, or of a persisted data directory; or a list of these. No steps by default.
+        key: identifies the result of a callable or a command; change it when the result changes.
         watch: glob patterns of files that determine the result.
         extensions: extensions to create before the first step.
         cwd: the directory in which commands are run; None is the current directory.
-        run: the name of a program's run; the template is cached for this run only.
+        run: the name of a program's run; the template is cached only for this run.
     """
 
     build: Build = ()
@@ -81,7 +81,7 @@ class Recipe:
 
     @property
     def data_dir(self) -> Path | None:
-        """The data directory, if the build is one; else None."""
+        """The data directory, if the build consists of one; else None."""
         if not isinstance(self.build, str | os.PathLike):
             return None
         path = Path(self.build)
@@ -92,7 +92,7 @@ class Recipe:
         """Return the hash of everything that determines the result; None if that is not known.
 
         Raises:
-            OptionError: a file is missing, or a pattern matches no file.
+            OptionError: a file does not exist, or a pattern matches no file.
         """
         hashed = hashlib.sha256()
         declared = self.key is not None or bool(self.watch) or self.run is not None
@@ -103,7 +103,7 @@ class Recipe:
         return hashed.hexdigest()
 
     def _parts(self, declared: bool) -> Iterator[bytes | None]:
-        """Yield what is hashed; None for a step whose result is not known.
+        """Yield the parts to hash; None for a step whose result is not known.
 
         Args:
             declared: whether the recipe declares when its result changes (key, watch, run).
@@ -162,7 +162,7 @@ def _each(build: Build) -> Sequence[Step]:
     ):
         raise OptionError(
             f"{build!r} is not a valid build",
-            remedy='give a function, a path, "cmd:…", or a list of these',
+            remedy='specify a function, a path, "cmd:…", or a list of these',
         )
     return steps
 
@@ -202,7 +202,7 @@ def _files(path: Path) -> list[Path]:
     Numbers in names are compared by value, so that 2 precedes 10.
     """
     if not path.exists():
-        raise OptionError(f"{path} does not exist", remedy="name an existing file or directory")
+        raise OptionError(f"{path} does not exist", remedy="specify an existing file or directory")
     if path.is_dir() and (path / "toc.dat").exists():
         return [path]
     migrations.check_plain(path)
@@ -210,7 +210,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     found = migrations.in_order(file for file in path.iterdir() if file.name.endswith(_ENDINGS))
     if not found:
-        raise OptionError(f"{path} contains no .sql file", remedy="name a directory of SQL files")
+        raise OptionError(
+            f"{path} contains no .sql file", remedy="specify a directory of SQL files"
+        )
     return found
 
 
@@ -226,7 +228,7 @@ def _watched(pattern: str) -> list[Path]:
     if not files:
         raise OptionError(
             f"no file to watch matches {pattern!r}",
-            remedy="write the pattern in the shell's syntax",
+            remedy="use the shell's syntax for patterns",
         )
     return sorted(files)
 

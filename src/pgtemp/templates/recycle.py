@@ -1,15 +1,15 @@
-"""A new database gets the directory of a database that was dropped.
+"""Recycling: a new database gets the directory of a dropped database.
 
-CREATE DATABASE copies hundreds of files and DROP DATABASE removes them, although a test changed
-only a few. With recycling PostgreSQL copies and removes almost nothing. A database is cloned from
+CREATE DATABASE copies hundreds of files and DROP DATABASE removes them, although a test changes
+only a few. With recycling, PostgreSQL copies and removes almost no files. A database is cloned from
 the *stub*: in all catalogs it equals the template, but it has no files. Before a client can
 connect, the database gets a recycled directory (supervisor/recycle_files.py), whose files equal the
 template's. Before a database is dropped, its directory is moved away to be recycled.
 
 This is safe for four reasons. A database with sessions cannot be renamed, and no client knows the
-new name. After a checkpoint no page of it waits to be written. DROP DATABASE makes all processes
-close its files, and only then are they restored. CREATE DATABASE ends with a checkpoint, so
-recovery does not copy the stub again over the recycled directory.
+new name. After a checkpoint, none of its pages remains to be written. DROP DATABASE makes all
+processes close its files, and only then are they restored. CREATE DATABASE ends with a checkpoint,
+so recovery does not copy the stub again over the recycled directory.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from pgtemp.supervisor.leftovers import DATA
 from pgtemp.supervisor.protocol import decode, encode
 
 _log = logging.getLogger("pgtemp")
-_AFTER = 4  # recycling begins after so many databases; it does not pay off for fewer
-_MOST, _MOST_BYTES = 4, 64 << 20  # limits of the directories kept for recycling; at least one
+_AFTER = 4  # recycling begins after this many databases; it does not pay off for fewer
+_MOST, _MOST_BYTES = 4, 64 << 20  # limits for the stored directories, but at least one is stored
 _STUB_BYTES = 1 << 16
 # The time limit of the recycling process, which renames directories and copies at most 64 MB.
 _ANSWER_SECONDS, _MOST_ANSWER = 2.0, 64 << 10
@@ -69,7 +69,7 @@ class Reuse:
         self._channel: socket.socket | None = None
         self._buffer = bytearray()
         self._changing = threading.Lock()
-        self._requesting = threading.Lock()  # held while a request to the process is under way
+        self._requesting = threading.Lock()  # held while a request to the process is pending
 
     @property
     def works(self) -> bool:
@@ -81,10 +81,10 @@ class Reuse:
         return name == self._stub or name in self._dropping
 
     def make(self, connection: Connection, name: str, *, attributes: bool) -> bool:
-        """Make a database with a recycled directory.
+        """Create a database with a recycled directory.
 
         Returns:
-            False if the caller has to make it in the usual way.
+            False if the caller must create it in the usual way.
 
         Raises the errors of `admin_sql.clone`.
         """
@@ -100,7 +100,7 @@ class Reuse:
                     attributes=False, size=_STUB_BYTES,
                 )  # fmt: skip
                 if attributes and self._source != admin_sql.BASE:
-                    # Not from the stub, which a client may have changed.
+                    # Do not clone the stub, because a client may have changed it.
                     admin_sql.copy_attributes(connection, self._source, name)
         except BaseException:
             with self._changing:
@@ -120,7 +120,7 @@ class Reuse:
         """Drop a database, even if it has sessions, and recycle its directory if possible.
 
         Args:
-            size: that of the template, in bytes.
+            size: the size of the template in bytes.
 
         Raises the errors of `admin_sql.drop`.
         """
@@ -178,9 +178,9 @@ class Reuse:
         return not enough and not disk_space.is_full(connection.home)
 
     def _begin(self, connection: Connection) -> None:
-        """Make the stub and start the recycling process. Raises PgTempError, Error, OSError."""
+        """Create the stub and start the recycling process. Raises PgTempError, Error, OSError."""
         if connection.execute(_TABLESPACES).fetchone() is not None:
-            raise ClusterError("there are tablespaces")
+            raise ClusterError("the server has tablespaces")
         admin_sql.clone(
             connection, self._stub, self._source, self._owner, self._admins.closing,
             attributes=False,
@@ -199,13 +199,13 @@ class Reuse:
             home, owner.st_uid if switch else None, owner.st_gid if switch else None
         )
         if not self._request("begin", _oid_of(connection, self._stub)):
-            raise ClusterError("the directory for recycling could not be made")
+            raise ClusterError("the directory for recycling could not be created")
 
     def _take(self, connection: Connection, name: str) -> tuple[str, str]:
         """Rename a database and move its directory away, to be recycled.
 
         Returns:
-            The name of the database, which still has to be dropped; and its oid, or "" if its
+            The name of the database, which must still be dropped; and its oid, or "" if its
             directory was not moved.
         """
         # A name that no client knows. A repeated call computes the same name.

@@ -1,9 +1,10 @@
 """Prove that a clone is still, byte for byte, the copy that was handed out.
 
-A client can switch PostgreSQL's counters off, so they only serve as a quick first test. The proof
-is physical: every change of a database changes a page in the shared buffers or a file in its
+A client can disable PostgreSQL's counters, so they only serve as a quick first test. The proof is
+physical: every change of a database changes a page in the shared buffers or a file in its
 directory. A clone is unmodified if none of its buffers is dirty, none of its files was written
-since it was handed out, and the shared catalogs contain the same about it as about its source.
+since it was handed out, and the shared catalogs contain the same information about it as about its
+source.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from psycopg import errors
 from pgtemp.host.tree import Tree
 from pgtemp.sql.connection import Connection
 
-# The kernel stamps files with the time of its last tick, which may be 10 ms in the past.
+# The kernel sets the times of files to the time of its last tick, which may be 10 ms in the past.
 _TICK_NANOSECONDS = 20_000_000
 _QUIET = """
 SELECT d.oid FROM pg_database d
@@ -54,11 +55,11 @@ SELECT NOT EXISTS (SELECT FROM {}.pgtemp_buffers() AS (
   relblocknumber int8, isdirty bool, usagecount int2, pinning_backends int4)
 WHERE isdirty AND reldatabase = $1)
 """
-_SESSION: LiteralString = "pg_temp"  # the schema of objects that only the own session can use
+_SESSION: LiteralString = "pg_temp"  # the schema of objects that only their own session can use
 
 
 def declare(connection: Connection, schema: LiteralString) -> None:
-    """Create a schema with the function that `is_unmodified` needs; it may be unavailable."""
+    """Create a schema with the function that `is_unmodified` needs, if the server provides it."""
     connection.execute("CREATE SCHEMA " + schema)
     with suppress(errors.UndefinedFile, errors.UndefinedFunction):
         connection.execute(_DECLARE.format(schema))
@@ -78,7 +79,7 @@ def is_unmodified(
 
     Args:
         source: the database that it was cloned from.
-        owner: the role that owned it at first.
+        owner: the role that originally owned it.
         since: when it was handed out, in nanoseconds since the epoch.
         schema: where `declare` has created the function; by default it is created when needed.
     """
@@ -109,7 +110,7 @@ def _has_no_dirty_buffer(connection: Connection, oid: int, schema: LiteralString
 def _is_older(data_dir: Path, name: str, when: int) -> bool:
     """Return whether a directory and all files in it were last changed before that time.
 
-    Unlike the time of the last write (mtime), programs cannot set the time of the last change.
+    Programs can set the time of the last write (mtime), but not the time of the last change.
     """
     try:
         with Tree.open(data_dir) as data:

@@ -1,1 +1,1 @@
-"""A test suite: its servers and templates, each test's databases, the reports of failed tests."""
+"""A test suite: its servers, its templates, the databases of tests, reports of failed tests."""

@@ -27,7 +27,7 @@ class _Claimed:
         self.mark()
 
     def mark(self) -> None:
-        """Store the size of the server log: a test starts."""
+        """Store the size of the server log at the start of a test."""
         try:
             self.logged = self.log.stat().st_size
         except OSError:
@@ -57,7 +57,7 @@ class Case:
         return database
 
     def begin(self) -> None:
-        """Start another test with the same databases."""
+        """Record the start of another test with the same databases."""
         for claimed in self._claimed:
             claimed.mark()
 
@@ -90,8 +90,7 @@ class Case:
     def _note(self, claimed: _Claimed) -> str:
         if isinstance(claimed.database, RolledBack):
             return (
-                "the test's changes were rolled back; to persist its database, leave out "
-                "rollback=True"
+                "the test's changes were rolled back; to persist its database, omit rollback=True"
             )
         if not self._is_selected(claimed):
             return ""
@@ -101,7 +100,7 @@ class Case:
             return f"not persisted: {error}"
         if command is None:
             most = self.suite.options.keep_most
-            return f"not persisted: {most} databases are persisted already (--pgtemp-keep-most)"
+            return f"not persisted: {most} databases are already persisted (--pgtemp-keep-most)"
         return f"after pytest exits, open it with\n    {command}"
 
     def _is_selected(self, claimed: _Claimed) -> bool:

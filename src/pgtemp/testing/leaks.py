@@ -9,7 +9,7 @@ from pgtemp.database import Database
 from pgtemp.errors import PgTempError
 from pgtemp.host.peer_credentials import TELLS_PEERS, Peers
 
-# A backend exits within some milliseconds after its client has closed the connection.
+# A backend exits a few milliseconds after its client has closed the connection.
 _GRACE_SECONDS = 0.25
 _POLL_SECONDS = 0.002
 _QUERY = """
@@ -41,7 +41,8 @@ def left_open(database: Database) -> list[str]:
                 return []
             still_open, unsure = [], False
             for address, client_port, *facts in rows:
-                # Whether a client on the unix socket has closed its connection cannot be seen.
+                # For the unix socket, it cannot be determined whether the client has closed the
+                # connection.
                 if address is None or not TELLS_PEERS:
                     unsure = True
                 elif peers.holder((address, client_port), (address, port)) is None:

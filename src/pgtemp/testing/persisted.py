@@ -14,20 +14,20 @@ from pgtemp.options.pytest import SuiteOptions
 from pgtemp.server import rundir
 from pgtemp.supervisor.leftovers import LEASE
 
-RUNS = 3  # the number of runs whose databases remain, as pytest does for temporary directories
+RUNS = 3  # the number of runs whose databases remain, as for pytest's temporary directories
 _FOLDER = "pgtemp-failed"
 _RUN = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 def directory_for(options: SuiteOptions, run: str) -> Path:
-    """Make the directory for the persisted databases of a run; remove those of the oldest runs.
+    """Create the directory for the persisted databases of a run; remove those of the oldest runs.
 
-    Raises PgTempError if it cannot be made, or belongs to another user.
+    Raises PgTempError if it cannot be created, or belongs to another user.
     """
     owner = identity.choose(options.run_as)
     try:
         base = rundir.find_base(options.data_dir_prefix, owner, keep=True)
-    except OptionError:  # for example, a tmpfs: servers may run there, but data is not persisted
+    except OptionError:  # for example a tmpfs, on which servers may run, but data is not persisted
         base = rundir.find_base(None, owner, keep=True)
     folder = base / _FOLDER
     try:
@@ -35,7 +35,7 @@ def directory_for(options: SuiteOptions, run: str) -> Path:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise OptionError(
-                f"{folder} is not a directory of yours", remedy="choose another data_dir_prefix"
+                f"{folder} is not a directory that you own", remedy="choose another data_dir_prefix"
             )
         _remove_old_runs(folder, current=run)
         (folder / run).mkdir(mode=0o755, exist_ok=True)
@@ -45,7 +45,7 @@ def directory_for(options: SuiteOptions, run: str) -> Path:
 
 
 def _remove_old_runs(folder: Path, current: str) -> None:
-    """Remove all but the last runs. A run that still runs, or whose data is open, remains."""
+    """Remove all runs except the last. A run that is active, or whose data is open, remains."""
     names = (run.name for run in folder.iterdir() if run.name != current)
     for name in sorted(filter(_RUN.fullmatch, names), reverse=True)[RUNS - 1 :]:
         run = folder / name

@@ -58,8 +58,8 @@ def _from_ini(value: Any, name: str, spec: Field[Any]) -> Any:
     choices: Sequence[str] = spec.metadata["choices"]
     if choices and value and value not in choices:
         raise OptionError(
-            f"{name} = {value} in the ini file: there is no such choice",
-            remedy="give " + " or ".join(choices),
+            f"{name} = {value} in the ini file: not an allowed value",
+            remedy="specify " + " or ".join(choices),
         )
     if isinstance(default_of(spec), int) and value:
         if not value.isdecimal():

@@ -26,11 +26,11 @@ class Needs:
 
     Attributes:
         template: a `pgtemp.Recipe`, or a value for its `build`; None for an empty database.
-        isolation: "database" or "cluster"; None for the suite's.
-        extensions: to create, in addition to those of the suite.
+        isolation: "database" or "cluster"; None for the isolation of the suite.
+        extensions: the extensions to create, in addition to those of the suite.
         config: settings for a server of its own.
         keep: persist the database whether the test passes or fails.
-        rollback: one connection, whose changes are rolled back, in a database that tests share.
+        rollback: use one connection, whose changes are rolled back, to a database that tests share.
     """
 
     template: Build | Recipe | Usual | None = Usual.TEMPLATE
@@ -43,16 +43,17 @@ class Needs:
     def __post_init__(self) -> None:
         if self.isolation is not None and self.isolation not in ISOLATIONS:
             raise OptionError(
-                f"isolation={self.isolation!r}: there is no such isolation",
-                remedy="give " + " or ".join(repr(one) for one in ISOLATIONS),
+                f"isolation={self.isolation!r}: unknown isolation",
+                remedy="specify " + " or ".join(repr(one) for one in ISOLATIONS),
             )
         if self.rollback and self.isolation == "cluster":
             raise OptionError(
-                "rollback=True is for a database that tests share", remedy="leave isolation out"
+                'rollback=True cannot be combined with isolation="cluster"',
+                remedy="omit one of them",
             )
         if isinstance(self.extensions, str):
             raise OptionError(
-                f"extensions={self.extensions!r}: not a list", remedy="give a list of names"
+                f"extensions={self.extensions!r}: not a list", remedy="specify a list of names"
             )
 
     @property
@@ -61,12 +62,12 @@ class Needs:
 
 
 def needs_of(kwargs: Mapping[str, Any], usual: Needs | None = None) -> Needs:
-    """Return the requirements in a mark or a call. Raises OptionError for an unknown one."""
+    """Return the requirements in a mark or a call. Raises OptionError for an unknown argument."""
     known = [spec.name for spec in fields(Needs)]
     for name in kwargs:
         if name not in known:
             raise OptionError(
-                f"pgtemp knows no {name}= for a test", remedy="give " + ", ".join(known)
+                f"unknown keyword argument {name} for a test", remedy="specify " + ", ".join(known)
             )
     return replace(usual or Needs(), **kwargs)
 

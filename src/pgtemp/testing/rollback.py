@@ -1,7 +1,7 @@
 """A database whose changes are rolled back, for tests that need only one connection.
 
-A commit in the test releases a savepoint in a transaction that is rolled back later. Sequences are
-not reset, as after any rollback, and other connections do not see the test's changes.
+A commit in the test releases a savepoint in a transaction that is later rolled back. As after any
+rollback, sequences are not reset. Other connections do not see the changes of the test.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RolledBack(Database):
 
         Args:
             base: the real database.
-            bases: the list to return it to for the next test, unless this test has changed it.
+            bases: the list to which it is returned for the next test, unless this test has changed
+                it.
         """
         base._close_warm()
         super().__init__(base._server, base.shared, base._pool, base.dbname, is_clone=False)
@@ -91,7 +92,7 @@ class RolledBack(Database):
 def _of_two_kinds() -> OptionError:
     return OptionError(
         "a test with rollback=True has one connection, and this test has one of the other kind",
-        remedy="use connect() or aconnect(), or leave rollback out for this test",
+        remedy="use only connect() or only aconnect(), or omit rollback for this test",
     )
 
 
@@ -102,7 +103,7 @@ def _set(connection: _State, auto: bool, kwargs: dict[str, Any]) -> None:
         if name not in _SETTABLE:
             raise OptionError(
                 f"a test with rollback=True has one connection; it cannot have another {name}",
-                remedy="give it with the first connect(), or leave rollback out for this test",
+                remedy="specify it in the first connect(), or omit rollback for this test",
             )
         setattr(connection, name, value)
 
@@ -166,7 +167,7 @@ class _State:
     def _set_isolation_level(self, value: object) -> NoReturn:
         raise OptionError(
             "a test with rollback=True has one transaction, whose isolation level cannot change",
-            remedy="leave rollback out for this test",
+            remedy="omit rollback for this test",
         )
 
     def _is_whole(self) -> bool:

@@ -21,5 +21,5 @@ class Run:
 
 
 def new_name() -> str:
-    """Return a name for a run; the names of later runs sort after it."""
+    """Return a name for a run; names of later runs sort after it."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""The part of a server log that concerns one test: its lines, and its statements with times."""
+"""The part of a server log that concerns one test: its lines, and its statements with durations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Slice:
     """The part of a log that concerns one database.
 
     Attributes:
-        lines: unchanged from the log.
-        statements: each with its duration in milliseconds.
+        lines: the unchanged lines of the log.
+        statements: the statements, each with its duration in milliseconds.
     """
 
     lines: list[str]
@@ -78,7 +78,7 @@ def read(log: Path, offset: int, dbname: str) -> Slice:
 
 
 def _matters(level: str, message: str) -> bool:
-    """Whether a line that names no database reports a failure of the server."""
+    """Whether a line without a database name reports a failure of the server."""
     return level in _TROUBLE or "was terminated by signal" in message
 
 

@@ -25,8 +25,8 @@ class Servers:
     """Creates and stops servers for a pool.
 
     Attributes:
-        cluster: makes a cluster, without starting it.
-        template: returns the template in a cluster.
+        cluster: a function that creates a cluster, without starting it.
+        template: a function that returns the template in a cluster.
     """
 
     recycles = False

@@ -2,8 +2,8 @@
 
 Each template is built once, when a test first needs it; if the build fails, it is not repeated for
 other tests. Templates that can be cached on disk are cached. If several processes share a run
-(pytest-xdist), the other templates are cached for the duration of the run, so that one process
-builds each for all.
+(pytest-xdist), the other templates are cached for the duration of the run, so that each is built by
+one process for all.
 """
 
 from __future__ import annotations
@@ -46,9 +46,13 @@ class Suite:
         self._recipes: dict[Recipe, Recipe] = {}
         self._servers: dict[Hashable, Pool[Server]] = {}
         self._held: dict[Database, tuple[Pool[Server], Server]] = {}
-        self._bases: dict[Template, list[Database]] = {}  # for RolledBack; not in use by a test
+        self._bases: dict[
+            Template, list[Database]
+        ] = {}  # for RolledBack: those that no test is using
         self._origins: dict[Database, Template] = {}
-        self._persisted: dict[Database, Path] = {}  # the databases to persist, and where
+        self._persisted: dict[
+            Database, Path
+        ] = {}  # the databases to persist, and their directories
         self._caches_for_run = False
 
     @property
@@ -80,7 +84,7 @@ class Suite:
         """Release a database, and its server if the test had a server of its own.
 
         Args:
-            keep: do not drop the database; `keep` has persisted it.
+            keep: do not drop the database, because `keep` has scheduled it to be persisted.
         """
         if keep:
             database.leave()
@@ -95,13 +99,14 @@ class Suite:
         """Persist a database when the suite ends.
 
         Args:
-            of: the test's name, which is stored with the database.
+            of: the name of the test, which is stored with the database.
 
         Returns:
-            The command that opens the database; None if `keep_most` databases are persisted.
+            The command that opens the database; None if `keep_most` databases are already
+            persisted.
 
         Raises:
-            PgTempError: there is no directory for it.
+            PgTempError: no directory for it could be created.
         """
         template = self._origins[database]
         if database not in self._persisted:
@@ -181,8 +186,8 @@ class Suite:
         return template
 
     def _with_extensions(self, cluster: Cluster, recipe: Recipe, needs: Needs) -> Template:
-        # The name must be the same in all processes, in whatever order they need the templates: an
-        # image is cached under it.
+        # An image is cached under this name, so it must be the same in all processes, regardless of
+        # the order in which they need the templates.
         fingerprint = recipe.fingerprint()
         name = f"{_NAME}_{fingerprint[:8] if fingerprint else len(self._templates)}"
         template = cluster.template(name, recipe)

@@ -31,7 +31,7 @@ def show_steps(terminal: Any) -> None:
 
 
 def close(suite: Suite, config: Any) -> None:
-    """Stop a suite's servers. If data could not be persisted, print the error and go on."""
+    """Stop a suite's servers. If data could not be persisted, print the error and continue."""
     try:
         suite.close()
     except PgTempError as error:

@@ -1,7 +1,7 @@
 """Find a client's first statement, so that it can be planned for the next such client. Sans-IO.
 
-PostgreSQL docs, 54.2.3 "Extended Query": Parse analyses a statement, Bind plans it, and neither
-executes it. But the planner calls functions, see `messages.in_read_only_transaction`.
+PostgreSQL docs, "Message Flow", "Extended Query": Parse analyses a statement, Bind plans it, and
+neither executes it. However, the planner calls functions; see `messages.in_read_only_transaction`.
 """
 
 from __future__ import annotations

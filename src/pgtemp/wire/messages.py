@@ -1,6 +1,6 @@
 """Build and read messages of the frontend/backend protocol. Sans-IO.
 
-PostgreSQL docs, 54.7 "Message Formats". All numbers are big-endian; a length includes itself.
+PostgreSQL docs, "Message Formats". All numbers are big-endian; a length includes itself.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def in_read_only_transaction(plan: bytes) -> bytes:
     return _execute(b"BEGIN READ ONLY") + plan + _execute(b"ROLLBACK")
 
 
-# Closes the unnamed portal and replaces the unnamed statement by an empty one.
+# Closes the unnamed portal and replaces the unnamed statement with an empty one.
 FORGET = frame(b"C", b"P\x00") + parse(b"") + frame(b"S")
 # Plans a query of a catalog that every user may read, and whose columns, operators and index have
 # common types.
@@ -118,7 +118,7 @@ class Frames:
         """Yield the messages that `data` completes.
 
         Raises:
-            ProtocolError: the length of a message is invalid or above `most`.
+            ProtocolError: the length of a message is invalid or exceeds `most`.
         """
         at = 0
         while at < len(data):
@@ -146,4 +146,4 @@ class Frames:
         self._stores_payload = self.wanted is None or self._head[:1] in self.wanted
         too_long = self._stores_payload and self.most is not None and self._missing > self.most
         if length < 4 or too_long:
-            raise ProtocolError(f"a message of length {length}")
+            raise ProtocolError(f"invalid message length: {length}")

@@ -1,6 +1,6 @@
 """Decide which commands a client may send to the walsender of a shared server. Sans-IO.
 
-PostgreSQL docs, 54.4 "Streaming Replication Protocol". A walsender that is connected to a database
+PostgreSQL docs, "Streaming Replication Protocol". A walsender that is connected to a database
 executes SQL and replication commands. BASE_BACKUP and physical replication read the whole server,
 that is, the databases of all its clients; logical replication reads the connected database only.
 
@@ -39,7 +39,7 @@ _ALLOWED = re.compile(
 
 @dataclass(slots=True)
 class Inspection:
-    """Inspects the bytes that a client sends to a walsender. After a refusal no byte passes.
+    """Inspects the bytes that a client sends to a walsender. After a refusal, no bytes pass.
 
     Attributes:
         refused: the command that was refused; "" if there was none.
@@ -113,10 +113,10 @@ def refused(text: bytes, *, whole: bool = True) -> str:
         "" for SQL and for allowed commands.
     """
     first = _FIRST.match(text)
-    assert first is not None  # the pattern matches the empty text
+    assert first is not None  # the pattern matches the empty string
     word = first[1] or b""
     if not whole and first.end() == len(text):
-        return "a query that begins with so much white space"
+        return f"a query that begins with more than {_MAX_HELD} bytes of white space"
     if (b"_" not in word and word.isascii()) or _ALLOWED.match(text):
         return ""
     return word.decode("ascii", "replace").upper()

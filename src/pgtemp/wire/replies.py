@@ -1,6 +1,6 @@
-"""Messages that the daemon sends in a server's place, and observers of the start of a connection.
+"""Messages that the daemon sends instead of a server, and observers of the start of a connection.
 
-Sans-IO. PostgreSQL docs, 54.7 "Message Formats", 54.8 "Error and Notice Message Fields".
+Sans-IO. PostgreSQL docs, "Message Formats", "Error and Notice Message Fields".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fatal(sqlstate: str, message: str, *, detail: str = "", hint: str = "") -> b
 
 
 def greeting(version: int, parameters: dict[str, str], server_version: str) -> bytes:
-    """Build the answer to a whole login, as from a server without a password, for a probe."""
+    """Build the response to a complete login without a password, for a client that only probes."""
     unknown = [name for name in parameters if name.startswith("_pq_.")]
     answer = b""
     if version > _LATEST or unknown:
@@ -43,8 +43,8 @@ def greeting(version: int, parameters: dict[str, str], server_version: str) -> b
 def ended_by_crash(last: bytes) -> bool:
     """Whether a connection that closed after these bytes was closed by a crash of the server.
 
-    A backend that is terminated because of a crash sends a notice at most, which no client
-    program shows. False if the last message is incomplete: an error could not be appended to it.
+    A backend that is terminated because of a crash sends at most a notice, which client programs do
+    not show. False if the last message is incomplete: an error could not be appended to it.
     """
     if last[-6:-1] == _READY:
         return True

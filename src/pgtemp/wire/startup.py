@@ -1,8 +1,8 @@
 """The start-up phase of a client's connection: one state machine over bytes. Sans-IO.
 
-It answers SSLRequest and GSSENCRequest, starts TLS if the daemon supports it, and is complete with
-a CancelRequest or a StartupMessage. It makes no decision about databases. PostgreSQL docs, 54.2.1
-"Start-up".
+It answers SSLRequest and GSSENCRequest, starts TLS if the daemon supports it, and ends when a
+CancelRequest or a StartupMessage has arrived. It makes no decision about databases. PostgreSQL
+docs, "Message Flow", "Start-up".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Startup:
 
     @property
     def dbname(self) -> str:
-        """The database's name; if the client gives none, PostgreSQL uses the user's name."""
+        """The database's name; if the client specifies none, PostgreSQL uses the user's name."""
         return self.parameters.get("database") or self.user
 
 
@@ -57,12 +57,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Secure:
-    """From here on the client speaks TLS.
+    """The client speaks TLS after this event.
 
     Attributes:
         reply: the bytes that the client waits for; b"" if it started TLS directly, without a
             request.
-        arrived: the bytes of TLS that have arrived already.
+        arrived: the TLS bytes that have already arrived.
     """
 
     reply: bytes
@@ -124,7 +124,7 @@ class Negotiation:
             return self._secure(b"S") if self.tls and code == SSL_CODE else Reply(b"N")
         if code == CANCEL_CODE:
             if not MIN_KEY <= len(body) <= MAX_KEY:
-                raise ProtocolError(f"a cancel request with a key of {len(body)} bytes")
+                raise ProtocolError(f"invalid cancel request: the key has {len(body)} bytes")
             return Cancel(body)
         if code >> 16 != 3:
             raise ProtocolError(
@@ -144,11 +144,11 @@ class Negotiation:
 
     def _check_request(self, code: int, body: bytes, rest: bytes) -> None:
         if body:
-            raise ProtocolError("an encryption request with a body")
+            raise ProtocolError("invalid encryption request: unexpected message body")
         if rest:
             raise ProtocolError("received unencrypted data after encryption request", "08P01")
         if code in self._asked:
-            raise ProtocolError("an encryption request for the second time", "08P01")
+            raise ProtocolError("duplicate encryption request", "08P01")
         self._asked.add(code)
 
 
@@ -159,7 +159,7 @@ def check_length(length: int) -> None:
 
 
 def _parameters(body: bytes) -> dict[str, str]:
-    """Parse the names and values of a StartupMessage; if a name occurs twice, the last counts."""
+    """Parse the parameters of a StartupMessage; if a name occurs twice, its last value applies."""
     if not body.endswith(b"\x00"):
         raise ProtocolError("invalid startup packet layout: expected terminator", "08P01")
     if body == b"\x00":
@@ -169,16 +169,16 @@ def _parameters(body: bytes) -> dict[str, str]:
             raise ProtocolError("invalid startup packet layout: expected terminator", "08P01")
         fields = body[:-2].split(b"\x00")
     if len(fields) % 2:
-        raise ProtocolError("invalid startup packet layout: a name without a value", "08P01")
+        raise ProtocolError("invalid startup packet layout: name without a value", "08P01")
     texts = [part.decode("utf-8", "surrogateescape") for part in fields]
     parameters = dict(zip(texts[::2], texts[1::2], strict=True))
     if "" in parameters:
-        raise ProtocolError("invalid startup packet layout: an empty name", "08P01")
+        raise ProtocolError("invalid startup packet layout: empty name", "08P01")
     if not parameters.get("user"):
         raise ProtocolError("no PostgreSQL user name specified in startup packet", "28000")
     for name in ("user", "database"):
         if not parameters.get(name, "").isprintable() and _undecodable(parameters[name]):
-            raise ProtocolError(f"the name of the {name} is not UTF-8", "22021")
+            raise ProtocolError(f"the name of the {name} is not valid UTF-8", "22021")
     parameters["user"] = clip(parameters["user"])
     return parameters
 

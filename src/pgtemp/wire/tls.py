@@ -1,6 +1,6 @@
-"""TLS on the client's side of a connection, sans-IO: ciphertext in, plaintext out, and back.
+"""TLS for the client's side of a connection, sans-IO: it converts ciphertext to plaintext and back.
 
-A client starts TLS with an SSLRequest, or directly with ALPN (PostgreSQL docs, 54.2.11 "SSL Session
+A client starts TLS with an SSLRequest, or directly with ALPN (PostgreSQL docs, "SSL Session
 Encryption"). The module has no sockets of its own, so TLS can start with bytes that have been read
 already, and each direction is closed independently, as without TLS.
 """
@@ -12,7 +12,8 @@ import ssl
 from pgtemp.wire.messages import ProtocolError
 
 ALPN = "postgresql"
-# A fatal handshake_failure alert: the answer of a server without a certificate to direct TLS.
+# A fatal handshake_failure alert: a server without a certificate sends it in response to direct
+# TLS.
 NO_TLS = b"\x15\x03\x01\x00\x02\x02\x28"
 _READ_SIZE = 1 << 16
 
@@ -42,7 +43,7 @@ class Tls:
         Raises:
             ProtocolError: the bytes are not TLS, or the handshake fails.
         """
-        if self.ended:  # the buffer would grow, as it is not read any more
+        if self.ended:  # nothing reads the buffer any more, so it would only grow
             return b""
         self._arrived.write(data)
         parts = []
