@@ -93,7 +93,7 @@ _NOT_FILES = {"admin_sql", "builder", "workshop", "Tree", "above", "images", "pl
 # The modules in which every function uses descriptors, or runs as the user of the files.
 _MECHANISM = {
     "host/tree.py": "owns the mechanism",
-    "host/reach.py": "walks the path that an option names, by descriptors",
+    "host/user_paths.py": "walks the path that an option names, by descriptors",
     "host/openat.py": "opens one name in an open directory",
     "host/removal.py": "removes one name in an open directory",
     "supervisor/recycle_files.py": "runs in a process of the server's user",
@@ -146,7 +146,7 @@ _PATHS = {
     "server/rundir.py:_socket_dir": "a link to a run directory",
     "server/rundir.py:reopen": "the lease in a run directory, which is the owner's",
     "images/image.py:Image.begin": "the directory of an image itself",
-    "images/publication.py:building_at": "the directory of an image itself, by a descriptor",
+    "images/publish.py:building_at": "the directory of an image itself, by a descriptor",
     "images/cache.py:_load": "the manifest of an image, which is the owner's",
     "images/cache.py:_remove": "a lock in the cache",
     "images/cache.py:_sizes": "manifests of images, which are the owner's",

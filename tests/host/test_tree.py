@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp import ClusterError
-from pgtemp.host import file_copy, reach, tree
+from pgtemp.host import file_copy, tree, user_paths
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.tree import ForeignFileError, Tree
 
@@ -209,9 +209,9 @@ def test_a_path_does_not_lead_from_one_user_to_another(tmp_path: Path, inner: in
     os.chown(tmp_path / "a", OTHER, OTHER)
     os.chown(tmp_path / "a" / "b", inner, inner)
     with pytest.raises(ForeignFileError, match=f"belongs to uid {inner}, below one of uid {OTHER}"):
-        reach.open_tree(tmp_path / "a" / "b")
+        user_paths.open_tree(tmp_path / "a" / "b")
     os.chown(tmp_path / "a" / "b", OTHER, OTHER)
-    with reach.open_tree(tmp_path / "a" / "b") as reached:
+    with user_paths.open_tree(tmp_path / "a" / "b") as reached:
         assert reached.uid == OTHER
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgtemp import OptionError, PgTempDB
-from pgtemp.host import reach
+from pgtemp.host import user_paths
 from pgtemp.host.tree import ForeignFileError
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to lose")
@@ -39,23 +39,23 @@ def test_a_link_below_another_users_directory(theirs: Path, target: str) -> None
     """It is neither followed nor read, as the last component or before it."""
     for path in (link(theirs / "file", target), link(theirs / "dir", "../ours") / "secret"):
         with pytest.raises(ForeignFileError, match="is a link of another user"):
-            reach.read_file(path)
+            user_paths.read_file(path)
 
 
 @AS_ROOT
 def test_a_parent_component_below_another_users_directory(theirs: Path) -> None:
     with pytest.raises(ForeignFileError, match="leads back out of a directory of uid"):
-        reach.read_file(f"{theirs}/../ours/secret")
+        user_paths.read_file(f"{theirs}/../ours/secret")
 
 
 @AS_ROOT
 def test_a_hard_link_and_a_directory_of_the_caller_below_another_users(theirs: Path) -> None:
     os.link(theirs.parent / "ours" / "secret", theirs / "file")
     with pytest.raises(ForeignFileError, match="belongs to uid 0"):
-        reach.read_file(theirs / "file")
+        user_paths.read_file(theirs / "file")
     (theirs / "inner").mkdir()
     with pytest.raises(ForeignFileError, match=f"belongs to uid 0, below one of uid {OTHER}"):
-        reach.open_tree(theirs / "inner")
+        user_paths.open_tree(theirs / "inner")
 
 
 @AS_ROOT
@@ -63,7 +63,7 @@ def test_another_users_link_in_a_sticky_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     tmp_path.chmod(0o1777)
     with pytest.raises(ForeignFileError, match="is a link of another user"):
-        reach.read_file(link(tmp_path / "link", "file"))
+        user_paths.read_file(link(tmp_path / "link", "file"))
 
 
 def test_links_of_the_caller_are_followed(theirs: Path) -> None:
@@ -72,12 +72,12 @@ def test_links_of_the_caller_are_followed(theirs: Path) -> None:
     (ours / "name").symlink_to("secret")
     (theirs.parent / "way").symlink_to(ours)
     for path in (theirs.parent / "way" / "name", f"{ours}/../way/./name"):
-        assert reach.read_file(path) == b"only the caller may read this"
-    with reach.open_tree(theirs.parent / "way") as tree:
+        assert user_paths.read_file(path) == b"only the caller may read this"
+    with user_paths.open_tree(theirs.parent / "way") as tree:
         assert tree.path == os.path.realpath(ours)
     (ours / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="symbolic links"):
-        reach.read_file(ours / "loop")
+        user_paths.read_file(ours / "loop")
 
 
 @AS_ROOT
@@ -90,7 +90,7 @@ def test_another_users_file_is_not_written(theirs: Path, kind: str) -> None:
         os.mkfifo(path)
     os.chown(path, OTHER, OTHER)
     with pytest.raises(OSError):
-        reach.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        user_paths.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 @AS_ROOT
@@ -115,5 +115,5 @@ def test_a_hard_link_in_a_directory_that_others_can_write_to(tmp_path: Path) -> 
         with ExitStack() as expected:
             if refused:
                 expected.enter_context(pytest.raises(ForeignFileError, match="another name"))
-            os.close(reach.open_file(shared / "log", os.O_WRONLY | os.O_APPEND))
+            os.close(user_paths.open_file(shared / "log", os.O_WRONLY | os.O_APPEND))
     assert secret.read_text() == "of root"

@@ -14,7 +14,7 @@ import pytest
 from pgtemp import ClusterError, OptionError, PgTempDB
 from pgtemp.host import identity
 from pgtemp.host.tree import Tree
-from pgtemp.images import cache, publication
+from pgtemp.images import cache, publish
 from pgtemp.images.image import Image
 from pgtemp.programs.installation import Installation
 from support import children, eventually
@@ -165,4 +165,4 @@ def test_files_that_a_tenant_adds_to_global(open_dir: Path) -> None:
     for number in range(2000, 2500):
         (directory / f"{number}").write_bytes(verifier if number > 2250 else b"")
     with Tree.open(open_dir) as data:
-        assert publication._find_verifier(data) == ("global/1260", 100)
+        assert publish._find_verifier(data) == ("global/1260", 100)

@@ -190,11 +190,11 @@ def test_an_owner_killed_while_an_image_is_cached(open_dir: Path) -> None:
     script = """
 import os
 from pgtemp import Cluster
-from pgtemp.images import publication
+from pgtemp.images import publish
 def build(uri): pass
 with Cluster() as cluster:
     cluster.database()
-    publication.copy = lambda *args: os.kill(os.getpid(), 9)
+    publish.copy = lambda *args: os.kill(os.getpid(), 9)
     cluster.template("app", build, key="1")
 """
     env = {**os.environ, "PGTEMP_CACHE_DIR": str(open_dir / "cache")}

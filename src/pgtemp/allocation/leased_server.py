@@ -14,7 +14,7 @@ from pgtemp.host import procfs
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_sql, server_setup, statement_logging
 from pgtemp.sql.server_setup import Plan
-from pgtemp.templates import unmodified
+from pgtemp.templates import unmodified_check
 
 _log = logging.getLogger("pgtemp")
 _PREFIX = "lease"  # of the names of databases
@@ -72,7 +72,7 @@ class LeasedServer(SharedServer):
                     # Clients must not change template1.
                     admin_sql.forbid_connections(connection, admin_sql.BASE)
                 # The leak check would find functions that are created later.
-                unmodified.declare(connection, self._schema)
+                unmodified_check.declare(connection, self._schema)
                 self._leaks.accept(connection)
                 self.watched = statement_logging.is_watched(connection)
         except BaseException:

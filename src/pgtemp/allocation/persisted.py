@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, file_copy, identity, ports, reach
+from pgtemp.host import disk_space, file_copy, identity, ports, user_paths
 from pgtemp.host.tree import Tree
 from pgtemp.images.source import NEVER_COPIED, Directory
 from pgtemp.options.server import StrPath
@@ -53,7 +53,7 @@ def act_as_owner(directory: StrPath) -> None:
         OptionError: the directory contains no persisted data, or that user cannot run this program.
     """
     path = rundir.kept_at(Path(directory))
-    with reach.open_tree(path) as tree:
+    with user_paths.open_tree(path) as tree:
         uid = os.fstat(tree.fd).st_uid
     if os.geteuid() == 0 != uid:
         user = identity.choose_uid(uid)

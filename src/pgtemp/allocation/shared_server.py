@@ -88,7 +88,7 @@ class SharedServer:
         return run_dir.stat().st_mtime_ns
 
     def reuse(self, dbname: str, since: int) -> str | None:
-        """Rename a database if it is provably unmodified (see unmodified.py); return its new name.
+        """Rename a database if it is provably unmodified; return its new name.
 
         It is renamed because a late client might still connect to the old name.
 

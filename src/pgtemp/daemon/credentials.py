@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import reach
+from pgtemp.host import user_paths
 from pgtemp.options.daemon import DaemonOptions
 from pgtemp.options.server import StrPath
 from pgtemp.sql.passwords import Secret
@@ -42,7 +42,7 @@ def password(options: DaemonOptions) -> Secret | None:
         return None
     shown = os.fspath(path)
     try:
-        with open(reach.open_file(path), "rb") as file:
+        with open(user_paths.open_file(path), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             first = file.readline(_MAX_PASSWORD + 1).rstrip(b"\r\n")
         text = first.decode()

@@ -26,7 +26,7 @@ from pgtemp.daemon.relay import Endpoint
 from pgtemp.errors import PgTempError
 from pgtemp.host.peer_credentials import Peers
 from pgtemp.options.daemon import DaemonOptions
-from pgtemp.sql.answer_limits import NoAnswerError
+from pgtemp.sql.timeouts import NoAnswerError
 from pgtemp.wire import replies
 from pgtemp.wire.messages import ProtocolError
 from pgtemp.wire.startup import Cancel, Negotiation, NoTlsError, Reply, Secure, Startup

@@ -26,7 +26,7 @@ from pgtemp.host.progress import step
 from pgtemp.host.removal import remove
 from pgtemp.images import initdb
 from pgtemp.images.image import Image
-from pgtemp.images.publication import MANIFEST
+from pgtemp.images.publish import MANIFEST
 from pgtemp.programs.installation import Installation
 
 _log = logging.getLogger("pgtemp")

@@ -15,7 +15,7 @@ from pgtemp.errors import ClusterError, DiskFullError, OptionError
 from pgtemp.host import disk_space, paths, processes
 from pgtemp.host.identity import Identity
 from pgtemp.host.tree import Tree
-from pgtemp.images import publication
+from pgtemp.images import publish
 from pgtemp.images.source import CONF
 from pgtemp.programs import nameless_user
 from pgtemp.programs.installation import Installation
@@ -75,17 +75,15 @@ def build(
     # objects behind.
     cure = disk_space.CACHE_REMEDY
     disk_space.check(path.parent, "initdb", size=_INITDB_BYTES, files=_INITDB_FILES, remedy=cure)
-    with publication.building_at(path, lock, [_INITDB]) as (building, guard):
+    with publish.building_at(path, lock, [_INITDB]) as (building, guard):
         # The files are copied, because the server user may still have one of them open for writing.
-        building.make_directory(_INITDB, publication.OTHERS_MAY_ENTER if owner.switch else 0o700)
+        building.make_directory(_INITDB, publish.OTHERS_MAY_ENTER if owner.switch else 0o700)
         with building.below(_INITDB) as work:
             _initdb(installation, arguments, work, owner, guard)
             with Tree.open(Path(work.path, DATA)) as data:
                 conf = data.read(CONF, _CONF_BYTES).decode(errors="surrogateescape")
             conf = _without_comments(conf)
-            publication.copy(
-                publication.shut_down(Path(work.path), installation, owner, conf), building
-            )
+            publish.copy(publish.shut_down(Path(work.path), installation, owner, conf), building)
         building.remove(_INITDB)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pgtemp.errors import ClusterError, OptionError
-from pgtemp.host import file_copy, procfs, reach
+from pgtemp.host import file_copy, procfs, user_paths
 from pgtemp.host.file_copy import ChangedError
 from pgtemp.host.tree import Tree
 
@@ -82,20 +82,20 @@ class Directory(Copyable):
 
     @property
     def identity(self) -> str:
-        with reach.open_tree(self.path) as data:
+        with user_paths.open_tree(self.path) as data:
             return f"{self.path} {control_hash(data)}"
 
     @property
     def uid(self) -> int:
         """The user that owns it. Raises OSError."""
-        with reach.open_tree(self.path) as data:
+        with user_paths.open_tree(self.path) as data:
             return os.fstat(data.fd).st_uid
 
     @property
     def version(self) -> str:
         """The major version of PostgreSQL that created it. Raises OptionError."""
         try:
-            with reach.open_tree(self.path) as data:
+            with user_paths.open_tree(self.path) as data:
                 return data.read("PG_VERSION", _SHORT).decode().strip()
         except (OSError, ValueError) as error:
             raise OptionError(
@@ -106,14 +106,14 @@ class Directory(Copyable):
     def is_in_use(self) -> bool:
         """Whether the server whose pid is in its postmaster.pid is running."""
         try:
-            with reach.open_tree(self.path) as data:
+            with user_paths.open_tree(self.path) as data:
                 return procfs.lives(int(data.read("postmaster.pid", _SHORT).split(b"\n")[0]))
         except (OSError, ValueError, OverflowError):
             return False
 
     @property
     def extent(self) -> tuple[int, int]:
-        with reach.open_tree(self.path) as data:
+        with user_paths.open_tree(self.path) as data:
             listing = file_copy.list_tree(data, NEVER_COPIED)
         return listing.size, len(listing.files)
 
@@ -121,7 +121,7 @@ class Directory(Copyable):
         return self
 
     def begin(self, target: Tree) -> None:
-        with reach.open_tree(self.path) as data:
+        with user_paths.open_tree(self.path) as data:
             listing = file_copy.list_tree(data, NEVER_COPIED)
             file_copy.copy_listing(data, target, listing)
         target.hand_over(*listing.dirs)

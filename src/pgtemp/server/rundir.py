@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, locks, paths, procfs, reach
+from pgtemp.host import disk_space, locks, paths, procfs, user_paths
 from pgtemp.host.identity import Identity
 from pgtemp.host.removal import remove
 from pgtemp.host.tree import Tree
@@ -166,7 +166,7 @@ def stored(path: Path, owner: Identity) -> Iterator[tuple[Tree, Tree]]:
     It gets its final name at the end of the block, which fills it. If writing fails, it raises
     OSError and removes the directory.
     """
-    with reach.open_tree(path.parent) as above:
+    with user_paths.open_tree(path.parent) as above:
         fresh = f".{path.name}.{os.getpid()}"
         try:
             above.make_directory(fresh)
@@ -190,7 +190,7 @@ def kept_at(path: Path) -> Path:
     reason = "contains no data that pgtemp persisted"
     for run_dir in (path, path.parent) if path.name == DATA else (path,):
         try:
-            with reach.open_tree(run_dir / DATA) as data:
+            with user_paths.open_tree(run_dir / DATA) as data:
                 # Without links, so that the path leads to the same directory from now on.
                 above, name = os.path.split(data.path)
                 if name == DATA and data.status("PG_VERSION") is not None:
@@ -216,7 +216,7 @@ def reopen(path: Path, owner: Identity) -> RunDirectory:
     """
     with (
         disk_space.writing(path),
-        reach.open_tree(path) as run_dir,
+        user_paths.open_tree(path) as run_dir,
         _for_user(run_dir, owner) as tree,
         ExitStack() as failed,
     ):

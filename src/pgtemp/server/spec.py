@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, paths, ports, processes, reach
+from pgtemp.host import disk_space, paths, ports, processes, user_paths
 from pgtemp.host.identity import Identity
 from pgtemp.host.tree import Tree
 from pgtemp.images.source import CONF, Source
@@ -74,7 +74,7 @@ class ServerSpec:
         """Open the server log for writing, and return its descriptor. Raises PgTempError."""
         path = self.log_path or run_dir.log
         try:
-            return reach.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            return user_paths.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             if self.log_path is None:
                 raise disk_space.cannot_write(run_dir.path, error) from error

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from psycopg import errors
 
 from pgtemp.errors import ClusterError, PgTempError
-from pgtemp.sql.answer_limits import NoAnswerError
 from pgtemp.sql.connection import Connection, cluster_errors, connect, has_unread_input, was_lost
+from pgtemp.sql.timeouts import NoAnswerError
 from pgtemp.uri import ConnectionInfo
 
 # Takes precedence over ALTER ROLE and ALTER DATABASE ... SET: objects that a client created in the

@@ -9,9 +9,9 @@ from typing import LiteralString
 from psycopg import errors, sql
 
 from pgtemp.host import disk_space
-from pgtemp.sql.answer_limits import seconds_to_copy
 from pgtemp.sql.connection import Connection, connect
 from pgtemp.sql.passwords import Secret
+from pgtemp.sql.timeouts import seconds_to_copy
 from pgtemp.uri import ConnectionInfo
 
 MAINTENANCE = "postgres"  # the database of administrative connections

@@ -1,7 +1,7 @@
 """One connection of pgtemp itself to a server.
 
 It uses the server's private socket and ignores the environment variables of libpq. Every wait for
-the server has a time limit (see answer_limits.py).
+the server has a time limit (see timeouts.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pgtemp import libpq
 from pgtemp.errors import ClusterError, DiskFullError
 from pgtemp.host import disk_space, identity
 from pgtemp.host.peer_credentials import refuse_descriptors
-from pgtemp.sql.answer_limits import (
+from pgtemp.sql.timeouts import (
     ANSWER_SECONDS,
     LOCK_SECONDS,
     NoAnswerError,

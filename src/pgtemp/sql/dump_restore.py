@@ -22,13 +22,13 @@ from pathlib import Path
 
 from pgtemp import libpq
 from pgtemp.errors import TransferError
-from pgtemp.host import disk_space, processes, reach
+from pgtemp.host import disk_space, processes, user_paths
 from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import extensions
-from pgtemp.sql.answer_limits import ANSWER_SECONDS, NoAnswerError, check_running
 from pgtemp.sql.connection import conninfo
+from pgtemp.sql.timeouts import ANSWER_SECONDS, NoAnswerError, check_running
 from pgtemp.uri import ConnectionInfo
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -171,7 +171,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     with (
         step(f"dumping {source.dbname} to {path.name}"),
         _write_errors(path),
-        reach.locate(path) as place,  # follows a link of the caller, and does not replace it
+        user_paths.locate(path) as place,  # follows a link of the caller, and does not replace it
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
             raise TransferError(f"{path} is not a regular file", remedy="specify another file")
@@ -209,7 +209,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
             os.close(output)
 
 
-def _is_regular(place: reach.Location) -> bool:
+def _is_regular(place: user_paths.Location) -> bool:
     """Return whether a file is regular, or does not exist yet."""
     try:
         status = os.stat(place.name, dir_fd=place.fd, follow_symlinks=False)

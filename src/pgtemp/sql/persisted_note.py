@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pgtemp.errors import ClusterError
-from pgtemp.host import disk_space, reach
+from pgtemp.host import disk_space, user_paths
 from pgtemp.host.tree import Tree
 from pgtemp.images import initdb
 from pgtemp.sql import admin_sql
@@ -61,7 +61,7 @@ def try_note(directory: Path, note: Note) -> None:
 def read_note(directory: Path) -> Note:
     """Read the note; if it cannot be read, return the default user and database."""
     try:
-        with reach.open_tree(directory) as tree:
+        with user_paths.open_tree(directory) as tree:
             fields = json.loads(tree.read(NOTE, _NOTE_BYTES))
         return Note(str(fields["user"]), str(fields["dbname"]), dict(fields.get("databases", {})))
     except (OSError, ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from pgtemp.errors import OptionError
-from pgtemp.host import disk_space, identity, paths, ports, reach
+from pgtemp.host import disk_space, identity, paths, ports, user_paths
 from pgtemp.host.tree import Tree
 from pgtemp.images import cache, initdb
 from pgtemp.images.source import Directory, Source
@@ -25,9 +25,9 @@ from pgtemp.server import config, rundir
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.server.spec import ServerSpec
 from pgtemp.sql import admin_sql, dump_restore, extensions
-from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.connection import Connection, connected
 from pgtemp.sql.passwords import Secret
+from pgtemp.sql.timeouts import LONG_SECONDS
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.uri import ConnectionInfo
 
@@ -281,7 +281,7 @@ def _text(path: str | os.PathLike[str] | None) -> str:
     if path is None:
         return ""
     try:
-        return reach.read_file(path).decode(errors="surrogateescape")
+        return user_paths.read_file(path).decode(errors="surrogateescape")
     except OSError as error:
         raise OptionError(
             f"{os.fspath(path)} cannot be read: {error.strerror}", remedy="specify another file"

@@ -17,16 +17,16 @@ from pgtemp.errors import ClusterError
 from pgtemp.host import ports
 from pgtemp.host.progress import step
 from pgtemp.host.tree import Tree
-from pgtemp.images import cache, publication
+from pgtemp.images import cache, publish
 from pgtemp.images.image import Image
 from pgtemp.images.source import Directory, Source
 from pgtemp.server.postmaster import Postmaster
 from pgtemp.sql import admin_sql, server_setup
-from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.connection import connected
 from pgtemp.sql.passwords import STRONG_ITERATIONS, random_secret
 from pgtemp.sql.persisted_note import read_note
 from pgtemp.sql.server_setup import Plan
+from pgtemp.sql.timeouts import LONG_SECONDS
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
 
@@ -88,7 +88,7 @@ class TemplateBuilder:
     def seal(self) -> Image:
         """Seal the database and shut the server down; the image lasts until `close`."""
         # This connection also creates the relation cache that clones contain. VACUUM FREEZE sets
-        # all hint bits, so that a session that only reads a clone writes no page (unmodified.py).
+        # all hint bits, so that a session that only reads a clone writes no page.
         with (
             connected(self._inside()) as connection,
             connection.given(LONG_SECONDS),
@@ -100,7 +100,7 @@ class TemplateBuilder:
         self.postmaster.halt()
         # A server that starts on the image gets its own settings, so the image contains those of
         # initdb.
-        made = publication.shut_down(
+        made = publish.shut_down(
             self.postmaster.home.path,
             self._plan.installation,
             self._plan.spec.owner,
@@ -170,7 +170,7 @@ class Lasting(cache.Ensured):
             builder.apply(self.recipe)
             made = builder.seal()
             self._check_unchanged()
-            publication.publish(made, path, lock)
+            publish.publish(made, path, lock)
 
     def _check_unchanged(self) -> None:
         """Raise ClusterError if the recipe's files have changed since their hash was computed."""

@@ -23,7 +23,7 @@ from pgtemp.sql.admin_connections import AdminConnections
 from pgtemp.sql.connection import Connection, was_lost
 from pgtemp.sql.warm_connection import WarmConnection, open_warm
 from pgtemp.templates.recycle import Reuse
-from pgtemp.templates.unmodified import is_unmodified
+from pgtemp.templates.unmodified_check import is_unmodified
 from pgtemp.uri import ConnectionInfo
 
 

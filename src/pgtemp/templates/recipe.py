@@ -27,8 +27,8 @@ from pgtemp.host.progress import step
 from pgtemp.options.server import StrPath
 from pgtemp.programs.installation import Installation
 from pgtemp.sql import dump_restore, extensions
-from pgtemp.sql.answer_limits import LONG_SECONDS
 from pgtemp.sql.connection import connected
+from pgtemp.sql.timeouts import LONG_SECONDS
 from pgtemp.supervisor import supervision
 from pgtemp.supervisor.leftovers import DATA
 from pgtemp.templates import migrations
