@@ -141,15 +141,23 @@ async def _await_password_request(backend: Backend, allocation: Allocation) -> N
     """
     frames = Frames(wanted=b"R", most=_MAX_GREETING)
     while data := await _read(backend):
+        if (backend.login.done and not backend.login.failed) or (
+            len(backend.greeting) > _MAX_GREETING
+        ):
+            raise _no_password_request(allocation)
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
             if kind not in _BEFORE_PASSWORD_REQUEST:
-                allocation.mark_unreachable()
-                raise ClusterError(
-                    "the server does not ask for the password, because its pg_hba.conf was changed",
-                    remedy="connect again, but not to a session in that server",
-                )
+                raise _no_password_request(allocation)
+
+
+def _no_password_request(allocation: Allocation) -> ClusterError:
+    allocation.mark_unreachable()
+    return ClusterError(
+        "the server does not ask for the password, because its pg_hba.conf was changed",
+        remedy="connect again, but not to a session in that server",
+    )
 
 
 async def log_in(backend: Backend, allocation: Allocation) -> bool:
@@ -163,7 +171,7 @@ async def log_in(backend: Backend, allocation: Allocation) -> bool:
     """
     async with login(allocation):
         await _read_until_done(backend, backend.login)
-    return backend.login.done and not backend.login.failed
+    return backend.login.ready
 
 
 async def plan_statement(backend: Backend, plan: bytes) -> bool:
@@ -179,7 +187,7 @@ async def plan_statement(backend: Backend, plan: bytes) -> bool:
     backend.server.write(plan + FORGET)
     await _read_until_done(backend, planned)
     backend.greeting = greeting
-    return planned.done and not planned.failed
+    return planned.ready
 
 
 async def _read_until_done(backend: Backend, observer: ServerStart) -> None:
