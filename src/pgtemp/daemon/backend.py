@@ -65,7 +65,7 @@ class Backend:
         while not observer.done and len(self.greeting) <= _MAX_GREETING:
             if not await self.read(observer):
                 break
-        return observer.done and not observer.failed
+        return observer.ready
 
 
 async def connect(
@@ -152,15 +152,23 @@ async def _await_password_request(backend: Backend, allocation: Allocation) -> N
     """
     frames = Frames(wanted=b"R", most=_MAX_GREETING)
     while data := await backend.read(backend.login):
+        if (backend.login.done and not backend.login.failed) or (
+            len(backend.greeting) > _MAX_GREETING
+        ):
+            raise _no_password_request(allocation)
         for kind, payload in frames.feed(data):
             if kind == b"E" or (kind == b"R" and payload[:4] == _SASL):
                 return
             if kind not in _BEFORE_PASSWORD_REQUEST:
-                allocation.mark_unreachable()
-                raise ClusterError(
-                    "the server does not ask for the password, because its pg_hba.conf was changed",
-                    remedy="connect again, but not to a session in that server",
-                )
+                raise _no_password_request(allocation)
+
+
+def _no_password_request(allocation: Allocation) -> ClusterError:
+    allocation.mark_unreachable()
+    return ClusterError(
+        "the server does not ask for the password, because its pg_hba.conf was changed",
+        remedy="connect again, but not to a session in that server",
+    )
 
 
 async def plan_statement(backend: Backend, plan: bytes) -> bool:

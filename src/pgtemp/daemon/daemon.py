@@ -8,11 +8,14 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 from pgtemp.aio import whole
@@ -220,17 +223,31 @@ def _signals(
 ) -> Iterator[None]:
     """Handle signals: the first stops the daemon within `seconds`, the second exits at once.
 
-    The previous handlers are restored.
+    The handlers do not wait for the event loop, which may be busy. The previous handlers are
+    restored.
     """
+    received: SimpleQueue[int] = SimpleQueue()  # a signal handler may call `put` at any moment
+    handled = False
 
-    def stop(number: int) -> None:
-        if stopping.done():
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal handled
+        if handled or stopping.done():
             os._exit(_FORCED)  # the supervisor stops all servers
-        if seconds is not None:
-            limit = threading.Timer(seconds, os._exit, [exit_status(number)])
-            limit.daemon = True
-            limit.start()
-        stopping.set_result(number)
+        handled = True
+        received.put(number)
+        loop.call_soon_threadsafe(report, number)
+
+    def report(number: int) -> None:
+        if not stopping.done():
+            stopping.set_result(number)
+
+    def exit_in_time(seconds: float) -> None:
+        number = received.get()
+        time.sleep(seconds)
+        os._exit(exit_status(number))
+
+    if seconds is not None:
+        threading.Thread(target=exit_in_time, args=[seconds], daemon=True).start()
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
@@ -238,12 +255,11 @@ def _signals(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # the parent process may have blocked them
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
-        loop.add_signal_handler(number, stop, number)
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in zip(numbers, before, strict=True):
-            loop.remove_signal_handler(number)
             signal.signal(number, handler)
 
 

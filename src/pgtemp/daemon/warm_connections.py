@@ -176,7 +176,7 @@ class KindPool:
             backend = await connect(
                 self._all.isolation, allocation, self.request, self._startup, log_in=True
             )
-            if backend.login.done and not backend.login.failed:
+            if backend.login.ready:
                 used = bool(self._plan)  # the planner may call a function that never returns
                 if allocation.watched or self._watched or await self._plan_on(backend):
                     warm = WarmConnection(allocation, backend)

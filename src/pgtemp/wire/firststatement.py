@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from pgtemp.wire.messages import Frames, ProtocolError, bind, frame, parse
 
 _MAX_PAYLOAD = 8192  # bytes of a message that is stored
+# Drivers send about ten messages up to the first Bind, with BEGIN and Describe.
+_MAX_MESSAGES = 32
+# Bind, Close, Describe, Execute, Flush, Parse, Query and Sync. PostgreSQL ignores CopyData outside
+# of COPY, so a client can send any number of other messages, and never a statement.
+_OF_A_STATEMENT = b"BCDEHPQS"
 _TRANSACTION = re.compile(rb"\s*(begin|start\s+transaction)\b", re.IGNORECASE)
 _PLANNED = re.compile(rb"\s*(select|insert|update|delete|merge|with|values|table)\b", re.IGNORECASE)
 
@@ -19,6 +24,8 @@ _PLANNED = re.compile(rb"\s*(select|insert|update|delete|merge|with|values|table
 @dataclass(slots=True)
 class FirstStatement:
     """Observes a client's messages up to its first statement; BEGIN is skipped.
+
+    It reads a limited number of messages, since it runs on the daemon's event loop.
 
     Attributes:
         done: whether no more messages need to be observed.
@@ -28,6 +35,7 @@ class FirstStatement:
 
     done: bool = False
     plan: bytes = b""
+    _messages: int = 0
     _name: bytes = b""
     _parsed: bytes = b""
     _frames: Frames = field(default_factory=lambda: Frames(wanted=b"QPB", most=_MAX_PAYLOAD))
@@ -37,7 +45,10 @@ class FirstStatement:
             return
         try:
             for kind, payload in self._frames.feed(data):
-                if kind == b"Q":
+                self._messages += 1
+                if kind not in _OF_A_STATEMENT or self._messages > _MAX_MESSAGES:
+                    self.done = True
+                elif kind == b"Q":
                     self._simple(payload[:-1])
                 elif kind == b"P":
                     self._prepare(payload)

@@ -12,6 +12,10 @@ from pgtemp.wire.messages import MAX_KEY, PROTOCOL_3, TERMINATE, Frames, frame
 _LATEST = PROTOCOL_3 + 2
 _READY = b"Z\x00\x00\x00\x05"  # ReadyForQuery; the transaction status follows
 _TERMINATED_BY_CRASH = b"\x00C57P01\x00", b"\x00C57P02\x00"  # admin_shutdown, crash_shutdown
+# Messages that a server sends during a login and are observed: parameters, and notices of a login
+# trigger. The server may be under the control of a client.
+_MAX_MESSAGES = 2000
+_MAX_PASSWORDS = 8  # messages of a login; SCRAM needs two
 _PASSWORD = b"p"  # PasswordMessage, SASLInitialResponse, SASLResponse, GSSResponse
 
 
@@ -60,13 +64,17 @@ class ServerStart:
 
     Attributes:
         key: the cancel key, if the server has sent it.
-        done: whether the server is ready or has refused the client.
+        done: whether no more messages are observed: the server is ready, has refused the client, or
+            has sent _MAX_MESSAGES.
+        ready: whether the server is ready for a query.
         failed: whether the server has refused the client.
     """
 
     key: bytes | None = None
     done: bool = False
+    ready: bool = False
     failed: bool = False
+    _messages: int = 0
     # No other message is stored, whatever its length: a login trigger may send any notice.
     _frames: Frames = field(default_factory=lambda: Frames(wanted=b"K", most=MAX_KEY))
 
@@ -75,10 +83,12 @@ class ServerStart:
         if self.done:
             return
         for kind, payload in self._frames.feed(data):
+            self._messages += 1
+            self.ready, self.failed = kind == b"Z", kind == b"E"
+            self.done = self.ready or self.failed or self._messages == _MAX_MESSAGES
             if kind == b"K":
                 self.key = payload
-            elif kind in (b"Z", b"E"):
-                self.done, self.failed = True, kind == b"E"
+            if self.done:
                 return
 
 
@@ -86,11 +96,13 @@ class ServerStart:
 class ClientStart:
     """Observes whether a client sends a message besides passwords and Terminate.
 
-    If it does not, its database is unused and can serve another client.
+    If it does not, its database is unused and can serve another client. More passwords than a login
+    needs count as a use, so that a limited number of messages is read.
     """
 
     used: bool = False
     _begin: bytes = b""
+    _passwords: int = 0
     _skip: int = 0
 
     def feed(self, data: bytes) -> None:
@@ -105,6 +117,8 @@ class ClientStart:
             at += 1
             if self._begin[:1] == _PASSWORD:
                 if len(self._begin) == 5:
+                    self._passwords += 1
+                    self.used = self._passwords > _MAX_PASSWORDS
                     self._skip = max(0, int.from_bytes(self._begin[1:], "big") - 4)
                     self._begin = b""
             else:

@@ -8,6 +8,7 @@ already, and each direction is closed independently, as without TLS.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterator
 
 from pgtemp.wire.messages import ProtocolError
 
@@ -16,6 +17,13 @@ ALPN = "postgresql"
 # TLS.
 NO_TLS = b"\x15\x03\x01\x00\x02\x02\x28"
 _READ_SIZE = 1 << 16
+_MAX_HANDSHAKE = 1 << 16  # bytes; a ClientHello has at most 16 kB
+# Records of a connection without data: handshake, alerts, KeyUpdate, empty ones. A client sends
+# fewer than ten to connect, and then a KeyUpdate after gigabytes of data. OpenSSL sets no limit,
+# and each KeyUpdate makes it derive keys and send an answer.
+_MAX_WITHOUT_DATA = 100
+_AT_ONCE = 16  # records that are decrypted before the limits are checked
+_RECORD_HEAD = 5  # bytes: type, version, length (RFC 8446, 5.1)
 
 
 class Tls:
@@ -36,17 +44,53 @@ class Tls:
         self._agreed = False
         self._finished = False
         self.ended = False
+        self._received = 0  # bytes
+        self._without_data = 0  # complete records
+        self._head = bytearray()  # of the record that arrives
+        self._missing = 0  # bytes of that record
 
     def receive(self, data: bytes) -> bytes:
         """Decrypt bytes that have arrived; afterwards there may be bytes to `take`.
 
         Raises:
-            ProtocolError: the bytes are not TLS, or the handshake fails.
+            ProtocolError: the bytes are not TLS, the handshake fails, or the client sends too much
+                that is no data.
         """
-        if self.ended:  # nothing reads the buffer any more, so it would only grow
-            return b""
+        parts: list[bytes] = []
+        for records in self._pieces(data):
+            if self.ended:  # the buffer would grow, as it is not read any more
+                break
+            self._decrypt(records, parts)
+        return b"".join(parts)
+
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        """Divide data so that no piece contains the end of more than _AT_ONCE records."""
+        begin = at = records = 0
+        while at < len(data):
+            if len(self._head) < _RECORD_HEAD:
+                more = data[at : at + _RECORD_HEAD - len(self._head)]
+                self._head += more
+                at += len(more)
+                if len(self._head) < _RECORD_HEAD:
+                    break
+                self._missing = int.from_bytes(self._head[3:], "big")
+            arrived = min(self._missing, len(data) - at)
+            at += arrived
+            self._missing -= arrived
+            if not self._missing:
+                self._head.clear()
+                self._without_data += 1
+                records += 1
+                if records % _AT_ONCE == 0:
+                    yield data[begin:at]
+                    begin = at
+        if begin < len(data):
+            yield data[begin:]
+
+    def _decrypt(self, data: bytes, parts: list[bytes]) -> None:
+        """Decrypt whole records and the beginning of another, and append their data to `parts`."""
         self._arrived.write(data)
-        parts = []
+        self._received += len(data)
         try:
             if not self._agreed:
                 self._tls.do_handshake()
@@ -56,14 +100,17 @@ class Tls:
                     raise ProtocolError(f"direct TLS without the application protocol {ALPN}")
             while part := self._tls.read(_READ_SIZE):
                 parts.append(part)
+                self._without_data -= 1  # OpenSSL returns the data of one record at a time
             self.ended = True
         except ssl.SSLWantReadError:
-            pass
+            too_long = not self._agreed and self._received > _MAX_HANDSHAKE
+            if too_long or self._without_data > _MAX_WITHOUT_DATA:
+                self.ended = True
+                raise ProtocolError("TLS: too many bytes without data") from None
         except ssl.SSLError as error:
             self.ended = True
             if not self._finished:  # after our close_notify, errors of the client do not matter
                 raise ProtocolError(f"TLS: {error.reason or error}") from error
-        return b"".join(parts)
 
     def encrypt(self, data: bytes) -> bytes:
         """Return the bytes to send for `data`; before the handshake is complete, drop `data`."""
