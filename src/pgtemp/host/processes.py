@@ -38,7 +38,7 @@ def clean_environment() -> dict[str, str]:
         if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIX)
     }
     env["PATH"] = "/usr/local/bin:/usr/bin:/bin"
-    env["PGPASSFILE"] = os.devnull  # a server that asks for a password gets none of the caller's
+    env["PGPASSFILE"] = os.devnull  # the caller's passwords are not sent to servers
     # A valid LC_ALL also keeps macOS from making the postmaster multithreaded.
     env["LC_ALL"] = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
     return env
