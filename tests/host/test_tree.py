@@ -208,7 +208,9 @@ def test_a_path_does_not_lead_from_one_user_to_another(tmp_path: Path, inner: in
     (tmp_path / "a" / "b").mkdir(parents=True)
     os.chown(tmp_path / "a", OTHER, OTHER)
     os.chown(tmp_path / "a" / "b", inner, inner)
-    with pytest.raises(ForeignFileError, match=f"belongs to uid {inner}, below one of uid {OTHER}"):
+    with pytest.raises(
+        ForeignFileError, match=f"belongs to uid {inner}, but its directory to uid {OTHER}"
+    ):
         user_paths.open_tree(tmp_path / "a" / "b")
     os.chown(tmp_path / "a" / "b", OTHER, OTHER)
     with user_paths.open_tree(tmp_path / "a" / "b") as reached:

@@ -54,7 +54,9 @@ def test_a_hard_link_and_a_directory_of_the_caller_below_another_users(theirs: P
     with pytest.raises(ForeignFileError, match="belongs to uid 0"):
         user_paths.read_file(theirs / "file")
     (theirs / "inner").mkdir()
-    with pytest.raises(ForeignFileError, match=f"belongs to uid 0, below one of uid {OTHER}"):
+    with pytest.raises(
+        ForeignFileError, match=f"belongs to uid 0, but its directory to uid {OTHER}"
+    ):
         user_paths.open_tree(theirs / "inner")
 
 

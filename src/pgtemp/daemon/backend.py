@@ -12,7 +12,7 @@ from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon.logins import Login
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.daemon.shares import in_turn
+from pgtemp.daemon.server_threads import in_turn
 from pgtemp.errors import ClusterError
 from pgtemp.host.peer_credentials import check_listener, refuse_descriptors
 from pgtemp.wire.messages import FORGET, TERMINATE, Frames, startup_message

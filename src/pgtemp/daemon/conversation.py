@@ -15,7 +15,7 @@ from pgtemp.daemon.cancels import Cancels
 from pgtemp.daemon.error_responses import RefusedError, crashed
 from pgtemp.daemon.lease import Lease
 from pgtemp.daemon.relay import Endpoint, relay
-from pgtemp.daemon.shares import in_turn
+from pgtemp.daemon.server_threads import in_turn
 from pgtemp.wire import replication, replies
 from pgtemp.wire.firststatement import FirstStatement
 from pgtemp.wire.replication import Inspection

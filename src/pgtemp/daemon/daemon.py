@@ -25,7 +25,7 @@ from pgtemp.allocation.single_server import SingleServer
 from pgtemp.daemon import control_socket, credentials, listeners
 from pgtemp.daemon.gateway import Gateway
 from pgtemp.daemon.listeners import Listener
-from pgtemp.daemon.shares import THREADS
+from pgtemp.daemon.server_threads import THREADS
 from pgtemp.errors import PgTempError, WardenError
 from pgtemp.host import file_limits, identity, ports, processes
 from pgtemp.options.daemon import DaemonOptions

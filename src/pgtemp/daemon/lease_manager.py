@@ -20,7 +20,7 @@ from pgtemp.allocation.isolation import TEMPLATE, DatabaseRequest, Isolation
 from pgtemp.allocation.pool import PoolClosedError
 from pgtemp.daemon.lease import LINGER, Lease
 from pgtemp.daemon.relay import Endpoint
-from pgtemp.daemon.shares import in_turn
+from pgtemp.daemon.server_threads import in_turn
 from pgtemp.daemon.warm_connections import WarmConnections
 from pgtemp.errors import ClusterError, LimitError, NoDatabaseError, PgTempError
 from pgtemp.options.daemon import DaemonOptions

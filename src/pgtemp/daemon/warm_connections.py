@@ -24,7 +24,7 @@ from pgtemp.allocation.allocation import Allocation
 from pgtemp.allocation.isolation import DatabaseRequest, Isolation
 from pgtemp.daemon import database_request
 from pgtemp.daemon.backend import Backend, connect, plan_statement
-from pgtemp.daemon.shares import in_turn
+from pgtemp.daemon.server_threads import in_turn
 from pgtemp.errors import PgTempError
 from pgtemp.host import procfs
 from pgtemp.options.daemon import DaemonOptions

@@ -1,8 +1,8 @@
 """Locks between processes, by flock(2).
 
 No library is used, because none gives access to its descriptor. Here the descriptor is inherited by
-initdb and sent to the supervisor, so that a lock lasts exactly as long as the processes that work
-under it.
+initdb and sent to the supervisor, so that a lock lasts exactly as long as the processes that need
+it.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def scratch_base(prefix: str | os.PathLike[str] | None, *, keep: bool) -> Path:
 
     Args:
         prefix: the requested directory; None chooses one.
-        keep: the data is to be persisted, so the directory must not be on tmpfs.
+        keep: whether the data is persisted; the directory must then not be on tmpfs.
     """
     if prefix is not None:
         return _given_base(Path(prefix), keep=keep)

@@ -112,7 +112,7 @@ def _enter(at: Location, name: str, path: str) -> None:
     at.fd, at.directory = fd, path
     owner = os.fstat(fd).st_uid
     if at.uid is not None and owner != at.uid:
-        raise ForeignFileError(path, f"belongs to uid {owner}, below one of uid {at.uid}")
+        raise ForeignFileError(path, f"belongs to uid {owner}, but its directory to uid {at.uid}")
     if owner not in (0, os.geteuid()):
         at.uid = owner
 
@@ -124,7 +124,9 @@ def open_tree(path: StrPath) -> Tree:
         owner = os.fstat(fd).st_uid
         if at.uid is not None and owner != at.uid:
             os.close(fd)
-            raise ForeignFileError(at.path, f"belongs to uid {owner}, below one of uid {at.uid}")
+            raise ForeignFileError(
+                at.path, f"belongs to uid {owner}, but its directory to uid {at.uid}"
+            )
         return Tree(fd, at.path, owner if os.geteuid() == 0 else None)
 
 

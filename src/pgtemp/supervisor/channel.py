@@ -86,7 +86,7 @@ class Channel:
 
         Args:
             leader: the pid of the program, which leads the group; 0 if it has exited.
-            gently: whether the program may clean up first.
+            gently: whether the program may clean up before it is killed.
         """
         self._send({"guard": leader, "gently": gently})
 
