@@ -37,3 +37,11 @@ def test_a_program_that_does_not_exit_is_killed() -> None:
 def test_both_outputs_and_the_status_are_returned() -> None:
     done = processes.run(["/bin/sh", "-c", "cat; echo err >&2; exit 3"], identity=OTHER, stdin="in")
     assert (done.stdout, done.stderr, done.returncode) == ("in", "err\n", 3)
+
+
+def test_standard_input_of_a_program_that_takes_long() -> None:
+    """It runs for longer than the interval of the checks, and reads its input late."""
+    checks: list[int] = []
+    argv = ["/bin/sh", "-c", "sleep 1.5; cat"]
+    done = processes.run(argv, stdin="all of it", check=lambda: checks.append(1))
+    assert (done.stdout, checks) == ("all of it", [1])

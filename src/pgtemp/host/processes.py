@@ -130,6 +130,7 @@ def _communicate(
         try:
             return process.communicate(stdin, min(_CHECK_SECONDS, max(remaining, 0)))
         except subprocess.TimeoutExpired:
+            stdin = b""  # the next call sends the rest
             if remaining <= _CHECK_SECONDS:
                 raise
             check()

@@ -37,8 +37,12 @@ def open_warm(info: ConnectionInfo) -> WarmConnection:
     """
     environment = _libpq_environment()
     connection = libpq.connect(psycopg.Connection, info, {})
-    for statement in (b"SELECT $1::int4, $2::text", b""):
-        connection.pgconn.prepare(b"", statement)
+    try:
+        for statement in (b"SELECT $1::int4, $2::text", b""):
+            connection.pgconn.prepare(b"", statement)
+    except BaseException:
+        connection.close()
+        raise
     if environment != _libpq_environment():  # it is unknown which of the two libpq has read
         environment = frozenset()
     return WarmConnection(connection, environment)
