@@ -17,6 +17,7 @@ import pytest
 from chaos import TEMPLATE, Served, Storm
 from chaos_steps import IDLE_SECONDS
 
+from pgtemp.supervisor.leftovers import PREFIX
 from support import Daemon, eventually
 
 SEED = int(os.environ.get("PGTEMP_CHAOS_SEED", "20"))
@@ -91,7 +92,10 @@ def run_storm(storm: Storm, steps: int, more: tuple[int, ...] = MORE_AT_ONCE) ->
 
 def check_nothing_left(storm: Storm, status: int, errors: str) -> None:
     assert "Traceback" not in errors
-    # The next start sweeps the run directories of a supervisor that was killed before.
+    # The next start sweeps the run directories of a supervisor that was killed before, and those
+    # that were never finished after an hour.
+    for path in storm.place.glob(f"{PREFIX}*"):
+        os.utime(path, (0, 0))
     Daemon("--data-dir-prefix", str(storm.place)).end()
     assert eventually(lambda: not storm.leftovers(), 30), storm.leftovers()
 
