@@ -125,6 +125,7 @@ _PATHS = {
     "host/locks.py:locked": "lock files in directories of the caller's",
     "host/locks.py:locked_at_once": "lock files in directories of the caller's",
     "host/paths.py:make_dirs": "the cache and the folder of kept data",
+    "host/ports.py:_files_of": "/proc",
     "host/ports.py:holder": "/proc",
     "host/procfs.py:read": "/proc",
     "host/foreground.py:_is_on_terminal": "the terminal",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -77,12 +79,11 @@ def test_an_address_that_the_machine_lacks_is_left_out(monkeypatch: pytest.Monke
 
 
 def test_listens() -> None:
-    """Only a listening socket of the user counts."""
+    """Only a listening socket of the process itself counts."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
-        import os
-
-        assert ports.listens("127.0.0.1", port, os.geteuid())
-        assert not ports.listens("127.0.0.1", port, os.geteuid() + 1)
-        assert not ports.listens("::1", port, os.geteuid())
-    assert not ports.listens("127.0.0.1", port, os.geteuid())
+        assert ports.listens("127.0.0.1", port, os.getpid())
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as other:
+            assert not ports.listens("127.0.0.1", port, other.pid)
+        assert not ports.listens("::1", port, os.getpid())
+    assert not ports.listens("127.0.0.1", port, os.getpid())

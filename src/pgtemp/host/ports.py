@@ -79,13 +79,24 @@ def free_port(address: str, *others: str) -> int:
                 return port
 
 
-def listens(address: str, port: int, uid: int) -> bool:
-    """Whether a process of a user listens on (address, port); True if that is unknown."""
+def listens(address: str, port: int, pid: int) -> bool:
+    """Whether a process itself listens on (address, port); True if that is unknown."""
     rows = tcp_rows("6" if ":" in address else "4")
     local = hex_endpoint(address, port)
-    return not rows or any(
-        row[1] == local and row[3] == _LISTEN and row[7] == str(uid) for row in rows
-    )
+    listening = {f"socket:[{row[9]}]" for row in rows if row[1] == local and row[3] == _LISTEN}
+    try:
+        return not rows or bool(listening & _files_of(pid))
+    except OSError:  # there is no /proc, or it hides the process
+        return bool(listening)
+
+
+def _files_of(pid: int | str) -> set[str]:
+    """The open files of a process. Raises OSError if they are unknown."""
+    found = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):  # it was closed meanwhile
+            found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
 
 
 def hex_endpoint(address: str, port: int) -> str:
@@ -108,9 +119,8 @@ def holder(port: int) -> str:
         return ""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{fd}") in sockets:
-                    return f"pid {pid} ({''.join(procfs.lines(f'{pid}/comm')).strip()})"
+            if sockets & _files_of(pid):
+                return f"pid {pid} ({''.join(procfs.lines(f'{pid}/comm')).strip()})"
     return ""
 
 

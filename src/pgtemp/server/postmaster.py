@@ -182,7 +182,7 @@ class Postmaster:
         A client that tries the addresses in turn would connect to another user's process.
         """
         for address in self.spec.addresses:
-            if not ports.listens(address, self.port, self.spec.owner.uid):
+            if not ports.listens(address, self.port, self.pid):
                 raise _PortLostError(f"another process took port {self.port} on {address}")
 
     def _undo(self, *, keep: bool) -> None:
