@@ -177,11 +177,12 @@ class Postmaster:
         raise self._exit_error(channel)
 
     def _check_listening(self) -> None:
-        """Check that the server listens on each address: it starts if it does on one of them.
+        """Check that the server listens on each of several addresses.
 
-        A client that tries the addresses in turn would connect to another user's process.
+        It starts if it listens on one of them. A client that tries the addresses in turn would then
+        connect to another user's process. With a single address, PostgreSQL itself exits.
         """
-        for address in self.spec.addresses:
+        for address in self.spec.addresses if len(self.spec.addresses) > 1 else ():
             if not ports.listens(address, self.port, self.pid):
                 raise _PortLostError(f"another process took port {self.port} on {address}")
 
