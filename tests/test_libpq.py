@@ -125,3 +125,15 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with PgTempDB() as db:
         db.connect().close()
     assert os.environ["PGSERVICE"] == "mine"
+
+
+def test_connections_that_overlap_hide_the_service_until_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The end of one connection's start must not show PGSERVICE to another that is starting."""
+    monkeypatch.setenv("PGSERVICE", "no_such_service")
+    with libpq._without_service:
+        with libpq._without_service:
+            assert "PGSERVICE" not in os.environ
+        assert "PGSERVICE" not in os.environ
+    assert os.environ["PGSERVICE"] == "no_such_service"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from typing import Any, TypeVar
 
@@ -32,7 +32,6 @@ _UNSET = {
 # Not in libpq's list. Some drivers reject the last two.
 _OTHER_VARIABLES = ("PGSERVICEFILE", "PGREQUIRESSL", "PGREALM")
 _SERVICE = "PGSERVICE"
-_hiding = threading.Lock()
 C = TypeVar("C", bound=psycopg.Connection[Any])
 A = TypeVar("A", bound=psycopg.AsyncConnection[Any])
 
@@ -73,41 +72,47 @@ def arguments(info: ConnectionInfo, given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: arguments of the caller, which take precedence.
     """
-    to = {
-        "host": info.host,
-        "port": info.port,
-        "user": info.user,
-        "password": info.password,
-        "dbname": info.dbname,
-    }
-    return {**parameters(), **to, **given}
+    return {**parameters(), **asdict(info), **given}
 
 
 def connect(kind: type[C], info: ConnectionInfo, given: Mapping[str, Any]) -> C:
     """Connect to a database; see `arguments`. Raises psycopg's errors."""
-    with without_service():
+    with _without_service:
         return kind.connect(**arguments(info, given))
 
 
 async def aconnect(kind: type[A], info: ConnectionInfo, given: Mapping[str, Any]) -> A:
     """Connect to a database for asyncio; see `arguments`. Raises psycopg's errors."""
-    with without_service():
+    with _without_service:
         return await kind.connect(**arguments(info, given))
 
 
-@contextmanager
-def without_service() -> Iterator[None]:
-    """Hide the variable PGSERVICE for a block, because libpq fails if the service is not defined.
+class _WithoutService:
+    """Hides the variable PGSERVICE in a block, because libpq fails if the service is not defined.
 
-    It is the only variable that no parameter can replace.
+    It is the only variable that no parameter can replace. Blocks of several threads and tasks may
+    overlap; the last one to end restores the variable.
     """
-    with _hiding:
-        service = os.environ.pop(_SERVICE, None)
-    try:
-        yield
-    finally:
-        if service is not None:
-            os.environ[_SERVICE] = service
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._service: str | None = None
+        self._changing = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._changing:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._service = os.environ.pop(_SERVICE, None)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            self._blocks -= 1
+            if self._blocks == 0 and self._service is not None:
+                os.environ[_SERVICE] = self._service
+
+
+_without_service = _WithoutService()
 
 
 def child_environment(info: ConnectionInfo) -> dict[str, str]:

@@ -46,6 +46,8 @@ class Template:
         self.name = name
         self.dbname = plan.template or admin_sql.BASE
         self._plan, self._builder, self._derive = plan, builder, derive
+        # The databases to persist when the server stops, each with its origin, such as the name of
+        # a test, and the directory for the server's data.
         self._persisted: dict[str, str] = {}
         self._directory: Path | None = None
         self._server = PgTempDB.with_options(options, plan.spec.source).start()
@@ -70,18 +72,6 @@ class Template:
     ) -> Template:
         """Return a template that starts from this template; see `Cluster.template`."""
         return self._derive(name, recipe_of(build, key, watch), self)
-
-    def _persist(self, dbname: str, origin: str, directory: Path) -> Path:
-        """Persist a database when the server stops; return the directory.
-
-        Args:
-            origin: the origin to record, such as a test's name.
-            directory: the directory for the server's data, unless another database has already
-                determined it.
-        """
-        self._persisted.setdefault(dbname, origin)
-        self._directory = self._directory or directory
-        return self._directory
 
     def _stop(self) -> None:
         """Stop the server, and persist its data if that was requested.

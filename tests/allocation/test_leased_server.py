@@ -20,6 +20,13 @@ from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
 
 
+def maintenance_of(db: PgTempDB) -> ConnectionInfo:
+    """How pgtemp itself connects to the maintenance database of a server."""
+    return ConnectionInfo(
+        host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
+    )
+
+
 def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is found to be stale while another thread looks whether it runs, which it does."""
     plan, _ = builder.build(server_setup.plan(ServerOptions(), ()), "app", Recipe())
@@ -42,9 +49,7 @@ def test_what_one_thread_has_found_no_other_takes_back(monkeypatch: pytest.Monke
 def test_a_database_that_goes_while_it_is_looked_for_was_not_left() -> None:
     """It is listed, and by the time that somebody asks whose it is, it was dropped."""
     with PgTempDB() as db:
-        to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
-        )
+        to = maintenance_of(db)
         with (
             connected(to) as connection,
             connected(to) as other,
@@ -101,9 +106,7 @@ def test_a_server_that_cannot_be_looked_through_is_replaced(
 def test_names_in_other_encodings_are_read_as_they_are() -> None:
     """A role and a database, named in a SQL_ASCII database, whose names are not UTF-8."""
     with PgTempDB() as db:
-        to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
-        )
+        to = maintenance_of(db)
         with connected(to) as connection:
             residue = LeakCheck(db.data_dir, lambda name: name == "ascii", admin_sql.BASE)
             residue.accept(connection)
@@ -126,9 +129,7 @@ def test_names_in_other_encodings_are_read_as_they_are() -> None:
 def test_administrative_connections_see_the_catalogs_alone() -> None:
     """Whatever search path a client has given the maintenance database or the role."""
     with PgTempDB() as db:
-        to = ConnectionInfo(
-            host=str(db.socket_dir), port=db.port, user=db.user, dbname=admin_sql.MAINTENANCE
-        )
+        to = maintenance_of(db)
         with connected(to) as connection:
             connection.execute("ALTER DATABASE postgres SET search_path = public, pg_catalog")
             connection.execute("ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog")

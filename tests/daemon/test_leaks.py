@@ -378,23 +378,26 @@ def test_a_dropped_database_is_not_handed_out_twice(daemon: DaemonType) -> None:
         assert [serves() for _ in range(10)] == [True] * 10
 
 
+def is_replaced_after(served: Daemon, statement: str) -> bool:
+    """Whether the next lease gets a new server after a lease executed a statement."""
+    with psycopg.connect(at(served, "app"), autocommit=True) as lease:
+        server = one_of(lease, SERVER)
+        lease.execute(statement)  # type: ignore[arg-type]
+    return one(at(served, "app"), SERVER) != server
+
+
 def test_a_dependency_of_a_role(shared: Daemon) -> None:
     """Such a row would keep a role from being dropped."""
-    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
-        server = one_of(lease, SERVER)
-        lease.execute(
-            "INSERT INTO pg_shdepend SELECT 0, 'pg_tablespace'::regclass, 1664, 0,"
-            " 'pg_authid'::regclass, oid, 'a' FROM pg_authid WHERE rolname = 'pg_monitor'"
-        )
-    assert one(at(shared, "app"), SERVER) != server
+    assert is_replaced_after(
+        shared,
+        "INSERT INTO pg_shdepend SELECT 0, 'pg_tablespace'::regclass, 1664, 0,"
+        " 'pg_authid'::regclass, oid, 'a' FROM pg_authid WHERE rolname = 'pg_monitor'",
+    )
 
 
 def test_many_leaked_objects(shared: Daemon) -> None:
     """More than the leak check lists: the server is replaced, and the log line stays short."""
-    with psycopg.connect(at(shared, "app"), autocommit=True) as lease:
-        server = one_of(lease, SERVER)
-        lease.execute(
-            "INSERT INTO pg_replication_origin"
-            " SELECT n, 'left_' || n FROM generate_series(1, 30000) n"
-        )
-    assert one(at(shared, "app"), SERVER) != server
+    assert is_replaced_after(
+        shared,
+        "INSERT INTO pg_replication_origin SELECT n, 'left_' || n FROM generate_series(1, 30000) n",
+    )

@@ -11,6 +11,11 @@ from pgtemp.allocation.leased_server import LeasedServer, alive
 from pgtemp.server.postmaster import Postmaster
 
 
+def are_superusers(attributes: str) -> bool:
+    """Return whether roles with these attributes are superusers (`--role-attributes`)."""
+    return "NOSUPERUSER" not in attributes.upper().split()
+
+
 @dataclass(eq=False, slots=True)
 class Allocation:
     """A database in a server, for one lease.

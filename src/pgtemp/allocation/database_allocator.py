@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.allocation import Allocation, are_superusers
 from pgtemp.allocation.leased_server import LeasedServer, alive, printable
 from pgtemp.allocation.pool import Pool
 from pgtemp.errors import ClusterError, PgTempError
@@ -31,7 +31,7 @@ class DatabaseAllocator:
     ) -> None:
         self._plan = plan
         self._attributes = attributes
-        self._superusers = "NOSUPERUSER" not in attributes.upper().split()
+        self._superusers = are_superusers(attributes)
         self._announce = announce
         self._keep = plan.options.persist
         self._superuser = plan.options.user

@@ -128,11 +128,12 @@ class LeakCheck:
         self._before = self._now(connection)
         self.settings_were_touched(connection)
 
-    def add_ready(self, connection: Connection, dbname: str) -> None:
-        """Accept the current state of a database that no lease had yet."""
+    def add_ready(self, connection: Connection, dbname: str) -> bool:
+        """Accept the current state of a database that no lease had yet; False if it is missing."""
         row = connection.ask(_VERSION, dbname).fetchone()
         if row is not None:
             self._ready[dbname] = row[0]
+        return row is not None
 
     def remove_ready(self, dbname: str) -> None:
         """Ignore changes of a database from now on."""

@@ -139,10 +139,9 @@ class LeasedServer(SharedServer):
 
     def take_unused(self, dbname: str) -> None:
         """Take a database back that its client did not use; if it is missing, so may be others."""
-        if self.has(dbname):
-            self._add_ready(dbname)
-        else:
-            self.mark_stale()
+        with self.connection() as connection, connection.given(_SHORT_SECONDS):
+            if not self._leaks.add_ready(connection, dbname):
+                self.mark_stale()
 
     def persist(self, dbname: str, name: str) -> None:
         """Persist a database under another name; terminate its sessions. Raises PgTempError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from pgtemp.allocation.allocation import Allocation
+from pgtemp.allocation.allocation import Allocation, are_superusers
 from pgtemp.allocation.leased_server import alive
 from pgtemp.allocation.pool import Pool
 from pgtemp.host import disk_space
@@ -28,7 +28,7 @@ class ServerAllocator:
     ) -> None:
         self._plan = plan
         self._attributes = attributes
-        self._superusers = "NOSUPERUSER" not in attributes.upper().split()
+        self._superusers = are_superusers(attributes)
         self._announce = announce
         self._watched: bool | None = None  # the same for all servers; None if not yet known
         self._live: set[Allocation] = set()

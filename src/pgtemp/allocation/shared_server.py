@@ -20,6 +20,7 @@ from pgtemp.sql.connection import Connection
 from pgtemp.sql.server_setup import Plan
 from pgtemp.sql.warm_connection import WarmConnection
 from pgtemp.templates.clones import Clones, in_use, unique_name
+from pgtemp.templates.unmodified_check import SESSION
 from pgtemp.uri import ConnectionInfo
 
 
@@ -31,7 +32,7 @@ class SharedServer:
             dropped.
     """
 
-    _schema: LiteralString = "pg_temp"  # of the function that proves databases unmodified
+    _schema: LiteralString = SESSION  # of the function that proves databases unmodified
 
     def __init__(self, postmaster: Postmaster, plan: Plan, prefix: str) -> None:
         """Use a running server.

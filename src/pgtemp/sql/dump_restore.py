@@ -8,6 +8,7 @@ they need no password.
 from __future__ import annotations
 
 import gzip
+import mmap
 import os
 import re
 import secrets
@@ -40,6 +41,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # A command of psql that continues in another database.
 _CONNECT = re.compile(rb'^\\c(?:onnect)?[ \t]+(?!-?[ \t]*\r?$)("[^"\n]*"|[^\s;]+)', re.M)
 _WHERE = r"\echo :DBNAME"
+_SEE_MESSAGES = "see the program's messages below"
 _ONE_DATABASE = "dump a single database, with pg_dump without --create"
 # The most common errors of psql and pg_restore, and a remedy for each.
 _HINTS = (
@@ -103,7 +105,7 @@ def load(
 @contextmanager
 def _decompressed(path: Path) -> Iterator[Path]:
     """Yield the path of the uncompressed file: `path` itself if it is not compressed by gzip."""
-    if path.is_dir() or not _head(path).startswith(_GZIP):
+    if path.is_dir() or not head(path).startswith(_GZIP):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="pgtemp-load-") as directory:
@@ -130,20 +132,27 @@ def _check_plain(plain: Path, path: Path, dbname: str) -> None:
     Args:
         path: the name of the file for messages.
     """
-    if _head(plain).startswith(_UTF_16):
+    if head(plain).startswith(_UTF_16):
         raise TransferError(
             f"{path} is encoded in UTF-16",
             remedy="save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
         )
-    content = plain.read_bytes()
-    for found in _CONNECT.finditer(content):
-        name = found[1].decode(errors="replace").strip("\"'")
+    for line, found in _connects(plain):
+        name = found.decode(errors="replace").strip("\"'")
         if name != dbname:
-            line = content.count(b"\n", 0, found.start()) + 1
             raise TransferError(
                 f"{path}:{line} continues in the database {name} (\\connect), and not in {dbname}",
                 remedy=_ONE_DATABASE,
             )
+
+
+def _connects(plain: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the line and the database of each command that connects to a database."""
+    if plain.stat().st_size == 0:  # mmap refuses an empty file
+        return
+    with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in _CONNECT.finditer(content):
+            yield content[: found.start()].count(b"\n") + 1, found[1]
 
 
 def _remedy_for(message: str, major: int, *, archive: bool) -> str:
@@ -157,7 +166,7 @@ def _remedy_for(message: str, major: int, *, archive: bool) -> str:
     if re.search(_NOT_THERE, message) and not archive:
         return "if the dump was made with --clean, make it with --if-exists as well"
     hints = [remedy for pattern, remedy in _HINTS if re.search(pattern, message)]
-    return hints[0] if hints else "see the program's messages below"
+    return hints[0] if hints else _SEE_MESSAGES
 
 
 def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> None:
@@ -170,7 +179,7 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
     cause = f"{source.dbname} could not be dumped to {path}"
     with (
         step(f"dumping {source.dbname} to {path.name}"),
-        _write_errors(path),
+        _dump_errors(path, cause),
         user_paths.locate(path) as place,  # follows a link of the caller, and does not replace it
     ):
         if not _is_regular(place):  # /dev/null, for example, which root would replace
@@ -199,9 +208,6 @@ def dump(installation: Installation, source: ConnectionInfo, to: StrPath) -> Non
                     cause, result, path.parent, "free some space, or specify another file", remedy
                 )
             os.rename(fresh, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
-        except NoAnswerError as error:
-            os.unlink(fresh, dir_fd=place.fd)
-            raise TransferError(f"{cause}: {error}", remedy="start a new server") from error
         except BaseException:
             os.unlink(fresh, dir_fd=place.fd)
             raise
@@ -219,9 +225,11 @@ def _is_regular(place: user_paths.Location) -> bool:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def _dump_errors(path: Path, cause: str) -> Iterator[None]:
     try:
         yield
+    except NoAnswerError as error:
+        raise TransferError(f"{cause}: {error}", remedy="start a new server") from error
     except OSError as error:
         raise TransferError(
             f"cannot write to {path}: {error.strerror}", remedy="specify another file"
@@ -250,12 +258,13 @@ def psql_on_terminal(installation: Installation, to: ConnectionInfo) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    return path.is_dir() or _head(path).startswith((_ARCHIVE, _TAR_TOC))
+    return path.is_dir() or head(path).startswith((_ARCHIVE, _TAR_TOC))
 
 
-def _head(path: Path) -> bytes:
+def head(path: Path, size: int = 512) -> bytes:
+    """Return the first bytes of a file."""
     with open(path, "rb") as file:
-        return file.read(512)
+        return file.read(size)
 
 
 def _failed(
@@ -263,7 +272,7 @@ def _failed(
     result: subprocess.CompletedProcess[str],
     directory: Path,
     full: str = disk_space.REMEDY,
-    failure: str = "see the program's messages below",
+    failure: str = _SEE_MESSAGES,
 ) -> TransferError:
     """Return the error for a program that failed.
 

@@ -29,6 +29,7 @@ from pgtemp.sql.server_setup import Plan
 from pgtemp.sql.timeouts import LONG_SECONDS
 from pgtemp.templates.recipe import Recipe
 from pgtemp.uri import ConnectionInfo
+from pgtemp.wire.startup import clip
 
 TEMPLATE = "pgtemp_template"  # the name of the sealed database in the image of a template
 # The name of the database during the build, if the requested name is reserved.
@@ -49,8 +50,7 @@ class TemplateBuilder:
         """
         self._plan = plan
         self._conf = ""
-        # PostgreSQL limits names to 63 bytes.
-        self.dbname = _BUILDING if name in _TAKEN else name.encode()[:63].decode(errors="ignore")
+        self.dbname = _BUILDING if name in _TAKEN else clip(name)
         self.postmaster: Postmaster
         self.info: ConnectionInfo
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from pgtemp.errors import OptionError
+from pgtemp.sql.dump_restore import head
 
 _HEAD_BYTES = 4096  # of a file; markers are in its first lines
 
@@ -78,12 +79,7 @@ def _any_contains(pattern: str, files: str, directory: Path) -> bool:
 
 
 def _contains(pattern: str, path: Path) -> bool:
-    return re.search(pattern.encode(), _head(path), re.M | re.I) is not None
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(_HEAD_BYTES)
+    return re.search(pattern.encode(), head(path, _HEAD_BYTES), re.M | re.I) is not None
 
 
 def _is_of_sqlx(directory: Path) -> bool:

@@ -55,7 +55,7 @@ SELECT NOT EXISTS (SELECT FROM {}.pgtemp_buffers() AS (
   relblocknumber int8, isdirty bool, usagecount int2, pinning_backends int4)
 WHERE isdirty AND reldatabase = $1)
 """
-_SESSION: LiteralString = "pg_temp"  # the schema of objects that only their own session can use
+SESSION: LiteralString = "pg_temp"  # the schema of objects that only their own session can use
 
 
 def declare(connection: Connection, schema: LiteralString) -> None:
@@ -73,7 +73,7 @@ def is_unmodified(
     source: str,
     owner: str,
     since: int,
-    schema: LiteralString = _SESSION,
+    schema: LiteralString,
 ) -> bool:
     """Return whether a clone is provably unmodified; False if the server has no pg_buffercache.
 
@@ -81,7 +81,7 @@ def is_unmodified(
         source: the database that it was cloned from.
         owner: the role that originally owned it.
         since: when it was handed out, in nanoseconds since the epoch.
-        schema: where `declare` has created the function; by default it is created when needed.
+        schema: where `declare` has created the function; in SESSION it is created when needed.
     """
     row = connection.ask(_QUIET, source, dbname, owner).fetchone()
     if row is None:
@@ -98,7 +98,7 @@ def _has_no_dirty_buffer(connection: Connection, oid: int, schema: LiteralString
         try:
             row = connection.ask(clean, str(oid)).fetchone()
         except (errors.UndefinedFunction, errors.InvalidSchemaName):
-            if schema != _SESSION:
+            if schema != SESSION:
                 return False
             connection.execute(_DECLARE.format(schema))
             row = connection.ask(clean, str(oid)).fetchone()

@@ -46,13 +46,9 @@ class Suite:
         self._recipes: dict[Recipe, Recipe] = {}
         self._servers: dict[Hashable, Pool[Server]] = {}
         self._held: dict[Database, tuple[Pool[Server], Server]] = {}
-        self._bases: dict[
-            Template, list[Database]
-        ] = {}  # for RolledBack: those that no test is using
+        self._bases: dict[Template, list[Database]] = {}  # for RolledBack; no test uses them
         self._origins: dict[Database, Template] = {}
-        self._persisted: dict[
-            Database, Path
-        ] = {}  # the databases to persist, and their directories
+        self._persisted: dict[Database, Path] = {}  # to persist, and in which directories
         self._caches_for_run = False
 
     @property
@@ -113,9 +109,11 @@ class Suite:
             number = len(self._persisted)
             if number >= self.options.keep_most:
                 return None
-            folder = persisted.directory_for(self.options, self._run.name)
-            directory = folder / f"{self._run.worker or 'server'}-{number}"
-            self._persisted[database] = template._persist(database.dbname, of, directory)
+            if template._directory is None:
+                folder = persisted.directory_for(self.options, self._run.name)
+                template._directory = folder / f"{self._run.worker or 'server'}-{number}"
+            template._persisted[database.dbname] = of
+            self._persisted[database] = template._directory
         return f"pgtemp open {self._persisted[database]} --dbname {database.dbname}"
 
     def close(self) -> None:
